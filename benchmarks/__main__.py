@@ -1,0 +1,7 @@
+"""`python -m benchmarks` from a checkout is `stg-trt bench`."""
+
+from stg_trt.cli import run_group
+
+from .command import bench
+
+run_group(bench)

@@ -1,0 +1,7 @@
+"""`python -m build_engines` from a checkout is `stg-trt build`."""
+
+from stg_trt.cli import run_command
+
+from .command import build
+
+run_command(build)

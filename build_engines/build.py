@@ -1,0 +1,216 @@
+"""Builds the engines of one model: cut, then per segment export, verify, compile and record."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+
+from filelock import FileLock
+
+import stg_trt
+from stg_trt import manifest as manifests
+from stg_trt.backends import backend_for
+from stg_trt.backends.tensorrt_library import library_version
+from stg_trt.checkpoint import Checkpoint
+from stg_trt.engine_key import EngineKey, code_version, digest
+from stg_trt.engine_store import check_file
+from stg_trt.errors import EngineRejected, InvalidRequest
+from stg_trt.families.base import Workload
+from stg_trt.manifest import Manifest, SegmentRecord
+from stg_trt.segment import Segment
+
+from . import compile_tensorrt
+from .options import BuildOptions
+from .progress import Progress, Silent
+from .reference import Reference
+from .segment_build import SegmentBuild
+
+_RECORDED_VERSIONS = ("torch", "diffusers", "onnx", "onnxscript", "onnxruntime")
+# Above this, one row is verified: a second one of a full-size model would take minutes on a CPU.
+_TWO_ROW_FLOPS = 2e11
+
+
+def build(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    height: int,
+    width: int,
+    num_frames: int,
+    text_length: int = 128,
+    stg_blocks: Sequence[int] | None = None,
+    stg_mode: str | None = None,
+    layout: str = "segmented",
+    precision: str = "fp32",
+    max_batch: int = 1,
+    backend: str = "onnxruntime",
+    target: str | None = None,
+    random_weights: bool = False,
+    verify_timesteps: int = 3,
+    keep_onnx: bool = False,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Builds engines below `output` and returns the build folders, one per target.
+
+    `target` may name several, separated by commas. Finished segments of an interrupted build are re-used.
+    Raises InvalidRequest for options that cannot be used and GateMissed for a segment that fails a check.
+    """
+    opened = Checkpoint.open(checkpoint, random_weights=random_weights)
+    chosen = backend_for(backend)
+    defaults = opened.family.defaults
+    options = BuildOptions(
+        checkpoint=opened,
+        output=Path(output),
+        workload=Workload(height, width, num_frames, text_length, precision),
+        stg_blocks=tuple(sorted(defaults.stg_blocks if stg_blocks is None else stg_blocks)),
+        stg_mode=defaults.stg_mode if stg_mode is None else stg_mode,
+        layout=layout,
+        max_batch=max_batch,
+        backend=chosen,
+        targets=tuple((target or chosen.targets[0]).split(",")),
+        verify_timesteps=verify_timesteps,
+        keep_onnx=keep_onnx,
+    )
+    return _Builder(options, progress or Silent()).run()
+
+
+class _Builder:
+    """One run over the segments, for all targets at once."""
+
+    def __init__(self, options: BuildOptions, progress: Progress) -> None:
+        self.options = options
+        self.progress = progress
+        self.weights = options.checkpoint.fingerprint()
+        self.backend_version = (
+            version("onnxruntime")
+            if options.backend.name == "onnxruntime"
+            else library_version(options.backend.name)
+        )
+
+    def run(self) -> list[Path]:
+        """Builds what is missing under the locks of the build folders."""
+        folders = {target: self.options.output / self._folder_name(target) for target in self.options.targets}
+        with ExitStack() as locks:
+            for folder in folders.values():
+                _make(folder)
+                locks.enter_context(FileLock(folder / ".lock"))
+            self._build(folders)
+        return list(folders.values())
+
+    def _build(self, folders: dict[str, Path]) -> None:
+        options = self.options
+        manifest = {target: self._resume(folder, target) for target, folder in folders.items()}
+        self.progress.start(options.name, options.segments)
+        reference = Reference(
+            options.checkpoint,
+            options.workload,
+            options.segments,
+            options.verify_timesteps,
+            2 if self._row_flops() < _TWO_ROW_FLOPS else 1,
+        )
+        for segment in options.segments:
+            keys = {target: self._key(segment, target) for target in folders}
+            missing = {
+                target: key for target, key in keys.items() if manifest[target].record(segment.name) is None
+            }
+            if not missing:
+                record = manifest[options.targets[0]].record(segment.name)
+                assert record is not None
+                self.progress.finish(segment, record, reused=True)
+                continue
+            work = folders[next(iter(missing))] / "work"
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()
+            try:
+                stages = SegmentBuild(options, segment, reference, work, self.progress)
+                for target, key in missing.items():
+                    record = stages.compile(key, folders[target])
+                    manifest[target] = _with(manifest[target], record)
+                    manifests.save(manifest[target], folders[target])
+                    self.progress.finish(segment, record, reused=False)
+            finally:
+                if not options.keep_onnx:
+                    shutil.rmtree(work, ignore_errors=True)
+        for target, folder in folders.items():
+            manifests.save(manifest[target].model_copy(update={"complete": True}), folder)
+
+    def _row_flops(self) -> int:
+        family = self.options.checkpoint.family
+        return sum(family.segment_flops(segment, self.options.workload) for segment in self.options.segments)
+
+    def _folder_name(self, target: str) -> str:
+        keys = [self._key(segment, target).facts() for segment in self.options.segments]
+        return f"{self.options.name}-{target}-{digest({'keys': keys})[:8]}"
+
+    def _resume(self, folder: Path, target: str) -> Manifest:
+        """The folder's manifest with only those segments that are whole, or a new one."""
+        try:
+            found = manifests.load(folder)
+        except EngineRejected:
+            return self._new_manifest(target)
+        kept = []
+        for record in found.segments:
+            try:
+                for file in record.files:
+                    check_file(folder / file.name, file)
+            except EngineRejected:
+                continue
+            kept.append(record)
+        return found.model_copy(update={"segments": tuple(kept), "complete": False})
+
+    def _new_manifest(self, target: str) -> Manifest:
+        options = self.options
+        versions = {name: version(name) for name in _RECORDED_VERSIONS}
+        versions[options.backend.name] = self.backend_version
+        return Manifest(
+            stg_trt_version=stg_trt.__version__,
+            versions=versions,
+            backend=options.backend.name,
+            target=target,
+            family=options.checkpoint.family.name,
+            transformer_config=options.checkpoint.transformer_config,
+            vae_config=options.checkpoint.vae_config,
+            weights=self.weights,
+            workload=options.workload,
+            layout=options.layout,
+            stg_mode=options.stg_mode,
+            stg_blocks=options.stg_blocks,
+            max_batch=options.max_batch,
+            complete=False,
+            segments=(),
+        )
+
+    def _key(self, segment: Segment, target: str) -> EngineKey:
+        options, family = self.options, self.options.checkpoint.family
+        return EngineKey(
+            weights=self.weights,
+            code=code_version(Path(__file__).parent),
+            segment=segment,
+            inputs=tuple(family.inputs(segment, options.workload)),
+            outputs=tuple(family.outputs(segment, options.workload)),
+            rows=options.rows(segment),
+            precision=options.workload.precision,
+            opset=options.backend.opset,
+            backend=options.backend.name,
+            backend_version=self.backend_version,
+            target=target,
+            flags=() if options.backend.name == "onnxruntime" else compile_tensorrt.FLAGS,
+        )
+
+
+def _with(manifest: Manifest, record: SegmentRecord) -> Manifest:
+    """The manifest with a finished segment, in the order of the build."""
+    others = tuple(r for r in manifest.segments if r.segment.name != record.segment.name)
+    return manifest.model_copy(update={"segments": (*others, record)})
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise InvalidRequest(
+            f"output: expected a folder that can be written, got {folder} ({error.strerror}): choose another"
+        ) from error

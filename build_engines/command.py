@@ -1,0 +1,74 @@
+"""The command line of the build."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from stg_trt.manifest import Manifest
+
+
+def build(
+    checkpoint: Annotated[
+        str, typer.Argument(help="A diffusers folder, or a published configuration's name.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the engines; several builds may share it.")],
+    height: Annotated[int, typer.Option(help="Pixels.")],
+    width: Annotated[int, typer.Option(help="Pixels.")],
+    num_frames: Annotated[int, typer.Option(help="Frames of the video.")],
+    text_length: Annotated[int, typer.Option(help="Text tokens, padding included.")] = 128,
+    stg_blocks: Annotated[
+        str | None, typer.Option(help="Blocks that can be perturbed, such as 14,19. [default: the family's]")
+    ] = None,
+    stg_mode: Annotated[str | None, typer.Option(help="stg-a or stg-r. [default: the family's]")] = None,
+    layout: Annotated[str, typer.Option(help="segmented or twin.")] = "segmented",
+    precision: Annotated[
+        str | None, typer.Option(help="fp32 or bf16. [default: what the backend runs]")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(help="Most videos in one call.")] = 1,
+    backend: Annotated[str, typer.Option(help="onnxruntime, tensorrt-rtx or tensorrt.")] = "onnxruntime",
+    target: Annotated[
+        str | None, typer.Option(help="Compute capabilities, such as sm_120,sm_89. [default: the backend's]")
+    ] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Seeded random weights, for benchmarks.")
+    ] = False,
+    verify_timesteps: Annotated[
+        int, typer.Option(help="Timesteps compared with eager float32: 3 is first, middle, last; 0 is none.")
+    ] = 3,
+    keep_onnx: Annotated[bool, typer.Option("--keep-onnx", help="Keep the exported graphs.")] = False,
+) -> None:
+    """Build verified engines from a checkpoint."""
+    from stg_trt import manifest as manifests
+    from stg_trt.backends import backend_for
+    from stg_trt.perturbation import parse_blocks
+
+    from .build import build as build_engines
+    from .display import BuildDisplay, print_summary
+
+    with BuildDisplay() as display:
+        folders = build_engines(
+            checkpoint,
+            output,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            text_length=text_length,
+            stg_blocks=None if stg_blocks is None else parse_blocks(stg_blocks),
+            stg_mode=stg_mode,
+            layout=layout,
+            precision=precision or backend_for(backend).precisions[0],
+            max_batch=max_batch,
+            backend=backend,
+            target=target,
+            random_weights=random_weights,
+            verify_timesteps=verify_timesteps,
+            keep_onnx=keep_onnx,
+            progress=display,
+        )
+    for folder in folders:
+        built: Manifest = manifests.load(folder)
+        print_summary(folder, built)

@@ -1,0 +1,142 @@
+"""An ONNX graph to a TensorRT or TensorRT-RTX engine; TensorRT-RTX needs no GPU for it."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from stg_trt.backends.tensorrt_library import load_library
+from stg_trt.errors import GateMissed
+from stg_trt.tensor_spec import ROWS, TensorSpec
+
+from .compiled import Compiled
+
+FLAGS = ("strongly_typed", "max_aux_streams=0")
+# A fused attention names its kernel once as a whole word in the plan; its variants carry suffixes.
+_MHA_KERNEL = re.compile(rb"(?<![\w.])_gemm_mha_v2(?![\w.])")
+_ACTIVATION = re.compile(r"Total Activation Memory: (\d+)")
+
+
+class Cancelled(Exception):
+    """The user interrupted the compilation."""
+
+
+def compile_tensorrt(
+    graph: Path,
+    inputs: Sequence[TensorSpec],
+    rows: tuple[int, int, int],
+    *,
+    backend: str,
+    target: str,
+    on_progress: Callable[[str], None],
+) -> Compiled:
+    """Compiles `graph` for rows (min, opt, max); the engine is written beside it.
+
+    The compiler runs in its own thread, so that an interrupt reaches the main thread at once and stops it.
+    """
+    trt = load_library(backend)
+    cancel = threading.Event()
+    outcome: list[Compiled | BaseException] = []
+
+    def work() -> None:
+        try:
+            outcome.append(_compile(trt, graph, inputs, rows, backend, target, cancel, on_progress))
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=work, name=f"compile {graph.stem}")
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.2)
+    finally:
+        cancel.set()
+        thread.join()
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _compile(
+    trt: Any,
+    graph: Path,
+    inputs: Sequence[TensorSpec],
+    rows: tuple[int, int, int],
+    backend: str,
+    target: str,
+    cancel: threading.Event,
+    on_progress: Callable[[str], None],
+) -> Compiled:
+    logger = _logger(trt)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(os.fspath(graph)):
+        errors = "; ".join(str(parser.get_error(i).desc()) for i in range(parser.num_errors))
+        raise GateMissed(f"{graph.stem}: {backend} cannot read the graph: {errors}")
+    config = builder.create_builder_config()
+    config.add_optimization_profile(_profile(builder, inputs, rows))
+    config.progress_monitor = _monitor(trt, cancel, on_progress)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.max_aux_streams = 0
+    if target.startswith("sm_"):
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, target.upper().replace("_", "")), 0)
+    plan = builder.build_serialized_network(network, config)
+    if cancel.is_set():
+        raise Cancelled
+    if plan is None:
+        raise GateMissed(f"{graph.stem}: {backend} cannot compile it: {'; '.join(logger.errors[:3])}")
+    engine = graph.with_suffix(f".{target}.engine")
+    data = memoryview(plan)
+    engine.write_bytes(data)
+    return Compiled((engine,), len(_MHA_KERNEL.findall(data)), logger.activation_bytes)
+
+
+def _profile(builder: Any, inputs: Sequence[TensorSpec], rows: tuple[int, int, int]) -> Any:
+    profile = builder.create_optimization_profile()
+    for spec in inputs:
+        if ROWS in spec.shape:
+            profile.set_shape(spec.name, *(spec.with_rows(count) for count in rows))
+    return profile
+
+
+def _logger(trt: Any) -> Any:
+    """A logger that keeps errors and the activation size, which the builder only tells its log."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+            self.activation_bytes: int | None = None
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors.append(message)
+            elif match := _ACTIVATION.search(message):
+                self.activation_bytes = int(match[1])
+
+    return Logger()
+
+
+def _monitor(trt: Any, cancel: threading.Event, on_progress: Callable[[str], None]) -> Any:
+    """Reports the builder's phases, and answers 'stop' once the user has interrupted."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            on_progress(phase)
+
+        def phase_finish(self, phase: str) -> None:
+            pass
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            return not cancel.is_set()
+
+    return Monitor()

@@ -1,0 +1,79 @@
+"""Progress of a build on a terminal: one line per segment, then a table."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from stg_trt.manifest import Manifest, SegmentRecord
+from stg_trt.segment import Segment
+
+GIB = 1 << 30
+
+
+class BuildDisplay:
+    """A line per segment with its stage and time; when it is done, its peak memory."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            TextColumn("{task.fields[stage]}"),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+        )
+        self._tasks: dict[str, object] = {}
+        self._refreshed = 0.0
+
+    def __enter__(self) -> BuildDisplay:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def start(self, build: str, segments: tuple[Segment, ...]) -> None:
+        """Lists the segments."""
+        self._progress.console.print(f"{build}: {', '.join(segment.name for segment in segments)}")
+
+    def stage(self, segment: Segment, stage: str) -> None:
+        """Shows what the segment is at."""
+        if segment.name not in self._tasks:
+            self._tasks[segment.name] = self._progress.add_task(segment.name, total=None, stage=stage)
+        # The compiler reports thousands of phases; a terminal is read a few times a second.
+        elif time.monotonic() - self._refreshed > 0.1 or ":" not in stage:
+            self._progress.update(self._tasks[segment.name], stage=stage)  # type: ignore[arg-type]
+            self._refreshed = time.monotonic()
+
+    def finish(self, segment: Segment, record: SegmentRecord, reused: bool) -> None:
+        """Marks the segment done."""
+        if reused:
+            self._progress.console.print(f"{segment.name}: already built")
+            return
+        stage = f"done, peak {record.peak_bytes / GIB:.1f} GiB"
+        self._progress.update(self._tasks[segment.name], stage=stage, total=1, completed=1)  # type: ignore[arg-type]
+
+
+def print_summary(folder: Path, manifest: Manifest) -> None:
+    """One row per segment of a finished build."""
+    table = Table(title=str(folder), title_justify="left")
+    for column in ("segment", "seconds", "peak GiB", "MB", "attentions", "relative L2"):
+        table.add_column(column, justify="left" if column == "segment" else "right")
+    for record in manifest.segments:
+        worst = max((v.relative_l2 for v in record.verification), default=None)
+        table.add_row(
+            record.segment.name,
+            f"{sum(record.seconds.values()):.1f}",
+            f"{record.peak_bytes / GIB:.1f}",
+            f"{sum(file.bytes for file in record.files) / 1e6:.1f}",
+            f"{record.fused_attentions}/{record.attentions}",
+            "not verified" if worst is None else f"{worst:.1e}",
+        )
+    Console().print(table)

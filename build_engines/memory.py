@@ -1,0 +1,49 @@
+"""Peak resident memory of this process while something runs."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import threading
+from types import TracebackType
+
+import psutil
+
+_INTERVAL_S = 0.02
+
+
+class PeakMemory:
+    """Context manager; `bytes` is the highest resident set size sampled inside it."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._process = psutil.Process()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._sample()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._sample()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(_INTERVAL_S):
+            self._sample()
+
+    def _sample(self) -> None:
+        self.bytes = max(self.bytes, self._process.memory_info().rss)
+
+
+def release() -> None:
+    """Gives freed memory back to the system, so that the next stage does not start on top of it."""
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)

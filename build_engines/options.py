@@ -1,0 +1,67 @@
+"""What a build is asked for, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from stg_trt.backends import Backend, check_target
+from stg_trt.checkpoint import Checkpoint
+from stg_trt.errors import InvalidRequest
+from stg_trt.families.base import Workload
+from stg_trt.segment import LAYOUTS, TEXT, Segment, cut
+from stg_trt.step_plan import GROUPS
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """One model at one size in one layout, for one backend and one or more of its targets."""
+
+    checkpoint: Checkpoint
+    output: Path
+    workload: Workload
+    stg_blocks: tuple[int, ...]
+    stg_mode: str
+    layout: str
+    max_batch: int
+    backend: Backend
+    targets: tuple[str, ...]
+    verify_timesteps: int
+    keep_onnx: bool
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise InvalidRequest(
+                f"layout: expected one of {', '.join(LAYOUTS)}, got {self.layout!r}: choose one of them"
+            )
+        if self.max_batch < 1:
+            raise InvalidRequest(f"max_batch: expected at least 1, got {self.max_batch}: use 1")
+        if self.verify_timesteps < 0:
+            raise InvalidRequest(
+                f"verify_timesteps: expected 0 or more, got {self.verify_timesteps}: use 3 (first, middle, last)"
+            )
+        if self.layout == "twin" and not self.stg_blocks:
+            raise InvalidRequest("stg_blocks: expected blocks for the twin layout, got none: name them")
+        for target in self.targets:
+            check_target(self.backend, target, self.workload.precision)
+        self.checkpoint.family.check(self.workload)
+        assert self.segments
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """In the order they run; the projection of the text first."""
+        family = self.checkpoint.family
+        blocks = cut(self.layout, family.num_blocks, self.stg_mode, self.stg_blocks)
+        return (TEXT, *blocks) if family.has_text_segment else blocks
+
+    @property
+    def name(self) -> str:
+        """What tells the build from others in a folder, but for weights and versions."""
+        blocks = ".".join(map(str, self.stg_blocks)) or "none"
+        return f"{self.layout}-{self.stg_mode}-{blocks}-{self.workload}-{self.backend.name}"
+
+    def rows(self, segment: Segment) -> tuple[int, int, int]:
+        """(min, opt, max) rows: opt is what a CFG+STG step of `max_batch` videos runs the segment with."""
+        plain = segment.front and (not segment.back or self.layout == "twin")
+        passes = 1 if segment.skipped else 2 if plain else len(GROUPS)
+        return 1, passes * self.max_batch, len(GROUPS) * self.max_batch

@@ -1,0 +1,34 @@
+"""What a build reports while it runs; the command line draws it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from stg_trt.manifest import SegmentRecord
+from stg_trt.segment import Segment
+
+
+class Progress(Protocol):
+    """Called from the building thread, and from the compiler's for `phase`."""
+
+    def start(self, build: str, segments: tuple[Segment, ...]) -> None:
+        """A build begins."""
+
+    def stage(self, segment: Segment, stage: str) -> None:
+        """A segment enters a stage: reference, export, verify, compile."""
+
+    def finish(self, segment: Segment, record: SegmentRecord, reused: bool) -> None:
+        """A segment's engine is on disk."""
+
+
+class Silent:
+    """No reports."""
+
+    def start(self, build: str, segments: tuple[Segment, ...]) -> None:
+        """Ignored."""
+
+    def stage(self, segment: Segment, stage: str) -> None:
+        """Ignored."""
+
+    def finish(self, segment: Segment, record: SegmentRecord, reused: bool) -> None:
+        """Ignored."""

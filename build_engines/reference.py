@@ -1,0 +1,91 @@
+"""Eager float32 results of every segment at the real shape, for the numerics gate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stg_trt.checkpoint import Checkpoint
+from stg_trt.families.base import KEEP_ATTENTION, SegmentModule, TextCondition, Workload
+from stg_trt.segment import Segment
+
+State = dict[str, Tensor]
+
+
+class Reference:
+    """The chain of segments run eagerly, segment by segment, at some timesteps of the schedule.
+
+    Inputs of a segment are the eager outputs of those before it. Segments whose engines were re-used are
+    only run when a later segment needs their results.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        workload: Workload,
+        segments: tuple[Segment, ...],
+        timesteps: int,
+        rows: int,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.family = checkpoint.family
+        self.workload = workload
+        self.segments = segments
+        self.timesteps = _spread(self._schedule(), timesteps)
+        self._states = [self._start(timestep, rows) for timestep in self.timesteps]
+        self._done: set[Segment] = set()
+
+    def module(self, segment: Segment, *, expand_masks: bool) -> SegmentModule:
+        """The segment in float32, with no other weights in memory."""
+        transformer = self.checkpoint.load_transformer(segment.blocks)
+        return self.family.module(transformer, segment, expand_masks=expand_masks).eval()
+
+    def inputs(self, segment: Segment) -> list[State]:
+        """Inputs of a segment, one set per timestep; runs the segments before it where that is missing."""
+        if self.timesteps:
+            for earlier in self.segments[: self.segments.index(segment)]:
+                if earlier not in self._done:
+                    self.run(earlier, self.module(earlier, expand_masks=False))
+        names = self.family.borders(segment)[0]
+        return [{name: state[name] for name in names} for state in self._states]
+
+    def run(self, segment: Segment, module: SegmentModule) -> list[State]:
+        """Eager outputs of a segment, one set per timestep."""
+        outputs = []
+        with torch.no_grad():
+            for state, inputs in zip(self._states, self.inputs(segment), strict=True):
+                results = dict(zip(module.outputs, module(*inputs.values()), strict=True))
+                outputs.append(results)
+                state |= results
+        self._done.add(segment)
+        return outputs
+
+    def _schedule(self) -> list[float]:
+        scheduler = self.checkpoint.scheduler()
+        self.family.set_timesteps(scheduler, self.family.defaults.num_inference_steps, self.workload)
+        return [float(timestep) for timestep in scheduler.timesteps]
+
+    def _start(self, timestep: float, rows: int) -> State:
+        """Random latents and text; the last quarter of the text is padding."""
+        generator = torch.Generator().manual_seed(int(timestep))
+        specs = self.family.tensors(self.workload)
+        embeds = torch.randn(specs["prompt_embeds"].with_rows(rows), generator=generator)
+        mask = torch.ones(embeds.shape[:2])
+        mask[:, embeds.shape[1] - embeds.shape[1] // 4 :] = 0
+        text = TextCondition(embeds, mask)
+        constants = self.family.constants(text, self.workload, self.family.defaults.frame_rate)
+        return {
+            **constants,
+            "latents": torch.randn(specs["latents"].with_rows(rows), generator=generator),
+            "timestep": torch.full((rows,), timestep),
+            # The last row skips its attention, so that both branches of the switch are compared.
+            KEEP_ATTENTION: torch.arange(rows) != rows - 1,
+        }
+
+
+def _spread(values: list[float], count: int) -> list[float]:
+    """First, middle and last for 3; none for 0."""
+    if count <= 1:
+        return values[:count]
+    last = len(values) - 1
+    return [values[round(i * last / (count - 1))] for i in range(count)]

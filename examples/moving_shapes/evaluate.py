@@ -1,0 +1,156 @@
+"""How often the sampled clips show what their prompts say: without guidance, with CFG, and with STG on top.
+
+python evaluate.py --engines /tmp/moving_shapes_engines
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from clips import FRAME_RATE, LABELS, NUM_FRAMES, SIZE, Label
+from measure import Measurement, measure
+from report import PARTS, plot, table
+from stg_trt.build_engines import build
+
+from stg_trt import VideoPipeline
+
+HERE = Path(__file__).parent
+BLOCKS = (2, 4, 6)
+STG_SCALES = (0.5, 1.0, 2.0)
+BATCH = 8
+TEXT_LENGTH = 16
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to guide the sampling."""
+
+    name: str
+    cfg_scale: float = 1.0
+    stg_scale: float = 0.0
+    stg_mode: str = "stg-a"
+    stg_block: int | None = None
+
+
+def settings(cfg_scale: float) -> list[Setting]:
+    """No guidance, CFG, and CFG+STG in both modes at several blocks and scales."""
+    plain = [Setting("no guidance"), Setting(f"CFG {cfg_scale:g}", cfg_scale)]
+    return plain + [
+        Setting(f"CFG {cfg_scale:g} + {mode.upper()} {scale:g}, block {block}", cfg_scale, scale, mode, block)
+        for mode in ("stg-a", "stg-r")
+        for block in BLOCKS
+        for scale in STG_SCALES
+    ]
+
+
+def sample(
+    pipe: VideoPipeline, setting: Setting, work: list[tuple[Label, int]], steps: int
+) -> list[Measurement]:
+    """Measure one clip for each label and seed; the noise depends on the seed alone, not on the setting."""
+    measured = []
+    for start in range(0, len(work), BATCH):
+        part = work[start : start + BATCH]
+        frames = pipe(
+            prompt=[label.prompt for label, _ in part],
+            negative_prompt="",
+            height=SIZE,
+            width=SIZE,
+            num_frames=NUM_FRAMES,
+            frame_rate=FRAME_RATE,
+            num_inference_steps=steps,
+            guidance_scale=setting.cfg_scale,
+            stg_scale=setting.stg_scale,
+            stg_mode=setting.stg_mode,
+            stg_blocks=[setting.stg_block if setting.stg_block is not None else BLOCKS[0]],
+            rescale=0.0,
+            generator=[torch.Generator().manual_seed(seed) for _, seed in part],
+            output_type="np",
+        ).frames
+        measured += [measure(clip) for clip in frames]
+    return measured
+
+
+def summarise(measured: list[Measurement], work: list[tuple[Label, int]]) -> dict[str, float]:
+    """Shares of right clips, and how clean the clips are."""
+    matches = [one.matches(label) for one, (label, _) in zip(measured, work, strict=True)]
+    shares = {part: float(np.mean([match[part] for match in matches])) for part in PARTS}
+    jitters = [one.jitter for one in measured if not np.isnan(one.jitter)]
+    overlap = float(np.mean([one.overlap for one in measured]))
+    return {**shares, "overlap": overlap, "jitter": float(np.mean(jitters)) if jitters else float("nan")}
+
+
+def machine() -> dict[str, str]:
+    """Where and with what the figures were measured."""
+    packages = {name: version(name) for name in ("torch", "diffusers", "transformers", "onnxruntime")}
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        cpu = names[0] if names else cpu
+    return {"date": date.today().isoformat(), "cpu": f"{cpu}, {os.cpu_count()} cores", **packages}
+
+
+def open_pipeline(checkpoint: Path, engines: Path) -> VideoPipeline:
+    """The checkpoint over segmented engines, which serve every mode and block; built where missing."""
+    if not engines.exists():
+        build(
+            str(checkpoint),
+            output=str(engines),
+            height=SIZE,
+            width=SIZE,
+            num_frames=NUM_FRAMES,
+            text_length=TEXT_LENGTH,
+            stg_blocks=list(BLOCKS),
+            stg_mode="stg-a",
+            layout="segmented",
+            precision="fp32",
+            max_batch=BATCH,
+            backend="onnxruntime",
+        )
+    return VideoPipeline.from_pretrained(str(checkpoint), engines=str(engines))
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Evaluate the moving-shapes pipeline.")
+    parser.add_argument("--checkpoint", type=Path, default=HERE / "checkpoint")
+    parser.add_argument("--engines", type=Path, required=True, help="built there if the folder is missing")
+    parser.add_argument("--output", type=Path, default=HERE, help="folder of evaluation.json, .md and .png")
+    parser.add_argument("--seeds", type=int, default=2, help="clips for each of the 48 prompts")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--cfg-scale", type=float, default=3.0)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Sample, measure and write the results; the files are rewritten after every setting."""
+    args = parse_args()
+    pipe = open_pipeline(args.checkpoint, args.engines)
+    work = [
+        (label, round_ * len(LABELS) + i) for round_ in range(args.seeds) for i, label in enumerate(LABELS)
+    ]
+    results: list[dict[str, object]] = []
+    for setting in settings(args.cfg_scale):
+        start = time.monotonic()
+        summary = summarise(sample(pipe, setting, work, args.steps), work)
+        seconds = time.monotonic() - start
+        results.append({**asdict(setting), **summary, "seconds_per_clip": seconds / len(work)})
+        print(json.dumps(results[-1]), flush=True)
+        report = {"clips": len(work), "steps": args.steps, "machine": machine(), "results": results}
+        (args.output / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
+        (args.output / "evaluation.md").write_text(table(report))
+    plot(report, args.output / "evaluation.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Image analysis of a clip: which colour, which shape, which way it moves, and how cleanly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from clips import BACKGROUND, COLOURS, DIRECTIONS, SHAPES, SIZE, Array, Label, shape_mask
+
+UNCLEAR = "unclear"
+FOREGROUND_LEVEL = 0.3
+SMALLEST_AREA = 20
+COLOUR_TOLERANCE = 0.4
+SMALLEST_OVERLAP = 0.6
+SMALLEST_MOVE = 8.0
+
+# Area of each shape at radius 1, and how far below its centre its centre of mass lies.
+AREAS = {"circle": np.pi, "square": 1.8**2, "triangle": 2.0}
+MASS_OFFSETS = {"circle": 0.0, "square": 0.0, "triangle": 1 / 3}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a clip was found to show; each name may be `unclear`."""
+
+    colour: str
+    shape: str
+    direction: str
+    overlap: float
+    jitter: float
+
+    def matches(self, label: Label) -> dict[str, bool]:
+        """Which parts of the label the clip shows."""
+        found = {
+            "colour": self.colour == label.colour,
+            "shape": self.shape == label.shape,
+            "direction": self.direction == label.direction,
+        }
+        return {**found, "all": all(found.values())}
+
+
+def measure(clip: Array) -> Measurement:
+    """Measure a clip [frames, height, width, 3] in 0..1."""
+    colour = find_colour(clip)
+    if colour == UNCLEAR:
+        return Measurement(UNCLEAR, UNCLEAR, UNCLEAR, 0.0, float("nan"))
+    masks = coverage(clip, colour)
+    if (masks.sum(axis=(1, 2)) < SMALLEST_AREA).any():
+        return Measurement(colour, UNCLEAR, UNCLEAR, 0.0, float("nan"))
+    centres = centres_of_mass(masks)
+    shape, overlap = find_shape(masks, centres)
+    direction, jitter = find_direction(centres)
+    return Measurement(colour, shape, direction, overlap, jitter)
+
+
+def find_colour(clip: Array) -> str:
+    """The named colour nearest to the median colour of what stands out from the background."""
+    foreground = clip[np.abs(clip - BACKGROUND).max(axis=-1) > FOREGROUND_LEVEL]
+    if len(foreground) < SMALLEST_AREA:
+        return UNCLEAR
+    typical = np.median(foreground, axis=0)
+    distances = {name: float(np.linalg.norm(typical - np.array(rgb))) for name, rgb in COLOURS.items()}
+    nearest = min(distances, key=lambda name: distances[name])
+    return nearest if distances[nearest] < COLOUR_TOLERANCE else UNCLEAR
+
+
+def coverage(clip: Array, colour: str) -> Array:
+    """How far each pixel [frames, height, width] has gone from the background to the colour, in 0..1."""
+    towards = np.array(COLOURS[colour]) - BACKGROUND
+    along = ((clip - BACKGROUND) @ towards) / (towards @ towards)
+    along = np.clip(along, 0, 1)
+    # A faint haze over the whole picture would otherwise drag the centre of mass to the middle.
+    return np.where(along > FOREGROUND_LEVEL, along, 0).astype(np.float32)
+
+
+def centres_of_mass(masks: Array) -> Array:
+    """Centre (x, y) of the mask of each frame, in pixels."""
+    steps = np.arange(SIZE) + 0.5
+    areas = masks.sum(axis=(1, 2))
+    x = (masks.sum(axis=1) * steps).sum(axis=1) / areas
+    y = (masks.sum(axis=2) * steps).sum(axis=1) / areas
+    return np.stack([x, y], axis=1).astype(np.float32)
+
+
+def find_shape(masks: Array, centres: Array) -> tuple[str, float]:
+    """The shape that, put at the same place with the same area, overlaps the masks best, and how well."""
+    overlaps = {}
+    for shape in SHAPES:
+        ratios = []
+        for mask, (x, y) in zip(masks, centres, strict=True):
+            radius = float(np.sqrt(mask.sum() / AREAS[shape]))
+            template = shape_mask(shape, float(x), float(y) - MASS_OFFSETS[shape] * radius, radius)
+            ratios.append(np.minimum(mask, template).sum() / np.maximum(mask, template).sum())
+        overlaps[shape] = float(np.mean(ratios))
+    best = max(overlaps, key=lambda shape: overlaps[shape])
+    return (best if overlaps[best] >= SMALLEST_OVERLAP else UNCLEAR), overlaps[best]
+
+
+def find_direction(centres: Array) -> tuple[str, float]:
+    """Direction of the straight line fitted to the path, and the RMS distance from it in pixels."""
+    times = np.arange(len(centres)) - (len(centres) - 1) / 2
+    velocity = times @ (centres - centres.mean(axis=0)) / (times @ times)
+    residual = centres - centres.mean(axis=0) - times[:, None] * velocity
+    jitter = float(np.sqrt((residual**2).sum(axis=1).mean()))
+    move = velocity * (len(centres) - 1)
+    if np.abs(move).max() < SMALLEST_MOVE:
+        return UNCLEAR, jitter
+    axis = int(np.abs(move).argmax())
+    step = [0, 0]
+    step[axis] = int(np.sign(move[axis]))
+    return next(name for name, unit in DIRECTIONS.items() if list(unit) == step), jitter

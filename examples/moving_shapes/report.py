@@ -1,0 +1,55 @@
+"""The table and the plot of an evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+PARTS = ("colour", "shape", "direction", "all")
+
+
+def table(report: dict[str, Any]) -> str:
+    """The results as Markdown, with what they were measured on."""
+    lines = [
+        "| guidance | colour | shape | direction | all three | overlap | jitter (px) | s/clip |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in report["results"]:
+        shares = " | ".join(f"{100 * row[part]:.0f} %" for part in PARTS)
+        quality = f"{row['overlap']:.3f} | {row['jitter']:.2f} | {row['seconds_per_clip']:.2f}"
+        lines.append(f"| {row['name']} | {shares} | {quality} |")
+    machine = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
+    lines += [
+        "",
+        f"{report['clips']} clips a row, {report['steps']} steps, the same noise in every row. Overlap: how "
+        "well the best-fitting shape covers what was drawn (1 is perfect). Jitter: distance of the path from "
+        f"a straight line. Measured with: {machine}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Share of right clips against the STG scale, a panel for each part, a line for each mode and block."""
+    rows = report["results"]
+    cfg = next(row for row in rows if row["cfg_scale"] > 1 and row["stg_scale"] == 0)
+    none = next(row for row in rows if row["cfg_scale"] <= 1)
+    lines = sorted({(row["stg_mode"], row["stg_block"]) for row in rows if row["stg_scale"] > 0})
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    panels = figure.subplots(1, len(PARTS), sharey=True)
+    for panel, part in zip(panels, PARTS, strict=True):
+        panel.axhline(100 * none[part], color="grey", linestyle=":", label="no guidance")
+        for mode, block in lines:
+            chosen = [row for row in rows if row["stg_scale"] > 0]
+            chosen = [cfg, *(row for row in chosen if (row["stg_mode"], row["stg_block"]) == (mode, block))]
+            x, y = [row["stg_scale"] for row in chosen], [100 * row[part] for row in chosen]
+            style = "-" if mode == "stg-a" else "--"
+            panel.plot(x, y, style, marker="o", markersize=3, label=f"{mode.upper()}, block {block}")
+        panel.set_title(part)
+        panel.set_xlabel(f"STG scale (0: {cfg['name']} alone)")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("right clips (%)")
+    panels[0].set_ylim(-3, 103)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,7 @@
+"""`python -m runtime` from a checkout is `stg-trt generate`."""
+
+from stg_trt.cli import run_command
+
+from .command import generate
+
+run_command(generate)

@@ -1,0 +1,165 @@
+"""The command line of generation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stg_trt.pipeline import VideoPipeline
+
+_EMBEDS = (
+    "prompt_embeds",
+    "prompt_attention_mask",
+    "negative_prompt_embeds",
+    "negative_prompt_attention_mask",
+    "latents",
+)
+
+
+def generate(
+    checkpoint: Annotated[str, typer.Argument(help="The checkpoint that the engines were built from.")],
+    engines: Annotated[Path, typer.Option(help="A folder made by stg-trt build.")],
+    output: Annotated[Path, typer.Option(help="video.mp4, or latents.safetensors.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="Repeat it for several videos.")] = None,
+    negative_prompt: Annotated[str, typer.Option(help="What guidance moves away from.")] = "",
+    embeds: Annotated[
+        Path | None, typer.Option(help=f"Instead of a prompt: safetensors with {', '.join(_EMBEDS)}.")
+    ] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels. [default: the engines']")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels. [default: the engines']")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Frames. [default: the engines']")] = None,
+    frame_rate: Annotated[float | None, typer.Option(help="Frames per second.")] = None,
+    num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance_scale: Annotated[str | None, typer.Option(help="CFG: a number, or one per step: 3,3,1.")] = None,
+    stg_scale: Annotated[str | None, typer.Option(help="STG: a number, or one per step: 0,1,1.")] = None,
+    stg_mode: Annotated[str | None, typer.Option(help="stg-a or stg-r. [default: the engines']")] = None,
+    stg_blocks: Annotated[str | None, typer.Option(help="Such as 14,19. [default: the engines']")] = None,
+    rescale: Annotated[str | None, typer.Option(help="0 (off) to 1; a number, or one per step.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Published per-step tables by name.")] = None,
+    num_videos_per_prompt: Annotated[int, typer.Option(help="Videos per prompt.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    layout: Annotated[str | None, typer.Option(help="segmented or twin. [default: what fits]")] = None,
+    backend: Annotated[str | None, typer.Option(help="[default: what fits]")] = None,
+) -> None:
+    """Generate videos with compiled engines."""
+    from stg_trt.perturbation import parse_blocks
+    from stg_trt.pipeline import VideoPipeline
+
+    _check_output(output)
+    import torch
+
+    _quiet_libraries()
+    pipeline = VideoPipeline.from_pretrained(checkpoint, engines, layout=layout, backend=backend)
+    given = _read_embeds(embeds) if embeds is not None else {}
+    frames = _sample(
+        pipeline,
+        prompt=prompt or None,
+        negative_prompt=negative_prompt,
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        frame_rate=frame_rate,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=_scale("guidance_scale", guidance_scale),
+        stg_scale=_scale("stg_scale", stg_scale),
+        stg_mode=stg_mode,
+        stg_blocks=None if stg_blocks is None else parse_blocks(stg_blocks),
+        rescale=_scale("rescale", rescale),
+        preset=preset,
+        num_videos_per_prompt=num_videos_per_prompt,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="np" if output.suffix == ".mp4" else "latent",
+        **given,
+    )
+    for path in _save(frames, output, frame_rate or pipeline.family.defaults.frame_rate):
+        print(path)
+
+
+def _check_output(output: Path) -> None:
+    """Refused before minutes are spent on the video."""
+    from stg_trt.errors import InvalidRequest
+
+    if output.suffix not in (".mp4", ".safetensors"):
+        raise InvalidRequest(
+            f"output: expected a name ending in .mp4 or .safetensors, got {output}: rename it"
+        )
+    if not output.parent.is_dir():
+        raise InvalidRequest(f"output: expected an existing folder, got {output.parent}: create it first")
+
+
+def _quiet_libraries() -> None:
+    """Their notes on loading do not concern who runs this command."""
+    import diffusers
+    import transformers
+
+    diffusers.logging.set_verbosity_error()
+    diffusers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _sample(pipeline: VideoPipeline, **arguments: Any) -> Any:
+    """Runs the pipeline under a progress bar."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("loading", total=None)
+
+        def advance(pipe: Any, step: int, timestep: float, tensors: dict[str, Tensor]) -> None:
+            progress.update(task, description="sampling", completed=step + 1, total=pipe.num_timesteps)
+
+        return pipeline(**arguments, callback_on_step_end=advance).frames
+
+
+def _scale(name: str, text: str | None) -> float | list[float] | None:
+    """A number, or a list of them separated by commas."""
+    from stg_trt.errors import InvalidRequest
+
+    if text is None:
+        return None
+    try:
+        values = [float(value) for value in text.split(",")]
+    except ValueError as error:
+        raise InvalidRequest(
+            f"{name}: expected a number, or one per step separated by commas, got {text!r}: correct it"
+        ) from error
+    return values if len(values) > 1 else values[0]
+
+
+def _read_embeds(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from stg_trt.errors import InvalidRequest
+
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InvalidRequest(
+            f"embeds: expected a safetensors file, got {path} ({error}): check it"
+        ) from error
+    return {name: tensor for name, tensor in tensors.items() if name in _EMBEDS}
+
+
+def _save(frames: Any, output: Path, frame_rate: float) -> list[Path]:
+    """One file per video: video.mp4, or video-0.mp4, video-1.mp4 and so on."""
+    from safetensors.torch import save
+
+    from stg_trt.manifest import write_atomically
+    from stg_trt.video_file import save_video
+
+    if output.suffix == ".safetensors":
+        write_atomically(output, save({"latents": frames}))
+        return [output]
+    paths = [output]
+    if len(frames) > 1:
+        paths = [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(len(frames))]
+    for path, video in zip(paths, frames, strict=True):
+        save_video(video, path, frame_rate)
+    return paths

@@ -1,0 +1,59 @@
+"""ONNX Runtime on the CPU: the embedded default, for any machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from torch import Tensor
+
+from stg_trt.errors import EngineRejected
+
+_ELEMENT_TYPES = {"torch.float32": np.float32, "torch.bool": np.bool_}
+
+
+class OnnxRuntimeEngine:
+    """A session; its contexts are I/O bindings."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self.session = session
+
+    def context(self) -> OnnxRuntimeContext:
+        """A new binding."""
+        return OnnxRuntimeContext(self.session)
+
+
+class OnnxRuntimeContext:
+    """Binds torch CPU tensors by address, so that nothing is copied."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self._session = session
+        self._binding = session.io_binding()
+        self._inputs = {node.name for node in session.get_inputs()}
+        self._bound: dict[str, Tensor] = {}
+
+    def bind(self, name: str, tensor: Tensor) -> None:
+        """Gives an input or output its memory and its shape."""
+        assert tensor.is_contiguous() and tensor.device.type == "cpu"
+        bind = self._binding.bind_input if name in self._inputs else self._binding.bind_output
+        dtype = _ELEMENT_TYPES[str(tensor.dtype)]
+        bind(name, "cpu", 0, dtype, tuple(tensor.shape), tensor.data_ptr())
+        self._bound[name] = tensor
+
+    def enqueue(self, stream: int) -> None:
+        """Runs now; a CPU has no stream."""
+        self._session.run_with_iobinding(self._binding)
+
+
+def load(backend: str, path: Path, threads: int = 0) -> OnnxRuntimeEngine:
+    """A session on the CPU; `threads` 0 means one per physical core."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    try:
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        # onnxruntime raises a dozen pybind exception classes with no common base.
+        raise EngineRejected(f"{path}: {backend} cannot load it: {str(error).splitlines()[0]}") from error
+    return OnnxRuntimeEngine(session)

@@ -1,0 +1,186 @@
+"""A diffusers checkpoint folder, or the name of a published configuration with random weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from stg_trt.errors import InvalidRequest
+from stg_trt.families import family_for
+from stg_trt.families.base import ModelFamily, load_class
+
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_CHUNK_BYTES = 16 << 20
+
+
+def published() -> tuple[str, ...]:
+    """Names of the model configurations that ship with the package."""
+    entries = (resources.files("stg_trt") / "published").iterdir()
+    return tuple(sorted(e.name.removesuffix(".json") for e in entries if e.name.endswith(".json")))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where the configuration and the weights come from; `folder` is None for random weights."""
+
+    name: str
+    folder: Path | None
+    transformer_config: dict[str, Any]
+    vae_config: dict[str, Any] | None
+    scheduler_config: dict[str, Any]
+
+    @classmethod
+    def open(cls, checkpoint: str | Path, *, random_weights: bool = False) -> Checkpoint:
+        """Reads the configurations; raises InvalidRequest for anything that is not such a checkpoint."""
+        folder = Path(checkpoint)
+        if not folder.is_dir() and str(checkpoint) in published():
+            if not random_weights:
+                raise InvalidRequest(
+                    f"checkpoint: expected a folder with weights, got the configuration {checkpoint}: "
+                    "give a diffusers folder or add --random-weights"
+                )
+            text = (resources.files("stg_trt") / "published" / f"{checkpoint}.json").read_text("utf-8")
+            data = json.loads(text)
+            return cls(str(checkpoint), None, data["transformer"], data["vae"], data["scheduler"])
+        if not folder.is_dir():
+            raise InvalidRequest(
+                f"checkpoint: expected a diffusers folder or one of {', '.join(published())}, "
+                f"got {checkpoint}, which is neither: check the path"
+            )
+        transformer = _read_config(folder / "transformer" / "config.json")
+        scheduler = _read_config(folder / "scheduler" / "scheduler_config.json")
+        vae_file = folder / "vae" / "config.json"
+        vae = _read_config(vae_file) if vae_file.exists() else None
+        return cls(folder.name, None if random_weights else folder, transformer, vae, scheduler)
+
+    @property
+    def family(self) -> ModelFamily:
+        """The model family of the transformer."""
+        return family_for(self.transformer_config, self.vae_config)
+
+    @property
+    def has_pipeline(self) -> bool:
+        """Whether text encoder, tokenizer and VAE are there, so that a prompt can become a video."""
+        return self.folder is not None and (self.folder / "model_index.json").exists()
+
+    def scheduler(self) -> Any:
+        """A new scheduler of the checkpoint's class and configuration."""
+        class_name = self.scheduler_config.get("_class_name")
+        try:
+            return load_class(str(class_name)).from_config(self.scheduler_config)
+        except AttributeError as error:
+            raise InvalidRequest(
+                f"checkpoint: expected a diffusers scheduler, got {class_name}: correct scheduler_config.json"
+            ) from error
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the transformer's configuration and weight files."""
+        digest = hashlib.sha256(json.dumps(self.transformer_config, sort_keys=True).encode())
+        if self.folder is None:
+            return f"random-{digest.hexdigest()}"
+        for path in self._weight_files():
+            with path.open("rb") as file:
+                while chunk := file.read(_CHUNK_BYTES):
+                    digest.update(chunk)
+        return digest.hexdigest()
+
+    def load_transformer(self, blocks: Iterable[int] | None = None) -> Any:
+        """The diffusers transformer in float32 on the CPU; other blocks than `blocks` stay without memory."""
+        import torch
+        from accelerate import init_empty_weights
+
+        family = self.family
+        wanted = set(range(family.num_blocks) if blocks is None else blocks)
+        with init_empty_weights(include_buffers=False), torch.no_grad():
+            transformer = load_class(family.transformer_class).from_config(self.transformer_config)
+        expected = {
+            name: tensor
+            for name, tensor in transformer.state_dict().items()
+            if (block := family.block_of(name)) is None or block in wanted
+        }
+        weights = _random_weights(expected) if self.folder is None else self._read_weights(expected)
+        transformer.load_state_dict(weights, strict=False, assign=True)
+        return transformer.eval().requires_grad_(False)
+
+    def _weight_files(self) -> list[Path]:
+        assert self.folder is not None
+        folder = self.folder / "transformer"
+        index = folder / f"{_WEIGHTS}.index.json"
+        if not index.exists():
+            files = [folder / _WEIGHTS]
+        else:
+            files = [folder / name for name in sorted(set(_read_config(index)["weight_map"].values()))]
+        for path in files:
+            if not path.is_file():
+                raise InvalidRequest(
+                    f"checkpoint: expected the weights {path.relative_to(self.folder)}, got no such file: "
+                    "download the checkpoint again (safetensors format)"
+                )
+        return files
+
+    def _read_weights(self, expected: dict[str, Any]) -> dict[str, Any]:
+        import torch
+        from safetensors import SafetensorError, safe_open
+
+        weights: dict[str, Any] = {}
+        for path in self._weight_files():
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name in expected.keys() & set(file.keys()):
+                        weights[name] = file.get_tensor(name).to(torch.float32)
+            except SafetensorError as error:
+                raise InvalidRequest(
+                    f"checkpoint: expected a whole safetensors file, got {path} ({error}): download it again"
+                ) from error
+        missing = sorted(expected.keys() - weights.keys())
+        if missing:
+            raise InvalidRequest(
+                f"checkpoint: expected {len(expected)} weights, got {len(weights)}; the first missing is "
+                f"{missing[0]}: the folder holds another model than its config.json says"
+            )
+        for name, tensor in weights.items():
+            if tensor.shape != expected[name].shape:
+                raise InvalidRequest(
+                    f"checkpoint: expected {name} of shape {tuple(expected[name].shape)} from config.json, "
+                    f"got {tuple(tensor.shape)}: the folder mixes two models"
+                )
+        return weights
+
+
+def _random_weights(expected: dict[str, Any]) -> dict[str, Any]:
+    """Fan-in scaled normal matrices, ones for norms: timed and compiled like trained weights, never zeros."""
+    import torch
+
+    weights = {}
+    for name, tensor in expected.items():
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
+        generator = torch.Generator().manual_seed(seed)
+        scale = tensor.shape[-1] ** -0.5 if tensor.ndim > 1 else 0.02
+        weights[name] = torch.randn(tensor.shape, generator=generator).mul_(scale)
+        if tensor.ndim == 1 and "norm" in name and name.endswith("weight"):
+            weights[name] += 1
+    return weights
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise InvalidRequest(
+            f"checkpoint: expected a diffusers folder with {path.parent.name}/{path.name}, got none in "
+            f"{path.parent.parent}: give the folder that holds transformer/ and scheduler/"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(
+            f"checkpoint: expected JSON in {path}, got {error}: download the checkpoint again"
+        ) from error
+    if not isinstance(data, dict):
+        raise InvalidRequest(
+            f"checkpoint: expected an object in {path}, got {type(data).__name__}: correct it"
+        )
+    return data

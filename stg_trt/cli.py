@@ -1,0 +1,84 @@
+"""The `stg-trt` command: the programs' commands under one name, and one line for every error."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from stg_trt.errors import StgTrtError
+
+# Every mistake on the command line derives from this; typer exports its subclasses only.
+_UsageError = typer.BadParameter.__bases__[0]
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    _run(_application())
+
+
+def run_command(command: Callable[..., None]) -> None:
+    """Runs one command as a program of its own."""
+    app = _new_app()
+    app.command()(command)
+    _run(app)
+
+
+def run_group(group: typer.Typer) -> None:
+    """Runs a group of commands as a program of its own."""
+    _run(group)
+
+
+def _application() -> typer.Typer:
+    # The programs import the library; here, and only here, the library's command line gathers them.
+    from stg_trt.benchmarks.command import bench
+    from stg_trt.build_engines.command import build
+    from stg_trt.doctor import doctor
+    from stg_trt.inspect_command import inspect
+    from stg_trt.runtime.command import generate
+
+    app = _new_app(help="Video diffusion with Spatiotemporal Skip Guidance on compiled engines.")
+    app.command()(build)
+    app.command()(generate)
+    app.command()(inspect)
+    app.add_typer(bench, name="bench")
+    app.command()(doctor)
+    return app
+
+
+def _new_app(**options: Any) -> typer.Typer:
+    return typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, **options)
+
+
+def _run(app: typer.Typer) -> None:
+    try:
+        status = app(standalone_mode=False)
+    except _UsageError as error:
+        _fail(error.format_message())  # type: ignore[attr-defined]
+    except StgTrtError as error:
+        _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted: nothing half-written is left, finished segments are kept")
+    except MemoryError:
+        _fail("out of memory: expected more free memory: use a smaller size or a machine with more")
+    except OSError as error:
+        _fail(_os_error(error))
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _os_error(error: OSError) -> str:
+    where = error.filename or "output"
+    if error.errno in _NO_SPACE:
+        return f"{where}: expected free disk space, got none left: free some or choose another --output"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{where}: expected a place that can be written, got {error.strerror}: choose another --output"
+    return f"{where}: {error.strerror or error}"
+
+
+def _fail(message: str) -> None:
+    print(f"stg-trt: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(1)

@@ -1,0 +1,137 @@
+"""An engine folder: finds the build that fits a request and says why each other one does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stg_trt import manifest as manifests
+from stg_trt.backends import load_engine
+from stg_trt.engine import Engine
+from stg_trt.errors import EngineRejected
+from stg_trt.manifest import Manifest
+from stg_trt.perturbation import Perturbation
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """What a call needs of a build; None accepts anything. `perturbations` are those of its steps."""
+
+    weights: str | None = None
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    videos: int = 1
+    perturbations: frozenset[Perturbation] = field(default_factory=frozenset)
+    layout: str | None = None
+    backend: str | None = None
+    target: str | None = None
+
+    def rejects(self, manifest: Manifest) -> str | None:
+        """Why the build does not fit, with the fix; None where it does."""
+        workload = manifest.workload
+        if not manifest.complete:
+            return "the build is not finished: run it again with the same options to finish it"
+        if self.weights is not None and self.weights != manifest.weights:
+            return "built from other weights: build the engines again from this checkpoint"
+        for name in ("layout", "backend", "target"):
+            wanted, built = getattr(self, name), getattr(manifest, name)
+            if wanted is not None and wanted != built:
+                return f"{name} is {built}, the request is {wanted}: rebuild with --{name} {wanted}"
+        for name in ("height", "width", "num_frames"):
+            wanted, built = getattr(self, name), getattr(workload, name)
+            if wanted is not None and wanted != built:
+                flag = name.replace("_", "-")
+                return f"built for {name} {built}, the request is {wanted}: rebuild with --{flag} {wanted}"
+        if self.videos > manifest.max_batch:
+            return (
+                f"built for at most {manifest.max_batch} videos at once, the request is {self.videos}: "
+                f"rebuild with --max-batch {self.videos}"
+            )
+        return next(filter(None, (_rejects(manifest, p) for p in self.perturbations)), None)
+
+
+@dataclass(frozen=True)
+class Build:
+    """A complete build on disk."""
+
+    folder: Path
+    manifest: Manifest
+
+    def load_engines(self) -> dict[str, Engine]:
+        """Engines by segment name, after their files were checked against the manifest's hashes."""
+        engines = {}
+        for record in self.manifest.segments:
+            for file in record.files:
+                check_file(self.folder / file.name, file)
+            paths = [self.folder / file.name for file in record.files]
+            engines[record.segment.name] = load_engine(self.manifest.backend, paths)
+        return engines
+
+
+@dataclass(frozen=True)
+class EngineStore:
+    """A folder with one sub-folder per build, as it was when opened."""
+
+    root: Path
+    builds: tuple[Build, ...]
+    unreadable: dict[str, str]
+
+    @classmethod
+    def open(cls, root: str | Path) -> EngineStore:
+        """Reads every manifest; raises EngineRejected where the folder does not exist."""
+        root = Path(root)
+        if not root.is_dir():
+            raise EngineRejected(
+                f"engines: expected a folder made by stg-trt build, got {root}: check the path"
+            )
+        builds, unreadable = [], {}
+        for folder in sorted(p for p in root.iterdir() if p.is_dir()):
+            try:
+                builds.append(Build(folder, manifests.load(folder)))
+            except EngineRejected as error:
+                unreadable[folder.name] = str(error)
+        return cls(root, tuple(builds), unreadable)
+
+    def find(self, request: EngineRequest) -> Build:
+        """The first build that fits, segmented before twin; raises EngineRejected with every reason."""
+        rejected = dict(self.unreadable)
+        for build in sorted(self.builds, key=lambda b: b.manifest.layout):
+            reason = request.rejects(build.manifest)
+            if reason is None:
+                return build
+            rejected[build.folder.name] = reason
+        if not rejected:
+            raise EngineRejected(
+                f"engines: expected a build in {self.root}, got an empty folder: build first"
+            )
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(rejected.items()))
+        raise EngineRejected(f"engines: no build in {self.root} fits the request: {reasons}")
+
+
+def check_file(path: Path, record: manifests.FileRecord) -> None:
+    """Raises EngineRejected unless the file is the one that the build wrote."""
+    if not path.is_file():
+        raise EngineRejected(f"{path}: no such file: build the engines again")
+    size = path.stat().st_size
+    if size != record.bytes:
+        raise EngineRejected(f"{path}: expected {record.bytes} bytes, got {size}: build the engines again")
+    if manifests.file_sha256(path) != record.sha256:
+        raise EngineRejected(f"{path}: its contents changed after the build: build the engines again")
+
+
+def _rejects(manifest: Manifest, perturbation: Perturbation) -> str | None:
+    built = manifest.perturbation
+    wanted = f"--stg-mode {perturbation.mode} --stg-blocks {','.join(map(str, perturbation.blocks))}"
+    if manifest.layout == "twin":
+        if perturbation == built:
+            return None
+        return f"its skipped engine is {built.mode} {list(built.blocks)}, the request is {wanted}: rebuild with it"
+    if perturbation.mode not in (built.mode, "stg-r"):
+        return f"built for {built.mode}, the request is {perturbation.mode}: rebuild with {wanted}"
+    if not set(perturbation.blocks) <= set(built.blocks):
+        return (
+            f"can perturb blocks {list(built.blocks)}, the request is {list(perturbation.blocks)}: "
+            f"rebuild with {wanted}"
+        )
+    return None

@@ -1,0 +1,23 @@
+"""What users are told: every message says what was expected, what was got, and the fix."""
+
+from __future__ import annotations
+
+
+class StgTrtError(Exception):
+    """Base of all errors that are the answer to a request, not a defect of this library."""
+
+
+class InvalidRequest(StgTrtError, ValueError):
+    """An argument, a checkpoint or an input tensor that cannot be used."""
+
+
+class EngineRejected(StgTrtError):
+    """No engine in the folder fits the request, or one that fits is damaged."""
+
+
+class GateMissed(StgTrtError):
+    """A compiled segment failed a check of the build and was not kept."""
+
+
+class BackendUnavailable(StgTrtError):
+    """The backend's library is not installed or does not support this machine."""

@@ -1,0 +1,30 @@
+"""The table of model families: transformer class name in diffusers -> module with its ModelFamily."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from stg_trt.errors import InvalidRequest
+from stg_trt.families.base import ModelFamily
+
+# transformer class in diffusers -> (module here, class in it); imported when first asked for
+_FAMILIES = {"LTXVideoTransformer3DModel": ("ltx_video", "LTXVideo")}
+
+
+def supported() -> tuple[str, ...]:
+    """The diffusers transformer classes that can be compiled."""
+    return tuple(_FAMILIES)
+
+
+def family_for(config: dict[str, Any], vae_config: dict[str, Any] | None = None) -> ModelFamily:
+    """The family of a transformer's config.json; raises InvalidRequest for an unknown class."""
+    class_name = config.get("_class_name")
+    if class_name not in _FAMILIES:
+        raise InvalidRequest(
+            f"checkpoint: expected a transformer of class {', '.join(_FAMILIES)}, got {class_name}: "
+            "convert it to diffusers format or use a supported model"
+        )
+    module, name = _FAMILIES[class_name]
+    family: type[ModelFamily] = getattr(importlib.import_module(f"stg_trt.families.{module}"), name)
+    return family(config, vae_config)

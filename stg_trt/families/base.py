@@ -1,0 +1,199 @@
+"""What the rest of the library asks of a model family."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from stg_trt.errors import InvalidRequest
+from stg_trt.segment import Segment
+from stg_trt.tensor_spec import ROWS, TensorSpec
+
+KEEP_ATTENTION = "keep_attention"
+_PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a build fixes: pixels, frames, text tokens, and the precision of weights and activations."""
+
+    height: int
+    width: int
+    num_frames: int
+    text_length: int
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.precision not in _PRECISIONS:
+            raise InvalidRequest(
+                f"precision: expected one of {', '.join(_PRECISIONS)}, got {self.precision!r}: choose one"
+            )
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of weights and activations outside the float32 islands."""
+        return _PRECISIONS[self.precision]
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}x{self.num_frames}"
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """A family's published sampling defaults (diffusers block numbering)."""
+
+    stg_mode: str
+    stg_blocks: tuple[int, ...]
+    stg_scale: float
+    guidance_scale: float
+    rescale: float
+    num_inference_steps: int
+    frame_rate: float
+
+
+@dataclass(frozen=True)
+class TextCondition:
+    """Prompt embeddings (videos, tokens, width) and mask (videos, tokens), 1 for a real token."""
+
+    embeds: Tensor
+    mask: Tensor
+
+
+class SegmentModule(nn.Module):
+    """A segment with named inputs and outputs, called with tensors in the order of the names."""
+
+    def __init__(self, inputs: tuple[str, ...], outputs: tuple[str, ...], expand_masks: bool) -> None:
+        super().__init__()
+        self.inputs = inputs
+        self.outputs = outputs
+        # ONNX Runtime's CPU attention wants masks of (rows, 1, queries, keys); others want them unexpanded.
+        self.expand_masks = expand_masks
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        results = self.run(dict(zip(self.inputs, tensors, strict=True)))
+        return tuple(results[name] for name in self.outputs)
+
+    def run(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The segment's outputs by name."""
+        raise TypeError(f"{type(self).__name__} does not define run")
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        """softmax(QK^T/sqrt(d) + bias)V over (rows, heads, tokens, d), with an additive mask over the keys."""
+        if bias is not None and self.expand_masks:
+            bias = bias.expand(-1, -1, query.shape[2], -1)
+        return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+
+
+class ModelFamily(ABC):
+    """All that is known of one model family; one instance per checkpoint's configuration."""
+
+    name: ClassVar[str]
+    transformer_class: ClassVar[str]
+    pipeline_class: ClassVar[str]
+    defaults: ClassVar[Defaults]
+    has_text_segment: ClassVar[bool]
+
+    def __init__(self, config: Mapping[str, Any], vae_config: Mapping[str, Any] | None = None) -> None:
+        self.config = dict(config)
+        self.vae_config = dict(vae_config) if vae_config is not None else None
+
+    @property
+    @abstractmethod
+    def num_blocks(self) -> int:
+        """Blocks that can be perturbed, numbered from 0."""
+
+    @abstractmethod
+    def block_of(self, weight_name: str) -> int | None:
+        """The block that a weight of the transformer belongs to; None for embedding and head."""
+
+    @abstractmethod
+    def check(self, workload: Workload) -> None:
+        """Raises InvalidRequest for sizes that the model cannot have."""
+
+    @abstractmethod
+    def tensors(self, workload: Workload) -> dict[str, TensorSpec]:
+        """Every tensor that may cross a segment's border, by name."""
+
+    @abstractmethod
+    def borders(self, segment: Segment) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of a segment's inputs and outputs."""
+
+    @abstractmethod
+    def module(self, transformer: nn.Module, segment: Segment, *, expand_masks: bool) -> SegmentModule:
+        """The segment over the weights of a diffusers transformer, as they are (float32)."""
+
+    @abstractmethod
+    def lower_precision(self, module: SegmentModule, dtype: torch.dtype) -> None:
+        """Casts a segment's weights in place, but for its float32 islands."""
+
+    @abstractmethod
+    def segment_flops(self, segment: Segment, workload: Workload) -> int:
+        """Floating-point operations of a segment for one row (2 per multiply-add, attention 4*N*S*C)."""
+
+    @abstractmethod
+    def attentions(self, segment: Segment) -> int:
+        """How many attention kernels the compiled segment must hold."""
+
+    @abstractmethod
+    def activation_limit(self, segment: Segment, workload: Workload, rows: int) -> int:
+        """Bytes of activation memory that grow linearly with tokens; above it an S x S buffer is live."""
+
+    @abstractmethod
+    def constants(self, text: TextCondition, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
+        """What stays the same over the steps, before the text segment: one entry per row of `text`."""
+
+    @abstractmethod
+    def set_timesteps(self, scheduler: Any, num_inference_steps: int, workload: Workload) -> None:
+        """Calls the scheduler's set_timesteps as the family's diffusers pipeline does."""
+
+    @abstractmethod
+    def text_tokens(self, pipeline: Any, prompt: str) -> int:
+        """How many text tokens the prompt takes."""
+
+    @abstractmethod
+    def encode_prompt(self, pipeline: Any, prompts: list[str], workload: Workload) -> TextCondition:
+        """Embeds prompts with the text encoder of a diffusers pipeline."""
+
+    @abstractmethod
+    def latent_shape(self, workload: Workload) -> tuple[int, int, int, int]:
+        """(channels, frames, height, width) of a video's latents before packing."""
+
+    @abstractmethod
+    def pack(self, latents: Tensor) -> Tensor:
+        """(videos, channels, frames, height, width) to the layout the transformer takes."""
+
+    @abstractmethod
+    def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:
+        """Packed latents to the VAE's video (videos, 3, frames, height, width) in -1..1."""
+
+    def inputs(self, segment: Segment, workload: Workload) -> list[TensorSpec]:
+        """The segment's input specs, in order."""
+        tensors = self.tensors(workload)
+        return [tensors[name] for name in self.borders(segment)[0]]
+
+    def outputs(self, segment: Segment, workload: Workload) -> list[TensorSpec]:
+        """The segment's output specs, in order."""
+        tensors = self.tensors(workload)
+        return [tensors[name] for name in self.borders(segment)[1]]
+
+    def trace_inputs(self, segment: Segment, workload: Workload, rows: int) -> list[Tensor]:
+        """Random tensors to trace a segment with."""
+        generator = torch.Generator().manual_seed(0)
+        return [spec.random(rows, generator) for spec in self.inputs(segment, workload)]
+
+
+def keep_attention_spec() -> TensorSpec:
+    """False for the rows whose self-attention is skipped."""
+    return TensorSpec(KEEP_ATTENTION, "bool", (ROWS,))
+
+
+def load_class(name: str) -> Any:
+    """A diffusers class by name, imported when needed."""
+    import diffusers
+
+    return getattr(diffusers, name)

@@ -1,0 +1,289 @@
+"""Spatiotemporal Skip Guidance (arXiv 2411.18664): per-step tables, and the arithmetic of one step."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from itertools import pairwise
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from stg_trt.errors import InvalidRequest
+from stg_trt.perturbation import Perturbation
+
+T = TypeVar("T")
+Blocks = tuple[int, ...]
+
+
+def combine(
+    pred_cond: Tensor,
+    pred_uncond: Tensor | None = None,
+    pred_skip: Tensor | None = None,
+    *,
+    cfg_scale: float = 1.0,
+    stg_scale: float = 0.0,
+    rescale: float = 0.0,
+    cfg_zero_star: bool = False,
+) -> Tensor:
+    """uncond + cfg*(cond - uncond) + stg*(cond - skip), rescaled; float32, (batch, ...) as the inputs.
+
+    A prediction whose scale is off (cfg 1, stg 0) is not read. Raises InvalidRequest where one is missing.
+    """
+    cond = pred_cond.float()
+    pred = cond
+    if cfg_scale != 1:
+        uncond = _needed(pred_uncond, "pred_uncond", f"cfg_scale {cfg_scale}", "1").float()
+        if cfg_zero_star:
+            uncond = _projected(cond, uncond)
+        pred = uncond + cfg_scale * (cond - uncond)
+    if stg_scale != 0:
+        skip = _needed(pred_skip, "pred_skip", f"stg_scale {stg_scale}", "0").float()
+        pred = pred + stg_scale * (cond - skip)
+    if rescale != 0:
+        pred = pred * (rescale * _std(cond) / _std(pred) + (1 - rescale))
+    return pred
+
+
+@dataclass(frozen=True)
+class TimestepBins(Generic[T]):
+    """A table over sigma in 0..1: a step takes the first bin whose edge is <= the step's, else the last.
+
+    Compared in float32, as timesteps are. Source: Lightricks LTX-Video, `guidance_timesteps`.
+    """
+
+    edges: tuple[float, ...]
+    values: tuple[T, ...]
+
+    def __post_init__(self) -> None:
+        if not self.edges or len(self.edges) != len(self.values):
+            raise InvalidRequest(
+                f"bins: expected one value per edge, got {len(self.values)} for {len(self.edges)} edges: "
+                "add or drop some"
+            )
+        if not all(0 <= edge <= 1 for edge in self.edges):
+            raise InvalidRequest(
+                f"bins: expected edges in 0..1, got {self.edges}: divide timesteps by the training steps"
+            )
+        if any(left <= right for left, right in pairwise(self.edges)):
+            raise InvalidRequest(f"bins: expected falling edges, got {self.edges}: sort them from 1 to 0")
+
+    def at(self, sigma: float) -> T:
+        """The value for one step's sigma."""
+        edges = torch.tensor(self.edges, dtype=torch.float32)
+        reached = (edges <= torch.tensor(sigma, dtype=torch.float32)).nonzero()
+        return self.values[int(reached[0]) if len(reached) else -1]
+
+
+Scale = float | Sequence[float] | TimestepBins[float]
+BlockSets = Sequence[int] | Sequence[Sequence[int]] | TimestepBins[Blocks]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Published guidance tables with the steps they belong to; see `load_preset`."""
+
+    num_inference_steps: int
+    drop_first: int
+    drop_last: int
+    stg_mode: str
+    cfg_zero_star: bool
+    guidance_scale: Scale
+    stg_scale: Scale
+    rescale: Scale
+    stg_blocks: BlockSets
+
+
+_OFF = Preset(0, 0, 0, "stg-a", False, guidance_scale=1.0, stg_scale=0.0, rescale=0.0, stg_blocks=())
+
+
+def load_preset(name: str) -> Preset:
+    """A preset shipped in `stg_trt/presets`, by file name without `.json`."""
+    folder = resources.files("stg_trt") / "presets"
+    known = sorted(
+        entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json")
+    )
+    if name not in known:
+        raise InvalidRequest(f"preset: expected one of {', '.join(known)}, got {name!r}: correct the name")
+    data = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    edges = tuple(data["edges"])
+
+    def bins(key: str) -> TimestepBins[float]:
+        return TimestepBins(edges, tuple(float(value) for value in data[key]))
+
+    return Preset(
+        num_inference_steps=data["num_inference_steps"],
+        drop_first=data["drop_first"],
+        drop_last=data["drop_last"],
+        stg_mode=data["stg_mode"],
+        cfg_zero_star=data["cfg_zero_star"],
+        guidance_scale=bins("guidance_scale"),
+        stg_scale=bins("stg_scale"),
+        rescale=bins("rescale"),
+        stg_blocks=TimestepBins(edges, tuple(tuple(blocks) for blocks in data["stg_blocks"])),
+    )
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Scales, rescale and perturbed blocks of every step; off is cfg 1, stg 0, rescale 0, no blocks."""
+
+    cfg_scale: tuple[float, ...]
+    stg_scale: tuple[float, ...]
+    rescale: tuple[float, ...]
+    blocks: tuple[Blocks, ...]
+    mode: str = "stg-a"
+    cfg_zero_star: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("stg_scale", "rescale", "blocks"):
+            _check_length(name, len(getattr(self, name)), len(self.cfg_scale))
+        _check_values("guidance_scale", self.cfg_scale, -math.inf, math.inf)
+        _check_values("stg_scale", self.stg_scale, 0, math.inf)
+        _check_values("rescale", self.rescale, 0, 1)
+        if self.mode not in ("stg-a", "stg-r"):
+            raise InvalidRequest(
+                f"stg_mode: expected 'stg-a' or 'stg-r', got {self.mode!r}: choose one of the two"
+            )
+        for i, blocks in enumerate(self.blocks):
+            if not all(type(block) is int and block >= 0 for block in blocks):
+                raise InvalidRequest(
+                    f"stg_blocks: expected block numbers from 0, got {blocks} at step {i}: correct it"
+                )
+
+    @classmethod
+    def for_steps(
+        cls,
+        sigmas: Sequence[float],
+        *,
+        guidance_scale: Scale | None = None,
+        stg_scale: Scale | None = None,
+        rescale: Scale | None = None,
+        stg_mode: str | None = None,
+        stg_blocks: BlockSets | None = None,
+        stg_range: tuple[int, int] | None = None,
+        preset: str | None = None,
+        cfg_zero_star: bool | None = None,
+    ) -> Guidance:
+        """Tables for the steps at `sigmas` (in 0..1 where bins read them).
+
+        A scale is a number, a list with one entry per step, or TimestepBins; blocks likewise. STG is off
+        outside the steps [start, stop) of `stg_range`. What is None comes from the preset, else it is off.
+        Raises InvalidRequest for lists of the wrong length and values out of range.
+        """
+        given = load_preset(preset) if preset is not None else _OFF
+        stg = _per_step("stg_scale", given.stg_scale if stg_scale is None else stg_scale, sigmas)
+        guidance = cls(
+            cfg_scale=_per_step(
+                "guidance_scale", given.guidance_scale if guidance_scale is None else guidance_scale, sigmas
+            ),
+            stg_scale=_within(stg, stg_range),
+            rescale=_per_step("rescale", given.rescale if rescale is None else rescale, sigmas),
+            blocks=_blocks_per_step(given.stg_blocks if stg_blocks is None else stg_blocks, sigmas),
+            mode=given.stg_mode if stg_mode is None else stg_mode,
+            cfg_zero_star=given.cfg_zero_star if cfg_zero_star is None else cfg_zero_star,
+        )
+        for i, (scale, blocks) in enumerate(zip(guidance.stg_scale, guidance.blocks, strict=True)):
+            if scale != 0 and not blocks:
+                raise InvalidRequest(
+                    f"stg_blocks: expected blocks for stg_scale {scale} at step {i}, got none: "
+                    "name the blocks or set stg_scale to 0 there"
+                )
+        return guidance
+
+    def passes(self, step: int) -> tuple[str, ...]:
+        """The rows the step computes, of 'uncond', 'cond' and 'skip'."""
+        uncond = ("uncond",) if self.cfg_scale[step] != 1 else ()
+        skip = ("skip",) if self.stg_scale[step] != 0 and self.blocks[step] else ()
+        return (*uncond, "cond", *skip)
+
+    def perturbation(self, step: int) -> Perturbation | None:
+        """What the step's skip row changes; None where it has no skip row."""
+        return Perturbation(self.mode, self.blocks[step]) if "skip" in self.passes(step) else None
+
+
+def _needed(pred: Tensor | None, name: str, scale: str, off: str) -> Tensor:
+    if pred is None:
+        raise InvalidRequest(
+            f"{name}: expected a tensor for {scale}, got None: compute that pass or set it to {off}"
+        )
+    return pred
+
+
+def _std(pred: Tensor) -> Tensor:
+    """Unbiased standard deviation per video, shaped to broadcast."""
+    return pred.std(dim=tuple(range(1, pred.ndim)), keepdim=True)
+
+
+def _projected(cond: Tensor, uncond: Tensor) -> Tensor:
+    """CFG-Zero* (arXiv 2503.18886): uncond * <cond, uncond> / (|uncond|^2 + 1e-8), per video."""
+    dims = tuple(range(1, cond.ndim))
+    dot = (cond * uncond).sum(dims, keepdim=True)
+    return uncond * (dot / (uncond.square().sum(dims, keepdim=True) + 1e-8))
+
+
+def _per_step(name: str, value: Scale, sigmas: Sequence[float]) -> tuple[float, ...]:
+    if isinstance(value, TimestepBins):
+        return _looked_up(name, value, sigmas)
+    if isinstance(value, int | float):
+        return (float(value),) * len(sigmas)
+    _check_length(name, len(value), len(sigmas))
+    return tuple(float(entry) for entry in value)
+
+
+def _blocks_per_step(value: BlockSets, sigmas: Sequence[float]) -> tuple[Blocks, ...]:
+    if isinstance(value, TimestepBins):
+        return _looked_up("stg_blocks", value, sigmas)
+    same = tuple(block for block in value if isinstance(block, int))
+    if len(same) == len(value):
+        return (same,) * len(sigmas)
+    sets = tuple(tuple(blocks) for blocks in value if not isinstance(blocks, int))
+    if len(sets) != len(value):
+        raise InvalidRequest(
+            f"stg_blocks: expected block numbers or one list of them per step, got {value}: do not mix them"
+        )
+    _check_length("stg_blocks", len(sets), len(sigmas))
+    return sets
+
+
+def _looked_up(name: str, bins: TimestepBins[T], sigmas: Sequence[float]) -> tuple[T, ...]:
+    for i, sigma in enumerate(sigmas):
+        if not 0 <= sigma <= 1:
+            raise InvalidRequest(
+                f"{name}: bins expected sigmas in 0..1, got {sigma} at step {i}: "
+                "divide timesteps by the training steps"
+            )
+    return tuple(bins.at(sigma) for sigma in sigmas)
+
+
+def _within(scale: tuple[float, ...], steps: tuple[int, int] | None) -> tuple[float, ...]:
+    """The scale inside [start, stop), 0 outside."""
+    if steps is None:
+        return scale
+    start, stop = steps
+    if not 0 <= start < stop <= len(scale):
+        raise InvalidRequest(
+            f"stg_range: expected 0 <= start < stop <= {len(scale)} steps, got ({start}, {stop}): "
+            "correct the range"
+        )
+    return tuple(value if start <= i < stop else 0.0 for i, value in enumerate(scale))
+
+
+def _check_length(name: str, got: int, steps: int) -> None:
+    if got != steps:
+        raise InvalidRequest(
+            f"{name}: expected {steps} entries, one per step, got {got}: give one per step or a single value"
+        )
+
+
+def _check_values(name: str, values: tuple[float, ...], low: float, high: float) -> None:
+    for i, value in enumerate(values):
+        if not (math.isfinite(value) and low <= value <= high):
+            bounds = f"from {low} to {high}" if low > -math.inf else "that is finite"
+            raise InvalidRequest(
+                f"{name}: expected a number {bounds}, got {value} at step {i}: correct the value"
+            )

@@ -1,0 +1,53 @@
+"""What the skip pass changes: a mode and a set of blocks, a value and never a patch on a live model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from stg_trt.errors import InvalidRequest
+
+Mode = Literal["stg-a", "stg-r"]
+MODES: tuple[Mode, ...] = ("stg-a", "stg-r")
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """stg-r skips the blocks; stg-a skips their self-attention (arXiv 2411.18664, section 3.2)."""
+
+    mode: str
+    blocks: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        check_mode(self.mode)
+        object.__setattr__(self, "blocks", tuple(sorted(set(self.blocks))))
+
+
+def check_mode(mode: str) -> None:
+    """Raises InvalidRequest unless `mode` is stg-a or stg-r."""
+    if mode not in MODES:
+        raise InvalidRequest(
+            f"stg_mode: expected one of {', '.join(MODES)}, got {mode!r}: choose one of them"
+        )
+
+
+def check_blocks(blocks: tuple[int, ...], num_blocks: int) -> None:
+    """Raises InvalidRequest unless `blocks` are distinct block numbers of a model with `num_blocks`."""
+    wrong = [block for block in blocks if not 0 <= block < num_blocks]
+    if wrong:
+        raise InvalidRequest(
+            f"stg_blocks: expected block numbers from 0 to {num_blocks - 1}, got {wrong}: "
+            "name blocks that the model has"
+        )
+    if len(set(blocks)) != len(blocks):
+        raise InvalidRequest(f"stg_blocks: expected distinct block numbers, got {list(blocks)}: drop repeats")
+
+
+def parse_blocks(text: str) -> list[int]:
+    """Block numbers from "14,19"; raises InvalidRequest for anything else."""
+    try:
+        return [int(block) for block in text.split(",") if block.strip()]
+    except ValueError as error:
+        raise InvalidRequest(
+            f"stg_blocks: expected numbers separated by commas, got {text!r}: write 14,19"
+        ) from error

@@ -1,0 +1,123 @@
+"""A step plan over engines and static buffers: everything is bound once, then the step is enqueued."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from stg_trt.engine import Engine
+from stg_trt.families.base import KEEP_ATTENTION
+from stg_trt.segment import Segment, engine_outputs
+from stg_trt.step_plan import GROUPS, SegmentRun, StepPlan
+from stg_trt.tensor_spec import TensorSpec
+
+Operation = Callable[[int], None]
+
+
+class StepBuffers:
+    """Static memory for every tensor at a border: rows of uncond, cond and skip, one per video each.
+
+    A tensor that a segment both reads and writes has two sides, and each such segment flips them.
+    """
+
+    def __init__(
+        self, specs: Sequence[TensorSpec], two_sided: frozenset[str], videos: int, device: torch.device
+    ) -> None:
+        self.videos = videos
+        self._sides: dict[str, tuple[Tensor, ...]] = {}
+        self._has_rows = {spec.name: spec.has_rows for spec in specs}
+        for spec in specs:
+            shape = spec.with_rows(len(GROUPS) * videos)
+            sides = 2 if spec.name in two_sided else 1
+            self._sides[spec.name] = tuple(
+                torch.zeros(shape, dtype=spec.torch_dtype, device=device) for _ in range(sides)
+            )
+        self._keep = {
+            perturbed: torch.tensor(
+                [not (perturbed and group == "skip") for group in GROUPS for _ in range(videos)],
+                device=device,
+            )
+            for perturbed in (False, True)
+        }
+
+    def view(self, name: str, groups: Sequence[str] = GROUPS, side: int = 0) -> Tensor:
+        """The rows of neighbouring groups; the whole tensor where it is shared by all rows."""
+        tensor = self._sides[name][side % len(self._sides[name])]
+        return tensor[self._rows(groups)] if self._has_rows[name] else tensor
+
+    def keep_attention(self, groups: Sequence[str], perturbed: bool) -> Tensor:
+        """One bool per row, false for perturbed skip rows."""
+        return self._keep[perturbed][self._rows(groups)]
+
+    def has_rows(self, name: str) -> bool:
+        """Whether the tensor has one entry per row."""
+        return self._has_rows[name]
+
+    def _rows(self, groups: Sequence[str]) -> slice:
+        first, last = GROUPS.index(groups[0]), GROUPS.index(groups[-1])
+        assert tuple(groups) == GROUPS[first : last + 1], groups
+        return slice(first * self.videos, (last + 1) * self.videos)
+
+
+def two_sided(
+    segments: Sequence[Segment], borders: Callable[[Segment], Sequence[Sequence[str]]]
+) -> frozenset[str]:
+    """Names that some segment both reads and writes."""
+    return frozenset(
+        name for segment in segments for name in set(borders(segment)[0]) & set(borders(segment)[1])
+    )
+
+
+class StepRunner:
+    """One plan, bound; `enqueue` runs it on the buffers' current inputs."""
+
+    def __init__(
+        self,
+        plan: StepPlan,
+        engines: Mapping[str, Engine],
+        buffers: StepBuffers,
+        borders: Callable[[Segment], tuple[tuple[str, ...], tuple[str, ...]]],
+    ) -> None:
+        self.plan = plan
+        self._buffers = buffers
+        self._operations: list[Operation] = []
+        self._side: dict[str, int] = {}
+        self._written: dict[str, None] = {}
+        for run in plan.runs:
+            self._add(run, engines[run.segment.name], *borders(run.segment))
+
+    def enqueue(self, stream: int = 0) -> None:
+        """Runs the plan's segments and row copies in order."""
+        for operation in self._operations:
+            operation(stream)
+
+    def _add(
+        self, run: SegmentRun, engine: Engine, inputs: tuple[str, ...], outputs: tuple[str, ...]
+    ) -> None:
+        if run.fork:
+            for name in self._written:
+                self._copy(self._current(name, ("skip",)), self._current(name, ("cond",)))
+        context = engine.context()
+        before = {name: self._current(name, ("skip",)) for name in inputs if name in outputs}
+        for name in inputs:
+            if name == KEEP_ATTENTION:
+                context.bind(name, self._buffers.keep_attention(run.groups, run.perturbed))
+            else:
+                context.bind(name, self._current(name, run.groups))
+        for name, engine_name in zip(outputs, engine_outputs(inputs, outputs), strict=True):
+            self._side[name] = self._side.get(name, 0) + (name in inputs)
+            context.bind(engine_name, self._current(name, run.groups))
+            if self._buffers.has_rows(name):
+                self._written[name] = None
+        self._operations.append(context.enqueue)
+        if run.bypass:
+            for name, skip_rows in before.items():
+                self._copy(self._current(name, ("skip",)), skip_rows)
+
+    def _current(self, name: str, groups: Sequence[str]) -> Tensor:
+        return self._buffers.view(name, groups, self._side.get(name, 0))
+
+    def _copy(self, destination: Tensor, source: Tensor) -> None:
+        self._operations.append(lambda stream: (destination.copy_(source), None)[1])

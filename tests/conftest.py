@@ -1,0 +1,38 @@
+"""Engines that several tests share, built once per run from real checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from stg_trt.build_engines import build
+
+GOLDENS = Path(__file__).parent / "goldens"
+LTX_SIZES = {"height": 128, "width": 160, "num_frames": 17, "text_length": 9}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs an NVIDIA GPU, and torch finds none here")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def ltx_checkpoint() -> Path:
+    """The tiny LTX-Video model of the goldens: 5 blocks, 60 tokens, no text encoder."""
+    return GOLDENS / "ltx"
+
+
+@pytest.fixture(scope="session")
+def ltx_engines(tmp_path_factory: pytest.TempPathFactory, ltx_checkpoint: Path) -> Path:
+    """Segmented stg-a engines that can perturb blocks 1 and 3, and both twins of block 3; 2 videos at most."""
+    root = tmp_path_factory.mktemp("ltx-engines")
+    build(ltx_checkpoint, root, **LTX_SIZES, stg_blocks=[1, 3], stg_mode="stg-a", max_batch=2)
+    for mode in ("stg-a", "stg-r"):
+        build(ltx_checkpoint, root, **LTX_SIZES, stg_blocks=[3], stg_mode=mode, layout="twin", max_batch=2)
+    return root

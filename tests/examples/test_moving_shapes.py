@@ -1,0 +1,154 @@
+"""The moving-shapes example: its generator, its image analysis and its checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import LTXPipeline
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "moving_shapes"
+sys.path.insert(0, str(EXAMPLE))
+
+import clips  # noqa: E402
+import measure  # noqa: E402
+import models  # noqa: E402
+
+CHECKPOINT = EXAMPLE / "checkpoint"
+MAX_BYTES = 15_000_000
+PROMPTS = (
+    clips.Label("red", "circle", "left"),
+    clips.Label("green", "square", "down"),
+    clips.Label("blue", "triangle", "right"),
+    clips.Label("yellow", "circle", "up"),
+)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> LTXPipeline:
+    """The checkpoint as diffusers loads it."""
+    loaded = LTXPipeline.from_pretrained(CHECKPOINT)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def sample(pipe: LTXPipeline, labels: tuple[clips.Label, ...], steps: int, cfg_scale: float) -> clips.Array:
+    """Clips for some labels, from a fixed seed."""
+    return pipe(
+        prompt=[label.prompt for label in labels],
+        negative_prompt="",
+        height=clips.SIZE,
+        width=clips.SIZE,
+        num_frames=clips.NUM_FRAMES,
+        frame_rate=clips.FRAME_RATE,
+        num_inference_steps=steps,
+        guidance_scale=cfg_scale,
+        generator=torch.Generator().manual_seed(0),
+        max_sequence_length=16,
+        output_type="np",
+    ).frames
+
+
+def test_labels_cover_every_combination() -> None:
+    assert len(clips.COLOURS) >= 4
+    assert len(clips.SHAPES) >= 3
+    assert len(clips.DIRECTIONS) >= 4
+    assert len({label.prompt for label in clips.LABELS}) == 48
+    assert clips.Label("red", "circle", "left").prompt == "a red circle moving left"
+
+
+def test_generator_is_seeded() -> None:
+    first, again, other = (list(islice(clips.clips(seed), 6)) for seed in (3, 3, 4))
+    assert [label for label, _ in first] == [label for label, _ in again]
+    assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(first, again, strict=True))
+    assert not all(np.array_equal(a, b) for (_, a), (_, b) in zip(first, other, strict=True))
+
+
+def test_each_round_holds_every_label_once() -> None:
+    assert {label for label, _ in islice(clips.clips(0), 48)} == set(clips.LABELS)
+
+
+def test_measure_reads_the_generators_clips() -> None:
+    for label, clip in islice(clips.clips(11), 96):
+        found = measure.measure(clip)
+        assert found.matches(label)["all"], (label, found)
+        assert found.overlap > 0.9
+        assert found.jitter < 0.3
+
+
+def test_measure_calls_an_empty_or_still_clip_unclear() -> None:
+    empty = np.full((clips.NUM_FRAMES, clips.SIZE, clips.SIZE, 3), clips.BACKGROUND, dtype=np.float32)
+    assert measure.measure(empty).colour == measure.UNCLEAR
+    _, moving = next(clips.clips(0))
+    still = np.repeat(moving[:1], clips.NUM_FRAMES, axis=0)
+    assert measure.measure(still).direction == measure.UNCLEAR
+
+
+def test_measure_calls_two_shapes_at_once_unclear() -> None:
+    corners = [clips.shape_mask("circle", x, x, 5.0) for x in (8.0, 40.0)]
+    mask = np.maximum(*corners)[None, ..., None].repeat(clips.NUM_FRAMES, axis=0)
+    clip = mask * np.array(clips.COLOURS["red"], np.float32) + (1 - mask) * clips.BACKGROUND
+    assert measure.measure(clip.astype(np.float32)).shape == measure.UNCLEAR
+
+
+def test_padding_changes_nothing_in_an_untrained_text_encoder() -> None:
+    tokenizer = models.make_tokenizer()
+    encoder = models.make_text_encoder(len(tokenizer))
+    assert_padding_is_hidden(tokenizer, encoder)
+
+
+def test_checkpoint_is_small() -> None:
+    files = [path for path in CHECKPOINT.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= MAX_BYTES
+    assert {path.suffix for path in files} <= {".json", ".safetensors"}
+
+
+def test_checkpoint_has_the_real_classes(pipe: LTXPipeline) -> None:
+    config = pipe.transformer.config
+    assert type(pipe.transformer).__name__ == "LTXVideoTransformer3DModel"
+    assert type(pipe.vae).__name__ == "AutoencoderKLLTXVideo"
+    assert type(pipe.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    assert config.num_layers >= 8
+    assert config.attention_head_dim == 64
+    assert 2e6 <= sum(param.numel() for param in pipe.transformer.parameters()) <= 4e6
+
+
+def test_padding_changes_nothing_in_the_checkpoint(pipe: LTXPipeline) -> None:
+    assert_padding_is_hidden(pipe.tokenizer, pipe.text_encoder)
+
+
+def test_vae_keeps_the_clips(pipe: LTXPipeline) -> None:
+    for label, clip in islice(clips.clips(12), 24):
+        video = torch.from_numpy(clip).permute(3, 0, 1, 2)[None] * 2 - 1
+        with torch.no_grad():
+            decoded = pipe.vae.decode(pipe.vae.encode(video).latent_dist.mode(), return_dict=False)[0]
+        kept = (decoded[0].permute(1, 2, 3, 0) / 2 + 0.5).clamp(0, 1).numpy()
+        assert measure.measure(kept).matches(label)["all"]
+
+
+def test_sampling_is_reproducible(pipe: LTXPipeline) -> None:
+    first, again = (sample(pipe, PROMPTS[:1], steps=2, cfg_scale=1.0) for _ in range(2))
+    assert first.shape == (1, clips.NUM_FRAMES, clips.SIZE, clips.SIZE, 3)
+    assert np.array_equal(first, again)
+
+
+def test_samples_show_what_the_prompts_say(pipe: LTXPipeline) -> None:
+    found = [measure.measure(clip) for clip in sample(pipe, PROMPTS, steps=20, cfg_scale=3.0)]
+    assert [(one.colour, one.shape) for one in found] == [(label.colour, label.shape) for label in PROMPTS]
+
+
+def assert_padding_is_hidden(tokenizer: object, encoder: torch.nn.Module) -> None:
+    """The words' embeddings are the same at any padded length."""
+    for prompt in ("", PROMPTS[0].prompt):
+        short, long = (
+            tokenizer([prompt], padding="max_length", max_length=length, return_tensors="pt")  # type: ignore[operator]
+            for length in (16, 128)
+        )
+        words = int(short.attention_mask.sum())
+        with torch.no_grad():
+            few, many = (encoder(text.input_ids)[0][:, :words] for text in (short, long))
+        assert torch.allclose(few, many, atol=1e-5)
