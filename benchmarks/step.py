@@ -124,7 +124,7 @@ def _fill(buffers: StepBuffers, specs: Any) -> None:
 
 
 def _verify(runners: dict[str, StepRunner], buffers: StepBuffers) -> float:
-    """The shared prefix is exact: raises GateMissed unless all three predictions agree with the full run's."""
+    """Raises GateMissed unless the shared plan's predictions are the full one's: the sharing is exact."""
     predictions = {}
     for name in ("full", "shared"):
         buffers.view("pred").zero_()
@@ -161,6 +161,6 @@ def _print(result: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"shared / full: {result['shared_over_full']:.3f} measured, {result['shared_over_full_flops']:.3f} by "
-        f"FLOPs ({result['deviation']:+.1%})"
+        f"shared / full: {result['shared_over_full']:.3f} measured, "
+        f"{result['shared_over_full_flops']:.3f} by FLOPs ({result['deviation']:+.1%})"
     )

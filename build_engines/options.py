@@ -37,9 +37,7 @@ class BuildOptions:
         if self.max_batch < 1:
             raise InvalidRequest(f"max_batch: expected at least 1, got {self.max_batch}: use 1")
         if self.verify_timesteps < 0:
-            raise InvalidRequest(
-                f"verify_timesteps: expected 0 or more, got {self.verify_timesteps}: use 3 (first, middle, last)"
-            )
+            raise InvalidRequest(f"verify_timesteps: expected 0 or more, got {self.verify_timesteps}: use 3")
         if self.layout == "twin" and not self.stg_blocks:
             raise InvalidRequest("stg_blocks: expected blocks for the twin layout, got none: name them")
         for target in self.targets:

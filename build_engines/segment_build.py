@@ -125,7 +125,7 @@ class SegmentBuild:
         wanted = family.attentions(segment)
         if compiled.fused_attentions != wanted:
             raise GateMissed(
-                f"{segment.name}: expected {wanted} fused attention kernels, got {compiled.fused_attentions}: "
+                f"{segment.name}: expected {wanted} fused attentions, got {compiled.fused_attentions}: "
                 "an attention of this segment was decomposed (its mask, dtype or head size has no kernel)"
             )
         rows = self.options.rows(segment)[2]

@@ -12,7 +12,7 @@ import typer
 from stg_trt.errors import StgTrtError
 
 # Every mistake on the command line derives from this; typer exports its subclasses only.
-_UsageError = typer.BadParameter.__bases__[0]
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 

@@ -126,7 +126,8 @@ def _rejects(manifest: Manifest, perturbation: Perturbation) -> str | None:
     if manifest.layout == "twin":
         if perturbation == built:
             return None
-        return f"its skipped engine is {built.mode} {list(built.blocks)}, the request is {wanted}: rebuild with it"
+        skipped = f"{built.mode} {list(built.blocks)}"
+        return f"its skipped engine is {skipped}, the request is {wanted}: rebuild with it"
     if perturbation.mode not in (built.mode, "stg-r"):
         return f"built for {built.mode}, the request is {perturbation.mode}: rebuild with {wanted}"
     if not set(perturbation.blocks) <= set(built.blocks):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,32 @@ import torch
 from torch import Tensor
 
 from stg_trt.checkpoint import Checkpoint, published
+from stg_trt.conditioning import Prompts
 from stg_trt.engine_store import Build, EngineRequest, EngineStore
 from stg_trt.errors import InvalidRequest
 from stg_trt.families.base import TextCondition, Workload, load_class
 from stg_trt.guidance import BlockSets, Guidance, Preset, Scale, load_preset
+from stg_trt.manifest import Manifest
 from stg_trt.sampler import SampledStep, Sampler
 from stg_trt.solver import SolverTable
 
 StepCallback = Callable[["VideoPipeline", int, float, dict[str, Tensor]], dict[str, Tensor] | None]
+Generators = torch.Generator | list[torch.Generator]
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What a call runs: a build, and for each step its guidance and the solver's coefficients."""
+
+    build: Build
+    guidance: Guidance
+    solver: SolverTable
+
+    @property
+    def workload(self) -> Workload:
+        """The sizes of the build."""
+        return self.build.manifest.workload
 
 
 @dataclass
@@ -71,8 +88,8 @@ class VideoPipeline:
         """The checkpoint's diffusers pipeline without its transformer: text encoder, tokenizer, VAE."""
         if not self.checkpoint.has_pipeline:
             raise InvalidRequest(
-                f"checkpoint: expected a text encoder and a VAE (model_index.json), got only a transformer in "
-                f"{self.checkpoint.name}: pass prompt_embeds and output_type='latent'"
+                f"checkpoint: expected a text encoder and a VAE (model_index.json), got only a transformer "
+                f"in {self.checkpoint.name}: pass prompt_embeds and output_type='latent'"
             )
         try:
             return load_class(self.family.pipeline_class).from_pretrained(
@@ -104,7 +121,7 @@ class VideoPipeline:
         cfg_zero_star: bool | None = None,
         preset: str | None = None,
         num_videos_per_prompt: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators | None = None,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         prompt_attention_mask: Tensor | None = None,
@@ -120,61 +137,64 @@ class VideoPipeline:
         tables. `decode_options` are the family's own (such as decode_timestep). Raises InvalidRequest for
         arguments that cannot be used and EngineRejected where no engine fits them.
         """
-        _check_output(output_type, decode_options)
-        prompts = _prompts(prompt, prompt_embeds)
-        videos = (len(prompts) if prompts is not None else len(_given(prompt_embeds))) * num_videos_per_prompt
-        base = self._request(height=height, width=width, num_frames=num_frames, videos=videos)
-        workload = self.store.find(base).manifest.workload
-        published_tables = load_preset(preset) if preset is not None else None
-        solver, sigmas = self._solve(workload, num_inference_steps, published_tables)
-        guidance = self._guidance(
-            sigmas,
-            self.store.find(base),
-            guidance_scale=guidance_scale,
-            stg_scale=stg_scale,
-            stg_mode=stg_mode,
-            stg_blocks=stg_blocks,
-            stg_range=stg_range,
-            rescale=rescale,
-            cfg_zero_star=cfg_zero_star,
-            preset=preset,
-        )
-        wanted = frozenset(filter(None, map(guidance.perturbation, range(len(sigmas)))))
-        build = self.store.find(
-            self._request(
-                height=workload.height,
-                width=workload.width,
-                num_frames=workload.num_frames,
-                videos=videos,
-                perturbations=wanted,
-            )
-        )
-        cond, uncond = self._conditions(
-            build.manifest.workload,
-            prompts,
+        self._check_output(output_type, decode_options)
+        prompts = Prompts(
+            prompt,
             negative_prompt,
-            TextCondition(prompt_embeds, prompt_attention_mask) if prompt_embeds is not None else None,
-            (negative_prompt_embeds, negative_prompt_attention_mask),
-            any("uncond" in guidance.passes(i) for i in range(len(sigmas))),
+            prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_embeds,
+            negative_prompt_attention_mask,
             num_videos_per_prompt,
         )
-        self.num_timesteps = len(sigmas)
-        noise = self._noise(workload, videos, generator, latents) * solver.noise_scale
-        steps = self._sampler(build).steps(
-            noise, cond, uncond, guidance, solver, frame_rate or self.family.defaults.frame_rate
-        )
-        result = self._run(steps, noise, callback_on_step_end)
-        if output_type == "latent":
-            return VideoPipelineOutput(result)
-        video = self.family.decode(self.components, result, workload, generator=generator, **decode_options)
-        return VideoPipelineOutput(
-            self.components.video_processor.postprocess_video(video, output_type=output_type)
-        )
+        scales = {"guidance_scale": guidance_scale, "stg_scale": stg_scale, "rescale": rescale}
+        perturbed = {"stg_mode": stg_mode, "stg_blocks": stg_blocks, "stg_range": stg_range}
+        given = {**scales, **perturbed, "cfg_zero_star": cfg_zero_star, "preset": preset}
+        size = {"height": height, "width": width, "num_frames": num_frames, "videos": prompts.videos}
+        schedule = self._schedule(size, num_inference_steps, given)
+        noise = self._noise(schedule, prompts.videos, generator, latents)
+        steps = self._steps(schedule, prompts, noise, frame_rate)
+        result = self._drain(steps, noise, callback_on_step_end)
+        return self._output(result, schedule.workload, output_type, generator=generator, **decode_options)
 
-    def _run(self, steps: Any, latents: Tensor, callback: StepCallback | None) -> Tensor:
+    def _schedule(self, size: dict[str, Any], steps: int | None, given: dict[str, Any]) -> Schedule:
+        """The build that fits the request, with its steps and their guidance."""
+        first = self.store.find(replace(self._base, **size)).manifest
+        preset = load_preset(given["preset"]) if given["preset"] is not None else None
+        solver, sigmas = self._solve(first.workload, steps, preset)
+        guidance = Guidance.for_steps(sigmas, **self._with_defaults(given, first))
+        perturbations = frozenset(filter(None, map(guidance.perturbation, range(len(sigmas)))))
+        exact = {name: getattr(first.workload, name) for name in ("height", "width", "num_frames")}
+        request = replace(self._base, **size | exact, perturbations=perturbations)
+        self.num_timesteps = len(sigmas)
+        return Schedule(self.store.find(request), guidance, solver)
+
+    def _steps(
+        self, schedule: Schedule, prompts: Prompts, noise: Tensor, frame_rate: float | None
+    ) -> Iterator[SampledStep]:
+        workload, guidance = schedule.workload, schedule.guidance
+        cond, uncond = prompts.conditions(
+            lambda texts: self._encode(texts, workload),
+            self.family.tensors(workload)["prompt_embeds"],
+            any("uncond" in guidance.passes(i) for i in range(self.num_timesteps)),
+        )
+        rate = self.family.defaults.frame_rate if frame_rate is None else frame_rate
+        if not rate > 0:
+            raise InvalidRequest(f"frame_rate: expected more than 0 frames per second, got {rate}: use 25")
+        return self._sampler(schedule.build).steps(noise, cond, uncond, guidance, schedule.solver, rate)
+
+    def _output(
+        self, latents: Tensor, workload: Workload, output_type: str, **decode_options: Any
+    ) -> VideoPipelineOutput:
+        if output_type == "latent":
+            return VideoPipelineOutput(latents)
+        video = self.family.decode(self.components, latents, workload, **decode_options)
+        processor = self.components.video_processor
+        return VideoPipelineOutput(processor.postprocess_video(video, output_type=output_type))
+
+    def _drain(self, steps: Iterator[SampledStep], latents: Tensor, callback: StepCallback | None) -> Tensor:
         """Drains the sampler; `interrupt` (settable from the callback) stops after the current step."""
         self.interrupt = False
-        step: SampledStep
         for step in steps:
             if callback is not None:
                 replaced = callback(self, step.index, step.timestep, {"latents": step.latents}) or {}
@@ -183,10 +203,6 @@ class VideoPipeline:
             if self.interrupt:
                 break
         return latents
-
-    def _request(self, **needs: Any) -> EngineRequest:
-        base = self._base
-        return EngineRequest(weights=base.weights, layout=base.layout, backend=base.backend, **needs)
 
     def _sampler(self, build: Build) -> Sampler:
         if build.folder not in self._samplers:
@@ -209,51 +225,19 @@ class VideoPipeline:
         training_steps = self.scheduler.config.num_train_timesteps
         return solver, [timestep / training_steps for timestep in solver.timesteps[:taken]]
 
-    def _guidance(self, sigmas: Sequence[float], build: Build, **given: Any) -> Guidance:
+    def _with_defaults(self, given: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
         """Fills what was not given: from the preset, else the family's scales and the engines' blocks."""
-        if given["preset"] is None:
-            defaults = self.family.defaults
-            if given["stg_scale"] is None and not build.manifest.stg_blocks:
-                given["stg_scale"] = 0.0
-            fallback = {
-                "guidance_scale": defaults.guidance_scale,
-                "stg_scale": defaults.stg_scale,
-                "rescale": defaults.rescale,
-                "stg_mode": build.manifest.stg_mode,
-                "stg_blocks": build.manifest.stg_blocks,
-            }
-            given |= {name: value for name, value in fallback.items() if given[name] is None}
-        return Guidance.for_steps(sigmas, **given)
-
-    def _conditions(
-        self,
-        workload: Workload,
-        prompts: list[str] | None,
-        negative_prompt: str | list[str] | None,
-        given: TextCondition | None,
-        negative: tuple[Tensor | None, Tensor | None],
-        needs_uncond: bool,
-        per_prompt: int,
-    ) -> tuple[TextCondition, TextCondition | None]:
-        """Text conditions of the cond rows and, where a step computes them, of the uncond rows."""
-        if given is not None:
-            cond = _checked(given, "prompt_embeds", workload)
-            uncond = None
-            if needs_uncond:
-                uncond = _checked(TextCondition(*negative), "negative_prompt_embeds", workload)
-        else:
-            assert prompts is not None
-            cond, uncond = self._encode(prompts, workload), None
-            if needs_uncond:
-                texts = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""]
-                texts = texts * len(prompts) if len(texts) == 1 else texts
-                if len(texts) != len(prompts):
-                    raise InvalidRequest(
-                        f"negative_prompt: expected 1 or {len(prompts)} texts, got {len(texts)}: "
-                        "give one per prompt"
-                    )
-                uncond = self._encode(texts, workload)
-        return _repeated(cond, per_prompt), _repeated(uncond, per_prompt) if uncond else None
+        if given["preset"] is not None:
+            return given
+        defaults = self.family.defaults
+        fallback = {
+            "guidance_scale": defaults.guidance_scale,
+            "stg_scale": defaults.stg_scale if manifest.stg_blocks else 0.0,
+            "rescale": defaults.rescale,
+            "stg_mode": manifest.stg_mode,
+            "stg_blocks": manifest.stg_blocks,
+        }
+        return given | {name: value for name, value in fallback.items() if given[name] is None}
 
     def _encode(self, prompts: list[str], workload: Workload) -> TextCondition:
         for prompt in prompts:
@@ -265,70 +249,40 @@ class VideoPipeline:
                 )
         return self.family.encode_prompt(self.components, prompts, workload)
 
-    def _noise(self, workload: Workload, videos: int, generator: Any, latents: Tensor | None) -> Tensor:
+    def _noise(
+        self, schedule: Schedule, videos: int, generator: Generators | None, latents: Tensor | None
+    ) -> Tensor:
+        """Packed float32 noise at the solver's scale: drawn as diffusers draws it, or given."""
         from diffusers.utils.torch_utils import randn_tensor
 
+        workload = schedule.workload
         shape = (videos, *self.family.latent_shape(workload))
+        packed = self.family.tensors(workload)["latents"].with_rows(videos)
         if latents is None:
             if isinstance(generator, list) and len(generator) != videos:
                 raise InvalidRequest(
-                    f"generator: expected {videos}, one per video, got {len(generator)}: give one or {videos}"
+                    f"generator: expected one or {videos}, got {len(generator)}: give one per video"
                 )
-            noise = randn_tensor(shape, generator=generator, dtype=torch.float32)
-            return self.family.pack(noise)
-        packed = self.family.tensors(workload)["latents"].with_rows(videos)
-        if tuple(latents.shape) == shape:
-            return self.family.pack(latents.float())
-        if tuple(latents.shape) != packed:
+            latents = randn_tensor(shape, generator=generator, dtype=torch.float32)
+        if tuple(latents.shape) not in (packed, shape):
             raise InvalidRequest(
                 f"latents: expected {packed} or {shape} for {workload}, got {tuple(latents.shape)}: "
                 "pass latents of the size the engines were built for"
             )
-        return latents.float()
+        noise = self.family.pack(latents) if tuple(latents.shape) == shape else latents
+        return noise.float() * schedule.solver.noise_scale
 
-
-def _check_output(output_type: str, decode_options: dict[str, Any]) -> None:
-    if output_type not in _OUTPUT_TYPES:
-        raise InvalidRequest(
-            f"output_type: expected one of {', '.join(_OUTPUT_TYPES)}, got {output_type!r}: choose one"
-        )
-    unknown = decode_options.keys() - {"decode_timestep", "decode_noise_scale"}
-    if unknown:
-        raise InvalidRequest(
-            f"arguments: expected those of VideoPipeline, got {', '.join(sorted(unknown))}: check the spelling"
-        )
-
-
-def _prompts(prompt: str | list[str] | None, prompt_embeds: Tensor | None) -> list[str] | None:
-    if (prompt is None) == (prompt_embeds is None):
-        got = "neither" if prompt is None else "both"
-        raise InvalidRequest(f"prompt: expected prompt or prompt_embeds, got {got}: give one of them")
-    return [prompt] if isinstance(prompt, str) else prompt
-
-
-def _given(embeds: Tensor | None) -> Tensor:
-    assert embeds is not None
-    return embeds
-
-
-def _checked(given: Any, name: str, workload: Workload) -> TextCondition:
-    """Embeddings with their mask, padded to the engines' text length."""
-    if given.embeds is None or given.mask is None:
-        missing = name if given.embeds is None else name.replace("embeds", "attention_mask")
-        raise InvalidRequest(f"{missing}: expected a tensor beside the prompt_embeds, got None: pass it too")
-    tokens = given.embeds.shape[1]
-    if tokens > workload.text_length or given.mask.shape != given.embeds.shape[:2]:
-        raise InvalidRequest(
-            f"{name}: expected (videos, <= {workload.text_length}, width) with a mask of (videos, tokens), "
-            f"got {tuple(given.embeds.shape)} and {tuple(given.mask.shape)}: shorten the text or rebuild with "
-            f"--text-length {tokens}"
-        )
-    missing_tokens = workload.text_length - tokens
-    pad = torch.nn.functional.pad
-    return TextCondition(
-        pad(given.embeds, (0, 0, 0, missing_tokens)), pad(given.mask.float(), (0, missing_tokens))
-    )
-
-
-def _repeated(text: TextCondition, times: int) -> TextCondition:
-    return TextCondition(text.embeds.repeat_interleave(times, 0), text.mask.repeat_interleave(times, 0))
+    def _check_output(self, output_type: str, decode_options: dict[str, Any]) -> None:
+        if output_type not in _OUTPUT_TYPES:
+            raise InvalidRequest(
+                f"output_type: expected one of {', '.join(_OUTPUT_TYPES)}, got {output_type!r}: choose one"
+            )
+        unknown = decode_options.keys() - self.family.decode_options
+        if unknown:
+            raise InvalidRequest(
+                f"arguments: expected those of VideoPipeline, got {', '.join(sorted(unknown))}: "
+                "check the spelling"
+            )
+        if output_type != "latent":
+            # Asked for now, so that a checkpoint without a VAE is refused before the sampling.
+            self.components  # noqa: B018

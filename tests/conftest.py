@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from stg_trt.build_engines import build
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -30,7 +29,7 @@ def ltx_checkpoint() -> Path:
 
 @pytest.fixture(scope="session")
 def ltx_engines(tmp_path_factory: pytest.TempPathFactory, ltx_checkpoint: Path) -> Path:
-    """Segmented stg-a engines that can perturb blocks 1 and 3, and both twins of block 3; 2 videos at most."""
+    """Segmented stg-a engines that can perturb blocks 1 and 3, and both twins of block 3; 2 videos."""
     root = tmp_path_factory.mktemp("ltx-engines")
     build(ltx_checkpoint, root, **LTX_SIZES, stg_blocks=[1, 3], stg_mode="stg-a", max_batch=2)
     for mode in ("stg-a", "stg-r"):

@@ -83,7 +83,7 @@ class SegmentModule(nn.Module):
         raise TypeError(f"{type(self).__name__} does not define run")
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-        """softmax(QK^T/sqrt(d) + bias)V over (rows, heads, tokens, d), with an additive mask over the keys."""
+        """softmax(QK^T/sqrt(d) + bias)V over (rows, heads, tokens, d), with an additive mask over keys."""
         if bias is not None and self.expand_masks:
             bias = bias.expand(-1, -1, query.shape[2], -1)
         return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
@@ -97,6 +97,7 @@ class ModelFamily(ABC):
     pipeline_class: ClassVar[str]
     defaults: ClassVar[Defaults]
     has_text_segment: ClassVar[bool]
+    decode_options: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, config: Mapping[str, Any], vae_config: Mapping[str, Any] | None = None) -> None:
         self.config = dict(config)

@@ -38,6 +38,7 @@ class LTXVideo(ModelFamily):
     transformer_class = "LTXVideoTransformer3DModel"
     pipeline_class = "LTXPipeline"
     has_text_segment = True
+    decode_options = frozenset({"decode_timestep", "decode_noise_scale"})
     defaults = Defaults("stg-a", (19,), 1.0, 3.0, 0.7, 40, 25.0)
 
     @property
@@ -141,12 +142,12 @@ class LTXVideo(ModelFamily):
     def segment_flops(self, segment: Segment, workload: Workload) -> int:
         tokens, text, width = self.tokens(workload), workload.text_length, self.width
         if segment.text:
-            return 2 * text * width * (self.config["caption_channels"] + width)
+            return 2 * text * width * (int(self.config["caption_channels"]) + width)
         cross = 2 * tokens * 2 * width**2 + 2 * text * 2 * width**2 + 4 * tokens * text * width
         feed_forward = 2 * tokens * 8 * width**2
         self_attention = 2 * tokens * 4 * width**2 + 4 * tokens**2 * width
         values_only = 2 * tokens * 2 * width**2
-        total = 0
+        total: int = 0
         for block in segment.blocks:
             skipped = segment.skipped is not None and block in segment.skipped.blocks
             if skipped and segment.skipped is not None and segment.skipped.mode == "stg-r":
@@ -156,7 +157,7 @@ class LTXVideo(ModelFamily):
             total += 2 * tokens * width * self.config["in_channels"] + 2 * width * (256 + 7 * width)
         if segment.back:
             total += 2 * tokens * width * self.config["out_channels"]
-        return total
+        return int(total)
 
     def attentions(self, segment: Segment) -> int:
         skipped = segment.skipped.blocks if segment.skipped else ()
@@ -250,7 +251,7 @@ class LTXVideo(ModelFamily):
 class _TextProjection(SegmentModule):
     """Projects prompt embeddings to the model's width, once per call."""
 
-    def __init__(self, transformer: nn.Module, *borders: Any) -> None:
+    def __init__(self, transformer: Any, *borders: Any) -> None:
         super().__init__(*borders)
         self.caption_projection = transformer.caption_projection
 
@@ -261,7 +262,7 @@ class _TextProjection(SegmentModule):
 class _LTXSegment(SegmentModule):
     """Embedding, blocks and head over a transformer's own submodules, with float32 islands."""
 
-    def __init__(self, transformer: nn.Module, segment: Segment, *borders: Any) -> None:
+    def __init__(self, transformer: Any, segment: Segment, *borders: Any) -> None:
         super().__init__(*borders)
         self.segment = segment
         self.blocks = nn.ModuleDict({str(i): transformer.transformer_blocks[i] for i in segment.blocks})
@@ -297,7 +298,8 @@ class _LTXSegment(SegmentModule):
         hidden = hidden + (attended.float() * gate).to(dtype)
         hidden = hidden + self.cross_attention(block.attn2, hidden, state["text"], state["text_bias"])
         normed = (_rms_norm(block.norm2, hidden) * (1 + scale_ff) + shift_ff).to(dtype)
-        return hidden + (block.ff(normed).float() * gate_ff).to(dtype)
+        hidden = hidden + (block.ff(normed).float() * gate_ff).to(dtype)
+        return hidden
 
     def self_attention(self, attn: Any, x: Tensor, state: dict[str, Tensor], values_only: bool) -> Tensor:
         """Attention with RoPE; to_out(V) for rows whose attention is skipped (stg-a)."""
@@ -328,7 +330,7 @@ class _LTXSegment(SegmentModule):
 
     def head(self, hidden: Tensor, embedded_timestep: Tensor) -> Tensor:
         """Adaptive layer norm and projection to the prediction."""
-        shift, scale = (self.scale_shift_table + embedded_timestep.unsqueeze(2)).unbind(dim=2)
+        shift, scale = (embedded_timestep.unsqueeze(2) + self.scale_shift_table).unbind(dim=2)
         normed = self.norm_out(hidden.float()) * (1 + scale) + shift
         pred: Tensor = self.proj_out(normed.to(hidden.dtype))
         return pred
@@ -336,7 +338,8 @@ class _LTXSegment(SegmentModule):
 
 def _rms_norm(norm: Any, x: Tensor) -> Tensor:
     """RMS norm over all channels, in float32."""
-    return F.rms_norm(x.float(), (x.shape[-1],), norm.weight, norm.eps)
+    normed: Tensor = F.rms_norm(x.float(), (x.shape[-1],), norm.weight, norm.eps)
+    return normed
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
