@@ -16,6 +16,42 @@ def _group() -> None:
 
 
 @bench.command()
+def build(
+    checkpoint: Annotated[str, typer.Argument(help="A published configuration, or a folder.")],
+    output: Annotated[Path, typer.Option(help="JSON file of the results.")],
+    height: Annotated[int, typer.Option(help="Pixels.")],
+    width: Annotated[int, typer.Option(help="Pixels.")],
+    num_frames: Annotated[int, typer.Option(help="Frames.")],
+    text_length: Annotated[int, typer.Option(help="Text tokens.")] = 128,
+    stg_blocks: Annotated[
+        str | None, typer.Option(help="Perturbable blocks. [default: the family's]")
+    ] = None,
+    layouts: Annotated[str, typer.Option(help="Layouts to build.")] = "segmented,twin",
+    backend: Annotated[str, typer.Option(help="What compiles.")] = "tensorrt-rtx",
+    target: Annotated[str, typer.Option(help="Compute capabilities.")] = "sm_120,sm_89",
+    verify_timesteps: Annotated[int, typer.Option(help="Timesteps compared with eager float32.")] = 1,
+    engines: Annotated[Path | None, typer.Option(help="Folder to keep the engines in.")] = None,
+) -> None:
+    """Compile a model with random weights: seconds, peak memory, engine bytes, fused attentions."""
+    from stg_trt.perturbation import parse_blocks
+
+    from .build import BuildBenchmark
+
+    BuildBenchmark(
+        checkpoint=checkpoint,
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        text_length=text_length,
+        stg_blocks=None if stg_blocks is None else tuple(parse_blocks(stg_blocks)),
+        layouts=tuple(layouts.split(",")),
+        backend=backend,
+        target=target,
+        verify_timesteps=verify_timesteps,
+    ).run(output, engines)
+
+
+@bench.command()
 def step(
     output: Annotated[Path, typer.Option(help="JSON file of the results.")],
     checkpoint: Annotated[

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from stg_trt.build_engines.build import build
 
+from stg_trt.build_engines.build import build
 from stg_trt.checkpoint import Checkpoint
 from stg_trt.engine_store import Build
 from stg_trt.errors import GateMissed

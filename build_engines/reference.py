@@ -36,9 +36,14 @@ class Reference:
         self._done: set[Segment] = set()
 
     def module(self, segment: Segment, *, expand_masks: bool) -> SegmentModule:
-        """The segment in float32, with no other weights in memory."""
+        """The segment in float32, with no other weights in memory; its weights are rounded as the engine's.
+
+        So what is compared is the graph, and not the rounding of the weights that was asked for.
+        """
         transformer = self.checkpoint.load_transformer(segment.blocks)
-        return self.family.module(transformer, segment, expand_masks=expand_masks).eval()
+        module = self.family.module(transformer, segment, expand_masks=expand_masks).eval()
+        self.family.lower_precision(module, getattr(torch, self.workload.dtype))
+        return module.float()
 
     def inputs(self, segment: Segment) -> list[State]:
         """Inputs of a segment, one set per timestep; runs the segments before it where that is missing."""

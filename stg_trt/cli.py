@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,23 +15,25 @@ from stg_trt.errors import StgTrtError
 # Every mistake on the command line derives from this; typer exports its subclasses only.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+# typer answers Ctrl-C with this status instead of the exception.
+_INTERRUPTED = 130
 
 
 def main() -> None:
     """Entry point of the console script."""
-    _run(_application())
+    _run(_application)
 
 
 def run_command(command: Callable[..., None]) -> None:
     """Runs one command as a program of its own."""
     app = _new_app()
     app.command()(command)
-    _run(app)
+    _run(lambda: app)
 
 
 def run_group(group: typer.Typer) -> None:
     """Runs a group of commands as a program of its own."""
-    _run(group)
+    _run(lambda: group)
 
 
 def _application() -> typer.Typer:
@@ -54,20 +57,29 @@ def _new_app(**options: Any) -> typer.Typer:
     return typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, **options)
 
 
-def _run(app: typer.Typer) -> None:
+def _run(application: Callable[[], typer.Typer]) -> None:
     try:
-        status = app(standalone_mode=False)
+        status = application()(standalone_mode=False)
     except _UsageError as error:
-        _fail(error.format_message())  # type: ignore[attr-defined]
+        _fail(_usage_error(error))
     except StgTrtError as error:
         _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted: nothing half-written is left, finished segments are kept")
+        status = _INTERRUPTED
     except MemoryError:
         _fail("out of memory: expected more free memory: use a smaller size or a machine with more")
     except OSError as error:
         _fail(_os_error(error))
-    sys.exit(status if isinstance(status, int) else 0)
+    if status == _INTERRUPTED:
+        # A second Ctrl-C must not print a traceback while the libraries shut down.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _fail("interrupted: nothing half-written is left, finished segments are kept")
+
+
+def _usage_error(error: Any) -> str:
+    """What typer found wrong, and where the right names are; empty where it has shown the help."""
+    message = str(error.format_message()).rstrip(".")
+    return f"{message}: see {error.ctx.command_path} --help" if message and error.ctx else message
 
 
 def _os_error(error: OSError) -> str:
@@ -76,9 +88,10 @@ def _os_error(error: OSError) -> str:
         return f"{where}: expected free disk space, got none left: free some or choose another --output"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{where}: expected a place that can be written, got {error.strerror}: choose another --output"
-    return f"{where}: {error.strerror or error}"
+    return f"{where}: expected a path that can be used, got {error.strerror or error}: check it"
 
 
 def _fail(message: str) -> None:
-    print(f"stg-trt: {' '.join(message.split())}", file=sys.stderr)
+    if message:
+        print(f"stg-trt: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(1)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from stg_trt.build_engines import build
 
 GOLDENS = Path(__file__).parent / "goldens"

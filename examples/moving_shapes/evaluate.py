@@ -20,9 +20,9 @@ import torch
 from clips import FRAME_RATE, LABELS, NUM_FRAMES, SIZE, Label
 from measure import Measurement, measure
 from report import PARTS, plot, table
-from stg_trt.build_engines import build
 
 from stg_trt import VideoPipeline
+from stg_trt.build_engines import build
 
 HERE = Path(__file__).parent
 BLOCKS = (2, 4, 6)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.families.base import ModelFamily
+
+if TYPE_CHECKING:
+    from stg_trt.families.base import ModelFamily
 
 # transformer class in diffusers -> (module here, class in it); imported when first asked for
 _FAMILIES = {"LTXVideoTransformer3DModel": ("ltx_video", "LTXVideo")}
@@ -17,14 +19,19 @@ def supported() -> tuple[str, ...]:
     return tuple(_FAMILIES)
 
 
-def family_for(config: dict[str, Any], vae_config: dict[str, Any] | None = None) -> ModelFamily:
-    """The family of a transformer's config.json; raises InvalidRequest for an unknown class."""
+def check_class(config: dict[str, Any]) -> None:
+    """Raises InvalidRequest unless a transformer's config.json is of a supported class."""
     class_name = config.get("_class_name")
     if class_name not in _FAMILIES:
         raise InvalidRequest(
             f"checkpoint: expected a transformer of class {', '.join(_FAMILIES)}, got {class_name}: "
             "convert it to diffusers format or use a supported model"
         )
-    module, name = _FAMILIES[class_name]
+
+
+def family_for(config: dict[str, Any], vae_config: dict[str, Any] | None = None) -> ModelFamily:
+    """The family of a transformer's config.json; raises InvalidRequest for an unknown class."""
+    check_class(config)
+    module, name = _FAMILIES[config["_class_name"]]
     family: type[ModelFamily] = getattr(importlib.import_module(f"stg_trt.families.{module}"), name)
     return family(config, vae_config)

@@ -291,15 +291,15 @@ class _LTXSegment(SegmentModule):
         """One LTXVideoTransformerBlock; residuals in the compute dtype, modulation in float32."""
         hidden = state["hidden_states"]
         dtype = hidden.dtype
-        modulation = block.scale_shift_table + state["temb"].unflatten(2, (6, -1))
+        modulation: Tensor = block.scale_shift_table + state["temb"].unflatten(2, (6, -1))
         shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation.unbind(dim=2)
         normed = (_rms_norm(block.norm1, hidden) * (1 + scale) + shift).to(dtype)
         attended = self.self_attention(block.attn1, normed, state, values_only)
         hidden = hidden + (attended.float() * gate).to(dtype)
         hidden = hidden + self.cross_attention(block.attn2, hidden, state["text"], state["text_bias"])
         normed = (_rms_norm(block.norm2, hidden) * (1 + scale_ff) + shift_ff).to(dtype)
-        hidden = hidden + (block.ff(normed).float() * gate_ff).to(dtype)
-        return hidden
+        out: Tensor = hidden + (block.ff(normed).float() * gate_ff).to(dtype)
+        return out
 
     def self_attention(self, attn: Any, x: Tensor, state: dict[str, Tensor], values_only: bool) -> Tensor:
         """Attention with RoPE; to_out(V) for rows whose attention is skipped (stg-a)."""

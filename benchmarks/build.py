@@ -1,0 +1,99 @@
+"""Whole builds of a model with random weights: what they cost and what the gates found."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stg_trt.backends import backend_for
+from stg_trt.build_engines.build import build
+from stg_trt.build_engines.display import BuildDisplay, print_summary
+from stg_trt.manifest import Manifest, SegmentRecord, load
+
+from . import record
+
+
+@dataclass(frozen=True)
+class BuildBenchmark:
+    """Builds every layout for every target; each layout exports once and compiles per target."""
+
+    checkpoint: str
+    height: int
+    width: int
+    num_frames: int
+    text_length: int
+    stg_blocks: tuple[int, ...] | None
+    layouts: tuple[str, ...]
+    backend: str
+    target: str
+    verify_timesteps: int
+
+    def run(self, output: Path, engines: Path | None) -> None:
+        """Builds, prints the tables and writes the JSON; what is done is kept after each layout."""
+        results: list[dict[str, Any]] = []
+        with ExitStack() as stack:
+            root = engines or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            for layout in self.layouts:
+                start = time.perf_counter()
+                folders = self._build(layout, root)
+                wall = round(time.perf_counter() - start, 1)
+                for folder in folders:
+                    manifest = load(folder)
+                    print_summary(folder, manifest)
+                    results.append({**_build_result(manifest), "wall_s_all_targets": wall})
+                record.save({"benchmark": "build", "model": self.checkpoint, "builds": results}, output)
+
+    def _build(self, layout: str, root: Path) -> list[Path]:
+        with BuildDisplay() as display:
+            folders: list[Path] = build(
+                self.checkpoint,
+                root,
+                height=self.height,
+                width=self.width,
+                num_frames=self.num_frames,
+                text_length=self.text_length,
+                stg_blocks=self.stg_blocks,
+                layout=layout,
+                precision=backend_for(self.backend).precisions[0],
+                backend=self.backend,
+                target=self.target,
+                random_weights=True,
+                verify_timesteps=self.verify_timesteps,
+                progress=display,
+            )
+        return folders
+
+
+def _build_result(manifest: Manifest) -> dict[str, Any]:
+    segments = [_segment_result(segment) for segment in manifest.segments]
+    return {
+        "layout": manifest.layout,
+        "backend": manifest.backend,
+        "target": manifest.target,
+        "workload": {"precision": manifest.workload.precision, "size": str(manifest.workload)},
+        "text_length": manifest.workload.text_length,
+        "stg_mode": manifest.stg_mode,
+        "stg_blocks": list(manifest.stg_blocks),
+        "engine_bytes": sum(segment["engine_bytes"] for segment in segments),
+        "fused_attentions": sum(segment["fused_attentions"] for segment in segments),
+        "peak_bytes": max(segment["peak_bytes"] for segment in segments),
+        "segments": segments,
+    }
+
+
+def _segment_result(segment: SegmentRecord) -> dict[str, Any]:
+    return {
+        "name": segment.segment.name,
+        "seconds": segment.seconds,
+        "peak_bytes": segment.peak_bytes,
+        "engine_bytes": sum(file.bytes for file in segment.files),
+        "attentions": segment.attentions,
+        "fused_attentions": segment.fused_attentions,
+        "activation_bytes": segment.activation_bytes,
+        "tflop_per_row": round(segment.flops / 1e12, 3),
+        "verification": [verification.model_dump() for verification in segment.verification],
+    }

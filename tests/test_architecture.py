@@ -1,0 +1,177 @@
+"""The rules of the house: who imports whom, what a name may be, how long things are."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = ("build_engines", "runtime", "benchmarks")
+PRODUCT = ("stg_trt", *PROGRAMS)
+TENSORRT_BOUNDARY = "stg_trt/backends/tensorrt_library.py"
+MAX_FUNCTION_LINES = 60
+MAX_MODULE_LINES = 400
+FORBIDDEN_NOUNS = re.compile(r"utils?|helpers?|managers?|factory|factories|misc|common")
+DYNAMIC_IMPORTS = ("import_module", "__import__", "find_spec")
+
+
+def sources(*folders: str) -> list[str]:
+    """Paths of Python files, relative to the checkout."""
+    return sorted(
+        path.relative_to(ROOT).as_posix() for folder in folders for path in (ROOT / folder).rglob("*.py")
+    )
+
+
+def text(path: str) -> str:
+    return (ROOT / path).read_text("utf-8")
+
+
+def imported(path: str, source: str) -> set[str]:
+    """Dotted names that a file imports, relative and constant dynamic ones included.
+
+    A program's name inside the wheel, stg_trt.runtime, counts as its own name, runtime.
+    """
+    package = path.split("/")[:-1]
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*above, *(node.module.split(".") if node.module else [])])
+            names |= {origin, *(f"{origin}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Call) and node.args:
+            names |= set(_dynamic(node))
+    return {re.sub(rf"^stg_trt\.({'|'.join(PROGRAMS)})\b", r"\1", name) for name in names}
+
+
+def _dynamic(call: ast.Call) -> Iterator[str]:
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    argument = call.args[0]
+    if name in DYNAMIC_IMPORTS and isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+        yield argument.value
+
+
+def importers(folder: str, *targets: str) -> set[str]:
+    """Files of a folder that import a target or something inside it."""
+    return {
+        path
+        for path in sources(folder)
+        if any(
+            name == target or name.startswith(f"{target}.")
+            for name in imported(path, text(path))
+            for target in targets
+        )
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "name"),
+    [
+        ("stg_trt/a.py", "import runtime.command", "runtime.command"),
+        ("stg_trt/a.py", "def f():\n    from stg_trt.runtime.command import generate", "runtime.command"),
+        ("stg_trt/a.py", "from stg_trt import build_engines", "build_engines"),
+        ("stg_trt/a.py", "from . import build_engines", "build_engines"),
+        ("stg_trt/backends/a.py", "from ..runtime import command", "runtime.command"),
+        ("stg_trt/a.py", "importlib.import_module('stg_trt.benchmarks')", "benchmarks"),
+        ("runtime/a.py", "from .command import generate", "runtime.command"),
+    ],
+)
+def test_every_way_to_import_is_seen(path: str, source: str, name: str) -> None:
+    assert name in imported(path, source)
+
+
+def test_the_library_imports_no_program() -> None:
+    assert importers("stg_trt", *PROGRAMS) == {"stg_trt/cli.py"}
+
+
+def test_the_two_programs_do_not_import_each_other() -> None:
+    assert not importers("build_engines", "runtime")
+    assert not importers("runtime", "build_engines")
+
+
+def test_one_module_imports_tensorrt() -> None:
+    statements = {path for folder in PRODUCT for path in importers(folder, "tensorrt", "tensorrt_rtx")}
+    dynamic = {
+        path
+        for path in sources(*PRODUCT)
+        if "tensorrt_rtx" in text(path) or re.search(r"""import\w*\(\s*f?["']tensorrt\b""", text(path))
+    }
+    assert statements | dynamic <= {TENSORRT_BOUNDARY}
+    assert "tensorrt_rtx" in text(TENSORRT_BOUNDARY)
+
+
+def test_importing_the_library_loads_nothing_heavy() -> None:
+    heavy = ("tensorrt", "tensorrt_rtx", "onnx", "onnxruntime", "torch", "diffusers", "transformers", "numpy")
+    program = f"import sys, stg_trt; print([name for name in {heavy} if name in sys.modules])"
+    answer = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert answer.stdout.strip() == "[]"
+
+
+def test_a_family_is_named_in_its_own_file_and_the_table_only() -> None:
+    own = {"stg_trt/families/ltx_video.py", "stg_trt/families/__init__.py"}
+    named = {
+        path
+        for path in sources("stg_trt", "build_engines", "runtime")
+        if re.search("ltx", text(path) + path, re.I)
+    }
+    assert named == own
+
+
+def test_names_are_nouns_of_the_house() -> None:
+    modules = {Path(path).stem.strip("_") for path in sources(*PRODUCT, "tests")}
+    assert not {module for module in modules if set(re.findall(FORBIDDEN_NOUNS, module))}
+
+
+@pytest.mark.parametrize("path", sources(*PRODUCT, "tests"))
+def test_modules_and_functions_are_short(path: str) -> None:
+    source = text(path)
+    assert len(source.splitlines()) <= MAX_MODULE_LINES
+    functions = [
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
+    assert not {name: lines for name, lines in lengths.items() if lines > MAX_FUNCTION_LINES}
+
+
+def test_nothing_is_left_for_later() -> None:
+    marks = re.compile("TO" "DO|FIX" "ME|X" "XX")
+    assert not [path for path in sources(*PRODUCT, "tests", "examples") if marks.search(text(path))]
+
+
+@pytest.mark.parametrize("path", sources(*PRODUCT))
+def test_modules_have_docstrings(path: str) -> None:
+    assert ast.get_docstring(ast.parse(text(path)))
+
+
+@pytest.mark.parametrize("path", [path for path in sources(*PRODUCT) if "__main__" not in path])
+def test_public_names_have_docstrings(path: str) -> None:
+    dotted = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    module = importlib.import_module(dotted if dotted.startswith("stg_trt") else f"stg_trt.{dotted}")
+    assert not [name for name, thing in public(module) if not inspect.getdoc(thing)]
+
+
+def public(module: ModuleType) -> Iterator[tuple[str, object]]:
+    """Classes, functions, methods and properties that a module defines; overrides inherit docstrings."""
+    for name, thing in vars(module).items():
+        mine = getattr(thing, "__module__", None) == module.__name__
+        if name.startswith("_") or not mine or not (inspect.isclass(thing) or inspect.isfunction(thing)):
+            continue
+        yield name, thing
+        for method in vars(thing) if inspect.isclass(thing) else ():
+            member = inspect.getattr_static(thing, method)
+            if not method.startswith("_") and isinstance(
+                member, property | classmethod | staticmethod | type(public)
+            ):
+                yield f"{name}.{method}", getattr(thing, method)
