@@ -94,9 +94,11 @@ class _Builder:
         """Builds what is missing under the locks of the build folders."""
         folders = {target: self.options.output / self._folder_name(target) for target in self.options.targets}
         with ExitStack() as locks:
-            for folder in folders.values():
+            # In the order of their names, so that two builds of the same targets cannot wait for each other.
+            for folder in sorted(folders.values()):
                 _make(folder)
                 locks.enter_context(FileLock(folder / ".lock"))
+                shutil.rmtree(folder / "work", ignore_errors=True)
             self._build(folders)
         return list(folders.values())
 
@@ -132,8 +134,9 @@ class _Builder:
                     manifests.save(manifest[target], folders[target])
                     self.progress.finish(segment, record, reused=False)
             finally:
-                if not options.keep_onnx:
-                    shutil.rmtree(work, ignore_errors=True)
+                if options.keep_onnx:
+                    _keep(work, work.with_name("onnx"))
+                shutil.rmtree(work, ignore_errors=True)
         for target, folder in folders.items():
             manifests.save(manifest[target].model_copy(update={"complete": True}), folder)
 
@@ -146,13 +149,15 @@ class _Builder:
         return f"{self.options.name}-{target}-{digest({'keys': keys})[:8]}"
 
     def _resume(self, folder: Path, target: str) -> Manifest:
-        """The folder's manifest with only those segments that are whole, or a new one."""
+        """The folder's manifest with only those segments that are whole and verified, or a new one."""
         try:
             found = manifests.load(folder)
         except EngineRejected:
             return self._new_manifest(target)
         kept = []
         for record in found.segments:
+            if len(record.verification) < self.options.verify_timesteps:
+                continue
             try:
                 for file in record.files:
                     check_file(folder / file.name, file)
@@ -205,6 +210,13 @@ def _with(manifest: Manifest, record: SegmentRecord) -> Manifest:
     """The manifest with a finished segment, in the order of the build."""
     others = tuple(r for r in manifest.segments if r.segment.name != record.segment.name)
     return manifest.model_copy(update={"segments": (*others, record)})
+
+
+def _keep(work: Path, kept: Path) -> None:
+    """Moves what is left of a segment's work, its graphs, where the next segment does not delete it."""
+    kept.mkdir(exist_ok=True)
+    for path in work.iterdir():
+        path.replace(kept / path.name)
 
 
 def _make(folder: Path) -> None:

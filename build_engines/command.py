@@ -42,9 +42,20 @@ def build(
     keep_onnx: Annotated[bool, typer.Option("--keep-onnx", help="Keep the exported graphs.")] = False,
 ) -> None:
     """Build verified engines from a checkpoint."""
-    from stg_trt import manifest as manifests
     from stg_trt.backends import backend_for
-    from stg_trt.perturbation import parse_blocks
+    from stg_trt.checkpoint import Checkpoint
+    from stg_trt.perturbation import check_mode, parse_blocks
+    from stg_trt.segment import check_layout
+
+    # What can be refused without torch is refused before the seconds that its import takes.
+    chosen = backend_for(backend)
+    check_layout(layout)
+    if stg_mode is not None:
+        check_mode(stg_mode)
+    blocks = None if stg_blocks is None else parse_blocks(stg_blocks)
+    Checkpoint.open(checkpoint, random_weights=random_weights)
+
+    from stg_trt import manifest as manifests
 
     from .build import build as build_engines
     from .display import BuildDisplay, print_summary
@@ -57,10 +68,10 @@ def build(
             width=width,
             num_frames=num_frames,
             text_length=text_length,
-            stg_blocks=None if stg_blocks is None else parse_blocks(stg_blocks),
+            stg_blocks=blocks,
             stg_mode=stg_mode,
             layout=layout,
-            precision=precision or backend_for(backend).precisions[0],
+            precision=precision or chosen.precisions[0],
             max_batch=max_batch,
             backend=backend,
             target=target,

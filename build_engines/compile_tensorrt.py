@@ -15,7 +15,7 @@ from stg_trt.tensor_spec import ROWS, TensorSpec
 
 from .compiled import Compiled
 
-FLAGS = ("strongly_typed", "max_aux_streams=0")
+FLAGS = ("strongly_typed", "max_aux_streams=0", "require_user_allocation")
 # A fused attention names its kernel once as a whole word in the plan; its variants carry suffixes.
 _MHA_KERNEL = re.compile(rb"(?<![\w.])_gemm_mha_v2(?![\w.])")
 _ACTIVATION = re.compile(r"Total Activation Memory: (\d+)")
@@ -83,6 +83,9 @@ def _compile(
     config.progress_monitor = _monitor(trt, cancel, on_progress)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.max_aux_streams = 0
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+        # TensorRT-RTX only: contexts then never allocate, so that they can be captured in a graph.
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if target.startswith("sm_"):
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, target.upper().replace("_", "")), 0)

@@ -1,4 +1,4 @@
-"""Progress of a build on a terminal: one line per segment, then a table."""
+"""Progress of a build: a live line per segment on a terminal, plain lines elsewhere; then a table."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ class BuildDisplay:
     """A line per segment with its stage and time; when it is done, its peak memory."""
 
     def __init__(self) -> None:
+        self._console = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
-            TextColumn("{task.fields[stage]}"),
+            TextColumn("{task.description}", markup=False),
+            TextColumn("{task.fields[stage]}", markup=False),
             TimeElapsedColumn(),
-            console=Console(stderr=True),
+            console=self._console,
+            disable=not self._console.is_terminal,
         )
         self._tasks: dict[str, object] = {}
         self._refreshed = 0.0
@@ -41,7 +43,7 @@ class BuildDisplay:
 
     def start(self, build: str, segments: tuple[Segment, ...]) -> None:
         """Lists the segments."""
-        self._progress.console.print(f"{build}: {', '.join(segment.name for segment in segments)}")
+        self._console.print(f"{build}: {', '.join(segment.name for segment in segments)}")
 
     def stage(self, segment: Segment, stage: str) -> None:
         """Shows what the segment is at."""
@@ -55,15 +57,18 @@ class BuildDisplay:
     def finish(self, segment: Segment, record: SegmentRecord, reused: bool) -> None:
         """Marks the segment done."""
         if reused:
-            self._progress.console.print(f"{segment.name}: already built")
+            self._console.print(f"{segment.name}: already built")
             return
         stage = f"done, peak {record.peak_bytes / GIB:.1f} GiB"
         self._progress.update(self._tasks[segment.name], stage=stage, total=1, completed=1)  # type: ignore[arg-type]
+        if not self._console.is_terminal:
+            self._console.print(f"{segment.name}: {stage}, {sum(record.seconds.values()):.1f} s")
 
 
 def print_summary(folder: Path, manifest: Manifest) -> None:
     """One row per segment of a finished build."""
-    table = Table(title=str(folder), title_justify="left")
+    print(folder)
+    table = Table()
     for column in ("segment", "seconds", "peak GiB", "MB", "attentions", "relative L2"):
         table.add_column(column, justify="left" if column == "segment" else "right")
     for record in manifest.segments:

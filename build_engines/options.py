@@ -9,7 +9,7 @@ from stg_trt.backends import Backend, check_target
 from stg_trt.checkpoint import Checkpoint
 from stg_trt.errors import InvalidRequest
 from stg_trt.families.base import Workload
-from stg_trt.segment import LAYOUTS, TEXT, Segment, cut
+from stg_trt.segment import TEXT, Segment, check_layout, cut
 from stg_trt.step_plan import GROUPS
 
 
@@ -30,10 +30,7 @@ class BuildOptions:
     keep_onnx: bool
 
     def __post_init__(self) -> None:
-        if self.layout not in LAYOUTS:
-            raise InvalidRequest(
-                f"layout: expected one of {', '.join(LAYOUTS)}, got {self.layout!r}: choose one of them"
-            )
+        check_layout(self.layout)
         if self.max_batch < 1:
             raise InvalidRequest(f"max_batch: expected at least 1, got {self.max_batch}: use 1")
         if self.verify_timesteps < 0:

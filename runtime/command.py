@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
     from stg_trt.pipeline import VideoPipeline
 
@@ -48,31 +49,33 @@ def generate(
 ) -> None:
     """Generate videos with compiled engines."""
     from stg_trt.perturbation import parse_blocks
-    from stg_trt.pipeline import VideoPipeline
 
+    # What can be refused without the models is refused before the seconds that diffusers' import takes.
     _check_output(output)
-    import torch
+    _check_checkpoint(checkpoint, decodes=output.suffix == ".mp4" or bool(prompt))
+    blocks = None if stg_blocks is None else parse_blocks(stg_blocks)
+    texts = {"guidance_scale": guidance_scale, "stg_scale": stg_scale, "rescale": rescale}
+    scales = {name: _scale(name, text) for name, text in texts.items()}
+    size = {"height": height, "width": width, "num_frames": num_frames}
+    _check_engines(engines, stg_mode, layout=layout, backend=backend, **size)
+    given = _read_embeds(embeds) if embeds is not None else {}
+    from stg_trt.pipeline import VideoPipeline
 
     _quiet_libraries()
     pipeline = VideoPipeline.from_pretrained(checkpoint, engines, layout=layout, backend=backend)
-    given = _read_embeds(embeds) if embeds is not None else {}
     frames = _sample(
         pipeline,
         prompt=prompt or None,
         negative_prompt=negative_prompt,
-        height=height,
-        width=width,
-        num_frames=num_frames,
+        **size,
         frame_rate=frame_rate,
         num_inference_steps=num_inference_steps,
-        guidance_scale=_scale("guidance_scale", guidance_scale),
-        stg_scale=_scale("stg_scale", stg_scale),
+        **scales,
         stg_mode=stg_mode,
-        stg_blocks=None if stg_blocks is None else parse_blocks(stg_blocks),
-        rescale=_scale("rescale", rescale),
+        stg_blocks=blocks,
         preset=preset,
         num_videos_per_prompt=num_videos_per_prompt,
-        generator=torch.Generator().manual_seed(seed),
+        generator=_generator(seed),
         output_type="np" if output.suffix == ".mp4" else "latent",
         **given,
     )
@@ -90,6 +93,41 @@ def _check_output(output: Path) -> None:
         )
     if not output.parent.is_dir():
         raise InvalidRequest(f"output: expected an existing folder, got {output.parent}: create it first")
+    if not os.access(output.parent, os.W_OK):
+        raise InvalidRequest(
+            f"output: expected a folder that can be written, got {output.parent}: choose another"
+        )
+    if output.is_dir():
+        raise InvalidRequest(f"output: expected a file's name, got the folder {output}: choose another")
+
+
+def _check_checkpoint(checkpoint: str, *, decodes: bool) -> None:
+    from stg_trt.checkpoint import Checkpoint, published
+
+    opened = Checkpoint.open(checkpoint, random_weights=checkpoint in published())
+    if decodes:
+        opened.check_pipeline()
+
+
+def _check_engines(engines: Path, stg_mode: str | None, **request: Any) -> None:
+    """Whether any build in the folder is usable and fits what is known without the prompt."""
+    from stg_trt.engine_store import EngineRequest, EngineStore
+    from stg_trt.perturbation import check_mode
+
+    if stg_mode is not None:
+        check_mode(stg_mode)
+    EngineStore.open(engines).find(EngineRequest(**request))
+
+
+def _generator(seed: int) -> Generator:
+    import torch
+
+    from stg_trt.errors import InvalidRequest
+
+    low, high = -(1 << 63), (1 << 63) - 1
+    if not low <= seed <= high:
+        raise InvalidRequest(f"seed: expected a number from {low} to {high}, got {seed}: choose another")
+    return torch.Generator().manual_seed(seed)
 
 
 def _quiet_libraries() -> None:
@@ -108,7 +146,8 @@ def _sample(pipeline: VideoPipeline, **arguments: Any) -> Any:
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("loading", total=None)
 
         def advance(pipe: Any, step: int, timestep: float, tensors: dict[str, Tensor]) -> None:
@@ -139,12 +178,17 @@ def _read_embeds(path: Path) -> dict[str, Tensor]:
     from stg_trt.errors import InvalidRequest
 
     try:
-        tensors = load_file(path)
+        tensors: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InvalidRequest(
             f"embeds: expected a safetensors file, got {path} ({error}): check it"
         ) from error
-    return {name: tensor for name, tensor in tensors.items() if name in _EMBEDS}
+    unknown = sorted(tensors.keys() - set(_EMBEDS))
+    if unknown:
+        raise InvalidRequest(
+            f"embeds: expected tensors {', '.join(_EMBEDS)}, got also {', '.join(unknown)}: leave those out"
+        )
+    return tensors
 
 
 def _save(frames: Any, output: Path, frame_rate: float) -> list[Path]:

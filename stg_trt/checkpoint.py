@@ -8,11 +8,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.families import family_for
-from stg_trt.families.base import ModelFamily, load_class
+from stg_trt.families import check_class, family_for
+
+if TYPE_CHECKING:
+    from stg_trt.families.base import ModelFamily
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _CHUNK_BYTES = 16 << 20
@@ -36,7 +38,10 @@ class Checkpoint:
 
     @classmethod
     def open(cls, checkpoint: str | Path, *, random_weights: bool = False) -> Checkpoint:
-        """Reads the configurations; raises InvalidRequest for anything that is not such a checkpoint."""
+        """Reads the configurations; raises InvalidRequest for anything that is not such a checkpoint.
+
+        Weight files must be there and whole, so that a bad one is refused before anything is imported.
+        """
         folder = Path(checkpoint)
         if not folder.is_dir() and str(checkpoint) in published():
             if not random_weights:
@@ -56,7 +61,12 @@ class Checkpoint:
         scheduler = _read_config(folder / "scheduler" / "scheduler_config.json")
         vae_file = folder / "vae" / "config.json"
         vae = _read_config(vae_file) if vae_file.exists() else None
-        return cls(folder.name, None if random_weights else folder, transformer, vae, scheduler)
+        check_class(transformer)
+        opened = cls(folder.name, None if random_weights else folder, transformer, vae, scheduler)
+        if not random_weights:
+            for path in opened._weight_files():
+                _weight_names(path)
+        return opened
 
     @property
     def family(self) -> ModelFamily:
@@ -68,15 +78,28 @@ class Checkpoint:
         """Whether text encoder, tokenizer and VAE are there, so that a prompt can become a video."""
         return self.folder is not None and (self.folder / "model_index.json").exists()
 
+    def check_pipeline(self) -> None:
+        """Raises InvalidRequest where text encoder, tokenizer and VAE are not there."""
+        if not self.has_pipeline:
+            raise InvalidRequest(
+                f"checkpoint: expected a text encoder and a VAE (model_index.json), got only a transformer "
+                f"in {self.name}: pass prompt_embeds and output_type='latent'"
+            )
+
     def scheduler(self) -> Any:
         """A new scheduler of the checkpoint's class and configuration."""
-        class_name = self.scheduler_config.get("_class_name")
+        from stg_trt.families.base import load_class
+
+        class_name = str(self.scheduler_config.get("_class_name"))
         try:
-            return load_class(str(class_name)).from_config(self.scheduler_config)
-        except AttributeError as error:
+            scheduler_class = load_class(class_name)
+        except AttributeError:
+            scheduler_class = None
+        if not hasattr(scheduler_class, "set_timesteps"):
             raise InvalidRequest(
                 f"checkpoint: expected a diffusers scheduler, got {class_name}: correct scheduler_config.json"
-            ) from error
+            )
+        return scheduler_class.from_config(self.scheduler_config)
 
     def fingerprint(self) -> str:
         """SHA-256 of the transformer's configuration and weight files."""
@@ -91,30 +114,44 @@ class Checkpoint:
 
     def load_transformer(self, blocks: Iterable[int] | None = None) -> Any:
         """The diffusers transformer in float32 on the CPU; other blocks than `blocks` stay without memory."""
+        family = self.family
+        wanted = set(range(family.num_blocks) if blocks is None else blocks)
+        transformer = self._empty_transformer()
+        everything = transformer.state_dict()
+        expected = {
+            name: tensor
+            for name, tensor in everything.items()
+            if (block := family.block_of(name)) is None or block in wanted
+        }
+        if self.folder is None:
+            weights = _random_weights(expected)
+        else:
+            weights = self._read_weights(expected, frozenset(everything))
+        transformer.load_state_dict(weights, strict=False, assign=True)
+        return transformer.eval().requires_grad_(False)
+
+    def _empty_transformer(self) -> Any:
+        """The diffusers transformer without memory for its weights."""
         import torch
         from accelerate import init_empty_weights
 
-        family = self.family
-        wanted = set(range(family.num_blocks) if blocks is None else blocks)
-        with init_empty_weights(include_buffers=False), torch.no_grad():
-            transformer = load_class(family.transformer_class).from_config(self.transformer_config)
-        expected = {
-            name: tensor
-            for name, tensor in transformer.state_dict().items()
-            if (block := family.block_of(name)) is None or block in wanted
-        }
-        weights = _random_weights(expected) if self.folder is None else self._read_weights(expected)
-        transformer.load_state_dict(weights, strict=False, assign=True)
-        return transformer.eval().requires_grad_(False)
+        from stg_trt.families.base import load_class
+
+        transformer_class = load_class(self.family.transformer_class)
+        try:
+            with init_empty_weights(include_buffers=False), torch.no_grad():
+                return transformer_class.from_config(dict(self.transformer_config))
+        except (TypeError, ValueError, KeyError) as error:
+            raise InvalidRequest(
+                f"checkpoint: expected a config.json that {transformer_class.__name__} takes, got one that "
+                f"it refuses ({error}): download the checkpoint again"
+            ) from error
 
     def _weight_files(self) -> list[Path]:
         assert self.folder is not None
         folder = self.folder / "transformer"
         index = folder / f"{_WEIGHTS}.index.json"
-        if not index.exists():
-            files = [folder / _WEIGHTS]
-        else:
-            files = [folder / name for name in sorted(set(_read_config(index)["weight_map"].values()))]
+        files = _shards(index) if index.exists() else [folder / _WEIGHTS]
         for path in files:
             if not path.is_file():
                 raise InvalidRequest(
@@ -123,31 +160,34 @@ class Checkpoint:
                 )
         return files
 
-    def _read_weights(self, expected: dict[str, Any]) -> dict[str, Any]:
+    def _read_weights(self, expected: dict[str, Any], known: frozenset[str]) -> dict[str, Any]:
+        """The tensors of `expected`; the files hold no other names than `known`."""
         import torch
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
         weights: dict[str, Any] = {}
         for path in self._weight_files():
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for name in expected.keys() & set(file.keys()):
-                        weights[name] = file.get_tensor(name).to(torch.float32)
-            except SafetensorError as error:
+            names = _weight_names(path)
+            if not names <= known:
                 raise InvalidRequest(
-                    f"checkpoint: expected a whole safetensors file, got {path} ({error}): download it again"
-                ) from error
+                    f"checkpoint: expected the {len(known)} weights of config.json, got "
+                    f"{min(names - known)} in {path.name}: the folder holds another model than its "
+                    "config.json says; download it again"
+                )
+            with safe_open(path, framework="pt") as file:
+                for name in expected.keys() & names:
+                    weights[name] = file.get_tensor(name).to(torch.float32)
         missing = sorted(expected.keys() - weights.keys())
         if missing:
             raise InvalidRequest(
                 f"checkpoint: expected {len(expected)} weights, got {len(weights)}; the first missing is "
-                f"{missing[0]}: the folder holds another model than its config.json says"
+                f"{missing[0]}: the folder holds another model than its config.json says; download it again"
             )
         for name, tensor in weights.items():
             if tensor.shape != expected[name].shape:
                 raise InvalidRequest(
                     f"checkpoint: expected {name} of shape {tuple(expected[name].shape)} from config.json, "
-                    f"got {tuple(tensor.shape)}: the folder mixes two models"
+                    f"got {tuple(tensor.shape)}: the folder mixes two models; download it again"
                 )
         return weights
 
@@ -167,6 +207,43 @@ def _random_weights(expected: dict[str, Any]) -> dict[str, Any]:
     return weights
 
 
+class _Config(dict[str, Any]):
+    """A configuration file whose missing entries are an answer to the user."""
+
+    path = Path()
+
+    def __missing__(self, key: str) -> Any:
+        raise InvalidRequest(
+            f"checkpoint: expected {key} in {self.path}, got no such entry: download the checkpoint again"
+        )
+
+
+def _shards(index: Path) -> list[Path]:
+    """The weight files that an index names."""
+    names = _read_config(index)["weight_map"]
+    if not isinstance(names, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in names.values()
+    ):
+        raise InvalidRequest(
+            f"checkpoint: expected weight_map in {index} to name files beside it, got something else: "
+            "download the checkpoint again"
+        )
+    return [index.parent / name for name in sorted(set(names.values()))]
+
+
+def _weight_names(path: Path) -> set[str]:
+    """Names of the tensors in a safetensors file; reads its header and compares it with the file's size."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            return set(file.keys())
+    except SafetensorError as error:
+        raise InvalidRequest(
+            f"checkpoint: expected a whole safetensors file, got {path} ({error}): download it again"
+        ) from error
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text("utf-8"))
@@ -183,4 +260,6 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise InvalidRequest(
             f"checkpoint: expected an object in {path}, got {type(data).__name__}: correct it"
         )
-    return data
+    config = _Config(data)
+    config.path = path
+    return config

@@ -31,6 +31,11 @@ class Prompts:
         if (self.prompt is None) == (self.embeds is None):
             got = "neither" if self.prompt is None else "both"
             raise InvalidRequest(f"prompt: expected prompt or prompt_embeds, got {got}: give one of them")
+        if self.embeds is not None and self.embeds.ndim != 3:
+            raise InvalidRequest(
+                f"prompt_embeds: expected (videos, tokens, width), got {tuple(self.embeds.shape)}: "
+                "pass one row per video"
+            )
         if self.videos_per_prompt < 1:
             raise InvalidRequest(
                 f"num_videos_per_prompt: expected at least 1, got {self.videos_per_prompt}: use 1"

@@ -23,7 +23,8 @@ def doctor() -> None:
 
     import stg_trt
 
-    console = Console()
+    # "[tensorrt]" in a reason is the name of an extra, not markup.
+    console = Console(markup=False, emoji=False, highlight=False)
     console.print(f"stg_trt {stg_trt.__version__}, Python {platform.python_version()}, {platform.platform()}")
     console.print(f"GPU: {_gpu()}")
     packages = Table("package", "version")

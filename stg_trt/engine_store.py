@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stg_trt import manifest as manifests
-from stg_trt.backends import load_engine
+from stg_trt.backends import backend_for, load_engine
 from stg_trt.engine import Engine
 from stg_trt.errors import EngineRejected
 from stg_trt.manifest import Manifest
 from stg_trt.perturbation import Perturbation
+from stg_trt.segment import check_layout
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,12 @@ class EngineRequest:
     layout: str | None = None
     backend: str | None = None
     target: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.layout is not None:
+            check_layout(self.layout)
+        if self.backend is not None:
+            backend_for(self.backend)
 
     def rejects(self, manifest: Manifest) -> str | None:
         """Why the build does not fit, with the fix; None where it does."""

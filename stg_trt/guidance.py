@@ -53,7 +53,7 @@ def combine(
 class TimestepBins(Generic[T]):
     """A table over sigma in 0..1: a step takes the first bin whose edge is <= the step's, else the last.
 
-    Compared in float32, as timesteps are. Source: Lightricks LTX-Video, `guidance_timesteps`.
+    Compared in float32, as timesteps are. Source: `guidance_timesteps` in Lightricks' own pipeline.
     """
 
     edges: tuple[float, ...]

@@ -26,11 +26,11 @@ def inspect(
         return
     from rich.console import Console
 
-    console = Console()
+    console = Console(emoji=False)
     for build in builds:
         _print(console, build)
     for folder, reason in store.unreadable.items():
-        console.print(f"{folder}: unusable: {reason}", style="red")
+        console.print(f"{folder}: unusable: {reason}", style="red", markup=False)
 
 
 def describe(build: Build) -> dict[str, Any]:
@@ -103,13 +103,14 @@ def _states(build: Build) -> dict[str, dict[str, Any]]:
 
 
 def _print(console: Any, build: dict[str, Any]) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     workload = build["workload"]
     size = f"{workload['width']}x{workload['height']}x{workload['num_frames']}"
     console.print(
-        f"[bold]{build['folder']}[/bold]: {build['family']}, {size}, {workload['text_length']} text tokens, "
-        f"{workload['precision']}, {build['layout']}, {build['stg_mode']} {build['stg_blocks']}, at most "
+        f"[bold]{escape(build['folder'])}[/bold]: {build['family']}, {size}, "
+        f"{workload['text_length']} text tokens, {workload['precision']}, {build['layout']}, {build['stg_mode']} {build['stg_blocks']}, at most "
         f"{build['max_batch']} videos, {build['backend']} for {build['target']}"
         + ("" if build["complete"] else " [red](not finished)[/red]")
     )

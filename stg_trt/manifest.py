@@ -105,7 +105,9 @@ def load(folder: Path) -> Manifest:
         body = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise EngineRejected(f"{path}: no such file: the build was not finished; run it again") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise EngineRejected(f"{path}: cannot be read ({error.strerror}): build the engines again") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise EngineRejected(f"{path}: not JSON ({error}): build the engines again") from None
     if not isinstance(body, dict) or body.get("schema_version") != SCHEMA_VERSION:
         found = body.get("schema_version") if isinstance(body, dict) else type(body).__name__
@@ -114,7 +116,10 @@ def load(folder: Path) -> Manifest:
         )
     digest = body.pop("sha256", None)
     if digest != _digest(body):
-        raise EngineRejected(f"{path}: changed after it was written: build the engines again")
+        raise EngineRejected(
+            f"{path}: expected what the build wrote, got an edited file (its sha256 is another): "
+            "build the engines again"
+        )
     if body.get("stg_trt_version") != stg_trt.__version__:
         raise EngineRejected(
             f"{path}: built by stg_trt {body.get('stg_trt_version')}, this is {stg_trt.__version__}: "

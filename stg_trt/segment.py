@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from stg_trt.errors import InvalidRequest
 from stg_trt.perturbation import Perturbation, check_blocks, check_mode
 
 Layout = Literal["segmented", "twin"]
@@ -35,6 +36,14 @@ class Segment:
 
 
 TEXT = Segment("text", text=True)
+
+
+def check_layout(layout: str) -> None:
+    """Raises InvalidRequest unless `layout` is segmented or twin."""
+    if layout not in LAYOUTS:
+        raise InvalidRequest(
+            f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}: choose one of them"
+        )
 
 
 def engine_outputs(inputs: tuple[str, ...], outputs: tuple[str, ...]) -> tuple[str, ...]:

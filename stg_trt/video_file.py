@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,11 @@ def save_video(frames: npt.NDArray[np.float32], path: Path, frame_rate: float) -
 
     # yuv420p halves the colour planes: odd sides cannot be encoded.
     height, width = (side - side % 2 for side in frames.shape[1:3])
-    temporary = path.with_name(f".{path.name}")
+    rate = Fraction(frame_rate).limit_denominator(1001)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with av.open(temporary, "w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=round(frame_rate), options={"crf": "12"})
+            stream = container.add_stream("libx264", rate=rate, options={"crf": "12"})
             stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
             for image in (frames[:, :height, :width] * 255).round().clip(0, 255).astype(np.uint8):
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image))))
@@ -27,7 +30,7 @@ def save_video(frames: npt.NDArray[np.float32], path: Path, frame_rate: float) -
         temporary.replace(path)
     except av.FFmpegError as error:
         raise InvalidRequest(
-            f"output: expected to write {path}, got {error.strerror}: choose another"
+            f"output: expected to write {path}, got {error.strerror}: choose another or free disk space"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)

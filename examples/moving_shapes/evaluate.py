@@ -104,8 +104,8 @@ def open_pipeline(checkpoint: Path, engines: Path) -> VideoPipeline:
     """The checkpoint over segmented engines, which serve every mode and block; built where missing."""
     if not engines.exists():
         build(
-            str(checkpoint),
-            output=str(engines),
+            checkpoint,
+            output=engines,
             height=SIZE,
             width=SIZE,
             num_frames=NUM_FRAMES,
@@ -117,7 +117,7 @@ def open_pipeline(checkpoint: Path, engines: Path) -> VideoPipeline:
             max_batch=BATCH,
             backend="onnxruntime",
         )
-    return VideoPipeline.from_pretrained(str(checkpoint), engines=str(engines))
+    return VideoPipeline.from_pretrained(checkpoint, engines=engines)
 
 
 def parse_args() -> argparse.Namespace:

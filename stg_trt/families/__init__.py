@@ -21,7 +21,7 @@ def supported() -> tuple[str, ...]:
 
 def check_class(config: dict[str, Any]) -> None:
     """Raises InvalidRequest unless a transformer's config.json is of a supported class."""
-    class_name = config.get("_class_name")
+    class_name = str(config.get("_class_name"))
     if class_name not in _FAMILIES:
         raise InvalidRequest(
             f"checkpoint: expected a transformer of class {', '.join(_FAMILIES)}, got {class_name}: "

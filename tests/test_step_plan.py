@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+from functools import cache
+from itertools import combinations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from stg_trt.checkpoint import Checkpoint
+from stg_trt.families.base import ModelFamily, Workload, load_class
+from stg_trt.perturbation import MODES, Perturbation
+from stg_trt.segment import TEXT, Segment, cut
+from stg_trt.step_plan import GROUPS, SegmentRun, StepPlan, full_plan, plan_step
+
+UNCOND_COND = ("uncond", "cond")
+COND_SKIP = ("cond", "skip")
+SMALL = Workload(480, 704, 121, text_length=256)
+LARGE = Workload(704, 1216, 121, text_length=256)
+NUM_BLOCKS = 5
+BLOCK_SETS = [b for size in range(1, NUM_BLOCKS + 1) for b in combinations(range(NUM_BLOCKS), size)]
+
+
+def rows(plan: StepPlan) -> dict[str, tuple[str, ...]]:
+    """Segment name to the groups it runs."""
+    return {run.segment.name: run.groups for run in plan.runs}
+
+
+def only(run: SegmentRun) -> tuple[bool, bool, bool]:
+    return run.fork, run.bypass, run.perturbed
+
+
+def test_stg_r_by_hand() -> None:
+    segments = cut("segmented", 6, "stg-r", (2, 4))
+    plan = plan_step(segments, GROUPS, Perturbation("stg-r", (2, 4)))
+    front, block_2, mid, block_4, back = segments
+    assert plan.passes == GROUPS
+    assert plan.runs == (
+        SegmentRun(front, UNCOND_COND),
+        SegmentRun(block_2, UNCOND_COND, fork=True, bypass=True),
+        SegmentRun(mid, GROUPS),
+        SegmentRun(block_4, UNCOND_COND, bypass=True),
+        SegmentRun(back, GROUPS),
+    )
+
+
+def test_stg_a_by_hand() -> None:
+    segments = cut("segmented", 6, "stg-a", (0, 1, 5))
+    plan = plan_step(segments, GROUPS, Perturbation("stg-a", (0, 1, 5)))
+    front, block_0, block_1, mid, block_5, back = segments
+    assert plan.runs == (
+        SegmentRun(front, UNCOND_COND),
+        SegmentRun(block_0, GROUPS, fork=True, perturbed=True),
+        SegmentRun(block_1, GROUPS, perturbed=True),
+        SegmentRun(mid, GROUPS),
+        SegmentRun(block_5, GROUPS, perturbed=True),
+        SegmentRun(back, GROUPS),
+    )
+
+
+def test_without_cfg_by_hand() -> None:
+    segments = cut("segmented", 6, "stg-r", (5,))
+    plan = plan_step(segments, COND_SKIP, Perturbation("stg-r", (5,)))
+    front, block_5, back = segments
+    assert plan.runs == (
+        SegmentRun(front, ("cond",)),
+        SegmentRun(block_5, ("cond",), fork=True, bypass=True),
+        SegmentRun(back, COND_SKIP),
+    )
+
+
+def test_a_step_may_perturb_fewer_blocks_than_were_cut() -> None:
+    segments = cut("segmented", 6, "stg-a", (1, 4))
+    late = plan_step(segments, GROUPS, Perturbation("stg-a", (4,)))
+    assert rows(late) == {
+        "front": UNCOND_COND,
+        "block_1": UNCOND_COND,
+        "mid_2_3": UNCOND_COND,
+        "block_4": GROUPS,
+        "back": GROUPS,
+    }
+    assert [only(run) for run in late.runs] == [(False,) * 3] * 3 + [(True, False, True), (False,) * 3]
+    early = plan_step(segments, GROUPS, Perturbation("stg-a", (1,)))
+    assert [only(run) for run in early.runs] == [(False,) * 3, (True, False, True), *[(False,) * 3] * 3]
+
+
+def test_stg_r_on_engines_that_were_cut_for_stg_a() -> None:
+    segments = cut("segmented", 6, "stg-a", (1,))
+    run = plan_step(segments, GROUPS, Perturbation("stg-r", (1,))).runs[1]
+    assert run == SegmentRun(segments[1], UNCOND_COND, fork=True, bypass=True)
+
+
+@pytest.mark.parametrize("passes", [("cond",), UNCOND_COND])
+def test_without_stg_every_segment_runs_the_plain_rows(passes: tuple[str, ...]) -> None:
+    for blocks in ((), (1, 4)):
+        segments = cut("segmented", 6, "stg-a", blocks)
+        assert plan_step(segments, passes, None).runs == tuple(SegmentRun(s, passes) for s in segments)
+    normal, _ = cut("twin", 6, "stg-a", (1,))
+    assert plan_step(cut("twin", 6, "stg-a", (1,)), passes, None).runs == (SegmentRun(normal, passes),)
+
+
+def test_twins_share_nothing() -> None:
+    segments = cut("twin", 6, "stg-r", (2,))
+    normal, skipped = segments
+    plan = plan_step(segments, GROUPS, Perturbation("stg-r", (2,)))
+    assert plan.runs == (SegmentRun(normal, UNCOND_COND), SegmentRun(skipped, ("skip",)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("blocks", BLOCK_SETS, ids=str)
+def test_skip_rows_fork_once_right_before_the_first_perturbed_block(
+    blocks: tuple[int, ...], mode: str
+) -> None:
+    plan = plan_step(cut("segmented", NUM_BLOCKS, mode, blocks), GROUPS, Perturbation(mode, blocks))
+    assert [run.segment.name for run in plan.runs if run.fork] == [f"block_{blocks[0]}"]
+    for run in plan.runs:
+        inside = not run.segment.front and not run.segment.back and run.segment.start in blocks
+        assert (run.bypass, run.perturbed) == (inside and mode == "stg-r", inside and mode == "stg-a")
+        before = run.segment.front or run.segment.stop <= blocks[0]
+        assert run.groups == (UNCOND_COND if before or run.bypass else GROUPS)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_full_plan_carries_the_skip_rows_from_the_start(mode: str) -> None:
+    segments = cut("segmented", 6, mode, (2,))
+    plan = full_plan(segments, GROUPS, Perturbation(mode, (2,)))
+    wanted = {"front": GROUPS, "block_2": UNCOND_COND if mode == "stg-r" else GROUPS, "back": GROUPS}
+    assert rows(plan) == wanted
+    assert not any(run.fork for run in plan.runs)
+
+
+def test_flops_count_every_row_of_every_run() -> None:
+    segments = cut("segmented", 6, "stg-r", (2,))
+    plan = plan_step(segments, GROUPS, Perturbation("stg-r", (2,)))
+    price = {"front": 100, "block_2": 10, "back": 1}
+    assert plan.flops(lambda segment: price[segment.name]) == 2 * 100 + 2 * 10 + 3 * 1
+
+
+@cache
+def family(name: str) -> ModelFamily:
+    return Checkpoint.open(name, random_weights=True).family
+
+
+def flops(name: str, workload: Workload, mode: str, blocks: tuple[int, ...], passes: tuple[str, ...]) -> int:
+    """Of one step with the shared prefix."""
+    segments = cut("segmented", family(name).num_blocks, mode, blocks)
+    perturbation = Perturbation(mode, blocks) if "skip" in passes else None
+    plan = plan_step(segments, passes, perturbation)
+    return plan.flops(lambda segment: family(name).segment_flops(segment, workload))
+
+
+@pytest.mark.parametrize(
+    ("name", "workload", "teraflops"),
+    [
+        ("ltx-video-2b", SMALL, 24.2),
+        ("ltx-video-2b", LARGE, 85.9),
+        ("ltx-video-13b", SMALL, 142.9),
+    ],
+)
+def test_a_forward_of_the_published_models(name: str, workload: Workload, teraflops: float) -> None:
+    one = flops(name, workload, "stg-a", (), ("cond",))
+    assert one / 1e12 == pytest.approx(teraflops, rel=0.005)
+
+
+def test_the_shared_prefix_leaves_14_percent_of_stg_r() -> None:
+    """8 of 28 blocks follow block 19, for one row more than the two of CFG: 8 / 56."""
+    cfg = flops("ltx-video-2b", SMALL, "stg-r", (19,), UNCOND_COND)
+    stg = flops("ltx-video-2b", SMALL, "stg-r", (19,), GROUPS)
+    assert stg / cfg - 1 == pytest.approx(8 / 56, abs=0.001)
+    full = 1.5 * cfg
+    assert full / stg == pytest.approx(1.31, abs=0.01)
+
+
+def test_the_keep_input_costs_one_more_row_of_one_block() -> None:
+    """Beyond stg-r: block 19's cross-attention, feed-forward and V, as any stg-a has; and a row of Q, K and S x S."""
+    width, tokens, length = 2048, SMALL_TOKENS, SMALL.text_length
+    needed = (
+        2 * tokens * 2 * width**2  # V and the output projection
+        + 2 * tokens * 2 * width**2 + 2 * length * 2 * width**2 + 4 * tokens * length * width
+        + 2 * tokens * 8 * width**2
+    )  # fmt: skip
+    wasted = 2 * tokens * 2 * width**2 + 4 * tokens**2 * width
+    skipped = flops("ltx-video-2b", SMALL, "stg-r", (19,), GROUPS)
+    kept = flops("ltx-video-2b", SMALL, "stg-a", (19,), GROUPS)
+    assert kept - skipped == needed + wasted
+    cfg = flops("ltx-video-2b", SMALL, "stg-a", (19,), UNCOND_COND)
+    assert kept / cfg - 1 == pytest.approx(9 / 56, abs=0.001)
+
+
+SMALL_TOKENS = 16 * 15 * 22
+"""(121 - 1) / 8 + 1 latent frames of 480 / 32 by 704 / 32."""
+
+
+@pytest.mark.parametrize(
+    "segment",
+    [
+        TEXT,
+        *cut("segmented", 28, "stg-a", (0, 19, 27)),
+        *cut("twin", 28, "stg-a", (19,)),
+        cut("twin", 28, "stg-r", (3, 19))[1],
+    ],
+    ids=lambda segment: segment.name + (segment.skipped.mode if segment.skipped else ""),
+)
+def test_segments_cost_what_torch_counts(segment: Segment, empty_model: torch.nn.Module) -> None:
+    known = family("ltx-video-2b")
+    module = known.module(empty_model, segment, expand_masks=False)
+    specs = known.inputs(segment, SMALL)
+    inputs = [torch.zeros(spec.with_rows(1), dtype=spec.torch_dtype, device="meta") for spec in specs]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(*inputs)
+    assert known.segment_flops(segment, SMALL) == counter.get_total_flops()
+
+
+@pytest.fixture(scope="module")
+def empty_model() -> torch.nn.Module:
+    """The 2B model without memory for its weights."""
+    known = family("ltx-video-2b")
+    with torch.device("meta"):
+        model: torch.nn.Module = load_class(known.transformer_class).from_config(known.config)
+    return model
