@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -83,6 +84,8 @@ class _Builder:
     def __init__(self, options: BuildOptions, progress: Progress) -> None:
         self.options = options
         self.progress = progress
+        options.checkpoint.check()
+        _make(options.output)
         self.weights = options.checkpoint.fingerprint()
         self.backend_version = (
             version("onnxruntime")
@@ -226,3 +229,5 @@ def _make(folder: Path) -> None:
         raise InvalidRequest(
             f"output: expected a folder that can be written, got {folder} ({error.strerror}): choose another"
         ) from error
+    if not os.access(folder, os.W_OK):
+        raise InvalidRequest(f"output: expected a folder that can be written, got {folder}: choose another")

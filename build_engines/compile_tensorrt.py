@@ -39,7 +39,7 @@ def compile_tensorrt(
     The compiler runs in its own thread, so that an interrupt reaches the main thread at once and stops it.
     """
     trt = load_library(backend)
-    cancel = threading.Event()
+    cancel, finished = threading.Event(), threading.Event()
     outcome: list[Compiled | BaseException] = []
 
     def work() -> None:
@@ -47,14 +47,18 @@ def compile_tensorrt(
             outcome.append(_compile(trt, graph, inputs, rows, backend, target, cancel, on_progress))
         except BaseException as error:
             outcome.append(error)
+        finally:
+            finished.set()
 
     thread = threading.Thread(target=work, name=f"compile {graph.stem}")
     thread.start()
     try:
-        while thread.is_alive():
-            thread.join(0.2)
+        # Not Thread.join: interrupted, it takes a running thread for an ended one (CPython before 3.13).
+        while not finished.wait(0.2):
+            pass
     finally:
         cancel.set()
+        finished.wait()
         thread.join()
     if isinstance(outcome[0], BaseException):
         raise outcome[0]

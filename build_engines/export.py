@@ -26,7 +26,8 @@ def export(
     module: SegmentModule, inputs: Sequence[TensorSpec], path: Path, *, opset: int, max_rows: int
 ) -> None:
     """Writes `path`, and `path`.data where the weights are large; raises GateMissed if an axis froze."""
-    rows = torch.export.Dim(ROWS, min=1, max=max(max_rows, _TRACED_ROWS))
+    # With no number of rows above the traced one, torch.export does not notice that an axis froze.
+    rows = torch.export.Dim(ROWS, min=1, max=max(max_rows, _TRACED_ROWS + 1))
     generator = torch.Generator().manual_seed(0)
     args = tuple(spec.random(_TRACED_ROWS, generator) for spec in inputs)
     axes = tuple({spec.shape.index(ROWS): rows} if spec.has_rows else None for spec in inputs)

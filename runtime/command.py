@@ -111,11 +111,19 @@ def _check_checkpoint(checkpoint: str, *, decodes: bool) -> None:
 
 def _check_engines(engines: Path, stg_mode: str | None, **request: Any) -> None:
     """Whether any build in the folder is usable and fits what is known without the prompt."""
-    from stg_trt.engine_store import EngineRequest, EngineStore
+    from stg_trt.backends import backend_for
     from stg_trt.perturbation import check_mode
+    from stg_trt.segment import check_layout
 
     if stg_mode is not None:
         check_mode(stg_mode)
+    if request["layout"] is not None:
+        check_layout(request["layout"])
+    if request["backend"] is not None:
+        backend_for(request["backend"])
+
+    from stg_trt.engine_store import EngineRequest, EngineStore
+
     EngineStore.open(engines).find(EngineRequest(**request))
 
 

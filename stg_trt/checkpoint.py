@@ -65,7 +65,7 @@ class Checkpoint:
         opened = cls(folder.name, None if random_weights else folder, transformer, vae, scheduler)
         if not random_weights:
             for path in opened._weight_files():
-                _weight_names(path)
+                _weight_shapes(path)
         return opened
 
     @property
@@ -101,6 +101,12 @@ class Checkpoint:
             )
         return scheduler_class.from_config(self.scheduler_config)
 
+    def check(self) -> None:
+        """Raises InvalidRequest unless scheduler and weights are usable; reads only the files' headers."""
+        self.scheduler()
+        if self.folder is not None:
+            self._check_weights(self._empty_transformer().state_dict())
+
     def fingerprint(self) -> str:
         """SHA-256 of the transformer's configuration and weight files."""
         digest = hashlib.sha256(json.dumps(self.transformer_config, sort_keys=True).encode())
@@ -126,7 +132,8 @@ class Checkpoint:
         if self.folder is None:
             weights = _random_weights(expected)
         else:
-            weights = self._read_weights(expected, frozenset(everything))
+            self._check_weights(everything)
+            weights = self._read_weights(expected)
         transformer.load_state_dict(weights, strict=False, assign=True)
         return transformer.eval().requires_grad_(False)
 
@@ -160,35 +167,36 @@ class Checkpoint:
                 )
         return files
 
-    def _read_weights(self, expected: dict[str, Any], known: frozenset[str]) -> dict[str, Any]:
-        """The tensors of `expected`; the files hold no other names than `known`."""
+    def _check_weights(self, expected: dict[str, Any]) -> None:
+        """The files hold the tensors of `expected`, in their shapes, and no others."""
+        found: dict[str, tuple[int, ...]] = {}
+        for path in self._weight_files():
+            found |= _weight_shapes(path)
+        unknown, missing = sorted(found.keys() - expected.keys()), sorted(expected.keys() - found.keys())
+        if unknown or missing:
+            got = (
+                f"{len(found)}; the first missing is {missing[0]}" if missing else f"{unknown[0]} beside them"
+            )
+            raise InvalidRequest(
+                f"checkpoint: expected the {len(expected)} weights of config.json, got {got}: "
+                "the folder holds another model than its config.json says; download it again"
+            )
+        for name, tensor in expected.items():
+            if found[name] != tuple(tensor.shape):
+                raise InvalidRequest(
+                    f"checkpoint: expected {name} of shape {tuple(tensor.shape)} from config.json, got "
+                    f"{found[name]}: the folder mixes two models; download it again"
+                )
+
+    def _read_weights(self, names: Iterable[str]) -> dict[str, Any]:
         import torch
         from safetensors import safe_open
 
         weights: dict[str, Any] = {}
         for path in self._weight_files():
-            names = _weight_names(path)
-            if not names <= known:
-                raise InvalidRequest(
-                    f"checkpoint: expected the {len(known)} weights of config.json, got "
-                    f"{min(names - known)} in {path.name}: the folder holds another model than its "
-                    "config.json says; download it again"
-                )
             with safe_open(path, framework="pt") as file:
-                for name in expected.keys() & names:
+                for name in set(names) & set(file.keys()):
                     weights[name] = file.get_tensor(name).to(torch.float32)
-        missing = sorted(expected.keys() - weights.keys())
-        if missing:
-            raise InvalidRequest(
-                f"checkpoint: expected {len(expected)} weights, got {len(weights)}; the first missing is "
-                f"{missing[0]}: the folder holds another model than its config.json says; download it again"
-            )
-        for name, tensor in weights.items():
-            if tensor.shape != expected[name].shape:
-                raise InvalidRequest(
-                    f"checkpoint: expected {name} of shape {tuple(expected[name].shape)} from config.json, "
-                    f"got {tuple(tensor.shape)}: the folder mixes two models; download it again"
-                )
         return weights
 
 
@@ -231,13 +239,13 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in sorted(set(names.values()))]
 
 
-def _weight_names(path: Path) -> set[str]:
-    """Names of the tensors in a safetensors file; reads its header and compares it with the file's size."""
+def _weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a safetensors file; reads its header and compares it with the file's size."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="np") as file:
-            return set(file.keys())
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise InvalidRequest(
             f"checkpoint: expected a whole safetensors file, got {path} ({error}): download it again"

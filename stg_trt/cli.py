@@ -6,6 +6,7 @@ import errno
 import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import typer
@@ -58,22 +59,46 @@ def _new_app(**options: Any) -> typer.Typer:
 
 
 def _run(application: Callable[[], typer.Typer]) -> None:
+    interrupts = _record_interrupts()
     try:
         status = application()(standalone_mode=False)
-    except _UsageError as error:
-        _fail(_usage_error(error))
-    except StgTrtError as error:
-        _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
         status = _INTERRUPTED
-    except MemoryError:
-        _fail("out of memory: expected more free memory: use a smaller size or a machine with more")
-    except OSError as error:
-        _fail(_os_error(error))
+    except Exception as error:
+        # Compiled libraries turn an interrupt that hits them into errors of their own.
+        if not interrupts:
+            message = _message(error)
+            if message is None:
+                raise
+            _fail(message)
+        status = _INTERRUPTED
     if status == _INTERRUPTED:
         # A second Ctrl-C must not print a traceback while the libraries shut down.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         _fail("interrupted: nothing half-written is left, finished segments are kept")
+
+
+def _record_interrupts() -> list[int]:
+    """Ctrl-C raises KeyboardInterrupt, as ever, and is entered in the list."""
+    interrupts: list[int] = []
+
+    def record(signum: int, frame: FrameType | None) -> None:
+        interrupts.append(signum)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, record)
+    return interrupts
+
+
+def _message(error: Exception) -> str | None:
+    """What to tell about an error; None for a defect of this program."""
+    if isinstance(error, StgTrtError):
+        return str(error)
+    if isinstance(error, _UsageError):
+        return _usage_error(error)
+    if isinstance(error, MemoryError):
+        return "out of memory: expected more free memory: use a smaller size or a machine with more"
+    return _os_error(error) if isinstance(error, OSError) else None
 
 
 def _usage_error(error: Any) -> str:

@@ -110,8 +110,9 @@ def _print(console: Any, build: dict[str, Any]) -> None:
     size = f"{workload['width']}x{workload['height']}x{workload['num_frames']}"
     console.print(
         f"[bold]{escape(build['folder'])}[/bold]: {build['family']}, {size}, "
-        f"{workload['text_length']} text tokens, {workload['precision']}, {build['layout']}, {build['stg_mode']} {build['stg_blocks']}, at most "
-        f"{build['max_batch']} videos, {build['backend']} for {build['target']}"
+        f"{workload['text_length']} text tokens, {workload['precision']}, {build['layout']}, "
+        f"{build['stg_mode']} {build['stg_blocks']}, at most {build['max_batch']} videos, "
+        f"{build['backend']} for {build['target']}"
         + ("" if build["complete"] else " [red](not finished)[/red]")
     )
     table = Table()

@@ -208,6 +208,12 @@ def _check_ready(solver: Any) -> None:
             f"scheduler: expected one with timesteps set, got a new {_name(solver)}: "
             "call set_timesteps first or pass num_steps"
         )
+    if not solver.timesteps.isfinite().all():
+        # Flow shifting with a terminal divides 0 by 0 for a single step.
+        raise InvalidRequest(
+            f"num_inference_steps: expected finite timesteps from {_name(solver)}, got nan for "
+            f"{len(solver.timesteps)} steps: use more steps"
+        )
     if getattr(solver, "step_index", None) is not None:
         raise InvalidRequest(
             f"scheduler: expected one that has not stepped, got {_name(solver)} at step {solver.step_index}: "

@@ -277,3 +277,11 @@ def test_refuses_a_scheduler_without_timesteps_or_already_stepped() -> None:
     reference.step(torch.zeros(1), reference.timesteps[0], torch.zeros(1))
     with pytest.raises(InvalidRequest, match="at step 1: call set_timesteps again"):
         SolverTable.from_scheduler(reference)
+
+
+def test_a_step_count_without_finite_timesteps_is_refused() -> None:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1)
+    with np.errstate(invalid="ignore"):
+        scheduler.set_timesteps(sigmas=[1.0], mu=1.0)
+    with pytest.raises(InvalidRequest, match="nan for 1 steps: use more steps"):
+        SolverTable.from_scheduler(scheduler)

@@ -100,8 +100,9 @@ class ModelFamily(ABC):
     decode_options: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, config: Mapping[str, Any], vae_config: Mapping[str, Any] | None = None) -> None:
-        self.config = dict(config)
-        self.vae_config = dict(vae_config) if vae_config is not None else None
+        # Not copied: a checkpoint's configuration says which file lacks an entry.
+        self.config = config
+        self.vae_config = vae_config
 
     @property
     @abstractmethod

@@ -1,0 +1,284 @@
+"""Arguments and checkpoints that cannot be used: one line each, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stg_trt.engine_store import EngineRequest, EngineStore
+from tests.cli import PROGRAM, ROOT, SMALL, WEIGHTS, assert_one_line_error, contents, keep_one_block, run
+
+BUILD = {"--height": "128", "--width": "160", "--num-frames": "17", "--text-length": "9", "--stg-blocks": "1"}
+BUILD_ARGUMENTS = {
+    "unknown flag": ({"--hieght": "128"}, r"No such option: --hieght .*: see stg-trt build --help"),
+    "no number": ({"--height": "tall"}, "Invalid value for '--height': .*: see stg-trt build --help"),
+    "no size": ({"--height": None}, "Missing option '--height': see stg-trt build --help"),
+    "backend": ({"--backend": "openvino"}, "backend: expected one of onnxruntime, .*got 'openvino': choose"),
+    "layout": ({"--layout": "triple"}, "layout: expected one of segmented, twin, got 'triple': choose"),
+    "mode": ({"--stg-mode": "stg-z"}, "stg_mode: expected one of stg-a, stg-r, got 'stg-z': choose"),
+    "no blocks": ({"--stg-blocks": "one"}, "stg_blocks: expected numbers .*got 'one': write 14,19"),
+    "block too high": ({"--stg-blocks": "1,5"}, r"stg_blocks: expected .*0 to 4, got \[5\]: name"),
+    "negative block": ({"--stg-blocks": "-1"}, r"stg_blocks: expected .*0 to 4, got \[-1\]: name"),
+    "height": ({"--height": "100"}, "height: expected a positive multiple of 32, got 100: use 96"),
+    "width": ({"--width": "-32"}, "width: expected a positive multiple of 32, got -32: use 32"),
+    "frames": ({"--num-frames": "16"}, r"num_frames: expected 8k\+1, got 16: use 17"),
+    "text length": ({"--text-length": "0"}, "text_length: expected a positive .*got 0: use 128"),
+    "precision": ({"--precision": "fp7"}, "precision: expected one of fp32, bf16, got 'fp7': choose"),
+    "precision of another backend": (
+        {"--precision": "bf16"},
+        "precision: expected fp32 for onnxruntime, got 'bf16': use --precision fp32 or another backend",
+    ),
+    "target": ({"--target": "sm_90"}, "target: expected one of cpu for onnxruntime, got 'sm_90': choose"),
+    "videos": ({"--max-batch": "0"}, "max_batch: expected at least 1, got 0: use 1"),
+    "twin of nothing": (
+        {"--layout": "twin", "--stg-blocks": ""},
+        "stg_blocks: expected blocks for the twin layout, got none: name them",
+    ),
+}
+CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no folder": (shutil.rmtree, "expected a diffusers folder or one of ltx.*got .*neither: check the path"),
+    "no transformer": (
+        lambda c: shutil.rmtree(c / "transformer"),
+        "expected a diffusers folder with transformer/config.json, got none in .*: give the folder",
+    ),
+    "no scheduler": (
+        lambda c: shutil.rmtree(c / "scheduler"),
+        "expected a diffusers folder with scheduler/scheduler_config.json, got none in .*: give the folder",
+    ),
+    "no weights": (
+        lambda c: (c / "transformer" / WEIGHTS).unlink(),
+        f"expected the weights transformer/{WEIGHTS}, got no such file: download",
+    ),
+    "config cut short": (
+        lambda c: (c / "transformer/config.json").write_text('{"_class_name": "LTX'),
+        "expected JSON in .*config.json, got .*: download the checkpoint again",
+    ),
+    "config is a list": (
+        lambda c: (c / "transformer/config.json").write_text("[]"),
+        "expected an object in .*config.json, got list: correct it",
+    ),
+    "other class": (
+        lambda c: edit(c, _class_name="UNet3DConditionModel"),
+        "expected a transformer of class LTXVideo.*, got UNet3DConditionModel: convert it",
+    ),
+    "entry missing": (
+        lambda c: edit(c, num_layers=None),
+        "expected num_layers in .*config.json, got no such entry: download",
+    ),
+    "entry of another type": (
+        lambda c: edit(c, num_layers="5"),
+        "expected a config.json that LTXVideoTransformer3DModel takes, got one .*: download",
+    ),
+    "weights cut short": (
+        lambda c: cut_short(c / "transformer" / WEIGHTS),
+        f"expected a whole safetensors file, got .*{WEIGHTS} .*: download it again",
+    ),
+    "more blocks than the config": (
+        lambda c: edit(c, num_layers=4),
+        "expected the .* weights of config.json, got transformer_blocks.4.*: .*another model",
+    ),
+    "other width than the config": (
+        lambda c: edit(c, attention_head_dim=32, cross_attention_dim=64),
+        r"expected \S+ of shape .* from config.json, got .*: the folder mixes two models",
+    ),
+    "missing shard": (
+        lambda c: (shard(c), (c / "transformer" / "second.safetensors").unlink()),
+        "expected the weights transformer/second.safetensors, got no such file: download",
+    ),
+    "broken index": (
+        lambda c: (shard(c), (c / f"transformer/{WEIGHTS}.index.json").write_text('{"weight_map": 3}')),
+        "expected weight_map in .*index.json to name files beside it, got something else: download",
+    ),
+}  # fmt: skip
+GENERATE: dict[str, tuple[tuple[str, ...], str]] = {
+    "suffix": (("--output", "x.gif"), "output: expected a name ending in .mp4 or .safetensors, got x.gif"),
+    "no folder": (("--output", "none/x.mp4"), "output: expected an existing folder, got none: create it"),
+    "below a file": (
+        ("--output", "pyproject.toml/x.mp4"),
+        "output: expected an existing folder, got pyproject.toml: create it",
+    ),
+    "no text encoder": (
+        ("--prompt", "a red circle"),
+        "checkpoint: expected a text encoder and a VAE .*got only a transformer in ltx: pass prompt_embeds",
+    ),
+    "mode": (("--stg-mode", "stg-z"), "stg_mode: expected one of stg-a, stg-r, got 'stg-z': choose"),
+    "layout": (("--layout", "triple"), "layout: expected one of segmented, twin, got 'triple': choose"),
+    "backend": (("--backend", "openvino"), "backend: expected one of onnxruntime, .*got 'openvino': choose"),
+    "no number": (("--guidance-scale", "3,high"), "guidance_scale: expected a number, .*'3,high': correct"),
+    "blocks": (("--stg-blocks", "1;3"), "stg_blocks: expected numbers .*got '1;3': write 14,19"),
+    "size": (("--height", "64"), "built for height 128, the request is 64: rebuild with --height 64"),
+    "frames": (("--num-frames", "16"), "built for num_frames 17, the request is 16: rebuild"),
+    "no embeds": (("--embeds", "none.safetensors"), "embeds: expected a safetensors file, got none.*: check"),
+    "embeds of no tensors": (
+        ("--embeds", "pyproject.toml"),
+        "embeds: expected a safetensors file, got pyproject.toml .*: check it",
+    ),
+    "seed": (("--seed", str(1 << 70)), r"seed: expected a number from -\d+ to \d+, got \d+: choose"),
+    "negative stg scale": (("--stg-scale=-1",), "stg_scale: expected a number from 0 .*got -1.0 .*: correct"),
+    "too few scales": (
+        ("--guidance-scale", "3,3,1"),
+        "guidance_scale: expected 2 entries, one per step, got 3: give one per step or a single value",
+    ),
+    "too many stg scales": (("--stg-scale", "0,1,1"), "stg_scale: expected 2 entries, .*got 3: give"),
+    "block not built": (("--stg-blocks", "2"), r"can perturb blocks \[1, 3\], the request is \[2\]: rebuild"),
+}  # fmt: skip
+
+
+def edit(checkpoint: Path, name: str = "transformer/config.json", **entries: object) -> None:
+    """Changes entries of a configuration; None drops one."""
+    path = checkpoint / name
+    config = {**json.loads(path.read_text()), **entries}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def shard(checkpoint: Path) -> None:
+    """Splits the weights into two files and their index."""
+    folder = checkpoint / "transformer"
+    names = {"first.safetensors": slice(None, 9), "second.safetensors": slice(9, None)}
+    tensors = load_file(folder / WEIGHTS)
+    weight_map = {}
+    for name, part in names.items():
+        keys = list(tensors)[part]
+        save_file({key: tensors[key] for key in keys}, folder / name)
+        weight_map |= dict.fromkeys(keys, name)
+    (folder / WEIGHTS).unlink()
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, ltx_checkpoint: Path) -> Path:
+    """A copy of the tiny checkpoint, to be damaged."""
+    for name in ("transformer", "scheduler"):
+        shutil.copytree(ltx_checkpoint / name, tmp_path / "checkpoint" / name)
+    return tmp_path / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def embeds(tmp_path_factory: pytest.TempPathFactory, ltx_checkpoint: Path) -> Path:
+    """Embeddings and latents that the tiny engines take."""
+    tensors = load_file(ltx_checkpoint / "cfg.safetensors")
+    path = tmp_path_factory.mktemp("embeds") / "embeds.safetensors"
+    save_file({name: tensor for name, tensor in tensors.items() if "expected" not in name}, path)
+    return path
+
+
+def generate(
+    checkpoint: Path, engines: Path, tmp_path: Path, *arguments: str | Path
+) -> subprocess.CompletedProcess[str]:
+    output = () if "--output" in arguments else ("--output", tmp_path / "x.safetensors")
+    return run("generate", checkpoint, "--engines", engines, "--num-inference-steps", 2, *output, *arguments)
+
+
+@pytest.mark.parametrize("case", BUILD_ARGUMENTS)
+def test_build_arguments(case: str, tmp_path: Path, ltx_checkpoint: Path) -> None:
+    changed, pattern = BUILD_ARGUMENTS[case]
+    options = {**BUILD, **changed}
+    flags = [f"{name}={value}" for name, value in options.items() if value is not None]
+    assert_one_line_error(run("build", ltx_checkpoint, "--output", tmp_path / "out", *flags), pattern)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("case", CHECKPOINTS)
+def test_checkpoints(case: str, tmp_path: Path, checkpoint: Path) -> None:
+    damage, pattern = CHECKPOINTS[case]
+    damage(checkpoint)
+    before = contents(checkpoint) if checkpoint.exists() else {}
+    assert_one_line_error(
+        run("build", checkpoint, "--output", tmp_path / "out", *SMALL), f"checkpoint: {pattern}"
+    )
+    assert not (tmp_path / "out").exists()
+    assert before == (contents(checkpoint) if checkpoint.exists() else {})
+
+
+def test_a_published_configuration_has_no_weights(tmp_path: Path) -> None:
+    result = run("build", "ltx-video-2b", "--output", tmp_path / "out", *SMALL)
+    assert_one_line_error(result, "got the configuration ltx-video-2b: .*add --random-weights")
+
+
+def test_a_sharded_checkpoint_builds(tmp_path: Path, checkpoint: Path) -> None:
+    keep_one_block(checkpoint)
+    shard(checkpoint)
+    result = run("build", checkpoint, "--output", tmp_path / "out", *SMALL, "--verify-timesteps", "1")
+    assert result.returncode == 0, result.stderr
+    assert EngineStore.open(tmp_path / "out").find(EngineRequest(height=32)).load_engines()
+
+
+@pytest.mark.parametrize("case", GENERATE)
+def test_generate_arguments(
+    case: str, tmp_path: Path, ltx_checkpoint: Path, ltx_engines: Path, embeds: Path
+) -> None:
+    arguments, pattern = GENERATE[case]
+    source = () if {"--prompt", "--embeds"} & set(arguments) else ("--embeds", embeds)
+    before = contents(ltx_engines)
+    result = generate(ltx_checkpoint, ltx_engines, tmp_path, *source, "--layout", "segmented", *arguments)
+    assert_one_line_error(result, pattern)
+    assert not list(tmp_path.iterdir())
+    assert contents(ltx_engines) == before
+
+
+def test_embeds_that_do_not_fit(
+    tmp_path: Path, ltx_checkpoint: Path, ltx_engines: Path, embeds: Path
+) -> None:
+    tensors = load_file(embeds)
+    cases = {
+        r"prompt_embeds: expected \(videos, <= 9, 24\), got \(1, 10, 24\): .*larger --text-length": {
+            **tensors,
+            "prompt_embeds": torch.zeros(1, 10, 24),
+        },
+        "embeds: expected tensors prompt_embeds, .*, got also prompt_embed: leave": {
+            **tensors,
+            "prompt_embed": torch.zeros(1),
+        },
+    }
+    for pattern, wrong in cases.items():
+        save_file(wrong, tmp_path / "wrong.safetensors")
+        result = generate(ltx_checkpoint, ltx_engines, tmp_path, "--embeds", tmp_path / "wrong.safetensors")
+        assert_one_line_error(result, pattern)
+    assert [path.name for path in tmp_path.iterdir()] == ["wrong.safetensors"]
+
+
+def test_help_answers_at_once_and_without_torch() -> None:
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        answer = run("--help")
+        seconds.append(time.perf_counter() - start)
+        assert answer.returncode == 0 and "generate" in answer.stdout and not answer.stderr
+    assert min(seconds) < 1
+    program = (
+        f"import runpy, sys; sys.argv = ['stg-trt', 'build', '--help']; runpy.run_path({str(PROGRAM)!r})"
+    )
+    listing = f"import atexit, sys; atexit.register(lambda: print(sorted(sys.modules))); {program}"
+    modules = subprocess.run(
+        [sys.executable, "-c", listing], capture_output=True, text=True, check=True
+    ).stdout
+    assert "'stg_trt.cli'" in modules
+    assert not re.search(r"'(torch|numpy|onnx|diffusers|transformers)'", modules)
+
+
+@pytest.mark.parametrize("program", ["build_engines", "runtime", "benchmarks"])
+def test_programs_run_from_the_checkout(program: str) -> None:
+    answer = subprocess.run(
+        [sys.executable, "-m", program, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert f"Usage: python -m {program}" in answer.stdout and not answer.stderr
+
+
+def test_mistakes_before_a_command() -> None:
+    assert_one_line_error(run("biuld"), "No such command 'biuld'.*: see stg-trt --help")
+    assert_one_line_error(run("build"), "Missing argument .*: see stg-trt build --help")
