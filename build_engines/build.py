@@ -45,7 +45,7 @@ def build(
     stg_blocks: Sequence[int] | None = None,
     stg_mode: str | None = None,
     layout: str = "segmented",
-    precision: str = "fp32",
+    precision: str | None = None,
     max_batch: int = 1,
     backend: str = "onnxruntime",
     target: str | None = None,
@@ -56,7 +56,9 @@ def build(
 ) -> list[Path]:
     """Builds engines below `output` and returns the build folders, one per target.
 
-    `target` may name several, separated by commas. Finished segments of an interrupted build are re-used.
+    `target` may name several, separated by commas; it and `precision` default to the backend's. Finished
+    segments of an interrupted build are re-used.
+
     Raises InvalidRequest for options that cannot be used and GateMissed for a segment that fails a check.
     """
     opened = Checkpoint.open(checkpoint, random_weights=random_weights)
@@ -65,7 +67,7 @@ def build(
     options = BuildOptions(
         checkpoint=opened,
         output=Path(output),
-        workload=Workload(height, width, num_frames, text_length, precision),
+        workload=Workload(height, width, num_frames, text_length, precision or chosen.precisions[0]),
         stg_blocks=tuple(sorted(defaults.stg_blocks if stg_blocks is None else stg_blocks)),
         stg_mode=defaults.stg_mode if stg_mode is None else stg_mode,
         layout=layout,

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from stg_trt.manifest import Manifest
 
 
 def build(
@@ -42,23 +39,13 @@ def build(
     keep_onnx: Annotated[bool, typer.Option("--keep-onnx", help="Keep the exported graphs.")] = False,
 ) -> None:
     """Build verified engines from a checkpoint."""
-    from stg_trt.backends import backend_for
-    from stg_trt.checkpoint import Checkpoint
-    from stg_trt.perturbation import check_mode, parse_blocks
-    from stg_trt.segment import check_layout
+    from stg_trt.perturbation import parse_blocks
 
     # What can be refused without torch is refused before the seconds that its import takes.
-    chosen = backend_for(backend)
-    check_layout(layout)
-    if stg_mode is not None:
-        check_mode(stg_mode)
     blocks = None if stg_blocks is None else parse_blocks(stg_blocks)
-    Checkpoint.open(checkpoint, random_weights=random_weights)
-
-    from stg_trt import manifest as manifests
-
+    _check(checkpoint, random_weights, layout, stg_mode, backend, target, precision)
     from .build import build as build_engines
-    from .display import BuildDisplay, print_summary
+    from .display import BuildDisplay
 
     with BuildDisplay() as display:
         folders = build_engines(
@@ -71,7 +58,7 @@ def build(
             stg_blocks=blocks,
             stg_mode=stg_mode,
             layout=layout,
-            precision=precision or chosen.precisions[0],
+            precision=precision,
             max_batch=max_batch,
             backend=backend,
             target=target,
@@ -80,6 +67,37 @@ def build(
             keep_onnx=keep_onnx,
             progress=display,
         )
+    _print(folders)
+
+
+def _check(
+    checkpoint: str,
+    random_weights: bool,
+    layout: str,
+    stg_mode: str | None,
+    backend: str,
+    target: str | None,
+    precision: str | None,
+) -> None:
+    """Raises InvalidRequest for names that do not exist, and for a precision that the backend cannot do."""
+    from stg_trt.backends import backend_for, check_target
+    from stg_trt.checkpoint import Checkpoint
+    from stg_trt.perturbation import check_mode
+    from stg_trt.segment import check_layout
+
+    chosen = backend_for(backend)
+    for name in (target or chosen.targets[0]).split(","):
+        check_target(chosen, name, precision or chosen.precisions[0])
+    check_layout(layout)
+    if stg_mode is not None:
+        check_mode(stg_mode)
+    Checkpoint.open(checkpoint, random_weights=random_weights)
+
+
+def _print(folders: list[Path]) -> None:
+    from stg_trt.manifest import load
+
+    from .display import print_summary
+
     for folder in folders:
-        built: Manifest = manifests.load(folder)
-        print_summary(folder, built)
+        print_summary(folder, load(folder))

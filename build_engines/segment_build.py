@@ -51,6 +51,7 @@ class SegmentBuild:
         seconds = dict(self._shared_seconds)
         with PeakMemory() as peak, self._timed("compile", seconds):
             compiled = self._compile(key)
+        release()
         self._check(compiled)
         family, workload = self.options.checkpoint.family, self.options.workload
         facts = {**key.facts(), "onnx_sha256": self._onnx_sha256}
@@ -81,6 +82,7 @@ class SegmentBuild:
             with self._timed("export", seconds):
                 specs = options.checkpoint.family.inputs(self.segment, options.workload)
                 options.checkpoint.family.lower_precision(module, getattr(torch, options.workload.dtype))
+                release()
                 export(
                     module,
                     specs,

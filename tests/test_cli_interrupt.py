@@ -116,7 +116,7 @@ def test_an_interrupted_generation_writes_nothing(
     arguments = ("--engines", ltx_engines, "--output", tmp_path / "x.safetensors", "--embeds", source)
     ours, theirs = pty.openpty()
     # On a terminal the bar says when the sampling has begun.
-    process = start("generate", ltx_checkpoint, *arguments, "--num-inference-steps=20000", stderr=theirs)
+    process = start("generate", ltx_checkpoint, *arguments, "--num-inference-steps=600", stderr=theirs)
     os.close(theirs)
     shown = b""
     while b"sampling" not in shown:
@@ -127,7 +127,7 @@ def test_an_interrupted_generation_writes_nothing(
     process.wait(A_FEW_SECONDS)
     os.close(ours)
     assert process.returncode == 1 and b"Traceback" not in shown
-    assert shown.decode().splitlines()[-1].startswith("stg-trt: interrupted: ")
+    assert b"stg-trt: interrupted: " in shown.splitlines()[-1]
     assert os.listdir(tmp_path) == ["embeds.safetensors"]
 
 

@@ -172,7 +172,7 @@ def test_the_shared_prefix_leaves_14_percent_of_stg_r() -> None:
 
 
 def test_the_keep_input_costs_one_more_row_of_one_block() -> None:
-    """Beyond stg-r: block 19's cross-attention, feed-forward and V, as any stg-a has; and a row of Q, K and S x S."""
+    """Beyond stg-r: V, cross-attention and feed-forward, as any stg-a has; and a row of Q, K and S x S."""
     width, tokens, length = 2048, SMALL_TOKENS, SMALL.text_length
     needed = (
         2 * tokens * 2 * width**2  # V and the output projection

@@ -101,8 +101,8 @@ def machine() -> dict[str, str]:
 
 
 def open_pipeline(checkpoint: Path, engines: Path) -> VideoPipeline:
-    """The checkpoint over segmented engines, which serve every mode and block; built where missing."""
-    if not engines.exists():
+    """The checkpoint over segmented engines, which serve every mode and block; built if not there yet."""
+    if not any(engines.glob("*/manifest.json")):
         build(
             checkpoint,
             output=engines,
@@ -124,7 +124,7 @@ def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description="Evaluate the moving-shapes pipeline.")
     parser.add_argument("--checkpoint", type=Path, default=HERE / "checkpoint")
-    parser.add_argument("--engines", type=Path, required=True, help="built there if the folder is missing")
+    parser.add_argument("--engines", type=Path, required=True, help="built there if it holds none")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of evaluation.json, .md and .png")
     parser.add_argument("--seeds", type=int, default=2, help="clips for each of the 48 prompts")
     parser.add_argument("--steps", type=int, default=20)

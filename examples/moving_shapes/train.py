@@ -256,6 +256,12 @@ def save(pipe: LTXPipeline, output: Path) -> None:
     pipe.vae.half()
     pipe.save_pretrained(fresh, safe_serialization=True)
     pipe.vae.float()
+    # The one in use has picked up the padding of its last call.
+    models.make_tokenizer().save_pretrained(fresh / "tokenizer")
+    for path in fresh.rglob("*.json"):
+        # diffusers notes the folder that a resumed part was loaded from, which says nothing to others.
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if '"_name_or_path"' not in line))
     if output.exists():
         output.rename(old)
     fresh.rename(output)

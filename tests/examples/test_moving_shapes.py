@@ -29,20 +29,22 @@ PROMPTS = (
 
 
 @pytest.fixture(scope="module")
-def pipe() -> LTXPipeline:
-    """The checkpoint as diffusers loads it."""
-    loaded = LTXPipeline.from_pretrained(CHECKPOINT)
+def pipe() -> models.ShapesPipeline:
+    """The checkpoint, ready to sample clips of the size it was trained on."""
+    loaded = models.ShapesPipeline.from_pretrained(CHECKPOINT)
     loaded.set_progress_bar_config(disable=True)
     return loaded
 
 
-def sample(pipe: LTXPipeline, labels: tuple[clips.Label, ...], steps: int, cfg_scale: float) -> clips.Array:
+def sample(
+    pipe: LTXPipeline, labels: tuple[clips.Label, ...], steps: int, cfg_scale: float, size: int = clips.SIZE
+) -> clips.Array:
     """Clips for some labels, from a fixed seed."""
     return pipe(
         prompt=[label.prompt for label in labels],
         negative_prompt="",
-        height=clips.SIZE,
-        width=clips.SIZE,
+        height=size,
+        width=size,
         num_frames=clips.NUM_FRAMES,
         frame_rate=clips.FRAME_RATE,
         num_inference_steps=steps,
@@ -105,6 +107,7 @@ def test_checkpoint_is_small() -> None:
     files = [path for path in CHECKPOINT.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= MAX_BYTES
     assert {path.suffix for path in files} <= {".json", ".safetensors"}
+    assert not [path for path in files if path.suffix == ".json" and "_name_or_path" in path.read_text()]
 
 
 def test_checkpoint_has_the_real_classes(pipe: LTXPipeline) -> None:
@@ -128,6 +131,14 @@ def test_vae_keeps_the_clips(pipe: LTXPipeline) -> None:
             decoded = pipe.vae.decode(pipe.vae.encode(video).latent_dist.mode(), return_dict=False)[0]
         kept = (decoded[0].permute(1, 2, 3, 0) / 2 + 0.5).clamp(0, 1).numpy()
         assert measure.measure(kept).matches(label)["all"]
+
+
+def test_diffusers_own_pipeline_loads_and_samples() -> None:
+    own = LTXPipeline.from_pretrained(CHECKPOINT)
+    own.set_progress_bar_config(disable=True)
+    video = sample(own, PROMPTS[:1], steps=4, cfg_scale=3.0, size=64)
+    assert video.shape == (1, clips.NUM_FRAMES, 64, 64, 3)
+    assert measure.find_colour(video[0]) == PROMPTS[0].colour
 
 
 def test_sampling_is_reproducible(pipe: LTXPipeline) -> None:

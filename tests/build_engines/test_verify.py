@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from stg_trt.build_engines.reference import Reference, State
+from stg_trt.build_engines.verify import MAX_RELATIVE_L2, verify
+from stg_trt.checkpoint import Checkpoint
+from stg_trt.engine_store import Build, EngineRequest, EngineStore
+from stg_trt.errors import GateMissed
+from stg_trt.segment import TEXT, Segment
+
+NAME = "front"
+
+
+@pytest.fixture(scope="module")
+def build(ltx_engines: Path) -> Build:
+    return EngineStore.open(ltx_engines).find(EngineRequest(layout="segmented"))
+
+
+@pytest.fixture(scope="module")
+def segments(build: Build) -> tuple[Segment, ...]:
+    return tuple(record.segment for record in build.manifest.segments)
+
+
+def reference(checkpoint: Checkpoint, build: Build, segments: tuple[Segment, ...], count: int) -> Reference:
+    return Reference(checkpoint, build.manifest.workload, segments, count, rows=2)
+
+
+@pytest.fixture(scope="module")
+def eager(
+    ltx_checkpoint: Path, build: Build, segments: tuple[Segment, ...]
+) -> tuple[list[float], list[State], list[State]]:
+    """Timesteps, inputs and eager outputs of the front."""
+    return run(Checkpoint.open(ltx_checkpoint), build, segments)
+
+
+def run(
+    checkpoint: Checkpoint, build: Build, segments: tuple[Segment, ...]
+) -> tuple[list[float], list[State], list[State]]:
+    chain = reference(checkpoint, build, segments, 3)
+    segment = next(segment for segment in segments if segment.name == NAME)
+    inputs = chain.inputs(segment)
+    return chain.timesteps, inputs, chain.run(segment, chain.module(segment, expand_masks=True))
+
+
+def graph(build: Build) -> Path:
+    return build.folder / f"{NAME}.onnx"
+
+
+def test_the_right_graph_passes_at_every_timestep(build: Build, eager: tuple[list, list, list]) -> None:
+    timesteps, inputs, expected = eager
+    results = verify(NAME, graph(build), timesteps, inputs, expected)
+    assert [result.timestep for result in results] == timesteps
+    assert all(r.relative_l2 <= 1e-5 and r.cosine > 1 - 1e-9 and r.max_abs < 1e-3 for r in results)
+    record = build.manifest.record(NAME)
+    assert record is not None and record.verification == results
+
+
+def test_timesteps_are_first_middle_and_last(ltx_checkpoint: Path, build: Build, segments: tuple) -> None:
+    checkpoint = Checkpoint.open(ltx_checkpoint)
+    scheduler = checkpoint.scheduler()
+    family = checkpoint.family
+    family.set_timesteps(scheduler, family.defaults.num_inference_steps, build.manifest.workload)
+    every = [float(timestep) for timestep in scheduler.timesteps]
+    wanted = {0: [], 1: every[:1], 2: [every[0], every[-1]], 3: [every[0], every[20], every[-1]]}
+    for count, timesteps in wanted.items():
+        assert reference(checkpoint, build, segments, count).timesteps == timesteps
+    assert len(every) == 40
+
+
+def test_a_graph_of_other_weights_is_caught(
+    ltx_checkpoint: Path, build: Build, segments: tuple[Segment, ...]
+) -> None:
+    others = Checkpoint.open(ltx_checkpoint, random_weights=True)
+    with pytest.raises(GateMissed, match=r"front: numerics: expected relative L2 <= 0\.0001 .* at timestep"):
+        verify(NAME, graph(build), *run(others, build, segments))
+
+
+@pytest.mark.parametrize("output", ["hidden_states", "temb", "embedded_timestep"])
+@pytest.mark.parametrize("step", [0, 2])
+@pytest.mark.parametrize("error", [3 * MAX_RELATIVE_L2, float("nan"), float("inf")], ids=str)
+def test_one_wrong_output_at_one_timestep_is_caught(
+    build: Build, eager: tuple[list, list, list], output: str, step: int, error: float
+) -> None:
+    timesteps, inputs, expected = eager
+    wrong: list[dict[str, Tensor]] = [dict(state) for state in expected]
+    wrong[step][output] = wrong[step][output] * (1 + error)
+    with pytest.raises(GateMissed, match=f"front: numerics: .* at timestep {timesteps[step]}"):
+        verify(NAME, graph(build), timesteps, inputs, wrong)
+
+
+def test_the_reference_feeds_each_segment_what_those_before_it_made(
+    ltx_checkpoint: Path, build: Build, segments: tuple[Segment, ...]
+) -> None:
+    """Asked for the last segment only, it runs the others; its text is padded, its last row perturbed."""
+    chain = reference(Checkpoint.open(ltx_checkpoint), build, segments, 1)
+    (last,) = chain.inputs(segments[-1])
+    again = reference(Checkpoint.open(ltx_checkpoint), build, segments, 1)
+    for segment in segments[:-1]:
+        again.run(segment, again.module(segment, expand_masks=False))
+    assert all(torch.equal(last[name], tensor) for name, tensor in again.inputs(segments[-1])[0].items())
+    assert last["hidden_states"].abs().sum() > 0 and (last["text_bias"] < 0).any()
+    (block,) = again.inputs(segments[2])
+    assert block["keep_attention"].tolist() == [True, False]
+    assert segments[0] == TEXT
