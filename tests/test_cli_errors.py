@@ -223,6 +223,19 @@ def test_generate_arguments(
     assert contents(ltx_engines) == before
 
 
+def test_a_prompt_that_is_too_long(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(ROOT / "examples/moving_shapes/checkpoint", checkpoint)
+    keep_one_block(checkpoint)
+    engines, output = tmp_path / "engines", tmp_path / "x.mp4"
+    built = run("build", checkpoint, "--output", engines, *SMALL, "--verify-timesteps=0")
+    assert built.returncode == 0, built.stderr
+    prompt = ("--prompt", "a red circle moves to the right")
+    result = run("generate", checkpoint, "--engines", engines, "--output", output, *prompt)
+    assert_one_line_error(result, r"expected at most 4 tokens, got (\d+): .*rebuild with --text-length \1$")
+    assert not output.exists()
+
+
 def test_embeds_that_do_not_fit(
     tmp_path: Path, ltx_checkpoint: Path, ltx_engines: Path, embeds: Path
 ) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 TEXT_LENGTH = 16
 EMPTY_SHARE = 0.1
+GIVEN_SHARE = 0.5
 # Twice the shift of sampling: where a shape goes is settled while the clip is still almost all noise.
 SIGMA_SHIFT = 4.0
 FOREGROUND_WEIGHT = 5.0
@@ -168,6 +169,17 @@ def sample_sigmas(count: int, device: str) -> Tensor:
     return SIGMA_SHIFT * uniform / (1 + (SIGMA_SHIFT - 1) * uniform)
 
 
+def sample_given_frames(count: int, device: str) -> Tensor:
+    """Which tokens [clip, token] are given without noise: in a share of the clips, those of one frame.
+
+    LTX-Video is trained to go on from given frames, too. Here it is what teaches the way: among frames that
+    are all noise, left and right look the same until a shape has settled somewhere in each of them.
+    """
+    frames = torch.rand(count, NUM_FRAMES, device=device).argsort(dim=1) == 0
+    frames &= torch.rand(count, 1, device=device) < GIVEN_SHARE
+    return frames.repeat_interleave(GRID * GRID, dim=1)
+
+
 def make_optimizers(
     transformer: LTXVideoTransformer3DModel, encoder: nn.Module
 ) -> list[torch.optim.Optimizer]:
@@ -221,15 +233,17 @@ def train_transformer(
 
 def flow_loss(pipe: LTXPipeline, forward: Callable[..., Any], latents: Tensor, labels: list[Label]) -> Tensor:
     """Mean squared error of the predicted velocity, noise - latents, at random noise levels."""
+    batch = len(latents)
     device = str(latents.device)
     prompts = ["" if torch.rand(()) < EMPTY_SHARE else label.prompt for label in labels]
     text = pipe.tokenizer(prompts, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt").to(
         device
     )
     embeds = pipe.text_encoder(text.input_ids)[0]
-    sigma = sample_sigmas(len(latents), device)
+    is_noisy = ~sample_given_frames(batch, device)
+    sigma = sample_sigmas(batch, device)[:, None] * is_noisy
     noise = torch.randn_like(latents)
-    noisy = torch.lerp(latents, noise, sigma[:, None, None])
+    noisy = torch.lerp(latents, noise, sigma[..., None])
     with torch.autocast(latents.device.type, torch.bfloat16):
         pred = forward(
             noisy,
@@ -242,7 +256,8 @@ def flow_loss(pipe: LTXPipeline, forward: Callable[..., Any], latents: Tensor, l
             rope_interpolation_scale=ROPE_SCALE,
             return_dict=False,
         )[0]
-    return nn.functional.mse_loss(pred.float(), noise - latents)
+    error = (pred.float() - (noise - latents)) ** 2
+    return error[is_noisy].mean()
 
 
 def save(pipe: LTXPipeline, output: Path) -> None:
