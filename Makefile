@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo test lint wheel kernels clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/moving_shapes/demo.py --output demo
@@ -27,6 +27,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt --editable '.[dev]'
 	touch $@
+
+kernels: $(STAMP)
+	cmake -S . -B build/kernels -DCMAKE_BUILD_TYPE=Release
+	cmake --build build/kernels --parallel
+	ctest --test-dir build/kernels --output-on-failure
+	cmake --install build/kernels --prefix .
 
 clean:
 	rm -rf $(VENV) dist demo build

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from stg_trt.build_engines.build import build
 from stg_trt.checkpoint import Checkpoint
+from stg_trt.device import Cpu
 from stg_trt.engine_store import Build
 from stg_trt.errors import GateMissed
 from stg_trt.families.base import KEEP_ATTENTION
@@ -70,7 +71,7 @@ class StepBenchmark:
         specs = list(family.tensors(manifest.workload).values())
         buffers = StepBuffers(specs, two_sided(segments, family.borders), 1, torch.device("cpu"))
         _fill(buffers, specs)
-        engines = built.load_engines()
+        engines = built.load_engines(Cpu())
         plans = {
             "shared": plan_step(segments, GROUPS, manifest.perturbation),
             "full": full_plan(segments, GROUPS, manifest.perturbation),

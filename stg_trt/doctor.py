@@ -54,7 +54,7 @@ def backend_states() -> list[tuple[str, str, str]]:
             states.append((backend.name, f"no: {error}", "no: not installed"))
             continue
         builds = "yes" if backend.name == "tensorrt-rtx" or _has_gpu() else "no: its builder needs a GPU"
-        states.append((backend.name, builds, "no: GPU sessions are not part of this version"))
+        states.append((backend.name, builds, "yes" if _has_gpu() else "no: there is no NVIDIA GPU"))
     return states
 
 

@@ -19,7 +19,9 @@ class Context(Protocol):
 
 
 class Engine(Protocol):
-    """A loaded engine; contexts of one engine share its weights."""
+    """A loaded engine; contexts of one engine share its weights. `alignment` is that of bound addresses."""
+
+    alignment: int
 
     def context(self) -> Context:
         """A new context with nothing bound."""

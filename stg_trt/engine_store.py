@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stg_trt import manifest as manifests
-from stg_trt.backends import backend_for, load_engine
+from stg_trt.backends import backend_for, load_engines
+from stg_trt.device import Device
 from stg_trt.engine import Engine
 from stg_trt.errors import EngineRejected
 from stg_trt.manifest import Manifest
@@ -65,15 +66,13 @@ class Build:
     folder: Path
     manifest: Manifest
 
-    def load_engines(self) -> dict[str, Engine]:
+    def load_engines(self, device: Device) -> dict[str, Engine]:
         """Engines by segment name, after their files were checked against the manifest's hashes."""
-        engines = {}
         for record in self.manifest.segments:
             for file in record.files:
                 check_file(self.folder / file.name, file)
-            paths = [self.folder / file.name for file in record.files]
-            engines[record.segment.name] = load_engine(self.manifest.backend, paths)
-        return engines
+        paths = {r.segment.name: self.folder / r.files[0].name for r in self.manifest.segments}
+        return load_engines(self.manifest.backend, paths, device)
 
 
 @dataclass(frozen=True)

@@ -34,17 +34,41 @@ def combine(
 
     A prediction whose scale is off (cfg 1, stg 0) is not read. Raises InvalidRequest where one is missing.
     """
-    cond = pred_cond.float()
-    pred = cond
+    uncond = skip = None
     if cfg_scale != 1:
         uncond = _needed(pred_uncond, "pred_uncond", f"cfg_scale {cfg_scale}", "1").float()
+    if stg_scale != 0:
+        skip = _needed(pred_skip, "pred_skip", f"stg_scale {stg_scale}", "0").float()
+    return combined(
+        pred_cond.float(),
+        uncond,
+        skip,
+        cfg_scale=cfg_scale,
+        stg_scale=stg_scale,
+        rescale=rescale if rescale != 0 else None,
+        cfg_zero_star=cfg_zero_star,
+    )
+
+
+def combined(
+    cond: Tensor,
+    uncond: Tensor | None,
+    skip: Tensor | None,
+    *,
+    cfg_scale: float | Tensor,
+    stg_scale: float | Tensor,
+    rescale: float | Tensor | None,
+    cfg_zero_star: bool,
+) -> Tensor:
+    """`combine` for float32 rows of which those that are off are None; scales may lie on the device."""
+    pred = cond
+    if uncond is not None:
         if cfg_zero_star:
             uncond = _projected(cond, uncond)
         pred = uncond + cfg_scale * (cond - uncond)
-    if stg_scale != 0:
-        skip = _needed(pred_skip, "pred_skip", f"stg_scale {stg_scale}", "0").float()
+    if skip is not None:
         pred = pred + stg_scale * (cond - skip)
-    if rescale != 0:
+    if rescale is not None:
         pred = pred * (rescale * _std(cond) / _std(pred) + (1 - rescale))
     return pred
 

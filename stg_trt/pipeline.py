@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stg_trt.backends import backend_for
 from stg_trt.checkpoint import Checkpoint, published
 from stg_trt.conditioning import Prompts
+from stg_trt.device import Device, open_device
 from stg_trt.engine_store import Build, EngineRequest, EngineStore
 from stg_trt.errors import InvalidRequest
 from stg_trt.families.base import TextCondition, Workload, load_class
@@ -67,6 +69,7 @@ class VideoPipeline:
         self.num_timesteps = 0
         self._base = EngineRequest(weights=checkpoint.fingerprint(), layout=layout, backend=backend)
         self._samplers: dict[Path, Sampler] = {}
+        self._devices: dict[str, Device] = {}
 
     @classmethod
     def from_pretrained(
@@ -195,18 +198,29 @@ class VideoPipeline:
     def _drain(self, steps: Iterator[SampledStep], latents: Tensor, callback: StepCallback | None) -> Tensor:
         """Drains the sampler; `interrupt` (settable from the callback) stops after the current step."""
         self.interrupt = False
+        step = None
         for step in steps:
             if callback is not None:
-                replaced = callback(self, step.index, step.timestep, {"latents": step.latents}) or {}
-                step.latents = replaced.get("latents", step.latents)
-            latents = step.latents
+                offered = step.latents
+                answer = callback(self, step.index, step.timestep, {"latents": offered}) or {}
+                if answer.get("latents", offered) is not offered:
+                    step.latents = answer["latents"]
             if self.interrupt:
                 break
-        return latents
+        return latents if step is None else step.latents
+
+    def _device_for(self, backend: str) -> Device:
+        """One device for all builds of a kind, so that graphs share memory."""
+        name = backend_for(backend).device
+        if name not in self._devices:
+            self._devices[name] = open_device(name)
+        return self._devices[name]
 
     def _sampler(self, build: Build) -> Sampler:
         if build.folder not in self._samplers:
-            self._samplers[build.folder] = Sampler(self.family, build.manifest, build.load_engines())
+            device = self._device_for(build.manifest.backend)
+            engines = build.load_engines(device)
+            self._samplers[build.folder] = Sampler(self.family, build.manifest, engines, device)
         return self._samplers[build.folder]
 
     def _solve(

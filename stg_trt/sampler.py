@@ -1,49 +1,67 @@
-"""The sampling loop: per step, the plan's engine runs, then guidance and the solver's step."""
+"""The sampling loop: per step, one run of a step program; nothing in it waits for the host."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from stg_trt.engine import Engine
+from stg_trt.device import Device
+from stg_trt.engine import Context, Engine
 from stg_trt.errors import InvalidRequest
 from stg_trt.families.base import ModelFamily, TextCondition
-from stg_trt.guidance import Guidance, combine
+from stg_trt.guidance import Guidance
+from stg_trt.guided_step import StepState
 from stg_trt.manifest import Manifest
-from stg_trt.perturbation import Perturbation
 from stg_trt.segment import TEXT, Segment
 from stg_trt.solver import SolverTable
+from stg_trt.step_graph import StepGraph
 from stg_trt.step_plan import StepPlan, plan_step
+from stg_trt.step_program import StepKey, StepProgram
 from stg_trt.step_runner import StepBuffers, StepRunner, two_sided
+from stg_trt.step_table import StepTable
 
-StateKey = tuple[tuple[str, ...], Perturbation | None]
+_MIN_CAPACITY = 64
 
 
-@dataclass
 class SampledStep:
-    """Latents after a step, packed float32; the consumer may replace them before asking for the next."""
+    """A step that was taken; `latents` may be replaced before the next is asked for."""
 
-    index: int
-    timestep: float
-    latents: Tensor
-    plan: StepPlan
+    def __init__(self, index: int, timestep: float, plan: StepPlan, state: StepState) -> None:
+        self.index = index
+        self.timestep = timestep
+        self.plan = plan
+        self.replaced = False
+        self._state = state
+
+    @property
+    def latents(self) -> Tensor:
+        """A copy of the latents after the step, packed float32."""
+        return self._state.latents.clone()
+
+    @latents.setter
+    def latents(self, latents: Tensor) -> None:
+        self._state.latents.copy_(latents)
+        self.replaced = True
 
 
 class Sampler:
-    """Runs the engines of one build; keeps buffers and bound plans per number of videos."""
+    """Runs the engines of one build; keeps memory and bound programs per number of videos."""
 
-    def __init__(self, family: ModelFamily, manifest: Manifest, engines: Mapping[str, Engine]) -> None:
+    def __init__(
+        self, family: ModelFamily, manifest: Manifest, engines: Mapping[str, Engine], device: Device
+    ) -> None:
         self.family = family
         self.workload = manifest.workload
         self.segments: tuple[Segment, ...] = tuple(
             record.segment for record in manifest.segments if not record.segment.text
         )
         self._engines = engines
-        self._buffers: StepBuffers | None = None
-        self._runners: dict[StateKey, StepRunner] = {}
+        self._device = device
+        self._state: StepState | None = None
+        self._text: Context | None = None
+        self._programs: dict[StepKey, StepProgram | StepGraph] = {}
 
     def steps(
         self,
@@ -54,70 +72,78 @@ class Sampler:
         solver: SolverTable,
         frame_rate: float,
     ) -> Iterator[SampledStep]:
-        """Yields the latents after every step of `guidance`, from packed noise times `solver.noise_scale`.
+        """Yields every step of `guidance`, from packed noise (videos, ...) times `solver.noise_scale`.
 
         Raises InvalidRequest where guidance is on and `uncond` is None.
         """
-        buffers = self._buffers_for(len(latents))
-        self._write_constants(buffers, cond, uncond, frame_rate)
-        initial = latents.float()
-        current, preds = initial, list[Tensor]()
-        for i, timestep in zip(range(len(guidance.cfg_scale)), solver.timesteps, strict=False):
+        steps = range(len(guidance.cfg_scale))
+        for i in steps:
             if "uncond" in guidance.passes(i) and uncond is None:
                 raise InvalidRequest(
                     f"negative_prompt_embeds: expected embeddings for guidance_scale {guidance.cfg_scale[i]} "
                     f"at step {i}, got none: give them or set guidance_scale to 1"
                 )
-            runner = self._runner(guidance.passes(i), guidance.perturbation(i), buffers)
-            pred = self._predict(runner, buffers, current * solver.input_scale[i], timestep, guidance, i)
-            preds.append(pred)
-            current = solver.advance(i, current, preds, initial)
-            step = SampledStep(i, timestep, current, runner.plan)
+        with self._device.scope():
+            state = self._prepared(latents, guidance, solver)
+            self._write_constants(state.buffers, cond, uncond, frame_rate)
+        for i in steps:
+            with self._device.scope():
+                program = self._program(StepKey.of(guidance, solver, i), state)
+                program.enqueue()
+            step = SampledStep(i, solver.timesteps[i], program.plan, state)
             yield step
-            if step.latents is not current:
+            if step.replaced:
                 _check_replaceable(solver, i)
-                current = step.latents.float()
 
-    def _predict(
-        self,
-        runner: StepRunner,
-        buffers: StepBuffers,
-        model_input: Tensor,
-        timestep: float,
-        guidance: Guidance,
-        step: int,
-    ) -> Tensor:
-        """Runs one step's passes and combines their predictions."""
-        passes = runner.plan.passes
-        for group in passes:
-            buffers.view("latents", (group,)).copy_(model_input)
-        buffers.view("timestep").fill_(timestep)
-        runner.enqueue()
-        preds = {f"pred_{group}": buffers.view("pred", (group,)) for group in passes}
-        return combine(
-            **preds,
-            cfg_scale=guidance.cfg_scale[step],
-            stg_scale=guidance.stg_scale[step] if "skip" in passes else 0.0,
-            rescale=guidance.rescale[step],
-            cfg_zero_star=guidance.cfg_zero_star,
-        ).clone()
+    def _prepared(self, latents: Tensor, guidance: Guidance, solver: SolverTable) -> StepState:
+        """The static memory with a run's start written into it; allocated again only where it must grow."""
+        steps, multistep = len(guidance.cfg_scale), None in solver.two_term
+        state = self._state
+        if (
+            state is None
+            or state.buffers.videos != len(latents)
+            or state.table.capacity < steps
+            or (multistep and state.history is None)
+        ):
+            state = self._state = self._allocate(latents, max(steps, _MIN_CAPACITY), multistep)
+            self._programs.clear()
+            self._text = self._bound_text(state.buffers) if self.family.has_text_segment else None
+        state.table.load(guidance, solver)
+        state.start(latents)
+        return state
 
-    def _buffers_for(self, videos: int) -> StepBuffers:
-        if self._buffers is None or self._buffers.videos != videos:
-            specs = list(self.family.tensors(self.workload).values())
-            both = two_sided(self.segments, self.family.borders)
-            self._buffers = StepBuffers(specs, both, videos, torch.device("cpu"))
-            self._runners.clear()
-        return self._buffers
+    def _allocate(self, latents: Tensor, capacity: int, multistep: bool) -> StepState:
+        specs = list(self.family.tensors(self.workload).values())
+        both = two_sided(self.segments, self.family.borders)
+        device = self._device.torch_device
 
-    def _runner(
-        self, passes: tuple[str, ...], perturbation: Perturbation | None, buffers: StepBuffers
-    ) -> StepRunner:
-        key = passes, perturbation
-        if key not in self._runners:
-            plan = plan_step(self.segments, passes, perturbation)
-            self._runners[key] = StepRunner(plan, self._engines, buffers, self.family.borders)
-        return self._runners[key]
+        def empty(*leading: int) -> Tensor:
+            return torch.zeros(*leading, *latents.shape, device=device)
+
+        return StepState(
+            buffers=StepBuffers(specs, both, len(latents), device),
+            table=StepTable(capacity, device),
+            latents=empty(),
+            initial=empty(),
+            history=empty(capacity) if multistep else None,
+        )
+
+    def _bound_text(self, buffers: StepBuffers) -> Context:
+        """The projection of the prompt, over the rows of all passes."""
+        context = self._engines[TEXT.name].context()
+        for name in (*self.family.borders(TEXT)[0], *self.family.borders(TEXT)[1]):
+            context.bind(name, buffers.view(name))
+        return context
+
+    def _program(self, key: StepKey, state: StepState) -> StepProgram | StepGraph:
+        """The program of a guidance state, captured where the device can."""
+        if key not in self._programs:
+            plan = plan_step(self.segments, key.passes, key.perturbation)
+            runner = StepRunner(plan, self._engines, state.buffers, self.family.borders)
+            program = StepProgram(key, runner, state, self._device.stream)
+            captured = StepGraph(program, state, self._device) if self._device.captures else program
+            self._programs[key] = captured
+        return self._programs[key]
 
     def _write_constants(
         self, buffers: StepBuffers, cond: TextCondition, uncond: TextCondition | None, frame_rate: float
@@ -129,11 +155,8 @@ class Sampler:
         )
         for name, tensor in self.family.constants(text, self.workload, frame_rate).items():
             buffers.view(name).copy_(tensor)
-        if self.family.has_text_segment:
-            context = self._engines[TEXT.name].context()
-            for name in (*self.family.borders(TEXT)[0], *self.family.borders(TEXT)[1]):
-                context.bind(name, buffers.view(name))
-            context.enqueue(0)
+        if self._text is not None:
+            self._text.enqueue(self._device.stream)
 
 
 def _check_replaceable(solver: SolverTable, step: int) -> None:

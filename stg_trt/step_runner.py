@@ -103,15 +103,25 @@ class StepRunner:
         before = {name: self._current(name, ("skip",)) for name in inputs if name in outputs}
         for name in inputs:
             if name == KEEP_ATTENTION:
-                context.bind(name, self._buffers.keep_attention(run.groups, run.perturbed))
+                tensor = self._buffers.keep_attention(run.groups, run.perturbed)
             else:
-                context.bind(name, self._current(name, run.groups))
+                tensor = self._current(name, run.groups)
+            aligned = _aligned(tensor, engine.alignment)
+            if aligned is not tensor:
+                self._copy(aligned, tensor)
+            context.bind(name, aligned)
+        results = []
         for name, engine_name in zip(outputs, engine_outputs(inputs, outputs), strict=True):
             self._side[name] = self._side.get(name, 0) + (name in inputs)
-            context.bind(engine_name, self._current(name, run.groups))
+            tensor = self._current(name, run.groups)
+            results.append((tensor, _aligned(tensor, engine.alignment)))
+            context.bind(engine_name, results[-1][1])
             if self._buffers.has_rows(name):
                 self._written[name] = None
         self._operations.append(context.enqueue)
+        for tensor, aligned in results:
+            if aligned is not tensor:
+                self._copy(tensor, aligned)
         if run.bypass:
             for name, skip_rows in before.items():
                 self._copy(self._current(name, ("skip",)), skip_rows)
@@ -121,3 +131,8 @@ class StepRunner:
 
     def _copy(self, destination: Tensor, source: Tensor) -> None:
         self._operations.append(lambda stream: (destination.copy_(source), None)[1])
+
+
+def _aligned(tensor: Tensor, alignment: int) -> Tensor:
+    """The tensor, or memory of its own where the rows of a group do not start at an aligned address."""
+    return torch.empty_like(tensor) if tensor.data_ptr() % alignment else tensor

@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from stg_trt import manifest as manifests
+from stg_trt.device import Cpu
 from stg_trt.engine_store import EngineRequest, EngineStore
 from tests.cli import WEIGHTS, assert_one_line_error, contents, run
 
@@ -147,7 +148,7 @@ def test_building_again_repairs(build: Path, ltx_checkpoint: Path) -> None:
     after = contents(build)
     assert after.keys() == before.keys()
     assert {name for name in after if after[name] != before[name]} <= {"text.onnx", "manifest.json"}
-    assert EngineStore.open(build.parent).find(EngineRequest()).load_engines()
+    assert EngineStore.open(build.parent).find(EngineRequest()).load_engines(Cpu())
 
 
 def test_inspect_names_what_is_unusable(build: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from stg_trt.device import Cpu
 from stg_trt.engine_store import EngineRequest, EngineStore
 from tests.cli import PROGRAM, ROOT, SMALL, WEIGHTS, assert_one_line_error, contents, keep_one_block, run
 
@@ -207,7 +208,7 @@ def test_a_sharded_checkpoint_builds(tmp_path: Path, checkpoint: Path) -> None:
     shard(checkpoint)
     result = run("build", checkpoint, "--output", tmp_path / "out", *SMALL, "--verify-timesteps", "1")
     assert result.returncode == 0, result.stderr
-    assert EngineStore.open(tmp_path / "out").find(EngineRequest(height=32)).load_engines()
+    assert EngineStore.open(tmp_path / "out").find(EngineRequest(height=32)).load_engines(Cpu())
 
 
 @pytest.mark.parametrize("case", GENERATE)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+from stg_trt.device import Cpu
 from stg_trt.engine_store import EngineRequest, EngineStore
 from stg_trt.errors import InvalidRequest
 from stg_trt.video_file import save_video
@@ -71,7 +72,7 @@ def assert_whole(engines: Path, builds: int = 1) -> None:
     assert len(store.builds) == builds and not store.unreadable
     for build in store.builds:
         assert EngineRequest().rejects(build.manifest) is None
-        assert build.load_engines()
+        assert build.load_engines(Cpu())
         files = {file.name for record in build.manifest.segments for file in record.files}
         assert set(os.listdir(build.folder)) == {"manifest.json", ".lock", *files}
 

@@ -9,6 +9,7 @@ import torch
 
 import stg_trt
 from stg_trt import manifest as manifests
+from stg_trt.device import Cpu
 from stg_trt.engine_store import Build, EngineRequest, EngineStore, check_file
 from stg_trt.errors import EngineRejected, InvalidRequest
 from stg_trt.families.base import Workload
@@ -193,18 +194,18 @@ def test_a_damaged_engine_is_not_loaded(ltx_engines: Path, tmp_path: Path) -> No
             copies[file.name] = tmp_path / file.name
             copies[file.name].write_bytes((build.folder / file.name).read_bytes())
     copied = Build(tmp_path, build.manifest)
-    assert copied.load_engines().keys() == {record.segment.name for record in build.manifest.segments}
+    assert copied.load_engines(Cpu()).keys() == {record.segment.name for record in build.manifest.segments}
     damaged = copies["back.onnx"]
     data = bytearray(damaged.read_bytes())
     data[-1] ^= 1
     damaged.write_bytes(data)
     with pytest.raises(EngineRejected, match=r"back\.onnx: its contents changed after the build"):
-        copied.load_engines()
+        copied.load_engines(Cpu())
 
 
 def test_a_loaded_engine_runs_on_what_is_bound(ltx_engines: Path) -> None:
     build = EngineStore.open(ltx_engines).find(EngineRequest(layout="segmented"))
-    engine = build.load_engines()["text"]
+    engine = build.load_engines(Cpu())["text"]
     first, second = engine.context(), engine.context()
     outputs = [torch.full((2, 9, 32), torch.nan) for _ in range(2)]
     for context, output, value in zip((first, second), outputs, (0.0, 1.0), strict=True):

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from stg_trt.device import Device
 from stg_trt.engine import Engine
-from stg_trt.errors import BackendUnavailable, InvalidRequest
+from stg_trt.errors import InvalidRequest
 
 
 @dataclass(frozen=True)
 class Backend:
-    """`module` has load(path) -> Engine; targets are what engines are compiled for, default first."""
+    """`module` has load_all(backend, paths, device); targets are what is compiled for, default first.
+
+    `device` is where its engines run: cpu, or cuda.
+    """
 
     name: str
     module: str
@@ -21,6 +25,7 @@ class Backend:
     precisions: tuple[str, ...]
     targets: tuple[str, ...]
     expand_masks: bool
+    device: str
     opset: int = 23
 
 
@@ -28,9 +33,9 @@ _RTX_TARGETS = ("sm_120", "sm_89", "sm_86", "sm_80", "sm_75", "sm_121")
 _BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("onnxruntime", "onnxruntime", ".onnx", ("fp32",), ("cpu",), expand_masks=True),
-        Backend("tensorrt-rtx", "tensorrt", ".engine", ("bf16",), _RTX_TARGETS, expand_masks=False),
-        Backend("tensorrt", "tensorrt", ".engine", ("bf16",), ("this-gpu",), expand_masks=False),
+        Backend("onnxruntime", "onnxruntime", ".onnx", ("fp32",), ("cpu",), True, "cpu"),
+        Backend("tensorrt-rtx", "tensorrt", ".engine", ("bf16",), _RTX_TARGETS, False, "cuda"),
+        Backend("tensorrt", "tensorrt", ".engine", ("bf16",), ("this-gpu",), False, "cuda"),
     )
 }
 
@@ -63,13 +68,8 @@ def check_target(backend: Backend, target: str, precision: str) -> None:
         )
 
 
-def load_engine(backend: str, paths: Sequence[Path]) -> Engine:
-    """Loads an engine whose files were checked; raises BackendUnavailable where it cannot run here."""
+def load_engines(backend: str, paths: Mapping[str, Path], device: Device) -> dict[str, Engine]:
+    """Loads engines by segment, after their files were checked; BackendUnavailable where they cannot run."""
     module = importlib.import_module(f"stg_trt.backends.{backend_for(backend).module}")
-    try:
-        engine: Engine = module.load(backend, paths[0])
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"{backend}: expected its library, got {error}: pip install 'stg-trt[{backend}]'"
-        ) from error
-    return engine
+    engines: dict[str, Engine] = module.load_all(backend, paths, device.torch_device)
+    return engines

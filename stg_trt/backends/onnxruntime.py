@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
+import torch
 from torch import Tensor
 
 from stg_trt.errors import EngineRejected
@@ -15,6 +17,8 @@ _ELEMENT_TYPES = {"torch.float32": np.float32, "torch.bool": np.bool_}
 
 class OnnxRuntimeEngine:
     """A session; its contexts are I/O bindings."""
+
+    alignment = 1
 
     def __init__(self, session: ort.InferenceSession) -> None:
         self.session = session
@@ -46,10 +50,13 @@ class OnnxRuntimeContext:
         self._session.run_with_iobinding(self._binding)
 
 
-def load(backend: str, path: Path, threads: int = 0) -> OnnxRuntimeEngine:
-    """A session on the CPU; `threads` 0 means one per physical core."""
+def load_all(backend: str, paths: Mapping[str, Path], device: torch.device) -> dict[str, OnnxRuntimeEngine]:
+    """One session per engine, with a thread per physical core each; they never run at the same time."""
+    return {name: _load(backend, path) for name, path in paths.items()}
+
+
+def _load(backend: str, path: Path) -> OnnxRuntimeEngine:
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
     options.log_severity_level = 4
     try:
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])

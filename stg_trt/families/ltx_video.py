@@ -7,6 +7,7 @@ projected text, its mask, and the RoPE tables.
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
@@ -198,7 +199,8 @@ class LTXVideo(ModelFamily):
         from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 
         config = scheduler.config
-        if "use_dynamic_shifting" not in config:
+        if not {"sigmas", "mu"} <= inspect.signature(scheduler.set_timesteps).parameters.keys():
+            # LTXPipeline's own timesteps need both; any other scheduler makes its own.
             scheduler.set_timesteps(num_inference_steps)
             return
         mu = calculate_shift(

@@ -51,6 +51,8 @@ def uncut_model(ltx_checkpoint: Path) -> Any:
 class EagerEngine:
     """A segment's torch module behind the protocol of engines."""
 
+    alignment = 1
+
     def __init__(self, module: SegmentModule) -> None:
         self.module = module
 

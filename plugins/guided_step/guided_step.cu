@@ -1,0 +1,236 @@
+#include "guided_step.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "../arithmetic.h"
+
+namespace {
+
+using stg::Moments;
+using stg::StepScalars;
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kBlocks = 512;  // per video: enough to fill a GPU, few enough for one block to fold
+constexpr int kVector = 4;    // values per thread and turn: 16 bytes of latents
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+struct alignas(sizeof(T) * kVector) Packed {
+  T values[kVector];
+};
+
+// Loads kVector values, or those that are left, as float; aligned full vectors in one transaction.
+template <class T, bool kAligned>
+__device__ __forceinline__ void load(const T* from, int64_t left, float (&to)[kVector]) {
+  if (kAligned && left >= kVector) {
+    const Packed<T> packed = *reinterpret_cast<const Packed<T>*>(from);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) to[i] = to_float(packed.values[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) to[i] = i < left ? to_float(from[i]) : 0.0f;
+  }
+}
+
+template <bool kAligned>
+__device__ __forceinline__ void store(float* to, int64_t left, const float (&from)[kVector]) {
+  if (kAligned && left >= kVector) {
+    *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if (i < left) to[i] = from[i];
+    }
+  }
+}
+
+__device__ __forceinline__ StepScalars scalars(const StgGuidedStep& p, int64_t step) {
+  return StepScalars{p.cfg_scale[step], p.stg_scale[step], p.rescale[step], p.latents_factor[step],
+                     p.pred_factor[step]};
+}
+
+// The guided prediction of kVector values; `cond` comes back too.
+template <class T, bool kAligned>
+__device__ __forceinline__ void guided(const StgGuidedStep& p, StepScalars s, int64_t at, int64_t left,
+                                       float (&cond)[kVector], float (&pred)[kVector]) {
+  float uncond[kVector], skip[kVector];
+  load<T, kAligned>(static_cast<const T*>(p.cond) + at, left, cond);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) uncond[i] = skip[i] = cond[i];
+  if (p.uncond != nullptr) load<T, kAligned>(static_cast<const T*>(p.uncond) + at, left, uncond);
+  if (p.skip != nullptr) load<T, kAligned>(static_cast<const T*>(p.skip) + at, left, skip);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) pred[i] = stg::combine(cond[i], uncond[i], skip[i], s);
+}
+
+__device__ __forceinline__ Moments moments_of_valid(const float (&values)[kVector], int64_t left) {
+  if (left >= kVector) return stg::moments_of(values);
+  Moments sum = stg::no_moments();
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    if (i < left) sum = stg::merge(sum, Moments{1.0f, values[i], 0.0f});
+  }
+  return sum;
+}
+
+// Folds the threads' moments in a fixed order; thread 0 has the result.
+__device__ Moments fold_block(Moments mine, Moments* shared) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    const Moments other{__shfl_down_sync(~0u, mine.count, offset), __shfl_down_sync(~0u, mine.mean, offset),
+                        __shfl_down_sync(~0u, mine.m2, offset)};
+    mine = stg::merge(mine, other);
+  }
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = mine;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int warp = 1; warp < kWarps; ++warp) mine = stg::merge(mine, shared[warp]);
+  }
+  __syncthreads();
+  return mine;
+}
+
+// Partial moments of cond and of the guided prediction: workspace[video][block][2].
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kThreads) moments_kernel(StgGuidedStep p) {
+  __shared__ Moments shared[kWarps];
+  const StepScalars s = scalars(p, *p.counter);
+  const int64_t video = blockIdx.y * p.length;
+  Moments of_cond = stg::no_moments(), of_pred = stg::no_moments();
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads * kVector;
+  for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kVector; i < p.length;
+       i += stride) {
+    float cond[kVector], pred[kVector];
+    guided<T, kAligned>(p, s, video + i, p.length - i, cond, pred);
+    of_cond = stg::merge(of_cond, moments_of_valid(cond, p.length - i));
+    of_pred = stg::merge(of_pred, moments_of_valid(pred, p.length - i));
+  }
+  of_cond = fold_block(of_cond, shared);
+  of_pred = fold_block(of_pred, shared);
+  if (threadIdx.x == 0) {
+    Moments* out = static_cast<Moments*>(p.workspace) + 2 * (blockIdx.y * gridDim.x + blockIdx.x);
+    out[0] = of_cond;
+    out[1] = of_pred;
+  }
+}
+
+// Every block folds its video's partials in the same order, so all of them use the same factor.
+__device__ float factor_of_video(const StgGuidedStep& p, StepScalars s, Moments* shared) {
+  __shared__ float factor;
+  Moments of_cond = stg::no_moments(), of_pred = stg::no_moments();
+  const Moments* partials = static_cast<const Moments*>(p.workspace) + 2 * blockIdx.y * gridDim.x;
+  for (int i = threadIdx.x; i < gridDim.x; i += kThreads) {
+    of_cond = stg::merge(of_cond, partials[2 * i]);
+    of_pred = stg::merge(of_pred, partials[2 * i + 1]);
+  }
+  of_cond = fold_block(of_cond, shared);
+  of_pred = fold_block(of_pred, shared);
+  if (threadIdx.x == 0) factor = stg::rescale_factor(of_cond, of_pred, s.rescale);
+  __syncthreads();
+  return factor;
+}
+
+// x' = initial_factor*x_T + sum over the predictions so far, the newest of which is `pred`.
+template <bool kAligned>
+__device__ void multi_step(const StgGuidedStep& p, int64_t step, int64_t at, int64_t left,
+                           const float (&pred)[kVector], float (&next)[kVector]) {
+  const float* factors = p.history_factors + step * p.capacity;
+  const int64_t size = p.videos * p.length;
+  float value[kVector];
+  load<float, kAligned>(p.initial + at, left, value);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) next[i] = p.initial_factor[step] * value[i] + factors[step] * pred[i];
+  for (int64_t j = 0; j < step; ++j) {
+    if (factors[j] == 0.0f) continue;
+    load<float, kAligned>(p.history + j * size + at, left, value);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) next[i] = fmaf(factors[j], value[i], next[i]);
+  }
+}
+
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kThreads) apply_kernel(StgGuidedStep p) {
+  __shared__ Moments shared[kWarps];
+  const int64_t step = *p.counter;
+  const StepScalars s = scalars(p, step);
+  const float factor = p.rescaled ? factor_of_video(p, s, shared) : 1.0f;
+  const int64_t video = blockIdx.y * p.length;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads * kVector;
+  for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kVector; i < p.length;
+       i += stride) {
+    const int64_t at = video + i, left = p.length - i;
+    float cond[kVector], pred[kVector], next[kVector];
+    guided<T, kAligned>(p, s, at, left, cond, pred);
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) pred[k] *= factor;
+    if (p.history != nullptr) store<kAligned>(p.history + step * p.videos * p.length + at, left, pred);
+    if (p.two_term) {
+      float latents[kVector];
+      load<float, kAligned>(p.latents + at, left, latents);
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) next[k] = stg::two_term_step(latents[k], pred[k], s);
+    } else {
+      multi_step<kAligned>(p, step, at, left, pred, next);
+    }
+    store<kAligned>(p.latents + at, left, next);
+  }
+  // The last block to finish moves the counter: by then every block has read it.
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    if (atomicAdd(p.finished, 1u) == gridDim.x * gridDim.y - 1) {
+      *p.finished = 0;
+      *p.counter = step + 1;
+    }
+  }
+}
+
+bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+template <class T>
+bool all_aligned(const StgGuidedStep& p) {
+  constexpr int64_t kRow = sizeof(T) * kVector, kFloats = sizeof(float) * kVector;
+  return p.length % kVector == 0 && aligned(p.cond, kRow) && aligned(p.uncond, kRow) &&
+         aligned(p.skip, kRow) && aligned(p.latents, kFloats) && aligned(p.history, kFloats) &&
+         aligned(p.initial, kFloats);
+}
+
+template <class T, bool kAligned>
+cudaError_t launch(const StgGuidedStep& p, cudaStream_t stream) {
+  const dim3 grid(kBlocks, static_cast<unsigned>(p.videos));
+  if (p.rescaled) moments_kernel<T, kAligned><<<grid, kThreads, 0, stream>>>(p);
+  apply_kernel<T, kAligned><<<grid, kThreads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+template <class T>
+cudaError_t launch(const StgGuidedStep& p, cudaStream_t stream) {
+  return all_aligned<T>(p) ? launch<T, true>(p, stream) : launch<T, false>(p, stream);
+}
+
+}  // namespace
+
+int stg_kernels_abi(void) { return STG_KERNELS_ABI; }
+
+int64_t stg_guided_step_workspace(int64_t videos) { return videos * kBlocks * 2 * sizeof(Moments); }
+
+int stg_guided_step(const StgGuidedStep* step, void* stream) {
+  if (!step->two_term && step->history == nullptr) return cudaErrorInvalidValue;
+  const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  switch (step->dtype) {
+    case kStgFloat32:
+      return launch<float>(*step, on);
+    case kStgFloat16:
+      return launch<__half>(*step, on);
+    case kStgBfloat16:
+      return launch<__nv_bfloat16>(*step, on);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}

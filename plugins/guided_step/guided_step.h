@@ -1,0 +1,48 @@
+// Guidance, rescale and the solver's step in one pass over the latents, for a captured CUDA graph.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define STG_EXPORT extern "C" __declspec(dllexport)
+#else
+#define STG_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+// Raised whenever a struct or a function below changes: the Python side refuses any other.
+#define STG_KERNELS_ABI 1
+
+enum StgDtype { kStgFloat32 = 0, kStgFloat16 = 1, kStgBfloat16 = 2 };
+
+// All pointers are device memory. `uncond` and `skip` are null where the pass is not computed.
+struct StgGuidedStep {
+  const void* cond;    // (videos, length) of `dtype`
+  const void* uncond;  // the same, or null
+  const void* skip;    // the same, or null
+  float* latents;      // (videos, length), read and written
+  // Per-step values, one entry per step each.
+  const float* cfg_scale;
+  const float* stg_scale;
+  const float* rescale;
+  const float* latents_factor;
+  const float* pred_factor;
+  // Multi-step solvers: predictions so far (capacity, videos, length), x_T, and their factors; else null.
+  float* history;
+  const float* initial;
+  const float* initial_factor;   // (capacity)
+  const float* history_factors;  // (capacity, capacity)
+  int64_t capacity;
+  int64_t* counter;     // the step to run; advanced by one
+  unsigned* finished;   // one zero, left at zero
+  void* workspace;      // stg_guided_step_workspace(videos) bytes
+  int64_t videos;
+  int64_t length;
+  int32_t dtype;
+  int32_t rescaled;     // 0: the statistics are not computed
+  int32_t two_term;     // 0: history is used
+};
+
+STG_EXPORT int stg_kernels_abi(void);
+STG_EXPORT int64_t stg_guided_step_workspace(int64_t videos);
+// Enqueues on a stream; returns a cudaError_t.
+STG_EXPORT int stg_guided_step(const StgGuidedStep* step, void* stream);

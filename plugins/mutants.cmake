@@ -1,0 +1,26 @@
+# Each mutant is the arithmetic header with one mistake in it; the test must notice every one.
+file(READ ${CMAKE_CURRENT_SOURCE_DIR}/plugins/arithmetic.h original)
+
+function(add_mutant name from to)
+  string(REPLACE "${from}" "${to}" mutant "${original}")
+  if(mutant STREQUAL original)
+    message(FATAL_ERROR "mutant ${name}: its text is no longer in arithmetic.h")
+  endif()
+  set(folder ${CMAKE_CURRENT_BINARY_DIR}/mutants/${name})
+  file(WRITE ${folder}/arithmetic.h "${mutant}")
+  add_executable(mutant_${name} plugins/guided_step/arithmetic_test.cpp)
+  target_include_directories(mutant_${name} PRIVATE ${folder})
+  add_test(NAME mutant_${name} COMMAND mutant_${name})
+  set_tests_properties(mutant_${name} PROPERTIES WILL_FAIL TRUE)
+endfunction()
+
+add_mutant(cfg_sign "cond - uncond, uncond" "uncond - cond, uncond")
+add_mutant(cfg_base "cond - uncond, uncond" "cond - uncond, cond")
+add_mutant(stg_sign "cond - skip, guided" "skip - cond, guided")
+add_mutant(rescale_inverted "cond.m2 / pred.m2" "pred.m2 / cond.m2")
+add_mutant(rescale_no_root "sqrtf(cond.m2 / pred.m2)" "cond.m2 / pred.m2")
+add_mutant(merge_no_between "+ delta * delta * a.count * share" "")
+add_mutant(merge_mean "a.mean + delta * share" "a.mean")
+add_mutant(moments_mean "sum / kCount" "sum")
+add_mutant(solver_swapped "fmaf(s.latents_factor, latents, s.pred_factor * pred)"
+           "fmaf(s.pred_factor, latents, s.latents_factor * pred)")

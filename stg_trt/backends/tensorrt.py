@@ -1,0 +1,146 @@
+"""TensorRT and TensorRT-RTX sessions: the same calls, with what RTX adds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stg_trt.backends.tensorrt_library import load_library
+from stg_trt.errors import BackendUnavailable, EngineRejected
+
+_ALIGNMENT_BYTES = 256
+_DTYPES = {
+    "FLOAT": torch.float32,
+    "HALF": torch.float16,
+    "BF16": torch.bfloat16,
+    "BOOL": torch.bool,
+    "INT64": torch.int64,
+    "INT32": torch.int32,
+}
+
+
+class Arena:
+    """One activation memory for all contexts of a sampler: they run one after the other on one stream."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.size = size
+        self._memory = torch.empty(size + _ALIGNMENT_BYTES, dtype=torch.uint8, device=device)
+        self.address = -(-self._memory.data_ptr() // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+
+
+class TensorRTEngine:
+    """A deserialised engine; its contexts share its weights and the arena."""
+
+    alignment = _ALIGNMENT_BYTES
+
+    def __init__(self, trt: Any, backend: str, path: Path, runtime: Any) -> None:
+        self._trt = trt
+        self._backend = backend
+        self.path = path
+        self.engine = runtime.deserialize_cuda_engine(path.read_bytes())
+        if self.engine is None:
+            raise EngineRejected(
+                f"{path}: {backend} {trt.__version__} cannot load it: it was built for another GPU or "
+                "version: build the engines again here"
+            )
+        self.arena: Arena | None = None
+        names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+        self.inputs = {n for n in names if self.engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT}
+        self.dtypes = {n: _DTYPES[self.engine.get_tensor_dtype(n).name] for n in names}
+        self._cache_path = path.with_suffix(".cache")
+
+    @property
+    def activation_bytes(self) -> int:
+        """Device memory that a context needs while it runs."""
+        return int(self.engine.device_memory_size_v2)
+
+    def context(self) -> TensorRTContext:
+        """A new context; raises EngineRejected where there is no memory for one."""
+        assert self.arena is not None
+        trt = self._trt
+        if hasattr(trt, "CudaGraphStrategy"):
+            context = self.engine.create_execution_context(self._rtx_config())
+        else:
+            context = self.engine.create_execution_context(
+                trt.ExecutionContextAllocationStrategy.USER_MANAGED
+            )
+        if context is None:
+            raise EngineRejected(
+                f"{self.path}: expected an execution context, got none: free GPU memory or use a smaller size"
+            )
+        context.set_device_memory(self.arena.address, self.arena.size)
+        return TensorRTContext(self, context)
+
+    def _rtx_config(self) -> Any:
+        """Our own graphs instead of its, kernels for the shapes at hand, compiled ones kept on disk."""
+        trt = self._trt
+        config = self.engine.create_runtime_config()
+        config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
+        config.dynamic_shapes_kernel_specialization_strategy = (
+            trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        )
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        cache = config.create_runtime_cache()
+        if self._cache_path.exists():
+            cache.deserialize(self._cache_path.read_bytes())
+        config.set_runtime_cache(cache)
+        return config
+
+
+class TensorRTContext:
+    """Addresses and shapes are set once, on the first enqueue after a change everything is checked."""
+
+    def __init__(self, engine: TensorRTEngine, context: Any) -> None:
+        self._engine = engine
+        self._context = context
+        self._bound: dict[str, Tensor] = {}
+        self._checked = False
+
+    def bind(self, name: str, tensor: Tensor) -> None:
+        """Gives an input or output its memory and its shape; raises EngineRejected where it does not fit."""
+        engine = self._engine
+        assert tensor.is_contiguous() and tensor.data_ptr() % engine.alignment == 0, name
+        expected = engine.dtypes.get(name)
+        if expected != tensor.dtype:
+            raise EngineRejected(
+                f"{engine.path}: expected {name} as {expected}, got {tensor.dtype}: build again"
+            )
+        if name in engine.inputs and not self._context.set_input_shape(name, tuple(tensor.shape)):
+            raise EngineRejected(
+                f"{engine.path}: expected {name} within the profile, got {tuple(tensor.shape)}: rebuild with "
+                "a larger --max-batch"
+            )
+        if not self._context.set_tensor_address(name, tensor.data_ptr()):
+            raise EngineRejected(f"{engine.path}: set_tensor_address failed for {name}: build again")
+        self._bound[name] = tensor
+        self._checked = False
+
+    def enqueue(self, stream: int) -> None:
+        """Runs on a stream; raises RuntimeError where TensorRT refuses."""
+        if not self._checked:
+            missing = self._engine.dtypes.keys() - self._bound.keys()
+            assert not missing, f"{self._engine.path.name}: {missing} not bound"
+            unresolved = self._context.infer_shapes()
+            if unresolved:
+                raise RuntimeError(f"{self._engine.path.name}: shapes of {unresolved} are not known")
+            self._checked = True
+        if not self._context.execute_async_v3(stream):
+            raise RuntimeError(f"{self._engine.path.name}: execute_async_v3 failed")
+
+
+def load_all(backend: str, paths: Mapping[str, Path], device: torch.device) -> dict[str, TensorRTEngine]:
+    """All engines of a build on one arena; raises BackendUnavailable without the library or a GPU."""
+    trt = load_library(backend)
+    logger = trt.Logger(trt.Logger.ERROR)
+    runtime = trt.Runtime(logger)
+    if runtime is None:
+        raise BackendUnavailable(f"{backend}: expected a GPU runtime, got none: check the driver")
+    engines = {name: TensorRTEngine(trt, backend, path, runtime) for name, path in paths.items()}
+    arena = Arena(max(engine.activation_bytes for engine in engines.values()), device)
+    for engine in engines.values():
+        engine.arena = arena
+    return engines

@@ -1,0 +1,237 @@
+"""A strict stand-in for TensorRT: the same names, engines run by ONNX Runtime on the addresses it is given.
+
+It enforces what TensorRT documents and a GPU would punish silently: every address and shape set
+before execution, shapes within the profile, aligned addresses, no default stream, warm-up before capture,
+one context per graph, no host reads during capture. Any call can be made to fail.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# What torch's CPU allocator guarantees; a GPU's guarantees 256, and so TensorRT asks for that.
+ALIGNMENT = 64
+STREAM = 77
+WARMUPS = 2
+_NUMPY = {"tensor(float)": np.float32, "tensor(bool)": np.bool_}
+_NAMES = {"tensor(float)": "FLOAT", "tensor(bool)": "BOOL"}
+
+
+class RuleBroken(Exception):
+    """Something that is undefined behaviour with the real library."""
+
+
+class TensorIOMode(enum.Enum):
+    INPUT = 0
+    OUTPUT = 1
+
+
+class SimulatedTensorRT:
+    """Takes the place of the imported module; `max_rows` is the profile's upper end."""
+
+    __version__ = "11.0.0"
+    TensorIOMode = TensorIOMode
+    ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
+
+    class Logger:
+        ERROR = 1
+
+        def __init__(self, severity: int) -> None:
+            self.severity = severity
+
+    def __init__(self, max_rows: int) -> None:
+        self.max_rows = max_rows
+        self.failing: set[str] = set()
+        self.executions = 0
+        self.graph: SimulatedGraph | None = None
+        self.capturing = False
+
+    def Runtime(self, logger: Any) -> Any:
+        return None if "Runtime" in self.failing else _Runtime(self)
+
+
+class _Runtime:
+    def __init__(self, sim: SimulatedTensorRT) -> None:
+        self.sim = sim
+
+    def deserialize_cuda_engine(self, data: bytes) -> Any:
+        return None if "deserialize_cuda_engine" in self.sim.failing else _Engine(self.sim, data)
+
+
+class _Engine:
+    device_memory_size_v2 = 1 << 12
+
+    def __init__(self, sim: SimulatedTensorRT, data: bytes) -> None:
+        self.sim = sim
+        self.session = ort.InferenceSession(data, providers=["CPUExecutionProvider"])
+        nodes = [(n, TensorIOMode.INPUT) for n in self.session.get_inputs()]
+        nodes += [(n, TensorIOMode.OUTPUT) for n in self.session.get_outputs()]
+        self.nodes = {node.name: (node, mode) for node, mode in nodes}
+        self.num_io_tensors = len(nodes)
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self.nodes)[index]
+
+    def get_tensor_mode(self, name: str) -> TensorIOMode:
+        return self.nodes[name][1]
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return SimpleNamespace(name=_NAMES[self.nodes[name][0].type])
+
+    def create_execution_context(self, strategy: Any) -> Any:
+        if self.sim.capturing:
+            raise RuleBroken("a context was created during capture")
+        return None if "create_execution_context" in self.sim.failing else _Context(self)
+
+
+class _Context:
+    def __init__(self, engine: _Engine) -> None:
+        self.engine = engine
+        self.sim = engine.sim
+        self.addresses: dict[str, int] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.memory: tuple[int, int] | None = None
+        self.enqueues_since_change = 0
+        self.graph: SimulatedGraph | None = None
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        if address % ALIGNMENT or size < self.engine.device_memory_size_v2:
+            raise RuleBroken("device memory too small or not aligned")
+        self.memory = (address, size)
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        declared = self.engine.nodes[name][0].shape
+        fits = len(declared) == len(shape) and all(
+            1 <= got <= self.sim.max_rows if isinstance(wanted, str) else got == wanted
+            for wanted, got in zip(declared, shape, strict=True)
+        )
+        if "set_input_shape" in self.sim.failing or not fits:
+            return False
+        self._changed()
+        self.shapes[name] = tuple(shape)
+        return True
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        if "set_tensor_address" in self.sim.failing:
+            return False
+        if name not in self.engine.nodes or address == 0 or address % ALIGNMENT:
+            raise RuleBroken(f"{name}: unknown, null or unaligned address {address}")
+        self._changed()
+        self.addresses[name] = address
+        return True
+
+    def infer_shapes(self) -> list[str]:
+        inputs = [n for n, (_, mode) in self.engine.nodes.items() if mode is TensorIOMode.INPUT]
+        return [name for name in inputs if name not in self.shapes]
+
+    def execute_async_v3(self, stream: int) -> bool:
+        if stream == 0:
+            raise RuleBroken("the default stream synchronises the device")
+        if self.memory is None or self.addresses.keys() != self.engine.nodes.keys() or self.infer_shapes():
+            raise RuleBroken("executed before all memory, addresses and shapes were set")
+        if self.sim.capturing:
+            if self.enqueues_since_change < WARMUPS:
+                raise RuleBroken("captured before the warm-up")
+            if self.graph not in (None, self.sim.graph):
+                raise RuleBroken("a context belongs to one live graph")
+            self.graph = self.sim.graph
+        if "execute_async_v3" in self.sim.failing:
+            return False
+        self.enqueues_since_change += 1
+        self.sim.executions += 1
+        self._run()
+        return True
+
+    def _changed(self) -> None:
+        if self.graph is not None:
+            raise RuleBroken("a captured context was changed")
+        self.enqueues_since_change = 0
+
+    def _run(self) -> None:
+        rows = next(
+            shape[declared.index("rows")]
+            for name, shape in self.shapes.items()
+            if "rows" in (declared := self.engine.nodes[name][0].shape)
+        )
+        views = {}
+        for name, (node, _) in self.engine.nodes.items():
+            shape = [rows if isinstance(dim, str) else dim for dim in node.shape]
+            views[name] = _view(self.addresses[name], shape, _NUMPY[node.type])
+        outputs = [name for name, (_, mode) in self.engine.nodes.items() if mode is TensorIOMode.OUTPUT]
+        feed = {name: view for name, view in views.items() if name not in outputs}
+        for name, value in zip(outputs, self.engine.session.run(outputs, feed), strict=True):
+            views[name][...] = value
+
+
+def _view(address: int, shape: list[int], dtype: Any) -> np.ndarray:
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = (ctypes.c_byte * size).from_address(address)
+    return np.frombuffer(memory, dtype=dtype).reshape(shape)
+
+
+class SimulatedGraph:
+    """Replays by running the captured work again, with a GPU's freedom to sync taken away."""
+
+    def __init__(self, device: SimulatedCuda, work: Callable[[], None]) -> None:
+        self.device = device
+        self.work = work
+        self.nodes = 0
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.work()
+
+
+class SimulatedCuda:
+    """A device whose memory is the host's."""
+
+    torch_device = torch.device("cpu")
+    stream = STREAM
+    captures = True
+
+    def __init__(self, sim: SimulatedTensorRT) -> None:
+        self.sim = sim
+        self.graphs: list[SimulatedGraph] = []
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        yield
+
+    def synchronize(self) -> None:
+        if self.sim.capturing:
+            raise RuleBroken("synchronised during capture")
+
+    def capture(self, work: Callable[[], None]) -> SimulatedGraph:
+        if "capture" in self.sim.failing:
+            raise RuntimeError("capture was made to fail")
+        graph = SimulatedGraph(self, work)
+        before = self.sim.executions
+        self.sim.graph, self.sim.capturing = graph, True
+        try:
+            with _NoHostReads():
+                work()
+        finally:
+            self.sim.graph, self.sim.capturing = None, False
+        graph.nodes = self.sim.executions - before
+        self.graphs.append(graph)
+        return graph
+
+
+class _NoHostReads(TorchDispatchMode):
+    """Reading a value on the host would synchronise, which a capture forbids."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            raise RuleBroken(f"{func} reads a value on the host during capture")
+        return func(*args, **(kwargs or {}))
