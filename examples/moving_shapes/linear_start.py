@@ -4,6 +4,9 @@ From random weights the VAE needs very long to get even as sharp as a principal 
 patches. So the analysis is done first, and training only has to improve on it. Its pieces are nonlinear, but
 can represent a linear map: a residual block with a zero second convolution does nothing, a constant channel
 much larger than the rest makes the normalisation a constant factor, and silu(x) - silu(-x) = x.
+
+A few channels hold the change since the frame before instead. Without them a frame of a shape that moves left
+is that of one that moves right, and the transformer has to learn the way from the order of the frames alone.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from diffusers import AutoencoderKLLTXVideo
 from torch import Tensor, nn
 
 CONSTANT = 64.0
+CHANGE_CHANNELS = 6
 
 
 def to_patches(video: Tensor, patch: int) -> Tensor:
@@ -63,19 +67,25 @@ def split_signs(weight: Tensor) -> tuple[Tensor, Tensor]:
 def start_linear(vae: AutoencoderKLLTXVideo, seed: int) -> None:
     """Set the weights so that the VAE encodes into, and decodes from, the principal components."""
     latent_channels = vae.config.latent_channels
-    background, components = principal_components(latent_channels, vae.config.patch_size, seed)
+    kept = latent_channels - CHANGE_CHANNELS
+    background, components = principal_components(kept, vae.config.patch_size, seed)
     for name, param in vae.named_parameters():
         if ".conv2." in name:
             param.zero_()
     last = torch.zeros(2 * latent_channels)
     last[-1] = CONSTANT
 
-    pairs, merge = split_signs(components)
+    pairs, merge = split_signs(torch.cat([components, components[:CHANGE_CHANNELS]]))
     pairs = torch.cat([pairs, torch.zeros_like(pairs[:1])])
-    set_centre(vae.encoder.conv_in.conv, pairs, last - pairs @ background, frame_tap=2)
+    offset = pairs @ background
+    offset[2 * kept :] = 0.0
+    conv_in = vae.encoder.conv_in.conv
+    set_centre(conv_in, pairs, last - offset, frame_tap=2)
+    conv_in.weight[2 * kept :, :, 1, 1, 1] = -pairs[2 * kept :]
     set_centre(vae.encoder.conv_out.conv, merge, torch.zeros(latent_channels), frame_tap=2)
 
     pairs, merge = split_signs(torch.eye(latent_channels))
     pairs = torch.cat([pairs, torch.zeros_like(pairs[:1])])
     set_centre(vae.decoder.conv_in.conv, pairs, last, frame_tap=1)
-    set_centre(vae.decoder.conv_out.conv, components.T @ merge, background, frame_tap=1)
+    unmoved = torch.cat([components, torch.zeros(CHANGE_CHANNELS, components.shape[1])])
+    set_centre(vae.decoder.conv_out.conv, unmoved.T @ merge, background, frame_tap=1)

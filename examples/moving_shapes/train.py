@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 TEXT_LENGTH = 16
 EMPTY_SHARE = 0.1
-GIVEN_SHARE = 0.5
+GIVEN_SHARE = 0.6
 # Twice the shift of sampling: where a shape goes is settled while the clip is still almost all noise.
 SIGMA_SHIFT = 4.0
 FOREGROUND_WEIGHT = 5.0
@@ -169,15 +169,18 @@ def sample_sigmas(count: int, device: str) -> Tensor:
     return SIGMA_SHIFT * uniform / (1 + (SIGMA_SHIFT - 1) * uniform)
 
 
-def sample_given_frames(count: int, device: str) -> Tensor:
-    """Which tokens [clip, token] are given without noise: in a share of the clips, those of one frame.
+def first_frame_factors(count: int, device: str) -> Tensor:
+    """What to multiply the noise level of each token [clip, token] by: less than 1 for some first frames.
 
-    LTX-Video is trained to go on from given frames, too. Here it is what teaches the way: among frames that
-    are all noise, left and right look the same until a shape has settled somewhere in each of them.
+    LTX-Video learns to go on from a given first frame, too. Here that is what teaches the way, which hangs
+    on three things: the text, which of two frames is later, and on which side it shows the shape. Where all
+    frames are equally noisy, knowing two of them tells nothing, and training makes no headway. With a first
+    frame to go on from, only the text and the side are left.
     """
-    frames = torch.rand(count, NUM_FRAMES, device=device).argsort(dim=1) == 0
-    frames &= torch.rand(count, 1, device=device) < GIVEN_SHARE
-    return frames.repeat_interleave(GRID * GRID, dim=1)
+    kept = 1 - (1.5 * torch.rand(count, device=device)).clamp(max=1)
+    factors = torch.ones(count, NUM_FRAMES, device=device)
+    factors[:, 0] = torch.where(torch.rand(count, device=device) < GIVEN_SHARE, kept, 1.0)
+    return factors.repeat_interleave(GRID * GRID, dim=1)
 
 
 def make_optimizers(
@@ -240,8 +243,8 @@ def flow_loss(pipe: LTXPipeline, forward: Callable[..., Any], latents: Tensor, l
         device
     )
     embeds = pipe.text_encoder(text.input_ids)[0]
-    is_noisy = ~sample_given_frames(batch, device)
-    sigma = sample_sigmas(batch, device)[:, None] * is_noisy
+    factors = first_frame_factors(batch, device)
+    sigma = sample_sigmas(batch, device)[:, None] * factors
     noise = torch.randn_like(latents)
     noisy = torch.lerp(latents, noise, sigma[..., None])
     with torch.autocast(latents.device.type, torch.bfloat16):
@@ -257,7 +260,7 @@ def flow_loss(pipe: LTXPipeline, forward: Callable[..., Any], latents: Tensor, l
             return_dict=False,
         )[0]
     error = (pred.float() - (noise - latents)) ** 2
-    return error[is_noisy].mean()
+    return error[factors > 0].mean()
 
 
 def save(pipe: LTXPipeline, output: Path) -> None:
