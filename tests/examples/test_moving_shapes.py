@@ -148,8 +148,15 @@ def test_sampling_is_reproducible(pipe: LTXPipeline) -> None:
 
 
 def test_samples_show_what_the_prompts_say(pipe: LTXPipeline) -> None:
-    found = [measure.measure(clip) for clip in sample(pipe, PROMPTS, steps=20, cfg_scale=3.0)]
-    assert [(one.colour, one.shape) for one in found] == [(label.colour, label.shape) for label in PROMPTS]
+    """Nine in ten, the aim of the training, over a prompt of each colour and shape."""
+    labels = [label for label in clips.LABELS if label.direction == "left"]
+    found = [measure.measure(clip) for clip in sample(pipe, labels, steps=20, cfg_scale=3.0)]
+    right = [
+        (one.colour, one.shape) == (label.colour, label.shape)
+        for one, label in zip(found, labels, strict=True)
+    ]
+    assert len(labels) == 12
+    assert sum(right) >= 11
 
 
 def assert_padding_is_hidden(tokenizer: object, encoder: torch.nn.Module) -> None:
