@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stg_trt.backends import backend_for
 from stg_trt.build_engines.build import build
 from stg_trt.build_engines.display import BuildDisplay, print_summary
 from stg_trt.manifest import Manifest, SegmentRecord, load
@@ -58,7 +57,6 @@ class BuildBenchmark:
                 text_length=self.text_length,
                 stg_blocks=self.stg_blocks,
                 layout=layout,
-                precision=backend_for(self.backend).precisions[0],
                 backend=self.backend,
                 target=self.target,
                 random_weights=True,

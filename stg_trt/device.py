@@ -30,9 +30,6 @@ class Device(Protocol):
     def scope(self) -> AbstractContextManager[None]:
         """Inside it, torch's operations are enqueued on the stream."""
 
-    def synchronize(self) -> None:
-        """Waits for all work enqueued so far."""
-
     def capture(self, work: Callable[[], None]) -> Graph:
         """Records what `work` enqueues, without running it; RuntimeError where that fails."""
 
@@ -47,9 +44,6 @@ class Cpu:
     def scope(self) -> AbstractContextManager[None]:
         """Nothing to enter."""
         return nullcontext()
-
-    def synchronize(self) -> None:
-        """Nothing to wait for."""
 
     def capture(self, work: Callable[[], None]) -> Graph:
         """A CPU has no graphs."""
@@ -73,14 +67,10 @@ class Cuda:
         """Makes the stream torch's current one."""
         return torch.cuda.stream(self._stream)
 
-    def synchronize(self) -> None:
-        """Waits for the stream."""
-        self._stream.synchronize()
-
     def capture(self, work: Callable[[], None]) -> Graph:
         """Thread-local capture: what other threads do on the GPU does not disturb it."""
         captured = torch.cuda.CUDAGraph(keep_graph=True)
-        self.synchronize()
+        self._stream.synchronize()
         with torch.cuda.graph(
             captured, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         ):

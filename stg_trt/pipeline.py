@@ -89,11 +89,7 @@ class VideoPipeline:
     @cached_property
     def components(self) -> Any:
         """The checkpoint's diffusers pipeline without its transformer: text encoder, tokenizer, VAE."""
-        if not self.checkpoint.has_pipeline:
-            raise InvalidRequest(
-                f"checkpoint: expected a text encoder and a VAE (model_index.json), got only a transformer "
-                f"in {self.checkpoint.name}: pass prompt_embeds and output_type='latent'"
-            )
+        self.checkpoint.check_pipeline()
         try:
             return load_class(self.family.pipeline_class).from_pretrained(
                 self.checkpoint.folder, transformer=None

@@ -30,16 +30,6 @@ class StepGraph:
         except RuntimeError as error:
             warnings.warn(f"CUDA graph: capture failed, steps run without one: {error}", stacklevel=2)
 
-    @property
-    def captured(self) -> bool:
-        """Whether runs are replays."""
-        return self._graph is not None
-
-    @property
-    def nodes(self) -> int:
-        """Nodes in the graph; 0 without one."""
-        return self._graph.nodes if self._graph is not None else 0
-
     def enqueue(self) -> None:
         """One step."""
         if self._graph is not None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from stg_trt.build_engines import build
 
@@ -36,3 +37,12 @@ def ltx_engines(tmp_path_factory: pytest.TempPathFactory, ltx_checkpoint: Path) 
     for mode in ("stg-a", "stg-r"):
         build(ltx_checkpoint, root, **LTX_SIZES, stg_blocks=[3], stg_mode=mode, layout="twin", max_batch=2)
     return root
+
+
+@pytest.fixture(scope="session")
+def embeds(tmp_path_factory: pytest.TempPathFactory, ltx_checkpoint: Path) -> Path:
+    """Embeddings and latents that the tiny engines take, as `generate --embeds` reads them."""
+    tensors = load_file(ltx_checkpoint / "cfg.safetensors")
+    path = tmp_path_factory.mktemp("embeds") / "embeds.safetensors"
+    save_file({name: tensor for name, tensor in tensors.items() if "expected" not in name}, path)
+    return path

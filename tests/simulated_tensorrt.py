@@ -208,10 +208,6 @@ class SimulatedCuda:
     def scope(self) -> Iterator[None]:
         yield
 
-    def synchronize(self) -> None:
-        if self.sim.capturing:
-            raise RuleBroken("synchronised during capture")
-
     def capture(self, work: Callable[[], None]) -> SimulatedGraph:
         if "capture" in self.sim.failing:
             raise RuntimeError("capture was made to fail")

@@ -83,14 +83,6 @@ def build(tmp_path: Path, ltx_engines: Path) -> Path:
     return Path(shutil.copytree(source, tmp_path / "engines" / source.name))
 
 
-@pytest.fixture(scope="module")
-def embeds(tmp_path_factory: pytest.TempPathFactory, ltx_checkpoint: Path) -> Path:
-    tensors = load_file(ltx_checkpoint / "cfg.safetensors")
-    path = tmp_path_factory.mktemp("embeds") / "embeds.safetensors"
-    save_file({name: tensor for name, tensor in tensors.items() if "expected" not in name}, path)
-    return path
-
-
 @pytest.mark.parametrize("case", DAMAGES)
 def test_damaged(case: str, tmp_path: Path, build: Path, ltx_checkpoint: Path, embeds: Path) -> None:
     damage, pattern = DAMAGES[case]

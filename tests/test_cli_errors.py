@@ -161,15 +161,6 @@ def checkpoint(tmp_path: Path, ltx_checkpoint: Path) -> Path:
     return tmp_path / "checkpoint"
 
 
-@pytest.fixture(scope="module")
-def embeds(tmp_path_factory: pytest.TempPathFactory, ltx_checkpoint: Path) -> Path:
-    """Embeddings and latents that the tiny engines take."""
-    tensors = load_file(ltx_checkpoint / "cfg.safetensors")
-    path = tmp_path_factory.mktemp("embeds") / "embeds.safetensors"
-    save_file({name: tensor for name, tensor in tensors.items() if "expected" not in name}, path)
-    return path
-
-
 def generate(
     checkpoint: Path, engines: Path, tmp_path: Path, *arguments: str | Path
 ) -> subprocess.CompletedProcess[str]:

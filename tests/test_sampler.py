@@ -6,7 +6,6 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from stg_trt.families.base import TextCondition
 from stg_trt.guidance import Guidance, load_preset
 from stg_trt.sampler import SampledStep, Sampler
 from stg_trt.solver import SolverTable
+from tests.eager_reference import perturbed
 
 STEPS = 4
 FRAME_RATE = 25.0
@@ -82,26 +82,6 @@ def every_step(pipeline: VideoPipeline, edit: Edit | None = None, **arguments: A
     final = pipeline(**arguments, callback_on_step_end=keep).frames
     assert torch.equal(final, steps[-1])
     return steps
-
-
-@contextmanager
-def perturbed(model: Any, mode: str, blocks: Sequence[int]) -> Iterator[None]:
-    """The diffusers model with skipped blocks, or with blocks whose self-attention is to_out(V)."""
-    chosen = [model.transformer_blocks[block] for block in blocks]
-    for block in chosen:
-        if mode == "stg-r":
-            block.forward = lambda hidden_states, **unused: hidden_states
-        else:
-            values = block.attn1.to_v, block.attn1.to_out[0]
-            block.attn1.forward = lambda hidden_states, v=values[0], out=values[1], **unused: out(
-                v(hidden_states)
-            )
-    try:
-        yield
-    finally:
-        for block in chosen:
-            vars(block).pop("forward", None)
-            vars(block.attn1).pop("forward", None)
 
 
 def eager_pred(model: Any, x: Tensor, timestep: Tensor, guidance: Guidance, i: int) -> Tensor:

@@ -51,7 +51,6 @@ class TensorRTEngine:
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         self.inputs = {n for n in names if self.engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT}
         self.dtypes = {n: _DTYPES[self.engine.get_tensor_dtype(n).name] for n in names}
-        self._cache_path = path.with_suffix(".cache")
 
     @property
     def activation_bytes(self) -> int:
@@ -76,7 +75,7 @@ class TensorRTEngine:
         return TensorRTContext(self, context)
 
     def _rtx_config(self) -> Any:
-        """Our own graphs instead of its, kernels for the shapes at hand, compiled ones kept on disk."""
+        """Our own graphs instead of its, and kernels for the shapes at hand."""
         trt = self._trt
         config = self.engine.create_runtime_config()
         config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
@@ -84,10 +83,6 @@ class TensorRTEngine:
             trt.DynamicShapesKernelSpecializationStrategy.EAGER
         )
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        cache = config.create_runtime_cache()
-        if self._cache_path.exists():
-            cache.deserialize(self._cache_path.read_bytes())
-        config.set_runtime_cache(cache)
         return config
 
 

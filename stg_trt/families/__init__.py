@@ -14,11 +14,6 @@ if TYPE_CHECKING:
 _FAMILIES = {"LTXVideoTransformer3DModel": ("ltx_video", "LTXVideo")}
 
 
-def supported() -> tuple[str, ...]:
-    """The diffusers transformer classes that can be compiled."""
-    return tuple(_FAMILIES)
-
-
 def check_class(config: dict[str, Any]) -> None:
     """Raises InvalidRequest unless a transformer's config.json is of a supported class."""
     class_name = str(config.get("_class_name"))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from stg_trt.perturbation import MODES, Perturbation
 from stg_trt.segment import LAYOUTS, TEXT, Segment, cut, engine_outputs
 from stg_trt.step_plan import GROUPS, plan_step
 from stg_trt.step_runner import StepBuffers, StepRunner, two_sided
+from tests.eager_reference import perturbed
 
 WORKLOAD = Workload(128, 160, 17, text_length=9)
 BLOCK_SETS: list[tuple[int, ...]] = [(0,), (4,), (1, 3), (0, 1, 4), (0, 1, 2, 3, 4)]
@@ -78,32 +78,6 @@ class EagerContext:
         for name, output in zip(names, outputs, strict=True):
             assert output.shape == self.bound[name].shape and output.dtype == self.bound[name].dtype
             self.bound[name].copy_(output)
-
-
-class ValuesOnly:
-    """stg-a as a diffusers attention processor: to_out(V)."""
-
-    def __call__(self, attn: Any, hidden_states: Tensor, *unused: Any, **unused_too: Any) -> Tensor:
-        attended: Tensor = attn.to_out[0](attn.to_v(hidden_states))
-        return attended
-
-
-@contextmanager
-def perturbed(model: Any, mode: str, blocks: Sequence[int]) -> Iterator[None]:
-    """The uncut model with perturbed blocks, restored afterwards."""
-    chosen = [model.transformer_blocks[block] for block in blocks]
-    processors = [block.attn1.processor for block in chosen]
-    try:
-        for block in chosen:
-            if mode == "stg-r":
-                block.forward = lambda hidden_states, *unused, **unused_too: hidden_states
-            else:
-                block.attn1.set_processor(ValuesOnly())
-        yield
-    finally:
-        for block, processor in zip(chosen, processors, strict=True):
-            vars(block).pop("forward", None)
-            block.attn1.set_processor(processor)
 
 
 def text(rows: int, seed: int = 0) -> TextCondition:
