@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from importlib.metadata import version
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 import stg_trt
 from stg_trt import manifest as manifests
@@ -102,10 +102,19 @@ class _Builder:
             # In the order of their names, so that two builds of the same targets cannot wait for each other.
             for folder in sorted(folders.values()):
                 _make(folder)
-                locks.enter_context(FileLock(folder / ".lock"))
+                locks.enter_context(self._locked(folder))
                 shutil.rmtree(folder / "work", ignore_errors=True)
             self._build(folders)
         return list(folders.values())
+
+    def _locked(self, folder: Path) -> AbstractContextManager[object]:
+        """Holds the folder's lock until the context ends; says so before it waits for another build."""
+        lock = FileLock(folder / ".lock")
+        try:
+            return lock.acquire(timeout=0)
+        except Timeout:
+            self.progress.wait(folder)
+            return lock.acquire()
 
     def _build(self, folders: dict[str, Path]) -> None:
         options = self.options

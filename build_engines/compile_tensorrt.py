@@ -81,7 +81,9 @@ def _compile(
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(os.fspath(graph)):
         errors = "; ".join(str(parser.get_error(i).desc()) for i in range(parser.num_errors))
-        raise GateMissed(f"{graph.stem}: {backend} cannot read the graph: {errors}")
+        raise GateMissed(
+            f"{graph.stem}: {backend} cannot read the graph: {errors}: look at it with --keep-onnx"
+        )
     config = builder.create_builder_config()
     config.add_optimization_profile(_profile(builder, inputs, rows))
     config.progress_monitor = _monitor(trt, cancel, on_progress)
@@ -97,7 +99,10 @@ def _compile(
     if cancel.is_set():
         raise Cancelled
     if plan is None:
-        raise GateMissed(f"{graph.stem}: {backend} cannot compile it: {'; '.join(logger.errors[:3])}")
+        raise GateMissed(
+            f"{graph.stem}: {backend} cannot compile it: {'; '.join(logger.errors[:3])}: "
+            "look at the graph with --keep-onnx"
+        )
     engine = graph.with_suffix(f".{target}.engine")
     data = memoryview(plan)
     engine.write_bytes(data)

@@ -45,6 +45,10 @@ class BuildDisplay:
         """Lists the segments."""
         self._console.print(f"{build}: {', '.join(segment.name for segment in segments)}")
 
+    def wait(self, folder: Path) -> None:
+        """Says why nothing happens."""
+        self._console.print(f"{folder.name}: another build is at work here, waiting for it to end")
+
     def stage(self, segment: Segment, stage: str) -> None:
         """Shows what the segment is at."""
         if segment.name not in self._tasks:

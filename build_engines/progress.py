@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 from stg_trt.manifest import SegmentRecord
@@ -14,6 +15,9 @@ class Progress(Protocol):
     def start(self, build: str, segments: tuple[Segment, ...]) -> None:
         """A build begins."""
 
+    def wait(self, folder: Path) -> None:
+        """Another build holds the folder; this one goes on when that ends."""
+
     def stage(self, segment: Segment, stage: str) -> None:
         """A segment enters a stage: reference, export, verify, compile."""
 
@@ -25,6 +29,9 @@ class Silent:
     """No reports."""
 
     def start(self, build: str, segments: tuple[Segment, ...]) -> None:
+        """Ignored."""
+
+    def wait(self, folder: Path) -> None:
         """Ignored."""
 
     def stage(self, segment: Segment, stage: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
+    from stg_trt.checkpoint import Checkpoint
     from stg_trt.pipeline import VideoPipeline
 
 _EMBEDS = (
@@ -46,23 +48,30 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the noise.", min=0, max=2**63 - 1)] = 0,
     layout: Annotated[str | None, typer.Option(help="segmented or twin. [default: what fits]")] = None,
     backend: Annotated[str | None, typer.Option(help="[default: what fits]")] = None,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Keep text encoder and VAE off the GPU while not in use.")
+    ] = False,
 ) -> None:
     """Generate videos with compiled engines."""
-    from stg_trt.perturbation import parse_blocks
+    from stg_trt.perturbation import check_mode, parse_blocks
 
     # What can be refused without the models is refused before the seconds that diffusers' import takes.
     _check_output(output)
-    _check_checkpoint(checkpoint, decodes=output.suffix == ".mp4" or bool(prompt))
+    opened = _open_checkpoint(checkpoint, decodes=output.suffix == ".mp4" or bool(prompt))
     blocks = None if stg_blocks is None else parse_blocks(stg_blocks)
     texts = {"guidance_scale": guidance_scale, "stg_scale": stg_scale, "rescale": rescale}
     scales = {name: _scale(name, text) for name, text in texts.items()}
     size = {"height": height, "width": width, "num_frames": num_frames}
-    _check_engines(engines, stg_mode, layout=layout, backend=backend, **size)
+    if stg_mode is not None:
+        check_mode(stg_mode)
+    _check_engines(opened, engines, size, layout=layout, backend=backend)
     given = _read_embeds(embeds) if embeds is not None else {}
     from stg_trt.pipeline import VideoPipeline
 
     _quiet_libraries()
-    pipeline = VideoPipeline.from_pretrained(checkpoint, engines, layout=layout, backend=backend)
+    pipeline = VideoPipeline.from_pretrained(
+        checkpoint, engines, layout=layout, backend=backend, offload=offload
+    )
     frames = _sample(
         pipeline,
         prompt=prompt or None,
@@ -101,30 +110,23 @@ def _check_output(output: Path) -> None:
         raise InvalidRequest(f"output: expected a file's name, got the folder {output}: choose another")
 
 
-def _check_checkpoint(checkpoint: str, *, decodes: bool) -> None:
+def _open_checkpoint(checkpoint: str, *, decodes: bool) -> Checkpoint:
     from stg_trt.checkpoint import Checkpoint, published
 
     opened = Checkpoint.open(checkpoint, random_weights=checkpoint in published())
     if decodes:
         opened.check_pipeline()
+    return opened
 
 
-def _check_engines(engines: Path, stg_mode: str | None, **request: Any) -> None:
-    """Whether any build in the folder is usable and fits what is known without the prompt."""
-    from stg_trt.backends import backend_for
-    from stg_trt.perturbation import check_mode
-    from stg_trt.segment import check_layout
-
-    if stg_mode is not None:
-        check_mode(stg_mode)
-    if request["layout"] is not None:
-        check_layout(request["layout"])
-    if request["backend"] is not None:
-        backend_for(request["backend"])
-
+def _check_engines(checkpoint: Checkpoint, engines: Path, size: dict[str, Any], **kind: Any) -> None:
+    """Whether the size is one that the model has, and any build in the folder fits it."""
     from stg_trt.engine_store import EngineRequest, EngineStore
 
-    EngineStore.open(engines).find(EngineRequest(**request))
+    store = EngineStore.open(engines)
+    request = EngineRequest(**kind)
+    checkpoint.family.check(store.find(request).manifest.workload.resized(**size))
+    store.find(replace(request, **size))
 
 
 def _generator(seed: int) -> Generator:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import errno
+import re
 import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from stg_trt.errors import StgTrtError
 
-# Every mistake on the command line derives from this; typer exports its subclasses only.
-_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+if TYPE_CHECKING:
+    import typer
+
+# torch on the CPU and on a GPU, ONNX Runtime, C++: none of them raises Python's MemoryError.
+_OUT_OF_MEMORY = re.compile(r"(?i)can't allocate memory|out of memory|bad_?\s?alloc|failed to allocate")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 # typer answers Ctrl-C with this status instead of the exception.
 _INTERRUPTED = 130
@@ -27,9 +29,13 @@ def main() -> None:
 
 def run_command(command: Callable[..., None]) -> None:
     """Runs one command as a program of its own."""
-    app = _new_app()
-    app.command()(command)
-    _run(lambda: app)
+
+    def application() -> typer.Typer:
+        app = _new_app()
+        app.command()(command)
+        return app
+
+    _run(application)
 
 
 def run_group(group: typer.Typer) -> None:
@@ -55,11 +61,16 @@ def _application() -> typer.Typer:
 
 
 def _new_app(**options: Any) -> typer.Typer:
+    import typer
+
     return typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, **options)
 
 
 def _run(application: Callable[[], typer.Typer]) -> None:
     interrupts = _record_interrupts()
+    # Imported late: until here, an interrupt would show a traceback.
+    import typer
+
     try:
         status = application()(standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
@@ -94,17 +105,33 @@ def _message(error: Exception) -> str | None:
     """What to tell about an error; None for a defect of this program."""
     if isinstance(error, StgTrtError):
         return str(error)
-    if isinstance(error, _UsageError):
+    if isinstance(error, _usage_error_class()):
         return _usage_error(error)
-    if isinstance(error, MemoryError):
-        return "out of memory: expected more free memory: use a smaller size or a machine with more"
+    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
+        return _memory_error(error)
     return _os_error(error) if isinstance(error, OSError) else None
+
+
+def _usage_error_class() -> type[Exception]:
+    """What every mistake on the command line derives from; typer exports its subclasses only."""
+    import typer
+
+    return typer.BadParameter.__bases__[0]
 
 
 def _usage_error(error: Any) -> str:
     """What typer found wrong, and where the right names are; empty where it has shown the help."""
     message = str(error.format_message()).rstrip(".")
     return f"{message}: see {error.ctx.command_path} --help" if message and error.ctx else message
+
+
+def _memory_error(error: Exception) -> str:
+    """What could not be allocated, where the library says it, and what needs less."""
+    detail = (str(error).splitlines() or [""])[0]
+    return (
+        f"out of memory: expected more free memory, got {detail or type(error).__name__}: use fewer frames, "
+        "a smaller size, fewer videos at once or the segmented layout, which holds the weights once"
+    )
 
 
 def _os_error(error: OSError) -> str:

@@ -19,5 +19,9 @@ class GateMissed(StgTrtError):
     """A compiled segment failed a check of the build and was not kept."""
 
 
+class OutOfDeviceMemory(StgTrtError, MemoryError):
+    """The GPU has no room for engines, activations and latents of a request."""
+
+
 class BackendUnavailable(StgTrtError):
     """The backend's library is not installed or does not support this machine."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch import Tensor
 
 from stg_trt.backends import backend_for
 from stg_trt.checkpoint import Checkpoint, published
+from stg_trt.components import Components
 from stg_trt.conditioning import Prompts
 from stg_trt.device import Device, open_device
 from stg_trt.engine_store import Build, EngineRequest, EngineStore
-from stg_trt.errors import InvalidRequest
-from stg_trt.families.base import TextCondition, Workload, load_class
+from stg_trt.errors import InvalidRequest, OutOfDeviceMemory
+from stg_trt.families.base import Workload
 from stg_trt.guidance import BlockSets, Guidance, Preset, Scale, load_preset
 from stg_trt.manifest import Manifest
 from stg_trt.sampler import SampledStep, Sampler
@@ -25,6 +27,7 @@ from stg_trt.solver import SolverTable
 
 StepCallback = Callable[["VideoPipeline", int, float, dict[str, Tensor]], dict[str, Tensor] | None]
 Generators = torch.Generator | list[torch.Generator]
+_GIB = 1 << 30
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -60,9 +63,12 @@ class VideoPipeline:
         *,
         layout: str | None = None,
         backend: str | None = None,
+        torch_dtype: torch.dtype | None = None,
+        offload: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.family = checkpoint.family
+        self.components = Components(checkpoint, torch_dtype, offload)
         self.store = store
         self.scheduler = checkpoint.scheduler()
         self.interrupt = False
@@ -79,27 +85,25 @@ class VideoPipeline:
         *,
         layout: str | None = None,
         backend: str | None = None,
+        torch_dtype: torch.dtype | None = None,
+        offload: bool = False,
     ) -> VideoPipeline:
-        """Opens a checkpoint and a folder of engines built from it; raises where they do not fit."""
+        """Opens a checkpoint and a folder of engines built from it; raises where they do not fit.
+
+        `torch_dtype` is that of text encoder and VAE (default: bfloat16 on a GPU, else float32); `offload`
+        keeps them off the GPU while they are not needed.
+        """
         opened = Checkpoint.open(checkpoint, random_weights=str(checkpoint) in published())
-        pipeline = cls(opened, EngineStore.open(engines), layout=layout, backend=backend)
+        pipeline = cls(
+            opened,
+            EngineStore.open(engines),
+            layout=layout,
+            backend=backend,
+            torch_dtype=torch_dtype,
+            offload=offload,
+        )
         pipeline.store.find(pipeline._base)
         return pipeline
-
-    @cached_property
-    def components(self) -> Any:
-        """The checkpoint's diffusers pipeline without its transformer: text encoder, tokenizer, VAE."""
-        self.checkpoint.check_pipeline()
-        try:
-            return load_class(self.family.pipeline_class).from_pretrained(
-                self.checkpoint.folder, transformer=None
-            )
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise InvalidRequest(
-                f"checkpoint: expected a whole {self.family.pipeline_class} folder, got {reason}: "
-                "download it again"
-            ) from error
 
     @torch.no_grad()
     def __call__(
@@ -136,7 +140,7 @@ class VideoPipeline:
         tables. `decode_options` are the family's own (such as decode_timestep). Raises InvalidRequest for
         arguments that cannot be used and EngineRejected where no engine fits them.
         """
-        self._check_output(output_type, decode_options)
+        self._check_options(output_type, decode_options)
         prompts = Prompts(
             prompt,
             negative_prompt,
@@ -151,19 +155,32 @@ class VideoPipeline:
         given = {**scales, **perturbed, "cfg_zero_star": cfg_zero_star, "preset": preset}
         size = {"height": height, "width": width, "num_frames": num_frames, "videos": prompts.videos}
         schedule = self._schedule(size, num_inference_steps, given)
+        if output_type != "latent":
+            # A checkpoint without a VAE is refused before the sampling.
+            self.components.load(self._device_for(schedule.build).torch_device)
         noise = self._noise(schedule, prompts.videos, generator, latents)
-        steps = self._steps(schedule, prompts, noise, frame_rate)
-        result = self._drain(steps, noise, callback_on_step_end)
-        return self._output(result, schedule.workload, output_type, generator=generator, **decode_options)
+        with _memory_explained(schedule.build.manifest):
+            steps = self._steps(schedule, prompts, noise, frame_rate)
+            result = self._drain(steps, noise, callback_on_step_end)
+            if output_type == "latent":
+                return VideoPipelineOutput(result)
+            device = self._device_for(schedule.build).torch_device
+            frames = self.components.decode(
+                result, schedule.workload, device, output_type, generator=generator, **decode_options
+            )
+        return VideoPipelineOutput(frames)
 
     def _schedule(self, size: dict[str, Any], steps: int | None, given: dict[str, Any]) -> Schedule:
         """The build that fits the request, with its steps and their guidance."""
+        sizes = {name: size[name] for name in ("height", "width", "num_frames")}
+        # Refused before any engine is looked for, whose lack would ask for a build that is impossible.
+        self.family.check(self.store.find(self._base).manifest.workload.resized(**sizes))
         first = self.store.find(replace(self._base, **size)).manifest
         preset = load_preset(given["preset"]) if given["preset"] is not None else None
         solver, sigmas = self._solve(first.workload, steps, preset)
         guidance = Guidance.for_steps(sigmas, **self._with_defaults(given, first))
         perturbations = frozenset(filter(None, map(guidance.perturbation, range(len(sigmas)))))
-        exact = {name: getattr(first.workload, name) for name in ("height", "width", "num_frames")}
+        exact = {name: getattr(first.workload, name) for name in sizes}
         request = replace(self._base, **size | exact, perturbations=perturbations)
         self.num_timesteps = len(sigmas)
         return Schedule(self.store.find(request), guidance, solver)
@@ -172,24 +189,16 @@ class VideoPipeline:
         self, schedule: Schedule, prompts: Prompts, noise: Tensor, frame_rate: float | None
     ) -> Iterator[SampledStep]:
         workload, guidance = schedule.workload, schedule.guidance
+        device = self._device_for(schedule.build).torch_device
         cond, uncond = prompts.conditions(
-            lambda texts: self._encode(texts, workload),
+            lambda texts: self.components.encode(texts, workload, device),
             self.family.tensors(workload)["prompt_embeds"],
             any("uncond" in guidance.passes(i) for i in range(self.num_timesteps)),
         )
         rate = self.family.defaults.frame_rate if frame_rate is None else frame_rate
-        if not rate > 0:
-            raise InvalidRequest(f"frame_rate: expected more than 0 frames per second, got {rate}: use 25")
+        if not 0 < rate < math.inf:
+            raise InvalidRequest(f"frame_rate: expected frames per second above 0, got {rate}: use 25")
         return self._sampler(schedule.build).steps(noise, cond, uncond, guidance, schedule.solver, rate)
-
-    def _output(
-        self, latents: Tensor, workload: Workload, output_type: str, **decode_options: Any
-    ) -> VideoPipelineOutput:
-        if output_type == "latent":
-            return VideoPipelineOutput(latents)
-        video = self.family.decode(self.components, latents, workload, **decode_options)
-        processor = self.components.video_processor
-        return VideoPipelineOutput(processor.postprocess_video(video, output_type=output_type))
 
     def _drain(self, steps: Iterator[SampledStep], latents: Tensor, callback: StepCallback | None) -> Tensor:
         """Drains the sampler; `interrupt` (settable from the callback) stops after the current step."""
@@ -205,16 +214,16 @@ class VideoPipeline:
                 break
         return latents if step is None else step.latents
 
-    def _device_for(self, backend: str) -> Device:
+    def _device_for(self, build: Build) -> Device:
         """One device for all builds of a kind, so that graphs share memory."""
-        name = backend_for(backend).device
+        name = backend_for(build.manifest.backend).device
         if name not in self._devices:
             self._devices[name] = open_device(name)
         return self._devices[name]
 
     def _sampler(self, build: Build) -> Sampler:
         if build.folder not in self._samplers:
-            device = self._device_for(build.manifest.backend)
+            device = self._device_for(build)
             engines = build.load_engines(device)
             self._samplers[build.folder] = Sampler(self.family, build.manifest, engines, device)
         return self._samplers[build.folder]
@@ -249,16 +258,6 @@ class VideoPipeline:
         }
         return given | {name: value for name, value in fallback.items() if given[name] is None}
 
-    def _encode(self, prompts: list[str], workload: Workload) -> TextCondition:
-        for prompt in prompts:
-            tokens = self.family.text_tokens(self.components, prompt)
-            if tokens > workload.text_length:
-                raise InvalidRequest(
-                    f"prompt: expected at most {workload.text_length} tokens, got {tokens}: "
-                    f"shorten it or rebuild with --text-length {tokens}"
-                )
-        return self.family.encode_prompt(self.components, prompts, workload)
-
     def _noise(
         self, schedule: Schedule, videos: int, generator: Generators | None, latents: Tensor | None
     ) -> Tensor:
@@ -282,7 +281,7 @@ class VideoPipeline:
         noise = self.family.pack(latents) if tuple(latents.shape) == shape else latents
         return noise.float() * schedule.solver.noise_scale
 
-    def _check_output(self, output_type: str, decode_options: dict[str, Any]) -> None:
+    def _check_options(self, output_type: str, decode_options: dict[str, Any]) -> None:
         if output_type not in _OUTPUT_TYPES:
             raise InvalidRequest(
                 f"output_type: expected one of {', '.join(_OUTPUT_TYPES)}, got {output_type!r}: choose one"
@@ -293,6 +292,19 @@ class VideoPipeline:
                 f"arguments: expected those of VideoPipeline, got {', '.join(sorted(unknown))}: "
                 "check the spelling"
             )
-        if output_type != "latent":
-            # Asked for now, so that a checkpoint without a VAE is refused before the sampling.
-            self.components  # noqa: B018
+
+
+@contextmanager
+def _memory_explained(manifest: Manifest) -> Iterator[None]:
+    """Turns the GPU's out-of-memory error into what the build needs and what needs less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        weights = sum(file.bytes for record in manifest.segments for file in record.files)
+        activations = max(record.activation_bytes or 0 for record in manifest.segments)
+        raise OutOfDeviceMemory(
+            f"GPU memory: expected room for engines of {weights / _GIB:.1f} GiB, activations of "
+            f"{activations / _GIB:.1f} GiB, the text encoder and the VAE ({manifest.workload}, "
+            f"{manifest.layout}), got {str(error).splitlines()[0]} use fewer frames, a smaller size, fewer "
+            "videos at once, the segmented layout, or --offload"
+        ) from error

@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).parents[1]
 PROGRAM = Path(sys.executable).with_name("stg-trt")
 # What a build reports where stderr is no terminal: its name and segments, then a line per segment.
-PROGRESS = re.compile(r"(segmented|twin)-\S+: \w+(, \w+)*|\w+: (done, .* s|already built)")
+PROGRESS = re.compile(
+    r"(segmented|twin)-\S+: (\w+(, \w+)*|another build is at work .*)|\w+: (done, .* s|already built)"
+)
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SMALL = ("--height=32", "--width=32", "--num-frames=9", "--text-length=4", "--stg-blocks=")

@@ -60,6 +60,51 @@ class SimulatedTensorRT:
         return None if "Runtime" in self.failing else _Runtime(self)
 
 
+class SimulatedTensorRTRtx(SimulatedTensorRT):
+    """What TensorRT-RTX has beside; `gpu` stands for all that its kernels are compiled for."""
+
+    CudaGraphStrategy = SimpleNamespace(DISABLED="disabled")
+    DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
+
+    def __init__(self, max_rows: int, gpu: str = "a") -> None:
+        super().__init__(max_rows)
+        self.gpu = gpu
+        self.compilations = 0
+
+
+class _RuntimeCache:
+    def __init__(self, sim: SimulatedTensorRTRtx) -> None:
+        self.header = f"kernels for {sim.gpu}: ".encode()
+        self.kernels: set[str] = set()
+
+    def serialize(self) -> bytes:
+        return self.header + " ".join(sorted(self.kernels)).encode()
+
+    def deserialize(self, blob: bytes) -> bool:
+        if not blob.startswith(self.header):
+            return False
+        self.kernels = set(blob.removeprefix(self.header).decode().split())
+        return True
+
+
+class _RuntimeConfig:
+    def __init__(self, sim: SimulatedTensorRTRtx) -> None:
+        self.sim = sim
+        self.cuda_graph_strategy = "whole graph capture"
+        self.dynamic_shapes_kernel_specialization_strategy = "lazy"
+        self.allocation = "static"
+        self.cache: _RuntimeCache | None = None
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.allocation = strategy
+
+    def create_runtime_cache(self) -> _RuntimeCache:
+        return _RuntimeCache(self.sim)
+
+    def set_runtime_cache(self, cache: _RuntimeCache) -> None:
+        self.cache = cache
+
+
 class _Runtime:
     def __init__(self, sim: SimulatedTensorRT) -> None:
         self.sim = sim
@@ -78,6 +123,7 @@ class _Engine:
         nodes += [(n, TensorIOMode.OUTPUT) for n in self.session.get_outputs()]
         self.nodes = {node.name: (node, mode) for node, mode in nodes}
         self.num_io_tensors = len(nodes)
+        self.cache: _RuntimeCache | None = None
 
     def get_tensor_name(self, index: int) -> str:
         return list(self.nodes)[index]
@@ -91,7 +137,29 @@ class _Engine:
     def create_execution_context(self, strategy: Any) -> Any:
         if self.sim.capturing:
             raise RuleBroken("a context was created during capture")
+        if isinstance(self.sim, SimulatedTensorRTRtx):
+            chosen = (
+                strategy.cuda_graph_strategy,
+                strategy.dynamic_shapes_kernel_specialization_strategy,
+                strategy.allocation,
+            )
+            if chosen != ("disabled", "eager", "user managed"):
+                raise RuleBroken(f"settings under which a step cannot be captured: {chosen}")
+            self.cache = strategy.cache
         return None if "create_execution_context" in self.sim.failing else _Context(self)
+
+    def create_runtime_config(self) -> _RuntimeConfig:
+        assert isinstance(self.sim, SimulatedTensorRTRtx)
+        return _RuntimeConfig(self.sim)
+
+    def compile(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """TensorRT-RTX compiles kernels at the first run of a shape, unless its cache has them."""
+        kernel = "x".join(str(dim) for shape in shapes.values() for dim in shape)
+        if self.cache is not None and kernel not in self.cache.kernels:
+            if self.sim.capturing:
+                raise RuleBroken("kernels were compiled during capture")
+            self.cache.kernels.add(kernel)
+            self.sim.compilations += 1
 
 
 class _Context:
@@ -147,6 +215,7 @@ class _Context:
             self.graph = self.sim.graph
         if "execute_async_v3" in self.sim.failing:
             return False
+        self.engine.compile(self.shapes)
         self.enqueues_since_change += 1
         self.sim.executions += 1
         self._run()

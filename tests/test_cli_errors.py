@@ -76,6 +76,14 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda c: edit(c, num_layers=None),
         "expected num_layers in .*config.json, got no such entry: download",
     ),
+    "number as text": (
+        lambda c: edit(c, num_layers="five"),
+        "expected num_layers in .*config.json as a positive integer, got 'five': download",
+    ),
+    "patches": (
+        lambda c: edit(c, patch_size=2),
+        "expected patch_size 1 in .*config.json, .* got 2: use a checkpoint without patches",
+    ),
     "weights cut short": (
         lambda c: cut_short(c / "transformer" / WEIGHTS),
         f"expected a whole safetensors file, got .*{WEIGHTS} .*: download it again",
@@ -114,7 +122,8 @@ GENERATE: dict[str, tuple[tuple[str, ...], str]] = {
     "no number": (("--guidance-scale", "3,high"), "guidance_scale: expected a number, .*'3,high': correct"),
     "blocks": (("--stg-blocks", "1;3"), "stg_blocks: expected numbers .*got '1;3': write 14,19"),
     "size": (("--height", "64"), "built for height 128, the request is 64: rebuild with --height 64"),
-    "frames": (("--num-frames", "16"), "built for num_frames 17, the request is 16: rebuild"),
+    "frames": (("--num-frames", "16"), r"num_frames: expected 8k\+1, got 16: use 17"),
+    "frame rate": (("--frame-rate", "inf"), "frame_rate: expected frames per second above 0, got inf: use"),
     "no embeds": (("--embeds", "none.safetensors"), "embeds: expected a safetensors file, got none.*: check"),
     "embeds of no tensors": (
         ("--embeds", "pyproject.toml"),
@@ -125,6 +134,30 @@ GENERATE: dict[str, tuple[tuple[str, ...], str]] = {
     "too many scales": (("--stg-scale", "0,1,1"), "stg_scale: expected 2 entries, .*got 3: give"),
     "block not built": (("--stg-blocks", "2"), r"can perturb blocks \[1, 3\], the request is \[2\]: rebuild"),
 }  # fmt: skip
+
+
+# A command that asks for more memory than there is: of torch, of Python, of ONNX Runtime.
+REQUEST = """
+import numpy, onnx, onnxruntime, torch
+from stg_trt.cli import run_command
+
+def repeat(times):
+    float_, int_ = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+    value = onnx.helper.make_tensor_value_info
+    node = onnx.helper.make_node("Expand", ["x", "shape"], ["y"])
+    shapes = [value("x", float_, [1]), value("shape", int_, [1])]
+    graph = onnx.helper.make_graph([node], "repeat", shapes, [value("y", float_, [None])])
+    model = onnx.helper.make_model(graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 20)])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    session.run(None, {"x": numpy.zeros(1, numpy.float32), "shape": numpy.array([times])})
+
+def command() -> None:
+    ALLOCATION
+
+run_command(command)
+"""
 
 
 def edit(checkpoint: Path, name: str = "transformer/config.json", **entries: object) -> None:
@@ -274,6 +307,24 @@ def test_programs_run_from_the_checkout(program: str) -> None:
         [sys.executable, "-m", program, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert f"Usage: python -m {program}" in answer.stdout and not answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("allocation", "pattern"),
+    [
+        (
+            "torch.empty(1 << 50)",
+            r"out of memory: .*can't allocate memory.* 4503599627370496 bytes.*: use",
+        ),
+        ("bytearray(1 << 60)", "out of memory: expected more free memory, got MemoryError: use fewer frames"),
+        ("repeat(1 << 44)", "out of memory: .*[Ff]ailed to allocate memory.*: use fewer frames"),
+    ],
+)
+def test_out_of_memory(allocation: str, pattern: str, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(REQUEST.replace("ALLOCATION", allocation))
+    result = subprocess.run([sys.executable, program], capture_output=True, text=True)
+    assert_one_line_error(result, pattern)
 
 
 def test_mistakes_before_a_command() -> None:

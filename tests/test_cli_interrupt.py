@@ -200,4 +200,6 @@ def test_builders_share_a_folder(tmp_path: Path, one_block: Path) -> None:
     assert [result.returncode for result in results] == [0, 0, 0], [result.stderr for result in results]
     reused = [result.stderr.count("already built") for result in results]
     assert sorted(reused[:2]) == [0, 2] and reused[2] == 0
+    waited = ["another build is at work here, waiting for it to end" in result.stderr for result in results]
+    assert waited == [reused[0] == 2, reused[1] == 2, False]
     assert_whole(tmp_path, builds=2)

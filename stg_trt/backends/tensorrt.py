@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from stg_trt.backends.tensorrt_library import load_library
 from stg_trt.errors import BackendUnavailable, EngineRejected
+from stg_trt.manifest import write_atomically
 
 _ALIGNMENT_BYTES = 256
 _DTYPES = {
@@ -51,6 +53,7 @@ class TensorRTEngine:
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         self.inputs = {n for n in names if self.engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT}
         self.dtypes = {n: _DTYPES[self.engine.get_tensor_dtype(n).name] for n in names}
+        self._rtx = RtxSettings(trt, self.engine, path) if hasattr(trt, "CudaGraphStrategy") else None
 
     @property
     def activation_bytes(self) -> int:
@@ -61,8 +64,8 @@ class TensorRTEngine:
         """A new context; raises EngineRejected where there is no memory for one."""
         assert self.arena is not None
         trt = self._trt
-        if hasattr(trt, "CudaGraphStrategy"):
-            context = self.engine.create_execution_context(self._rtx_config())
+        if self._rtx is not None:
+            context = self.engine.create_execution_context(self._rtx.config)
         else:
             context = self.engine.create_execution_context(
                 trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -74,16 +77,49 @@ class TensorRTEngine:
         context.set_device_memory(self.arena.address, self.arena.size)
         return TensorRTContext(self, context)
 
-    def _rtx_config(self) -> Any:
-        """Our own graphs instead of its, and kernels for the shapes at hand."""
-        trt = self._trt
-        config = self.engine.create_runtime_config()
-        config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
-        config.dynamic_shapes_kernel_specialization_strategy = (
+    def keep_kernels(self) -> None:
+        """Called after a first run: what it has compiled is kept for the next process (TensorRT-RTX)."""
+        if self._rtx is not None:
+            self._rtx.save_cache()
+
+
+class RtxSettings:
+    """TensorRT-RTX compiles its kernels on the GPU: for the shapes at hand, and once per machine.
+
+    Its own CUDA graphs are off, since steps are captured here.
+    """
+
+    def __init__(self, trt: Any, engine: Any, path: Path) -> None:
+        self.config = engine.create_runtime_config()
+        self.config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
+        self.config.dynamic_shapes_kernel_specialization_strategy = (
             trt.DynamicShapesKernelSpecializationStrategy.EAGER
         )
-        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        return config
+        self.config.set_execution_context_allocation_strategy(
+            trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
+        self._path = path.with_suffix(".kernels")
+        self._kept = self._path.read_bytes() if self._path.exists() else b""
+        self._cache = self.config.create_runtime_cache()
+        if self._kept and not self._cache.deserialize(self._kept):
+            # Of another GPU, driver or version, or damaged: compiled again, and then replaced.
+            self._kept = b""
+        self.config.set_runtime_cache(self._cache)
+
+    def save_cache(self) -> None:
+        """Writes the compiled kernels beside the engine, whole or not at all, if there are new ones."""
+        compiled = bytes(self._cache.serialize())
+        if compiled == self._kept:
+            return
+        self._kept = compiled
+        try:
+            write_atomically(self._path, compiled)
+        except OSError as error:
+            warnings.warn(
+                f"{self._path}: compiled kernels cannot be kept ({error.strerror}), "
+                "the next process compiles them again",
+                stacklevel=2,
+            )
 
 
 class TensorRTContext:
@@ -116,7 +152,8 @@ class TensorRTContext:
 
     def enqueue(self, stream: int) -> None:
         """Runs on a stream; raises RuntimeError where TensorRT refuses."""
-        if not self._checked:
+        first = not self._checked
+        if first:
             missing = self._engine.dtypes.keys() - self._bound.keys()
             assert not missing, f"{self._engine.path.name}: {missing} not bound"
             unresolved = self._context.infer_shapes()
@@ -125,6 +162,8 @@ class TensorRTContext:
             self._checked = True
         if not self._context.execute_async_v3(stream):
             raise RuntimeError(f"{self._engine.path.name}: execute_async_v3 failed")
+        if first:
+            self._engine.keep_kernels()
 
 
 def load_all(backend: str, paths: Mapping[str, Path], device: torch.device) -> dict[str, TensorRTEngine]:

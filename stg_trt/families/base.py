@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -38,6 +38,15 @@ class Workload:
     def dtype(self) -> str:
         """The dtype of weights and activations outside the float32 islands."""
         return _PRECISIONS[self.precision]
+
+    def resized(self, height: int | None, width: int | None, num_frames: int | None) -> Workload:
+        """The same with other sizes; None keeps one."""
+        return replace(
+            self,
+            height=self.height if height is None else height,
+            width=self.width if width is None else width,
+            num_frames=self.num_frames if num_frames is None else num_frames,
+        )
 
     def __str__(self) -> str:
         return f"{self.width}x{self.height}x{self.num_frames}"
@@ -172,6 +181,16 @@ class ModelFamily(ABC):
     @abstractmethod
     def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:
         """Packed latents to the VAE's video (videos, 3, frames, height, width) in -1..1."""
+
+    def integer(self, name: str) -> int:
+        """A positive integer of the configuration; raises InvalidRequest where it is anything else."""
+        value = self.config[name]
+        if type(value) is not int or value < 1:
+            raise InvalidRequest(
+                f"checkpoint: expected {name} in transformer/config.json as a positive integer, "
+                f"got {value!r}: download the checkpoint again"
+            )
+        return value
 
     def inputs(self, segment: Segment, workload: Workload) -> list[TensorSpec]:
         """The segment's input specs, in order."""

@@ -44,12 +44,12 @@ class LTXVideo(ModelFamily):
 
     @property
     def num_blocks(self) -> int:
-        return int(self.config["num_layers"])
+        return self.integer("num_layers")
 
     @property
     def width(self) -> int:
         """Channels of the hidden states."""
-        return int(self.config["num_attention_heads"] * self.config["attention_head_dim"])
+        return self.integer("num_attention_heads") * self.integer("attention_head_dim")
 
     @property
     def compression(self) -> tuple[int, int]:
@@ -65,6 +65,12 @@ class LTXVideo(ModelFamily):
         return int(match[1]) if match else None
 
     def check(self, workload: Workload) -> None:
+        for name in ("patch_size", "patch_size_t"):
+            if self.integer(name) != 1:
+                raise InvalidRequest(
+                    f"checkpoint: expected {name} 1 in transformer/config.json, as in every published "
+                    f"LTX-Video, got {self.config[name]}: use a checkpoint without patches"
+                )
         temporal, spatial = self.compression
         for side in ("height", "width"):
             pixels = getattr(workload, side)
@@ -86,7 +92,7 @@ class LTXVideo(ModelFamily):
     def latent_shape(self, workload: Workload) -> tuple[int, int, int, int]:
         temporal, spatial = self.compression
         frames = (workload.num_frames - 1) // temporal + 1
-        return int(self.config["in_channels"]), frames, workload.height // spatial, workload.width // spatial
+        return self.integer("in_channels"), frames, workload.height // spatial, workload.width // spatial
 
     def tokens(self, workload: Workload) -> int:
         """Video tokens; the published models have a patch size of 1."""
@@ -96,9 +102,9 @@ class LTXVideo(ModelFamily):
     def tensors(self, workload: Workload) -> dict[str, TensorSpec]:
         tokens, text, width, dtype = self.tokens(workload), workload.text_length, self.width, workload.dtype
         specs = (
-            TensorSpec("latents", dtype, (ROWS, tokens, self.config["in_channels"])),
+            TensorSpec("latents", dtype, (ROWS, tokens, self.integer("in_channels"))),
             TensorSpec("timestep", "float32", (ROWS,)),
-            TensorSpec("prompt_embeds", dtype, (ROWS, text, self.config["caption_channels"])),
+            TensorSpec("prompt_embeds", dtype, (ROWS, text, self.integer("caption_channels"))),
             TensorSpec("hidden_states", dtype, (ROWS, tokens, width)),
             TensorSpec("temb", "float32", (ROWS, 1, 6 * width)),
             TensorSpec("embedded_timestep", "float32", (ROWS, 1, width)),
@@ -106,7 +112,7 @@ class LTXVideo(ModelFamily):
             TensorSpec("text_bias", dtype, (ROWS, 1, 1, text)),
             TensorSpec("rope_cos", "float32", (tokens, width)),
             TensorSpec("rope_sin", "float32", (tokens, width)),
-            TensorSpec("pred", dtype, (ROWS, tokens, self.config["out_channels"])),
+            TensorSpec("pred", dtype, (ROWS, tokens, self.integer("out_channels"))),
             keep_attention_spec(),
         )
         return {spec.name: spec for spec in specs}
@@ -143,7 +149,7 @@ class LTXVideo(ModelFamily):
     def segment_flops(self, segment: Segment, workload: Workload) -> int:
         tokens, text, width = self.tokens(workload), workload.text_length, self.width
         if segment.text:
-            return 2 * text * width * (int(self.config["caption_channels"]) + width)
+            return 2 * text * width * (self.integer("caption_channels") + width)
         cross = 2 * tokens * 2 * width**2 + 2 * text * 2 * width**2 + 4 * tokens * text * width
         feed_forward = 2 * tokens * 8 * width**2
         self_attention = 2 * tokens * 4 * width**2 + 4 * tokens**2 * width
@@ -155,9 +161,9 @@ class LTXVideo(ModelFamily):
                 continue
             total += cross + feed_forward + (values_only if skipped else self_attention)
         if segment.front:
-            total += 2 * tokens * width * self.config["in_channels"] + 2 * width * (256 + 7 * width)
+            total += 2 * tokens * width * self.integer("in_channels") + 2 * width * (256 + 7 * width)
         if segment.back:
-            total += 2 * tokens * width * self.config["out_channels"]
+            total += 2 * tokens * width * self.integer("out_channels")
         return int(total)
 
     def attentions(self, segment: Segment) -> int:
@@ -180,8 +186,6 @@ class LTXVideo(ModelFamily):
             base_num_frames=20,
             base_height=2048,
             base_width=2048,
-            patch_size=self.config["patch_size"],
-            patch_size_t=self.config["patch_size_t"],
             theta=10000.0,
         )
         scale = (temporal / frame_rate, spatial, spatial)
@@ -218,22 +222,24 @@ class LTXVideo(ModelFamily):
 
     def encode_prompt(self, pipeline: Any, prompts: list[str], workload: Workload) -> TextCondition:
         embeds, mask, _, _ = pipeline.encode_prompt(
-            prompts, do_classifier_free_guidance=False, max_sequence_length=workload.text_length
+            prompts,
+            do_classifier_free_guidance=False,
+            max_sequence_length=workload.text_length,
+            device=pipeline.text_encoder.device,
         )
         return TextCondition(embeds, mask)
 
     def pack(self, latents: Tensor) -> Tensor:
-        packed: Tensor = load_class(self.pipeline_class)._pack_latents(
-            latents, self.config["patch_size"], self.config["patch_size_t"]
-        )
+        packed: Tensor = load_class(self.pipeline_class)._pack_latents(latents)
         return packed
 
     def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:
         """`decode_timestep` and `decode_noise_scale` are those of diffusers' LTXPipeline."""
+        from diffusers.utils.torch_utils import randn_tensor
+
         vae = pipeline.vae
         _, frames, height, width = self.latent_shape(workload)
-        patch, patch_t = self.config["patch_size"], self.config["patch_size_t"]
-        latents = pipeline._unpack_latents(latents, frames, height, width, patch, patch_t)
+        latents = pipeline._unpack_latents(latents, frames, height, width)
         latents = pipeline._denormalize_latents(
             latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor
         ).to(vae.dtype)
@@ -242,7 +248,8 @@ class LTXVideo(ModelFamily):
             timestep = torch.full((len(latents),), float(options.get("decode_timestep", 0.0))).to(latents)
             scale = options.get("decode_noise_scale")
             scale = float(timestep[0]) if scale is None else float(scale)
-            noise = torch.randn(
+            # diffusers' own: it also takes a list of generators, and those of another device.
+            noise = randn_tensor(
                 latents.shape, generator=options.get("generator"), device=latents.device, dtype=latents.dtype
             )
             latents = (1 - scale) * latents + scale * noise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -17,8 +18,14 @@ from stg_trt import VideoPipeline
 from stg_trt import manifest as manifests
 from stg_trt.backends import tensorrt
 from stg_trt.engine_store import EngineStore
-from stg_trt.errors import BackendUnavailable, EngineRejected
-from tests.simulated_tensorrt import ALIGNMENT, RuleBroken, SimulatedCuda, SimulatedTensorRT
+from stg_trt.errors import BackendUnavailable, EngineRejected, OutOfDeviceMemory
+from tests.simulated_tensorrt import (
+    ALIGNMENT,
+    RuleBroken,
+    SimulatedCuda,
+    SimulatedTensorRT,
+    SimulatedTensorRTRtx,
+)
 from tests.test_goldens import CASES, arguments, every_step
 
 MAX_ROWS = 6
@@ -40,10 +47,14 @@ def engines(tmp_path_factory: pytest.TempPathFactory, ltx_engines: Path) -> Path
 @pytest.fixture
 def sim(monkeypatch: pytest.MonkeyPatch) -> SimulatedTensorRT:
     simulated = SimulatedTensorRT(MAX_ROWS)
+    replace_library(monkeypatch, simulated)
+    return simulated
+
+
+def replace_library(monkeypatch: pytest.MonkeyPatch, simulated: SimulatedTensorRT) -> None:
     monkeypatch.setattr(tensorrt, "load_library", lambda backend: simulated)
     monkeypatch.setattr(tensorrt, "_ALIGNMENT_BYTES", ALIGNMENT)
     monkeypatch.setattr(tensorrt.TensorRTEngine, "alignment", ALIGNMENT)
-    return simulated
 
 
 @pytest.fixture
@@ -125,6 +136,26 @@ def test_failed_capture_falls_back_aloud(
     assert device.graphs == []
 
 
+def test_no_room_on_the_gpu(
+    device: SimulatedCuda, engines: Path, ltx_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*size: Any, **options: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+
+    pipeline = VideoPipeline.from_pretrained(ltx_checkpoint, engines=engines)
+    call = arguments("cfg", ltx_checkpoint)
+    with monkeypatch.context() as patch, pytest.raises(OutOfDeviceMemory) as caught:
+        patch.setattr("stg_trt.sampler.StepBuffers", full)
+        pipeline(**call)
+    assert re.fullmatch(
+        r"GPU memory: expected room for engines of 0\.0 GiB, .* .160x128x17, segmented., got CUDA out of "
+        r"memory. Tried to allocate 9.00 GiB. use fewer frames, .*the segmented layout, or --offload",
+        str(caught.value),
+    )
+    expected = load_file(ltx_checkpoint / "cfg.safetensors")["expected_latents"]
+    assert (pipeline(**call).frames - expected).abs().max() <= 1e-4
+
+
 def test_many_generations_do_not_grow(
     sim: SimulatedTensorRT, device: SimulatedCuda, engines: Path, ltx_checkpoint: Path
 ) -> None:
@@ -137,6 +168,49 @@ def test_many_generations_do_not_grow(
         pipeline(**call)
     assert sampler._programs == programs and sampler._state is state
     assert len(device.graphs) == 1
+
+
+def test_rtx_keeps_what_it_compiled(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ltx_checkpoint: Path, engines: Path
+) -> None:
+    root = Path(shutil.copytree(engines, tmp_path / "engines"))
+
+    def run(gpu: str) -> tuple[int, Tensor]:
+        sim = SimulatedTensorRTRtx(MAX_ROWS, gpu)
+        replace_library(monkeypatch, sim)
+        device = SimulatedCuda(sim)
+        monkeypatch.setattr("stg_trt.pipeline.open_device", lambda name: device)
+        pipeline = VideoPipeline.from_pretrained(ltx_checkpoint, engines=root)
+        frames = pipeline(**arguments("stg_r", ltx_checkpoint)).frames
+        assert len(device.graphs) == 1
+        return sim.compilations, frames
+
+    first, expected = run("a")
+    assert first > 0
+    again, frames = run("a")
+    assert again == 0 and torch.equal(frames, expected)
+    # Kernels of another GPU are refused, compiled anew and then kept instead.
+    assert run("b")[0] == first
+    assert run("b")[0] == 0
+    for path in root.rglob("*.kernels"):
+        path.write_bytes(b"damaged")
+    assert run("b")[0] == first
+
+
+def test_rtx_runs_from_a_folder_that_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, ltx_checkpoint: Path, engines: Path
+) -> None:
+    sim = SimulatedTensorRTRtx(MAX_ROWS)
+    replace_library(monkeypatch, sim)
+    monkeypatch.setattr("stg_trt.pipeline.open_device", lambda name: SimulatedCuda(sim))
+
+    def refuse(path: Path, data: bytes) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(tensorrt, "write_atomically", refuse)
+    pipeline = VideoPipeline.from_pretrained(ltx_checkpoint, engines=engines)
+    with pytest.warns(UserWarning, match=r"kernels: compiled kernels cannot be kept .Permission denied."):
+        pipeline(**arguments("cfg", ltx_checkpoint))
 
 
 def test_runs_what_was_bound(sim: SimulatedTensorRT, engines: Path) -> None:

@@ -1,0 +1,78 @@
+"""The checkpoint's text encoder, tokenizer and VAE, on the device where the engines run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stg_trt.checkpoint import Checkpoint
+from stg_trt.errors import InvalidRequest
+from stg_trt.families.base import TextCondition, Workload, load_class
+
+
+class Components:
+    """The diffusers pipeline of a checkpoint without its transformer; loaded when first asked for.
+
+    With `offload` the text encoder and the VAE are on the device only while they work, which frees their
+    memory for the engines and costs a copy per call.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, torch_dtype: torch.dtype | None, offload: bool) -> None:
+        self._checkpoint = checkpoint
+        self._family = checkpoint.family
+        self._torch_dtype = torch_dtype
+        self._offload = offload
+        self._pipeline: Any = None
+
+    def load(self, device: torch.device) -> None:
+        """Raises InvalidRequest where the checkpoint has no text encoder and VAE, or not whole ones."""
+        if self._pipeline is not None:
+            return
+        self._checkpoint.check_pipeline()
+        name = self._family.pipeline_class
+        dtype = self._torch_dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        try:
+            self._pipeline = load_class(name).from_pretrained(
+                self._checkpoint.folder, transformer=None, torch_dtype=dtype
+            )
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise InvalidRequest(
+                f"checkpoint: expected a whole {name} folder, got {reason}: download it again"
+            ) from error
+
+    def encode(self, prompts: list[str], workload: Workload, device: torch.device) -> TextCondition:
+        """Prompts to embeddings of the workload's text length; raises InvalidRequest for a longer one."""
+        self.load(device)
+        for prompt in prompts:
+            tokens = self._family.text_tokens(self._pipeline, prompt)
+            if tokens > workload.text_length:
+                raise InvalidRequest(
+                    f"prompt: expected at most {workload.text_length} tokens, got {tokens}: "
+                    f"shorten it or rebuild with --text-length {tokens}"
+                )
+        with self._on(device, "text_encoder"):
+            return self._family.encode_prompt(self._pipeline, prompts, workload)
+
+    def decode(
+        self, latents: Tensor, workload: Workload, device: torch.device, output_type: str, **options: Any
+    ) -> Any:
+        """Packed latents to frames, as diffusers' video processor returns them for `output_type`."""
+        self.load(device)
+        with self._on(device, "vae"):
+            video = self._family.decode(self._pipeline, latents.to(device), workload, **options)
+        return self._pipeline.video_processor.postprocess_video(video, output_type=output_type)
+
+    @contextmanager
+    def _on(self, device: torch.device, name: str) -> Iterator[None]:
+        module = getattr(self._pipeline, name)
+        module.to(device)
+        try:
+            yield
+        finally:
+            if self._offload:
+                module.to("cpu")
