@@ -115,7 +115,7 @@ def sample(
     target: TargetName = None,
     layout: Layout = "segmented",
     num_inference_steps: Annotated[
-        int | None, typer.Option(help="Denoising steps. [default: the family's]", min=1)
+        int | None, typer.Option(help="Denoising steps. [default: the family's]", min=2)
     ] = None,
     rounds: Rounds = 3,
     engines: Engines = None,

@@ -55,8 +55,8 @@ def planned_parts(output: Path, engines: Path, backend: str) -> list[Part]:
 
     kernels = ("--device=cuda", f"--output={output / 'kernels.json'}")
     return [
-        *_kernel_build(),
         Part("gpu tests", tests, 120),
+        *_kernel_build(),
         measure("step", small, 300),
         measure("peers", small, 240),
         Part("kernels", _bench("kernels", *kernels), 60),

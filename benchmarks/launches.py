@@ -22,13 +22,16 @@ _WAIT = re.compile(r"cu(da)?(\w+Synchronize|Memcpy(?!\w*Async)\w*)\b")
 
 @dataclass(frozen=True)
 class Launches:
-    """Counts of one run: kernels on the GPU, calls that enqueue work, calls that wait for it."""
+    """Counts of one run: kernels on the GPU, calls that enqueue work, calls that wait for it.
 
-    kernels: int
-    launches: int
-    host_syncs: int
+    All None where the profiler saw no kernel, as without the right to read the GPU's counters.
+    """
 
-    def to_json(self) -> dict[str, int]:
+    kernels: int | None = None
+    launches: int | None = None
+    host_syncs: int | None = None
+
+    def to_json(self) -> dict[str, int | None]:
         """For a result."""
         return asdict(self)
 
@@ -64,6 +67,8 @@ def counted(events: Iterable[Any]) -> Launches:
         and event.name != _RUN
         and not _COPY.match(event.name)
     ]
+    if not kernels:
+        return Launches()
     return Launches(
         kernels=len(kernels),
         launches=sum(_LAUNCH.match(name) is not None for name in calls),

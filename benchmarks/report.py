@@ -167,8 +167,10 @@ def _sample(result: Row) -> str:
         steps = "; ".join(
             f"{s['count']} x {s['median_ms']:.2f} ({state})" for state, s in call["steps"].items()
         )
-        rows.append([name, *total, steps, f"{call['overhead']:.1%}"])
-    return _table(["guidance", "total ms", "p10", "p90", "steps x ms (passes)", "loop overhead"], rows)
+        rows.append([name, *total, steps, f"{call['setup_ms']:.1f}", f"{call['loop_overhead']:.1%}"])
+    return _table(
+        ["guidance", "total ms", "p10", "p90", "steps x ms (passes)", "set-up ms", "loop overhead"], rows
+    )
 
 
 def _kernels(result: Row) -> str:

@@ -185,13 +185,18 @@ def _state(key: StepKey) -> str:
 def _call_result(
     calls: list[Call], guidance: Guidance, inputs: Inputs, alone: dict[StepKey, float]
 ) -> dict[str, Any]:
-    """Percentiles of the total and of the steps by state; `overhead` is 1 - (steps alone)/total."""
+    """Percentiles of the total and of the steps by state, and what is not the steps themselves.
+
+    `overhead` is 1 - (steps alone)/total, with the tables and the constants that come before the first;
+    `loop_overhead` is the same without the first step and what comes before it.
+    """
     keys = [StepKey.of(guidance, inputs.solver, i) for i in _indices(inputs)]
     by_state: dict[str, list[float]] = {}
     for call in calls:
         for key, seconds in zip(keys, call.steps_s, strict=True):
             by_state.setdefault(_state(key), []).append(seconds)
     total_s = [call.total_s for call in calls]
+    loop_s = median(sum(call.steps_s[1:]) for call in calls)
     return {
         "total": record.percentiles(total_s),
         "steps": {
@@ -199,6 +204,8 @@ def _call_result(
             for state, seconds in by_state.items()
         },
         "overhead": round(1 - sum(alone[key] for key in keys) / median(total_s), 4),
+        "loop_overhead": round(1 - sum(alone[key] for key in keys[1:]) / loop_s, 4),
+        "setup_ms": round((median(call.steps_s[0] for call in calls) - alone[keys[0]]) * 1e3, 4),
     }
 
 
@@ -206,9 +213,9 @@ def _print(result: dict[str, Any]) -> None:
     table = Table(
         title=f"{result['model']}, {result['steps']} steps on {result['backend']}", title_justify="left"
     )
-    for column in ("guidance", "total ms", "p10", "p90", "loop overhead"):
+    for column in ("guidance", "total ms", "p10", "p90", "set-up ms", "loop overhead"):
         table.add_column(column, justify="left" if column == "guidance" else "right")
     for name, call in result["calls"].items():
         times = (f"{call['total'][key]:.2f}" for key in ("median_ms", "p10_ms", "p90_ms"))
-        table.add_row(name, *times, f"{call['overhead']:.1%}")
+        table.add_row(name, *times, f"{call['setup_ms']:.1f}", f"{call['loop_overhead']:.1%}")
     Console().print(table)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stg_trt.backends import backend_for, check_target
 from stg_trt.build_engines.build import build
+from stg_trt.build_engines.display import BuildDisplay
 from stg_trt.checkpoint import Checkpoint
 from stg_trt.device import Device, open_device
 from stg_trt.engine_store import Build
@@ -87,21 +88,23 @@ class Setting:
 
     def build(self, layout: str, root: Path) -> Build:
         """Builds below `root` or re-uses; not verified there, since the whole model is verified here."""
-        (folder,) = build(
-            self.source,
-            root,
-            height=self.height,
-            width=self.width,
-            num_frames=self.num_frames,
-            text_length=self.text_length,
-            stg_blocks=self.perturbation.blocks,
-            stg_mode=self.stg_mode,
-            layout=layout,
-            backend=self.backend,
-            target=self.target,
-            random_weights=True,
-            verify_timesteps=0,
-        )
+        with BuildDisplay() as display:
+            (folder,) = build(
+                self.source,
+                root,
+                height=self.height,
+                width=self.width,
+                num_frames=self.num_frames,
+                text_length=self.text_length,
+                stg_blocks=self.perturbation.blocks,
+                stg_mode=self.stg_mode,
+                layout=layout,
+                backend=self.backend,
+                target=self.target,
+                random_weights=True,
+                verify_timesteps=0,
+                progress=display,
+            )
         return Build(folder, load(folder))
 
     def inputs(self, steps: int | None = None) -> Inputs:

@@ -56,7 +56,7 @@ def outcomes(results: Sequence[Result]) -> list[Outcome]:
 
 
 def _overhead(result: Result) -> float | None:
-    value: float | None = result.get("calls", {}).get("stg", {}).get("overhead")
+    value: float | None = result.get("calls", {}).get("stg", {}).get("loop_overhead")
     return value
 
 

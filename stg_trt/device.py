@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -28,7 +28,7 @@ class Device(Protocol):
     captures: bool
 
     def scope(self) -> AbstractContextManager[None]:
-        """Inside it, torch's operations are enqueued on the stream."""
+        """Inside it, torch's operations are enqueued on the stream, between the caller's before and after."""
 
     def capture(self, work: Callable[[], None]) -> Graph:
         """Records what `work` enqueues, without running it; RuntimeError where that fails."""
@@ -63,9 +63,14 @@ class Cuda:
         self.stream = int(self._stream.cuda_stream)
         self._pool = torch.cuda.graph_pool_handle()
 
-    def scope(self) -> AbstractContextManager[None]:
-        """Makes the stream torch's current one."""
-        return torch.cuda.stream(self._stream)
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """Makes the stream torch's current one; it waits for the caller's stream, which then waits for it."""
+        outer = torch.cuda.current_stream()
+        self._stream.wait_stream(outer)
+        with torch.cuda.stream(self._stream):
+            yield
+        outer.wait_stream(self._stream)
 
     def capture(self, work: Callable[[], None]) -> Graph:
         """Thread-local capture: what other threads do on the GPU does not disturb it."""
