@@ -52,12 +52,16 @@ def settle(device: Device) -> None:
         torch.cuda.synchronize()
 
 
+def _nothing() -> None:
+    """For work that leaves everything as it was."""
+
+
 @dataclass(frozen=True)
 class Work:
     """Something to time; `reset` runs before every run, outside the time."""
 
     run: Callable[[], None]
-    reset: Callable[[], None] = lambda: None
+    reset: Callable[[], None] = _nothing
 
 
 @dataclass

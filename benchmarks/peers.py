@@ -107,10 +107,10 @@ class PeersBenchmark:
         """Builds, verifies, times, prints a table and writes the JSON; what is done before a cut is kept."""
         setting = self.setting
         setting.check()
-        device, inputs = setting.device(), setting.inputs()
         facts = {"layout": self.layout, "rounds": self.rounds, "compile_mode": self.compile_mode}
         left_out = [peer for peer in PEERS if peer not in self.peers]
         results = record.Record(output, "peers", **setting.to_json(), **facts, left_out=left_out)
+        device, inputs = setting.device(), setting.inputs()
         floor = measure_floor(device, setting.workload.dtype)
         with ExitStack() as stack:
             root = engines or Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -57,11 +57,10 @@ class SampleBenchmark:
         """Builds, verifies the first steps, times, prints a table and writes the JSON."""
         setting = self.setting
         setting.check()
-        device = setting.device()
-        inputs = setting.inputs(self.steps)
-        count = len(inputs.solver.timesteps)
-        facts = {"layout": self.layout, "steps": count, "rounds": self.rounds}
+        facts = {"layout": self.layout, "rounds": self.rounds}
         results = record.Record(output, "sample", **setting.to_json(), **facts)
+        device, inputs = setting.device(), setting.inputs(self.steps)
+        results.result["steps"] = len(inputs.solver.timesteps)
         exact, limit = _eager_latents(setting, inputs, device)
         with ExitStack() as stack:
             root = engines or Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -17,6 +17,8 @@ from stg_trt.benchmarks.gpu import GpuRun, Part, planned_parts, run_part
 from stg_trt.errors import GateMissed, InvalidRequest
 from tests.cli import assert_one_line_error, run
 
+WORKLOADS = ("step", "peers", "sample")
+
 
 def python(name: str, program: str, limit_s: float = 30) -> Part:
     return Part(name, (sys.executable, "-c", program), limit_s)
@@ -38,7 +40,7 @@ def test_a_failure_and_a_cut_do_not_stop_the_others(tmp_path: Path) -> None:
     sleeps = "import time; print('begun', flush=True); time.sleep(60)"
     parts = [python("bad", "raise SystemExit(3)"), python("slow", sleeps, 2), python("good", "print('kept')")]
     with pytest.raises(
-        GateMissed, match="bad failed with exit status 3; slow cut off after 2 s: gpu.json has"
+        GateMissed, match=r"bad failed with exit status 3; slow cut off after 2 s: gpu\.json has"
     ):
         GpuRun(tmp_path, 1).run(parts)
     ended = {row["name"]: row["ended"] for row in rows(tmp_path)}
@@ -46,10 +48,11 @@ def test_a_failure_and_a_cut_do_not_stop_the_others(tmp_path: Path) -> None:
     assert rows(tmp_path)[1]["last_lines"][0] == "begun"
 
 
-def test_no_part_begins_when_the_time_is_up(tmp_path: Path) -> None:
+def test_no_part_begins_when_the_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_SMALLEST_S", 1)
     parts = [python("long", "import time; time.sleep(60)"), python("late", "pass")]
     with pytest.raises(GateMissed, match="late not started: no time left"):
-        GpuRun(tmp_path, 16 / 60).run(parts)
+        GpuRun(tmp_path, 2 / 60).run(parts)
     ends = [row["ended"].split(" after")[0] for row in rows(tmp_path)]
     assert ends == ["cut off", "not started: no time left"]
 
@@ -99,10 +102,12 @@ def test_the_most_valuable_part_comes_first(tmp_path: Path, monkeypatch: pytest.
 
 def test_the_planned_commands_parse(tmp_path: Path) -> None:
     """Every option of every part is known to the command; a backend that is not there ends it."""
-    for part in planned_parts(tmp_path, tmp_path / "engines", "no-such-backend"):
-        if part.name.split()[0] in ("step", "peers", "sample"):
-            answer = run(*["bench", *part.command[3:]])
-            assert_one_line_error(answer, "backend: expected one of .*, got 'no-such-backend'")
+    parts = planned_parts(tmp_path, tmp_path / "engines", "no-such-backend")
+    of_each_kind = {part.name.split()[0]: part for part in parts if part.name.startswith(WORKLOADS)}
+    assert of_each_kind.keys() == set(WORKLOADS)
+    for part in of_each_kind.values():
+        answer = run("bench", *part.command[3:])
+        assert_one_line_error(answer, "backend: expected one of .*, got 'no-such-backend'")
 
 
 def test_time_is_needed(tmp_path: Path) -> None:
