@@ -28,11 +28,9 @@ from .clock import Work, alternate, mark, settle
 from .eager import EagerStep, perturbed_skip_row
 from .setting import Inputs, Setting
 from .subject import Subject
-from .verify import distance, load_model
+from .verify import allowed, distance, load_model
 
 _VERIFIED_STEPS = 2
-_FLOAT32_LIMIT = 1e-4
-_SLACK = 2.0
 _ALONE_ROUNDS = 10
 
 
@@ -107,8 +105,9 @@ def _eager_latents(setting: Setting, inputs: Inputs, device: Device) -> tuple[Te
     exact = _eager_loop(setting, model, inputs, torch.float32, device)
     dtype = getattr(torch, setting.workload.dtype)
     if dtype == torch.float32:
-        return exact, _FLOAT32_LIMIT
-    return exact, _SLACK * distance(_eager_loop(setting, model.to(dtype), inputs, dtype, device), exact)
+        return exact, allowed(None)
+    lowered = _eager_loop(setting, model.to(dtype), inputs, dtype, device)
+    return exact, allowed(distance(lowered, exact))
 
 
 def _eager_loop(setting: Setting, model: Any, inputs: Inputs, dtype: torch.dtype, device: Device) -> Tensor:

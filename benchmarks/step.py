@@ -171,13 +171,16 @@ def _ratios(variants: dict[str, Variant], times: dict[str, Times]) -> dict[str, 
 
 
 def _count(results: record.Record, variants: dict[str, Variant], device: Device) -> None:
-    """Memory of a run, and on a GPU its launches, one variant at a time."""
+    """Memory of a run of each variant; on a GPU then its launches, since a profiler may disturb graphs."""
+    works = {name: variant.subject.work(variant.program) for name, variant in variants.items()}
+    rows = results.result["timings"]
     for name, variant in variants.items():
-        work, row = variant.subject.work(variant.program), results.result["timings"][name]
-        row["peak_bytes"] = variant.subject.loaded_bytes + working_bytes(work, device)
-        if device.torch_device.type == "cuda":
-            row |= count_launches(work, device).to_json()
-        results.add()
+        rows[name]["peak_bytes"] = variant.subject.loaded_bytes + working_bytes(works[name], device)
+    results.add()
+    if device.torch_device.type == "cuda":
+        for name, work in works.items():
+            rows[name] |= count_launches(work, device).to_json()
+            results.add()
 
 
 def _print(result: dict[str, Any]) -> None:
