@@ -69,7 +69,7 @@ def load_model(setting: Setting, device: Device) -> Any:
 
 
 def allowed(lowered: float | None) -> float:
-    """How far from eager float32 engines may be, for the eager distance in their precision, if not float32."""
+    """How far engines may be from eager float32; `lowered` is how far eager in their precision is."""
     return _FLOAT32_LIMIT if lowered is None else _SLACK * lowered
 
 
