@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from stg_trt.benchmarks import kernels
-from stg_trt.benchmarks.kernels import KERNELS, KernelBenchmark
+from stg_trt.benchmarks import kernel_cases
+from stg_trt.benchmarks.kernel_cases import KERNELS
+from stg_trt.benchmarks.kernels import KernelBenchmark
 from stg_trt.errors import GateMissed
 from stg_trt.guided_step import guided_step
 from tests.cli import assert_one_line_error, run
@@ -45,7 +46,7 @@ def test_a_wrong_kernel_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyP
         guided_step(state, *arguments, **options)
         state.latents.mul_(1.001)
 
-    monkeypatch.setattr(kernels, "guided_step", off)
+    monkeypatch.setattr(kernel_cases, "guided_step", off)
     with pytest.raises(GateMissed, match=r"guided_step: expected torch reference within .* got 1.0e-03"):
         KernelBenchmark("cpu", (1000,), 1).run(tmp_path / "kernels.json")
     assert not (tmp_path / "kernels.json").exists()
