@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint wheel kernels clean
+.PHONY: demo test lint wheel kernels bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/moving_shapes/demo.py --output demo
@@ -33,6 +33,11 @@ kernels: $(STAMP)
 	cmake --build build/kernels --parallel
 	ctest --test-dir build/kernels --output-on-failure
 	cmake --install build/kernels --prefix .
+
+# In the environment that is there, without a network: torch for CUDA, and this checkout installed in it.
+OUTPUT ?= benchmarks/results
+bench-gpu:
+	$(PYTHON) -m benchmarks gpu --output $(OUTPUT)
 
 clean:
 	rm -rf $(VENV) dist demo build

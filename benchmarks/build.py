@@ -33,18 +33,20 @@ class BuildBenchmark:
 
     def run(self, output: Path, engines: Path | None) -> None:
         """Builds, prints the tables and writes the JSON; what is done is kept after each layout."""
-        results: list[dict[str, Any]] = []
+        results = record.Record(output, "build", model=self.checkpoint, builds=[])
         with ExitStack() as stack:
             root = engines or Path(stack.enter_context(tempfile.TemporaryDirectory()))
             for layout in self.layouts:
                 start = time.perf_counter()
                 folders = self._build(layout, root)
                 wall = round(time.perf_counter() - start, 1)
+                done = results.result["builds"]
                 for folder in folders:
                     manifest = load(folder)
                     print_summary(folder, manifest)
-                    results.append({**_build_result(manifest), "wall_s_all_targets": wall})
-                record.save({"benchmark": "build", "model": self.checkpoint, "builds": results}, output)
+                    done.append({**_build_result(manifest), "wall_s_all_targets": wall})
+                results.add()
+            results.finish()
 
     def _build(self, layout: str, root: Path) -> list[Path]:
         with BuildDisplay() as display:

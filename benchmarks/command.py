@@ -3,11 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from .setting import Setting
+
 bench = typer.Typer(no_args_is_help=True, help="Verify, then time, then record as JSON.")
+
+Output = Annotated[Path, typer.Option(help="JSON file of the results.")]
+Checkpoint = Annotated[
+    str | None,
+    typer.Option(
+        help="A published configuration, or a folder; weights are random. [default: 12 blocks of width 512]"
+    ),
+]
+Height = Annotated[int, typer.Option(help="Pixels.")]
+Width = Annotated[int, typer.Option(help="Pixels.")]
+Frames = Annotated[int, typer.Option(help="Frames.")]
+TextLength = Annotated[int, typer.Option(help="Text tokens.")]
+Mode = Annotated[str, typer.Option(help="stg-a or stg-r.")]
+Blocks = Annotated[
+    str | None, typer.Option(help="Perturbed blocks, such as 19. [default: 8, or the family's]")
+]
+BackendName = Annotated[str, typer.Option(help="What compiles and runs the engines.")]
+TargetName = Annotated[str | None, typer.Option(help="What they are compiled for. [default: the backend's]")]
+Layout = Annotated[str, typer.Option(help="segmented or twin.")]
+Rounds = Annotated[int, typer.Option(help="Alternating rounds after the warm-up.", min=1)]
+Engines = Annotated[
+    Path | None, typer.Option(help="Folder to keep the engines in, or to take them from. [default: none]")
+]
 
 
 @bench.callback()
@@ -18,11 +44,11 @@ def _group() -> None:
 @bench.command()
 def build(
     checkpoint: Annotated[str, typer.Argument(help="A published configuration, or a folder.")],
-    output: Annotated[Path, typer.Option(help="JSON file of the results.")],
-    height: Annotated[int, typer.Option(help="Pixels.")],
-    width: Annotated[int, typer.Option(help="Pixels.")],
-    num_frames: Annotated[int, typer.Option(help="Frames.")],
-    text_length: Annotated[int, typer.Option(help="Text tokens.")] = 128,
+    output: Output,
+    height: Height,
+    width: Width,
+    num_frames: Frames,
+    text_length: TextLength = 128,
     stg_blocks: Annotated[
         str | None, typer.Option(help="Perturbable blocks. [default: the family's]")
     ] = None,
@@ -44,7 +70,7 @@ def build(
         num_frames=num_frames,
         text_length=text_length,
         stg_blocks=None if stg_blocks is None else tuple(parse_blocks(stg_blocks)),
-        layouts=tuple(layouts.split(",")),
+        layouts=_layouts(layouts),
         backend=backend,
         target=target,
         verify_timesteps=verify_timesteps,
@@ -53,29 +79,186 @@ def build(
 
 @bench.command()
 def step(
-    output: Annotated[Path, typer.Option(help="JSON file of the results.")],
-    checkpoint: Annotated[
-        str | None, typer.Option(help="A folder; its weights are random. [default: 12 blocks of width 512]")
-    ] = None,
-    height: Annotated[int, typer.Option(help="Pixels.")] = 512,
-    width: Annotated[int, typer.Option(help="Pixels.")] = 512,
-    num_frames: Annotated[int, typer.Option(help="Frames.")] = 25,
-    text_length: Annotated[int, typer.Option(help="Text tokens.")] = 128,
-    stg_blocks: Annotated[str, typer.Option(help="Perturbed blocks.")] = "8",
-    rounds: Annotated[int, typer.Option(help="Alternating rounds after the warm-up.")] = 20,
-    engines: Annotated[Path | None, typer.Option(help="Folder to keep the engines in.")] = None,
+    output: Output,
+    checkpoint: Checkpoint = None,
+    height: Height = 512,
+    width: Width = 512,
+    num_frames: Frames = 25,
+    text_length: TextLength = 128,
+    stg_mode: Mode = "stg-a",
+    stg_blocks: Blocks = None,
+    backend: BackendName = "onnxruntime",
+    target: TargetName = None,
+    layouts: Annotated[str, typer.Option(help="Layouts to compare.")] = "segmented,twin",
+    rounds: Rounds = 20,
+    engines: Engines = None,
 ) -> None:
-    """Time a CFG+STG step with the shared prefix against all passes in full, and against CFG."""
-    from stg_trt.perturbation import parse_blocks
-
+    """Time a CFG+STG step with the shared prefix against full passes, twins and CFG; graph on and off."""
+    size = (height, width, num_frames, text_length)
+    setting = _setting(checkpoint, size, stg_mode, stg_blocks, backend, target)
     from .step import StepBenchmark
 
-    StepBenchmark(
-        checkpoint=checkpoint,
-        height=height,
-        width=width,
-        num_frames=num_frames,
-        text_length=text_length,
-        stg_blocks=tuple(parse_blocks(stg_blocks)),
-        rounds=rounds,
-    ).run(output, engines)
+    StepBenchmark(setting, _layouts(layouts), rounds).run(output, engines)
+
+
+@bench.command()
+def sample(
+    output: Output,
+    checkpoint: Checkpoint = None,
+    height: Height = 512,
+    width: Width = 512,
+    num_frames: Frames = 25,
+    text_length: TextLength = 128,
+    stg_mode: Mode = "stg-a",
+    stg_blocks: Blocks = None,
+    backend: BackendName = "onnxruntime",
+    target: TargetName = None,
+    layout: Layout = "segmented",
+    num_inference_steps: Annotated[
+        int | None, typer.Option(help="Denoising steps. [default: the family's]", min=2)
+    ] = None,
+    rounds: Rounds = 3,
+    engines: Engines = None,
+) -> None:
+    """Time whole sampling calls: in all, per step by guidance state, and what the loop adds."""
+    size = (height, width, num_frames, text_length)
+    setting = _setting(checkpoint, size, stg_mode, stg_blocks, backend, target)
+    from .sample import SampleBenchmark
+
+    _layouts(layout)
+    SampleBenchmark(setting, layout, num_inference_steps, rounds).run(output, engines)
+
+
+@bench.command()
+def peers(
+    output: Output,
+    checkpoint: Checkpoint = None,
+    height: Height = 512,
+    width: Width = 512,
+    num_frames: Frames = 25,
+    text_length: TextLength = 128,
+    stg_mode: Mode = "stg-a",
+    stg_blocks: Blocks = None,
+    backend: BackendName = "onnxruntime",
+    target: TargetName = None,
+    layout: Layout = "segmented",
+    peers: Annotated[
+        str, typer.Option(help="Who takes part; the others are recorded as left out.")
+    ] = "eager,compiled",
+    compile_mode: Annotated[str, typer.Option(help="The mode of torch.compile.")] = "default",
+    rounds: Rounds = 20,
+    engines: Engines = None,
+) -> None:
+    """Time a CFG+STG step against diffusers' transformer, eager and under torch.compile."""
+    size = (height, width, num_frames, text_length)
+    setting = _setting(checkpoint, size, stg_mode, stg_blocks, backend, target)
+    from .peers import PeersBenchmark
+
+    _layouts(layout)
+    PeersBenchmark(setting, tuple(peers.split(",")), compile_mode, layout, rounds).run(output, engines)
+
+
+@bench.command()
+def kernels(
+    output: Output,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda. [default: cuda where there is a GPU]")
+    ] = None,
+    elements: Annotated[
+        str | None,
+        typer.Option(help="Latent elements of a video. [default: LTX-Video 704x480x121, and a large one]"),
+    ] = None,
+    rounds: Rounds = 50,
+) -> None:
+    """Time the kernels of a step against a copy of as many bytes."""
+    import torch
+
+    from .kernels import LTX_ELEMENTS, KernelBenchmark
+
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    large = 1 << (26 if chosen == "cuda" else 20)
+    sizes = (LTX_ELEMENTS, large) if elements is None else _elements(elements)
+    KernelBenchmark(chosen, sizes, rounds).run(output)
+
+
+@bench.command(name="foreign-engine")
+def foreign_engine(output: Output) -> None:
+    """Build a TensorRT-RTX engine for SM 8.0, try it on the GPU that is here, record the exact answer."""
+    from .foreign_engine import try_foreign_engine
+
+    try_foreign_engine(output)
+
+
+@bench.command()
+def gpu(
+    output: Annotated[Path, typer.Option(help="Folder of the JSON files.")],
+    minutes: Annotated[float, typer.Option(help="Time for everything.")] = 9,
+    backend: Annotated[str, typer.Option(help="What compiles and runs the engines.")] = "inductor",
+) -> None:
+    """Everything that needs a GPU, most valuable first; what is done when the time is up is kept."""
+    from stg_trt.backends import backend_for
+    from stg_trt.device import open_device
+
+    from .gpu import bench_gpu
+
+    backend_for(backend)
+    open_device("cuda")
+    bench_gpu(output, minutes, backend)
+
+
+@bench.command()
+def report(
+    results: Annotated[list[Path], typer.Argument(help="JSON files of results.")],
+    output: Annotated[Path, typer.Option(help="Markdown file; the plot gets its name with .png.")],
+    reasons: Annotated[
+        Path | None, typer.Option(help="JSON object: why a target was missed, by the target's name.")
+    ] = None,
+) -> None:
+    """Write results as Markdown tables and a plot."""
+    from .report import write_report
+
+    for path in write_report(results, output, reasons):
+        print(path)
+
+
+def _setting(
+    checkpoint: str | None,
+    size: tuple[int, int, int, int],
+    stg_mode: str,
+    stg_blocks: str | None,
+    backend: str,
+    target: str | None,
+) -> Setting:
+    """The options that step, sample and peers share."""
+    from stg_trt.backends import backend_for
+    from stg_trt.perturbation import check_mode, parse_blocks
+
+    # What can be refused without torch is refused before the seconds that its import takes.
+    check_mode(stg_mode)
+    backend_for(backend)
+    blocks = None if stg_blocks is None else tuple(parse_blocks(stg_blocks))
+    from .setting import Setting
+
+    return Setting(checkpoint, *size, stg_mode=stg_mode, stg_blocks=blocks, backend=backend, target=target)
+
+
+def _elements(text: str) -> tuple[int, ...]:
+    """Numbers separated by commas; raises InvalidRequest for anything else."""
+    from stg_trt.errors import InvalidRequest
+
+    words = text.split(",")
+    if not all(word.isdecimal() and int(word) > 1 for word in words):
+        raise InvalidRequest(
+            f"elements: expected numbers above 1 separated by commas, got {text!r}: write 675840,67108864"
+        )
+    return tuple(map(int, words))
+
+
+def _layouts(text: str) -> tuple[Any, ...]:
+    """Layouts separated by commas; raises InvalidRequest for an unknown one."""
+    from stg_trt.segment import check_layout
+
+    layouts = tuple(text.split(","))
+    for layout in layouts:
+        check_layout(layout)
+    return layouts

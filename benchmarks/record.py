@@ -1,4 +1,4 @@
-"""What every result carries: machine, versions, commit, date, percentiles."""
+"""A result file: machine, versions, commit and date, checked for before anything is measured."""
 
 from __future__ import annotations
 
@@ -13,10 +13,57 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from stg_trt.errors import InvalidRequest
 from stg_trt.manifest import write_atomically
 
-_PACKAGES = ("torch", "diffusers", "onnx", "onnxscript", "onnxruntime", "tensorrt-rtx-cu13", "tensorrt-cu13")
+_PACKAGES = (
+    "torch",
+    "triton",
+    "diffusers",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "tensorrt-rtx-cu13",
+    "tensorrt-cu13",
+)
+
+
+class Record:
+    """One result as it grows: every `add` rewrites the file, whole or not at all."""
+
+    def __init__(self, path: Path, benchmark: str, **facts: Any) -> None:
+        """Makes the folder; raises InvalidRequest where the file could not be written."""
+        check_output(path)
+        self._path = path
+        self.result: dict[str, Any] = {**environment(), "benchmark": benchmark, **facts, "complete": False}
+
+    def add(self, **parts: Any) -> None:
+        """Keeps what was measured, should the rest be cut off."""
+        self.result |= parts
+        write_atomically(self._path, (json.dumps(self.result, indent=1) + "\n").encode())
+
+    def finish(self) -> None:
+        """Marks the result as everything that was asked for."""
+        self.add(complete=True)
+
+
+def check_output(path: Path) -> None:
+    """Makes the folder of a result; raises InvalidRequest where there can be none."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidRequest(
+            f"output: expected a folder that can be made, got {path.parent} ({error.strerror}): "
+            "choose another"
+        ) from error
+    if not os.access(path.parent, os.W_OK):
+        raise InvalidRequest(
+            f"output: expected a folder that can be written, got {path.parent}: choose another"
+        )
+    if path.is_dir():
+        raise InvalidRequest(f"output: expected a file's name, got the folder {path}: name a .json in it")
 
 
 def environment() -> dict[str, Any]:
@@ -26,28 +73,52 @@ def environment() -> dict[str, Any]:
         "commit": _commit(),
         "processor": _processor(),
         "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": _gpu(),
         "python": platform.python_version(),
         "versions": {name: found for name in _PACKAGES if (found := _version(name))},
     }
 
 
-def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+def percentiles(seconds: Sequence[float], prefix: str = "") -> dict[str, float]:
     """Median, 10th and 90th percentile, in milliseconds."""
     values = np.percentile(np.asarray(seconds) * 1e3, (50, 10, 90))
-    return dict(zip(("median_ms", "p10_ms", "p90_ms"), (round(float(v), 3) for v in values), strict=True))
-
-
-def save(result: dict[str, Any], path: Path) -> None:
-    """Writes a result with its environment, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps({**environment(), **result}, indent=1) + "\n").encode())
+    names = (f"{prefix}{name}_ms" for name in ("median", "p10", "p90"))
+    return dict(zip(names, (round(float(value), 4) for value in values), strict=True))
 
 
 def _commit() -> str:
-    answer = subprocess.run(
-        ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return answer.stdout.strip() or "unknown"
+    """The checkout's commit, or STG_TRT_COMMIT where a copy without its history is measured."""
+    folder = Path(__file__).parent
+    head = _answer(["git", "rev-parse", "--short=12", "HEAD"], folder)
+    if not head:
+        return os.environ.get("STG_TRT_COMMIT", "unknown")
+    return f"{head}-changed" if _answer(["git", "status", "--porcelain", "-uno"], folder) else head
+
+
+def _gpu() -> dict[str, Any] | None:
+    """The GPU that torch would use, and its driver."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    driver = _answer(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], Path.cwd())
+    return {
+        "name": properties.name,
+        "sm": f"sm_{properties.major}{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "driver": driver.splitlines()[0] if driver else "unknown",
+        "cuda": torch.version.cuda,
+    }
+
+
+def _answer(command: list[str], folder: Path) -> str:
+    """What a program prints; empty where there is no such program or it fails."""
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    except FileNotFoundError:
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""
 
 
 def _processor() -> str:

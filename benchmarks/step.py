@@ -1,167 +1,202 @@
-"""One sampling step: CFG+STG with the shared prefix, CFG+STG in full, and CFG alone."""
+"""One sampling step: CFG+STG with the shared prefix, in full, as twins, and CFG alone; graph on and off."""
 
 from __future__ import annotations
 
 import tempfile
-import time
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
-from stg_trt.build_engines.build import build
-from stg_trt.checkpoint import Checkpoint
-from stg_trt.device import Cpu
-from stg_trt.engine_store import Build
+from stg_trt.device import Device
 from stg_trt.errors import GateMissed
-from stg_trt.families.base import KEEP_ATTENTION
-from stg_trt.manifest import load
+from stg_trt.perturbation import Perturbation
 from stg_trt.segment import Segment
+from stg_trt.step_graph import StepGraph
 from stg_trt.step_plan import GROUPS, StepPlan, full_plan, plan_step
-from stg_trt.step_runner import StepBuffers, StepRunner, two_sided
+from stg_trt.step_program import StepProgram
 
 from . import record
+from .clock import Times, alternate, paired_ratio
+from .floor import Floor, measure_floor
+from .launches import count_launches
+from .memory import working_bytes
+from .setting import Setting
+from .subject import Subject
+from .verify import Reference, distance, load_model
 
-_MODEL = Path(__file__).parent / "models" / "ltx-video-512x12"
-_WARMUPS = 3
-_MAX_ABS = 1e-4
+NO_GRAPH = " (no graph)"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the step: a plan of a layout, captured or not."""
+
+    subject: Subject
+    program: StepProgram | StepGraph
+
+    @property
+    def flops(self) -> int:
+        """Operations of the engines in one step."""
+        family, manifest = self.subject.sampler.family, self.subject.build.manifest
+        return self.program.plan.flops(lambda segment: family.segment_flops(segment, manifest.workload))
 
 
 @dataclass(frozen=True)
 class StepBenchmark:
-    """Times plans over the same engines in alternating rounds, after comparing their predictions."""
+    """Times plans in alternating rounds, after comparing their predictions with the eager model's."""
 
-    checkpoint: str | None
-    height: int
-    width: int
-    num_frames: int
-    text_length: int
-    stg_blocks: tuple[int, ...]
+    setting: Setting
+    layouts: tuple[str, ...]
     rounds: int
 
     def run(self, output: Path, engines: Path | None) -> None:
-        """Builds, verifies, times, prints a table and writes the JSON."""
-        source = self.checkpoint or str(_MODEL)
+        """Builds, verifies, times, prints a table and writes the JSON; a layout that is done is kept."""
+        setting = self.setting
+        setting.check()
+        results = record.Record(output, "step", **setting.to_json(), rounds=self.rounds)
+        device = setting.device()
+        inputs = setting.inputs()
+        floor = measure_floor(device, setting.workload.dtype)
+        model = load_model(setting, device)
+        reference = Reference.of_step(setting, model, inputs, device)
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        results.add(gemm=floor.to_json(), verification_limits=reference.limits, model_bytes=weights)
+        del model
+        variants: dict[str, Variant] = {}
         with ExitStack() as stack:
             root = engines or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            (folder,) = build(
-                source,
-                root,
-                height=self.height,
-                width=self.width,
-                num_frames=self.num_frames,
-                text_length=self.text_length,
-                stg_blocks=self.stg_blocks,
-                stg_mode="stg-a",
-                random_weights=True,
-                verify_timesteps=1,
+            for layout in self.layouts:
+                build = setting.build(layout, root)
+                added = _variants(Subject(setting, build, inputs, device), setting.perturbation, device)
+                results.add(**_verified(added, reference, results.result))
+                variants |= added
+                times = alternate(
+                    {n: v.subject.work(v.program) for n, v in variants.items()}, self.rounds, device
+                )
+                results.add(**_timings(variants, times, floor), **_ratios(variants, times))
+            _count(results, variants, device)
+            results.finish()
+        _print(results.result)
+
+
+def _plans(layout: str, segments: Sequence[Segment], perturbation: Perturbation) -> dict[str, StepPlan]:
+    """The plans of a layout by name."""
+    cfg = plan_step(segments, GROUPS[:2], None)
+    stg = plan_step(segments, GROUPS, perturbation)
+    if layout == "twin":
+        return {"twin": stg, "twin cfg": cfg}
+    return {"shared": stg, "full": full_plan(segments, GROUPS, perturbation), "cfg": cfg}
+
+
+def _variants(subject: Subject, perturbation: Perturbation, device: Device) -> dict[str, Variant]:
+    """Every plan of a layout; where the device captures, as a graph and again without one."""
+    layout = subject.build.manifest.layout
+    variants = {}
+    for name, plan in _plans(layout, subject.sampler.segments, perturbation).items():
+        program = subject.program(plan)
+        if device.captures:
+            variants[name] = Variant(subject, subject.captured(program))
+            name += NO_GRAPH
+        variants[name] = Variant(subject, program)
+    subject.weigh()
+    return variants
+
+
+def _verified(
+    variants: dict[str, Variant], reference: Reference, known: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Relative L2 of every variant's rows; raises GateMissed for one that is wrong."""
+    preds = {name: variant.subject.preds(variant.program) for name, variant in variants.items()}
+    errors = {name: reference.check(name, rows) for name, rows in preds.items()}
+    parts: dict[str, Any] = {"verification": {**known.get("verification", {}), **errors}}
+    if "full" in preds and "shared" in preds:
+        parts["max_abs_shared_against_full"] = _compared(preds["shared"], preds["full"], reference.limits)
+    return parts
+
+
+def _compared(shared: dict[str, Tensor], full: dict[str, Tensor], limits: dict[str, float]) -> float:
+    """Largest difference; raises GateMissed unless the shared plan predicts what the full one does."""
+    for group, limit in limits.items():
+        error = distance(shared[group], full[group])
+        if not error <= limit:
+            raise GateMissed(
+                f"step: expected {group} of the shared plan within a relative L2 of {limit:.1e} of the full "
+                f"one, got {error:.1e}: do not trust timings of these engines"
             )
-            result = self._measure(Build(folder, load(folder)), source)
-        record.save(result, output)
-        _print(result)
+    return max(float((shared[group] - full[group]).abs().max()) for group in GROUPS)
 
-    def _measure(self, built: Build, source: str) -> dict[str, Any]:
-        family = Checkpoint.open(source, random_weights=True).family
-        manifest = built.manifest
-        segments = [r.segment for r in manifest.segments if not r.segment.text]
-        specs = list(family.tensors(manifest.workload).values())
-        buffers = StepBuffers(specs, two_sided(segments, family.borders), 1, torch.device("cpu"))
-        _fill(buffers, specs)
-        engines = built.load_engines(Cpu())
-        plans = {
-            "shared": plan_step(segments, GROUPS, manifest.perturbation),
-            "full": full_plan(segments, GROUPS, manifest.perturbation),
-            "cfg": plan_step(segments, GROUPS[:2], None),
+
+def _timings(variants: dict[str, Variant], times: dict[str, Times], floor: Floor) -> dict[str, Any]:
+    """Percentiles of each variant with its operations and its share of the floor; one entry per layout."""
+    rows = {}
+    for name, variant in variants.items():
+        row: dict[str, Any] = record.percentiles(times[name].device_s)
+        nodes = variant.program.nodes if isinstance(variant.program, StepGraph) else 0
+        rows[name] = {
+            **row,
+            **record.percentiles(times[name].host_s, "host_"),
+            "gflop": round(variant.flops / 1e9, 2),
+            "floor_ms": round(floor.ms(variant.flops), 4),
+            "share_of_floor": round(floor.ms(variant.flops) / row["median_ms"], 4),
+            "layout": variant.subject.build.manifest.layout,
+            "graph_nodes": nodes,
         }
-        runners = {name: StepRunner(plan, engines, buffers, family.borders) for name, plan in plans.items()}
-        difference = _verify(runners, buffers)
-        seconds = _time(runners, self.rounds)
-
-        def flops(plan: StepPlan) -> int:
-            return plan.flops(lambda segment: _flops(family, segment, manifest.workload))
-
-        paired = sorted(a / b for a, b in zip(seconds["shared"], seconds["full"], strict=True))
-        ratio = paired[len(paired) // 2]
-        expected = flops(plans["shared"]) / flops(plans["full"])
-        return {
-            "benchmark": "step",
-            "model": Path(source).name,
-            "backend": manifest.backend,
-            "workload": asdict(manifest.workload),
-            "stg_mode": manifest.stg_mode,
-            "stg_blocks": list(manifest.stg_blocks),
-            "max_abs_shared_against_full": difference,
-            "rounds": self.rounds,
-            "timings": {
-                name: {**record.percentiles(times), "gflop": round(flops(plans[name]) / 1e9, 2)}
-                for name, times in seconds.items()
-            },
-            "shared_over_full": round(ratio, 4),
-            "shared_over_full_flops": round(expected, 4),
-            "deviation": round(ratio / expected - 1, 4),
-        }
+    layouts = {v.subject.build.manifest.layout: v.subject.to_json() for v in variants.values()}
+    return {"timings": rows, "layouts": layouts}
 
 
-def _flops(family: Any, segment: Segment, workload: Any) -> int:
-    flops: int = family.segment_flops(segment, workload)
-    return flops
+def _ratios(variants: dict[str, Variant], times: dict[str, Times]) -> dict[str, float]:
+    """What one plan costs against another, measured in pairs and by operations."""
+    ratios = {}
+    pairs = (
+        ("shared_over_full", "shared", "full"),
+        ("stg_over_cfg", "shared", "cfg"),
+        ("shared_over_twin", "shared", "twin"),
+        ("twin_over_cfg", "twin", "twin cfg"),
+        ("graph_over_no_graph", "shared", f"shared{NO_GRAPH}"),
+    )
+    for key, above, below in pairs:
+        if above in times and below in times:
+            ratios[key] = round(paired_ratio(times[above], times[below]), 4)
+            ratios[f"{key}_flops"] = round(variants[above].flops / variants[below].flops, 4)
+    if "shared_over_full" in ratios:
+        ratios["deviation"] = round(ratios["shared_over_full"] / ratios["shared_over_full_flops"] - 1, 4)
+    return ratios
 
 
-def _fill(buffers: StepBuffers, specs: Any) -> None:
-    """Inputs and constants at random; skip rows have what cond rows have."""
-    generator = torch.Generator().manual_seed(0)
-    for spec in specs:
-        if spec.name == KEEP_ATTENTION:
-            continue
-        view = buffers.view(spec.name)
-        view.copy_(spec.random(len(GROUPS), generator))
-        if spec.has_rows:
-            buffers.view(spec.name, ("skip",)).copy_(buffers.view(spec.name, ("cond",)))
-    buffers.view("timestep").fill_(500.0)
-
-
-def _verify(runners: dict[str, StepRunner], buffers: StepBuffers) -> float:
-    """Raises GateMissed unless the shared plan's predictions are the full one's: the sharing is exact."""
-    predictions = {}
-    for name in ("full", "shared"):
-        buffers.view("pred").zero_()
-        runners[name].enqueue()
-        predictions[name] = buffers.view("pred").clone()
-    difference = float((predictions["full"] - predictions["shared"]).abs().max())
-    moved = float((predictions["full"][1] - predictions["full"][2]).abs().max())
-    if not (difference <= _MAX_ABS and moved > _MAX_ABS):
-        raise GateMissed(
-            f"step: expected the shared plan within {_MAX_ABS} of the full one and a skip row that differs, "
-            f"got {difference:.1e} and {moved:.1e}: do not trust timings of these engines"
-        )
-    return difference
-
-
-def _time(runners: dict[str, StepRunner], rounds: int) -> dict[str, list[float]]:
-    """Seconds per step, the plans taking turns so that drift hits all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in runners}
-    for i in range(_WARMUPS + rounds):
-        for name, runner in runners.items():
-            start = time.perf_counter()
-            runner.enqueue()
-            if i >= _WARMUPS:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+def _count(results: record.Record, variants: dict[str, Variant], device: Device) -> None:
+    """Memory of a run of each variant; on a GPU then its launches, since a profiler may disturb graphs."""
+    works = {name: variant.subject.work(variant.program) for name, variant in variants.items()}
+    rows = results.result["timings"]
+    for name, variant in variants.items():
+        rows[name]["peak_bytes"] = variant.subject.loaded_bytes + working_bytes(works[name], device)
+    results.add()
+    if device.torch_device.type == "cuda":
+        for name, work in works.items():
+            rows[name] |= count_launches(work, device).to_json()
+            results.add()
 
 
 def _print(result: dict[str, Any]) -> None:
     table = Table(title=f"{result['model']}, one step on {result['backend']}", title_justify="left")
-    for column in ("plan", "median ms", "p10", "p90", "GFLOP"):
+    for column in ("plan", "median ms", "p10", "p90", "GFLOP", "of the floor", "peak MB"):
         table.add_column(column, justify="left" if column == "plan" else "right")
     for name, row in result["timings"].items():
-        table.add_row(name, *(f"{row[key]:.1f}" for key in ("median_ms", "p10_ms", "p90_ms", "gflop")))
+        times = (f"{row[key]:.2f}" for key in ("median_ms", "p10_ms", "p90_ms", "gflop"))
+        table.add_row(name, *times, f"{row['share_of_floor']:.0%}", f"{row['peak_bytes'] / 1e6:.0f}")
     console = Console()
     console.print(table)
-    console.print(
-        f"shared / full: {result['shared_over_full']:.3f} measured, "
-        f"{result['shared_over_full_flops']:.3f} by FLOPs ({result['deviation']:+.1%})"
-    )
+    if "shared_over_full" in result:
+        console.print(
+            f"shared / full: {result['shared_over_full']:.3f} measured, "
+            f"{result['shared_over_full_flops']:.3f} by FLOPs ({result['deviation']:+.1%})"
+        )
+        console.print(
+            f"STG / CFG: {result['stg_over_cfg']:.3f} measured, {result['stg_over_cfg_flops']:.3f} by FLOPs"
+        )

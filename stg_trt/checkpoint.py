@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -201,18 +203,25 @@ class Checkpoint:
 
 
 def _random_weights(expected: dict[str, Any]) -> dict[str, Any]:
-    """Fan-in scaled normal matrices, ones for norms: timed and compiled like trained weights, never zeros."""
+    """Fan-in scaled normal matrices, ones for norms: timed and compiled like trained weights, never zeros.
+
+    Each tensor has a generator of its own, so that all cores can draw at once and the values stay the same.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        drawn = threads.map(lambda item: _random_weight(*item), expected.items())
+        return dict(zip(expected, drawn, strict=True))
+
+
+def _random_weight(name: str, like: Any) -> Any:
     import torch
 
-    weights = {}
-    for name, tensor in expected.items():
-        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
-        generator = torch.Generator().manual_seed(seed)
-        scale = tensor.shape[-1] ** -0.5 if tensor.ndim > 1 else 0.02
-        weights[name] = torch.randn(tensor.shape, generator=generator).mul_(scale)
-        if tensor.ndim == 1 and "norm" in name and name.endswith("weight"):
-            weights[name] += 1
-    return weights
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
+    generator = torch.Generator().manual_seed(seed)
+    scale = like.shape[-1] ** -0.5 if like.ndim > 1 else 0.02
+    weight = torch.randn(like.shape, generator=generator).mul_(scale)
+    if like.ndim == 1 and "norm" in name and name.endswith("weight"):
+        weight += 1
+    return weight
 
 
 class _Config(dict[str, Any]):

@@ -83,17 +83,40 @@ class Sampler:
                     f"negative_prompt_embeds: expected embeddings for guidance_scale {guidance.cfg_scale[i]} "
                     f"at step {i}, got none: give them or set guidance_scale to 1"
                 )
-        with self._device.scope():
-            state = self._prepared(latents, guidance, solver)
-            self._write_constants(state.buffers, cond, uncond, frame_rate)
+        state = self.prepare(latents, cond, uncond, guidance, solver, frame_rate)
         for i in steps:
             with self._device.scope():
-                program = self._program(StepKey.of(guidance, solver, i), state)
+                program = self.program(StepKey.of(guidance, solver, i), state)
                 program.enqueue()
             step = SampledStep(i, solver.timesteps[i], program.plan, state)
             yield step
             if step.replaced:
                 _check_replaceable(solver, i)
+
+    def prepare(
+        self,
+        latents: Tensor,
+        cond: TextCondition,
+        uncond: TextCondition | None,
+        guidance: Guidance,
+        solver: SolverTable,
+        frame_rate: float,
+    ) -> StepState:
+        """Writes a run's start, tables and constants into the static memory, as `steps` does."""
+        with self._device.scope():
+            state = self._prepared(latents, guidance, solver)
+            self._write_constants(state.buffers, cond, uncond, frame_rate)
+        return state
+
+    def program(self, key: StepKey, state: StepState) -> StepProgram | StepGraph:
+        """The program of a guidance state, captured where the device can."""
+        if key not in self._programs:
+            plan = plan_step(self.segments, key.passes, key.perturbation)
+            runner = StepRunner(plan, self._engines, state.buffers, self.family.borders)
+            program = StepProgram(key, runner, state, self._device.stream)
+            captured = StepGraph(program, state, self._device) if self._device.captures else program
+            self._programs[key] = captured
+        return self._programs[key]
 
     def _prepared(self, latents: Tensor, guidance: Guidance, solver: SolverTable) -> StepState:
         """The static memory with a run's start written into it; allocated again only where it must grow."""
@@ -134,16 +157,6 @@ class Sampler:
         for name in (*self.family.borders(TEXT)[0], *self.family.borders(TEXT)[1]):
             context.bind(name, buffers.view(name))
         return context
-
-    def _program(self, key: StepKey, state: StepState) -> StepProgram | StepGraph:
-        """The program of a guidance state, captured where the device can."""
-        if key not in self._programs:
-            plan = plan_step(self.segments, key.passes, key.perturbation)
-            runner = StepRunner(plan, self._engines, state.buffers, self.family.borders)
-            program = StepProgram(key, runner, state, self._device.stream)
-            captured = StepGraph(program, state, self._device) if self._device.captures else program
-            self._programs[key] = captured
-        return self._programs[key]
 
     def _write_constants(
         self, buffers: StepBuffers, cond: TextCondition, uncond: TextCondition | None, frame_rate: float

@@ -30,6 +30,11 @@ class StepGraph:
         except RuntimeError as error:
             warnings.warn(f"CUDA graph: capture failed, steps run without one: {error}", stacklevel=2)
 
+    @property
+    def nodes(self) -> int:
+        """Nodes of the captured graph; 0 where steps run without one."""
+        return self._graph.nodes if self._graph is not None else 0
+
     def enqueue(self) -> None:
         """One step."""
         if self._graph is not None:

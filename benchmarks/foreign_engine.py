@@ -1,0 +1,92 @@
+"""Whether a TensorRT-RTX engine built for SM 8.0 runs on the GPU that is here: asked once, word for word.
+
+The engines are loaded and run in a process of their own, so that a crash is an answer too.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from stg_trt.device import open_device
+from stg_trt.engine_store import Build, EngineStore
+from stg_trt.errors import BackendUnavailable
+from stg_trt.step_plan import GROUPS, plan_step
+
+from . import record
+from .setting import Setting
+from .subject import Subject
+from .verify import Reference, load_model
+
+BACKEND = "tensorrt-rtx"
+TARGET = "sm_80"
+_MODEL = Path(__file__).parent / "models" / "ltx-video-128x2"
+_SETTING = Setting(
+    checkpoint=str(_MODEL),
+    height=128,
+    width=128,
+    num_frames=25,
+    text_length=16,
+    stg_mode="stg-a",
+    stg_blocks=(1,),
+    backend=BACKEND,
+    target=TARGET,
+)
+_LIMIT_S = 60
+
+
+def try_foreign_engine(output: Path) -> None:
+    """Builds for SM 8.0, then loads, runs and compares in another process; records what each stage said."""
+    results = record.Record(output, "foreign-engine", **_SETTING.to_json())
+    with tempfile.TemporaryDirectory() as root:
+        try:
+            _SETTING.build("segmented", Path(root))
+        except BackendUnavailable as error:
+            results.add(stages=[], answer=str(error))
+        else:
+            results.add(**_asked(root))
+    results.finish()
+    print(results.result["answer"])
+
+
+def _asked(root: str) -> dict[str, object]:
+    """Stages that were reached, exit status, and what was printed, word for word."""
+    command = [sys.executable, "-m", __name__, root]
+    try:
+        child = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return {"stages": [], "answer": f"no answer within {_LIMIT_S} s"}
+    stages = child.stdout.split("\n")[:-1]
+    said = child.stderr.strip()
+    answer = stages[-1] if child.returncode == 0 else said.splitlines()[-1] if said else "no message"
+    return {"stages": stages, "exit_status": child.returncode, "stderr": said, "answer": answer}
+
+
+def _load_and_run(root: str) -> None:
+    """Prints every stage before it begins, so that the last line tells where it ended."""
+    print("device", flush=True)
+    device = open_device("cuda")
+    (build,) = EngineStore.open(root).builds
+    print("load", flush=True)
+    engines = build.load_engines(device)
+    print(f"loaded {', '.join(engines)}", flush=True)
+    del engines
+    _run(build)
+
+
+def _run(build: Build) -> None:
+    device, inputs = _SETTING.device(), _SETTING.inputs()
+    reference = Reference.of_step(_SETTING, load_model(_SETTING, device), inputs, device)
+    subject = Subject(_SETTING, build, inputs, device)
+    print("run", flush=True)
+    program = subject.program(plan_step(subject.sampler.segments, GROUPS, _SETTING.perturbation))
+    preds = subject.preds(program)
+    print("compare", flush=True)
+    errors = reference.check("foreign engine", preds)
+    print(f"ran, relative L2 {max(errors.values()):.1e}", flush=True)
+
+
+if __name__ == "__main__":
+    _load_and_run(sys.argv[1])

@@ -1,0 +1,39 @@
+"""Memory of what is measured: of the GPU, or resident in this process where there is none."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from stg_trt.build_engines.memory import PeakMemory, release
+from stg_trt.device import Device
+
+from .clock import Work, settle
+
+
+def memory_in_use(device: Device) -> int:
+    """Bytes taken now, with what was freed given back; engines that torch knows nothing of are in it."""
+    release()
+    if device.torch_device.type != "cuda":
+        return int(psutil.Process().memory_info().rss)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free)
+
+
+def working_bytes(work: Work, device: Device) -> int:
+    """Bytes that one run takes beyond what is there before it; 0 where all was taken beforehand."""
+    with device.scope():
+        work.reset()
+        settle(device)
+        if device.torch_device.type != "cuda":
+            before = psutil.Process().memory_info().rss
+            with PeakMemory() as peak:
+                work.run()
+            return max(0, int(peak.bytes - before))
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work.run()
+        settle(device)
+        return int(torch.cuda.max_memory_allocated() - before)

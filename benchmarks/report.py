@@ -1,0 +1,230 @@
+"""Results as Markdown tables and a plot, from their JSON files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from stg_trt.errors import BackendUnavailable, InvalidRequest
+from stg_trt.manifest import write_atomically
+
+from .record import check_output
+from .targets import outcomes
+
+Row = dict[str, Any]
+
+
+def write_report(paths: Sequence[Path], output: Path, reasons: Path | None) -> list[Path]:
+    """Writes `output` (.md) and beside it the plot (.png); raises InvalidRequest for what is no result."""
+    if output.suffix != ".md":
+        raise InvalidRequest(f"output: expected a name ending in .md, got {output}: rename it")
+    check_output(output)
+    results = [_read(path) for path in paths]
+    why = _read_reasons(reasons) if reasons else {}
+    _check_plotting()
+    from .plot import save_plot
+
+    written = [output]
+    plotted = [result for result in results if result.get("timings")]
+    if plotted:
+        written.append(output.with_suffix(".png"))
+        save_plot(plotted, written[-1])
+    text = _text(results, why, written[-1].name if plotted else None)
+    write_atomically(output, text.encode())
+    return written
+
+
+def _read(path: Path) -> Row:
+    try:
+        result = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"report: expected a JSON result, got {path} ({error}): check it") from error
+    if not isinstance(result, dict) or result.get("benchmark") not in SECTIONS:
+        raise InvalidRequest(
+            f"report: expected a result of stg-trt bench, got {path}: leave it out or measure again"
+        )
+    return result
+
+
+def _read_reasons(path: Path) -> dict[str, str]:
+    """Why a target was missed, by the target's name."""
+    try:
+        reasons = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(
+            f"reasons: expected a JSON object of texts by target, got {path} ({error}): check it"
+        ) from error
+    if not isinstance(reasons, dict) or not all(isinstance(text, str) for text in reasons.values()):
+        raise InvalidRequest(f"reasons: expected a JSON object of texts by target, got {path}: correct it")
+    return reasons
+
+
+def _check_plotting() -> None:
+    """Raises BackendUnavailable without matplotlib, before anything is written."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"report: expected matplotlib for the plot, got {error}: pip install 'stg-trt[benchmarks]'"
+        ) from error
+
+
+def _text(results: Sequence[Row], reasons: dict[str, str], plot: str | None) -> str:
+    parts = ["# Benchmarks", _targets(results, reasons)]
+    if plot:
+        parts.append(f"![Milliseconds of a step, with the floor of its operations]({plot})")
+    for result in results:
+        parts += [f"## {_title(result)}", _measured_on(result), SECTIONS[result["benchmark"]](result)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _targets(results: Sequence[Row], reasons: dict[str, str]) -> str:
+    """Which targets were met; a missed one with its reason."""
+    rows = []
+    for outcome in outcomes(results):
+        target = outcome.target
+        bound = f"{'<=' if target.at_most else '>='} {target.bound:g}"
+        if outcome.value is None:
+            rows.append([target.name, outcome.gpu, bound, "not measured", ""])
+            continue
+        met = target.met(outcome.value)
+        why = "" if met else reasons.get(target.name, "reason not known yet")
+        rows.append(
+            [target.name, outcome.gpu, bound, f"{outcome.value:.3f}", "met" if met else f"missed: {why}"]
+        )
+    return _table(["target", "GPU", "bound", "measured", ""], rows) if rows else ""
+
+
+def _title(result: Row) -> str:
+    words = [result["benchmark"]]
+    if "model" in result:
+        words.append(result["model"])
+    if "workload" in result and "width" in result["workload"]:
+        size = result["workload"]
+        words.append(f"{size['width']}x{size['height']}x{size['num_frames']} {size['precision']}")
+    words += [result["backend"]] if "backend" in result else []
+    return ", ".join(words) + ("" if result.get("complete", True) else " (cut off)")
+
+
+def _measured_on(result: Row) -> str:
+    gpu = result.get("gpu")
+    machine = f"{result['processor']}, {result['cores']} cores"
+    if gpu:
+        machine = f"{gpu['name']}, driver {gpu['driver']}, CUDA {gpu['cuda']}"
+    versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
+    lines = [f"{machine}; commit {result['commit']}, {result['date']}; {versions}."]
+    if "gemm" in result:
+        gemm = result["gemm"]
+        lines.append(
+            f"The floor is at {gemm['tflops']:.2f} TFLOP/s, a {gemm['size']}^3 {gemm['dtype']} product."
+        )
+    if result.get("left_out"):
+        lines.append(f"Left out: {', '.join(result['left_out'])}.")
+    return " ".join(lines)
+
+
+def _timings(result: Row) -> str:
+    """Step and peers: percentiles, share of the floor, memory, and what was counted on a GPU."""
+    optional = {"kernels": "kernels", "launches": "launches", "host_syncs": "host syncs"}
+    timings = result.get("timings", {})
+    shown = [key for key in optional if any(key in row for row in timings.values())]
+    header = [
+        "",
+        "median ms",
+        "p10",
+        "p90",
+        "GFLOP",
+        "of the floor",
+        "peak MB",
+        *(optional[k] for k in shown),
+    ]
+    rows = [
+        [
+            name,
+            *(f"{row[key]:.2f}" for key in ("median_ms", "p10_ms", "p90_ms")),
+            f"{row['gflop']:,.1f}",
+            f"{row['share_of_floor']:.0%}",
+            f"{row['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in row else "",
+            *(str(row.get(key, "")) for key in shown),
+        ]
+        for name, row in timings.items()
+    ]
+    ratios = [
+        f"{key.replace('_over_', ' / ').replace('_', ' ')}: {value:.3f}"
+        + (f" ({result[f'{key}_flops']:.3f} by operations)" if f"{key}_flops" in result else "")
+        for key, value in result.items()
+        if "_over_" in key and not key.endswith("_flops")
+    ]
+    return "\n\n".join([_table(header, rows), "; ".join(ratios)])
+
+
+def _sample(result: Row) -> str:
+    rows = []
+    for name, call in result.get("calls", {}).items():
+        total = [f"{call['total'][key]:.1f}" for key in ("median_ms", "p10_ms", "p90_ms")]
+        steps = "; ".join(
+            f"{s['count']} x {s['median_ms']:.2f} ({state})" for state, s in call["steps"].items()
+        )
+        rows.append([name, *total, steps, f"{call['setup_ms']:.1f}", f"{call['loop_overhead']:.1%}"])
+    return _table(
+        ["guidance", "total ms", "p10", "p90", "steps x ms (passes)", "set-up ms", "loop overhead"], rows
+    )
+
+
+def _kernels(result: Row) -> str:
+    rows = [
+        [
+            row["name"],
+            row["implementation"],
+            f"{row['elements']:,}",
+            f"{row['median_ms']:.4f}",
+            f"{row['gb_per_s']:.0f}",
+            f"{row['copy_gb_per_s']:.0f}",
+            f"{row['share_of_copy']:.0%}",
+        ]
+        for row in result["kernels"]
+    ]
+    return _table(["kernel", "", "elements", "median ms", "GB/s", "copy GB/s", "of a copy"], rows)
+
+
+def _builds(result: Row) -> str:
+    rows = [
+        [
+            build["layout"],
+            build["target"],
+            f"{build['wall_s_all_targets']:.1f}",
+            f"{build['engine_bytes'] / 1e6:,.0f}",
+            f"{build['peak_bytes'] / 2**30:.1f}",
+            str(build["fused_attentions"]),
+        ]
+        for build in result["builds"]
+    ]
+    return _table(["layout", "target", "s, all targets", "engine MB", "peak GiB", "fused attentions"], rows)
+
+
+def _foreign_engine(result: Row) -> str:
+    stages = ", ".join(result.get("stages", [])) or "none"
+    return f"An engine for {result['target']}; stages reached: {stages}. The answer: `{result.get('answer')}`"
+
+
+def _gpu_parts(result: Row) -> str:
+    rows = [[part["name"], part["ended"], f"{part['seconds']:.0f}"] for part in result["parts"]]
+    return _table(["part", "ended", "s"], rows)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+SECTIONS: dict[str, Callable[[Row], str]] = {
+    "step": _timings,
+    "peers": _timings,
+    "sample": _sample,
+    "kernels": _kernels,
+    "build": _builds,
+    "foreign-engine": _foreign_engine,
+    "gpu": _gpu_parts,
+}

@@ -1,0 +1,219 @@
+"""A whole sampling call: total time, time per step by guidance state, and what the loop adds to its steps."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from stg_trt.device import Device
+from stg_trt.errors import GateMissed
+from stg_trt.guidance import Guidance
+from stg_trt.sampler import SampledStep
+from stg_trt.step_program import StepKey
+
+from . import record
+from .clock import Work, alternate, mark, settle
+from .eager import EagerStep, perturbed_skip_row
+from .setting import Inputs, Setting
+from .subject import Subject
+from .verify import allowed, distance, load_model
+
+_VERIFIED_STEPS = 2
+_ALONE_ROUNDS = 10
+
+
+@dataclass(frozen=True)
+class Call:
+    """Seconds of one call: in all, as the host waits for it, and of each step on the device."""
+
+    total_s: float
+    steps_s: list[float]
+
+
+@dataclass(frozen=True)
+class SampleBenchmark:
+    """Samples latents with CFG and STG on every step, on the middle half, and with CFG alone, in turns."""
+
+    setting: Setting
+    layout: str
+    steps: int | None
+    rounds: int
+
+    def run(self, output: Path, engines: Path | None) -> None:
+        """Builds, verifies the first steps, times, prints a table and writes the JSON."""
+        setting = self.setting
+        setting.check()
+        facts = {"layout": self.layout, "rounds": self.rounds}
+        results = record.Record(output, "sample", **setting.to_json(), **facts)
+        device, inputs = setting.device(), setting.inputs(self.steps)
+        results.result["steps"] = len(inputs.solver.timesteps)
+        exact, limit = _eager_latents(setting, inputs, device)
+        with ExitStack() as stack:
+            root = engines or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            subject = Subject(setting, setting.build(self.layout, root), inputs, device)
+            results.add(verification=_verified(subject, inputs, exact, limit), memory=subject.to_json())
+            guidances = {
+                name: _guidance(setting, inputs, name) for name in ("stg", "stg in the middle", "cfg")
+            }
+            calls = _alternate(subject, inputs, guidances, self.rounds, device)
+            alone = _steps_alone(subject, inputs, guidances.values(), device)
+            results.add(
+                calls={name: _call_result(calls[name], g, inputs, alone) for name, g in guidances.items()},
+                step_alone_ms={_state(key): round(seconds * 1e3, 4) for key, seconds in alone.items()},
+            )
+            results.finish()
+        _print(results.result)
+
+
+def _guidance(setting: Setting, inputs: Inputs, name: str) -> Guidance:
+    """`stg` on every step, on the middle half of them, or on none."""
+    given = setting.guidance(inputs.solver, stg=name != "cfg")
+    if name != "stg in the middle":
+        return given
+    count = len(given.stg_scale)
+    middle = range(count // 4, max(count // 4 + 1, count - count // 4))
+    scales = tuple(scale if i in middle else 0.0 for i, scale in enumerate(given.stg_scale))
+    return Guidance(given.cfg_scale, scales, given.rescale, given.blocks, given.mode)
+
+
+def _sampled(subject: Subject, inputs: Inputs, guidance: Guidance, stop: int) -> Tensor:
+    """Latents after at most `stop` steps."""
+    return list(islice(_steps(subject, inputs, guidance), stop))[-1].latents
+
+
+def _steps(subject: Subject, inputs: Inputs, guidance: Guidance) -> Iterator[SampledStep]:
+    return subject.sampler.steps(
+        inputs.noise, inputs.cond, inputs.uncond, guidance, inputs.solver, inputs.frame_rate
+    )
+
+
+def _eager_latents(setting: Setting, inputs: Inputs, device: Device) -> tuple[Tensor, float]:
+    """Float32 latents of the eager loop after the verified steps, and the distance that is allowed."""
+    model = load_model(setting, device)
+    exact = _eager_loop(setting, model, inputs, torch.float32, device)
+    dtype = getattr(torch, setting.workload.dtype)
+    if dtype == torch.float32:
+        return exact, allowed(None)
+    lowered = _eager_loop(setting, model.to(dtype), inputs, dtype, device)
+    return exact, allowed(distance(lowered, exact))
+
+
+def _eager_loop(setting: Setting, model: Any, inputs: Inputs, dtype: torch.dtype, device: Device) -> Tensor:
+    guidance, place = setting.guidance(inputs.solver), device.torch_device
+    with device.scope(), perturbed_skip_row(model, setting.perturbation):
+        eager = EagerStep(setting, model, inputs, dtype, place)
+        latents = inputs.noise.to(place)
+        for i in range(min(_VERIFIED_STEPS, len(inputs.solver.timesteps))):
+            timestep = torch.tensor([inputs.solver.timesteps[i]], device=place)
+            latents = eager.step(latents, timestep, guidance, inputs, i)
+        return latents
+
+
+def _verified(subject: Subject, inputs: Inputs, exact: Tensor, limit: float) -> dict[str, float]:
+    """Raises GateMissed unless the sampler's latents are the eager loop's."""
+    got = _sampled(subject, inputs, subject.guidance, _VERIFIED_STEPS)
+    error = distance(got, exact)
+    if not error <= limit:
+        raise GateMissed(
+            f"sample: expected latents within a relative L2 of {limit:.1e} of the eager loop after "
+            f"{_VERIFIED_STEPS} steps, got {error:.1e}: do not trust timings of it"
+        )
+    return {"steps": _VERIFIED_STEPS, "relative_l2": error, "limit": limit}
+
+
+def _alternate(
+    subject: Subject, inputs: Inputs, guidances: dict[str, Guidance], rounds: int, device: Device
+) -> dict[str, list[Call]]:
+    """Calls in turns; the first round warms up, and captures."""
+    calls: dict[str, list[Call]] = {name: [] for name in guidances}
+    for i in range(1 + rounds):
+        for name, guidance in guidances.items():
+            call = _timed_call(subject, inputs, guidance, device)
+            if i:
+                calls[name].append(call)
+    return calls
+
+
+def _timed_call(subject: Subject, inputs: Inputs, guidance: Guidance, device: Device) -> Call:
+    settle(device)
+    start = time.perf_counter()
+    steps = _steps(subject, inputs, guidance)
+    with device.scope():
+        marks = [mark(device)]
+        for _ in steps:
+            marks.append(mark(device))
+    settle(device)
+    total_s = time.perf_counter() - start
+    return Call(total_s, [after.since(before) for before, after in pairwise(marks)])
+
+
+def _steps_alone(
+    subject: Subject, inputs: Inputs, guidances: Iterable[Guidance], device: Device
+) -> dict[StepKey, float]:
+    """Median seconds of every guidance state's program, run over and over with no loop around it."""
+    keys = {StepKey.of(guidance, inputs.solver, i) for guidance in guidances for i in _indices(inputs)}
+    works = {
+        _state(key): Work(subject.sampler.program(key, subject.state).enqueue, subject.reset) for key in keys
+    }
+    times = alternate(works, _ALONE_ROUNDS, device)
+    return {key: median(times[_state(key)].device_s) for key in keys}
+
+
+def _indices(inputs: Inputs) -> range:
+    return range(len(inputs.solver.timesteps))
+
+
+def _state(key: StepKey) -> str:
+    """A guidance state as it is shown: its passes, and whether the prediction is rescaled."""
+    return "+".join(key.passes) + (", rescaled" if key.rescaled else "")
+
+
+def _call_result(
+    calls: list[Call], guidance: Guidance, inputs: Inputs, alone: dict[StepKey, float]
+) -> dict[str, Any]:
+    """Percentiles of the total and of the steps by state, and what is not the steps themselves.
+
+    `overhead` is 1 - (steps alone)/total, with the tables and the constants that come before the first;
+    `loop_overhead` is the same without the first step and what comes before it.
+    """
+    keys = [StepKey.of(guidance, inputs.solver, i) for i in _indices(inputs)]
+    by_state: dict[str, list[float]] = {}
+    for call in calls:
+        for key, seconds in zip(keys, call.steps_s, strict=True):
+            by_state.setdefault(_state(key), []).append(seconds)
+    total_s = [call.total_s for call in calls]
+    loop_s = median(sum(call.steps_s[1:]) for call in calls)
+    return {
+        "total": record.percentiles(total_s),
+        "steps": {
+            state: {"count": len(seconds) // len(calls), **record.percentiles(seconds)}
+            for state, seconds in by_state.items()
+        },
+        "overhead": round(1 - sum(alone[key] for key in keys) / median(total_s), 4),
+        "loop_overhead": round(1 - sum(alone[key] for key in keys[1:]) / loop_s, 4),
+        "setup_ms": round((median(call.steps_s[0] for call in calls) - alone[keys[0]]) * 1e3, 4),
+    }
+
+
+def _print(result: dict[str, Any]) -> None:
+    table = Table(
+        title=f"{result['model']}, {result['steps']} steps on {result['backend']}", title_justify="left"
+    )
+    for column in ("guidance", "total ms", "p10", "p90", "set-up ms", "loop overhead"):
+        table.add_column(column, justify="left" if column == "guidance" else "right")
+    for name, call in result["calls"].items():
+        times = (f"{call['total'][key]:.2f}" for key in ("median_ms", "p10_ms", "p90_ms"))
+        table.add_row(name, *times, f"{call['setup_ms']:.1f}", f"{call['loop_overhead']:.1%}")
+    Console().print(table)

@@ -1,0 +1,175 @@
+"""What step, sample and peers measure: one model with random weights, at one size, on one backend."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stg_trt.backends import backend_for, check_target
+from stg_trt.build_engines.build import build
+from stg_trt.build_engines.display import BuildDisplay
+from stg_trt.checkpoint import Checkpoint
+from stg_trt.device import Device, open_device
+from stg_trt.engine_store import Build
+from stg_trt.errors import InvalidRequest
+from stg_trt.families.base import ModelFamily, TextCondition, Workload
+from stg_trt.guidance import Guidance
+from stg_trt.manifest import load
+from stg_trt.perturbation import Perturbation, check_blocks
+from stg_trt.solver import SolverTable
+
+SMALL_MODEL = Path(__file__).parent / "models" / "ltx-video-512x12"
+_SMALL_BLOCKS = (8,)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The options that step, sample and peers share; None is the small model, or the family's blocks."""
+
+    checkpoint: str | None
+    height: int
+    width: int
+    num_frames: int
+    text_length: int
+    stg_mode: str
+    stg_blocks: tuple[int, ...] | None
+    backend: str
+    target: str | None = None
+
+    def check(self) -> None:
+        """Raises InvalidRequest or BackendUnavailable for what cannot be measured, before a build."""
+        self.family.check(self.workload)
+        check_blocks(self.perturbation.blocks, self.family.num_blocks)
+        if not self.perturbation.blocks:
+            raise InvalidRequest("stg_blocks: expected blocks to perturb, got none: name one")
+        self.device()
+
+    @property
+    def source(self) -> str:
+        """The checkpoint as `build` takes it."""
+        return self.checkpoint or str(SMALL_MODEL)
+
+    @cached_property
+    def opened(self) -> Checkpoint:
+        """The checkpoint with random weights, the same wherever they are drawn."""
+        return Checkpoint.open(self.source, random_weights=True)
+
+    @property
+    def family(self) -> ModelFamily:
+        """The model family."""
+        return self.opened.family
+
+    @property
+    def workload(self) -> Workload:
+        """The sizes, in the target's own precision."""
+        return Workload(self.height, self.width, self.num_frames, self.text_length, self._place[1])
+
+    @property
+    def perturbation(self) -> Perturbation:
+        """What the skip rows change."""
+        default = self.family.defaults.stg_blocks if self.checkpoint else _SMALL_BLOCKS
+        return Perturbation(self.stg_mode, default if self.stg_blocks is None else self.stg_blocks)
+
+    @property
+    def _place(self) -> tuple[str, str]:
+        """Where the engines run, cpu or cuda, and in which precision."""
+        backend = backend_for(self.backend)
+        check_target(backend, self.target or backend.targets[0], backend.precisions[0])
+        return backend.device, backend.precisions[0]
+
+    def device(self) -> Device:
+        """A new device of the engines' kind."""
+        return open_device(self._place[0])
+
+    def build(self, layout: str, root: Path) -> Build:
+        """Builds below `root` or re-uses; not verified there, since the whole model is verified here."""
+        with BuildDisplay() as display:
+            (folder,) = build(
+                self.source,
+                root,
+                height=self.height,
+                width=self.width,
+                num_frames=self.num_frames,
+                text_length=self.text_length,
+                stg_blocks=self.perturbation.blocks,
+                stg_mode=self.stg_mode,
+                layout=layout,
+                backend=self.backend,
+                target=self.target,
+                random_weights=True,
+                verify_timesteps=0,
+                progress=display,
+            )
+        return Build(folder, load(folder))
+
+    def inputs(self, steps: int | None = None) -> Inputs:
+        """A request's inputs at random, for `steps` steps of the family's schedule (default: its own)."""
+        family, workload = self.family, self.workload
+        generator = torch.Generator().manual_seed(0)
+        specs = family.tensors(workload)
+        embeds = torch.randn(specs["prompt_embeds"].with_rows(2), generator=generator)
+        mask = torch.ones(embeds.shape[:2])
+        # The last quarter is padding, as prompts are shorter than the text length.
+        mask[:, embeds.shape[1] - embeds.shape[1] // 4 :] = 0
+        scheduler = self.opened.scheduler()
+        family.set_timesteps(scheduler, steps or family.defaults.num_inference_steps, workload)
+        solver = SolverTable.from_scheduler(scheduler)
+        if None in solver.two_term:
+            raise InvalidRequest(
+                f"checkpoint: expected a single-step scheduler (flow Euler, DDIM), got "
+                f"{self.opened.scheduler_config.get('_class_name')}: measure with one of those"
+            )
+        noise = torch.randn(specs["latents"].with_rows(1), generator=generator)
+        return Inputs(
+            noise=noise * solver.noise_scale,
+            uncond=TextCondition(embeds[:1], mask[:1]),
+            cond=TextCondition(embeds[1:], mask[1:]),
+            solver=solver,
+            frame_rate=family.defaults.frame_rate,
+        )
+
+    def guidance(self, solver: SolverTable, *, stg: bool = True) -> Guidance:
+        """The family's scales on every step, with or without the skip pass."""
+        defaults = self.family.defaults
+        training_steps = self.opened.scheduler_config.get("num_train_timesteps", 1000)
+        return Guidance.for_steps(
+            [timestep / training_steps for timestep in solver.timesteps],
+            guidance_scale=defaults.guidance_scale,
+            stg_scale=defaults.stg_scale if stg else 0.0,
+            rescale=defaults.rescale,
+            stg_mode=self.stg_mode,
+            stg_blocks=self.perturbation.blocks,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """For a result."""
+        return {
+            "model": Path(self.source).name,
+            "backend": self.backend,
+            "target": self.target or "default",
+            "workload": asdict(self.workload),
+            "tokens": self.family.tensors(self.workload)["latents"].shape[1],
+            "stg_mode": self.stg_mode,
+            "stg_blocks": list(self.perturbation.blocks),
+        }
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One video's request on the CPU: packed noise (1, tokens, channels), texts, steps."""
+
+    noise: Tensor
+    uncond: TextCondition
+    cond: TextCondition
+    solver: SolverTable
+    frame_rate: float
+
+    @property
+    def middle(self) -> int:
+        """The step that single steps are measured at."""
+        return len(self.solver.timesteps) // 2

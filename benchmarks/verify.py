@@ -1,0 +1,96 @@
+"""The gate before every timing: predictions against the uncut eager model in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stg_trt.device import Device
+from stg_trt.errors import GateMissed
+from stg_trt.step_plan import GROUPS
+
+from .eager import EagerStep, perturbed_skip_row
+from .setting import Inputs, Setting
+
+# Float32 against float32: what is left is the order of summation.
+_FLOAT32_LIMIT = 1e-4
+# In a lower precision: as far as the eager model in that precision is, and half as much again.
+_SLACK = 1.5
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Eager float32 predictions (1, tokens, channels) of each row, and the distance that is allowed."""
+
+    preds: dict[str, Tensor]
+    limits: dict[str, float]
+
+    @classmethod
+    def of_step(cls, setting: Setting, model: Any, inputs: Inputs, device: Device) -> Reference:
+        """Runs the float32 `model` at the middle step; leaves it in the engines' precision."""
+        dtype = getattr(torch, setting.workload.dtype)
+        exact = _preds(setting, model, inputs, device, torch.float32)
+        limits = dict.fromkeys(GROUPS, allowed(None))
+        if dtype != torch.float32:
+            lowered = _preds(setting, model.to(dtype), inputs, device, dtype)
+            limits = {group: allowed(distance(lowered[group], exact[group])) for group in GROUPS}
+        reference = cls(exact, limits)
+        reference._check_perturbed()
+        return reference
+
+    def check(self, name: str, preds: dict[str, Tensor]) -> dict[str, float]:
+        """Relative L2 of each row; raises GateMissed, naming what was run, where one is too far off."""
+        found = {group: distance(pred, self.preds[group]) for group, pred in preds.items()}
+        for group, error in found.items():
+            if not error <= self.limits[group]:
+                raise GateMissed(
+                    f"{name}: expected {group} within a relative L2 of {self.limits[group]:.1e} of the uncut "
+                    f"eager model, got {error:.1e}: do not trust timings of it"
+                )
+        return found
+
+    def _check_perturbed(self) -> None:
+        """A skip row as near to cond as the limit would let a plan pass that perturbs nothing."""
+        moved = distance(self.preds["skip"], self.preds["cond"])
+        if not moved > self.limits["skip"]:
+            raise GateMissed(
+                f"eager: expected a skip row further from cond than the limit {self.limits['skip']:.1e}, got "
+                f"{moved:.1e}: the check would see no difference; perturb other blocks"
+            )
+
+
+def load_model(setting: Setting, device: Device) -> Any:
+    """The uncut diffusers transformer in float32 on the device, with the engines' random weights."""
+    return setting.opened.load_transformer().to(device.torch_device)
+
+
+def allowed(lowered: float | None) -> float:
+    """How far engines may be from eager float32; `lowered` is how far eager in their precision is."""
+    return _FLOAT32_LIMIT if lowered is None else _SLACK * lowered
+
+
+def distance(got: Tensor, wanted: Tensor) -> float:
+    """Relative L2 in float64; infinite where anything is not finite."""
+    a, b = got.double(), wanted.double()
+    if not bool(torch.isfinite(a).all()):
+        return float("inf")
+    return float((a - b).norm() / b.norm())
+
+
+def by_group(preds: Tensor, groups: Sequence[str]) -> dict[str, Tensor]:
+    """Rows of one video by the name of their pass, copied."""
+    return {group: pred.clone() for group, pred in zip(groups, preds.split(1), strict=True)}
+
+
+def _preds(
+    setting: Setting, model: Any, inputs: Inputs, device: Device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    with device.scope(), perturbed_skip_row(model, setting.perturbation):
+        eager = EagerStep(setting, model, inputs, dtype, device.torch_device)
+        timestep = torch.tensor([inputs.solver.timesteps[inputs.middle]], device=device.torch_device)
+        latents = inputs.noise.to(device.torch_device) * inputs.solver.input_scale[inputs.middle]
+        return by_group(eager.preds(latents, timestep), GROUPS)

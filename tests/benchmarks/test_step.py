@@ -1,0 +1,157 @@
+"""`stg-trt bench step`: what it records, and what it refuses to time."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stg_trt.benchmarks import step
+from stg_trt.benchmarks.setting import Setting
+from stg_trt.benchmarks.step import NO_GRAPH, StepBenchmark
+from stg_trt.device import Cpu
+from stg_trt.errors import GateMissed
+from tests.benchmarks.broken_plan import unperturbed
+from tests.cli import assert_one_line_error, run, start
+
+PLANS = {"shared": "segmented", "full": "segmented", "cfg": "segmented", "twin": "twin", "twin cfg": "twin"}
+
+
+def read(path: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result
+
+
+def test_measures_every_plan(tmp_path: Path, tiny: tuple[str, ...]) -> None:
+    output = tmp_path / "new folder" / "step.json"
+    answer = run("bench", "step", *tiny, "--rounds=3", "--output", output)
+    assert answer.returncode == 0, answer.stderr
+    result = read(output)
+    assert result["complete"] and result["benchmark"] == "step" and result["rounds"] == 3
+    assert {name: row["layout"] for name, row in result["timings"].items()} == PLANS
+    for row in result["timings"].values():
+        assert 0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"]
+        assert row["share_of_floor"] == pytest.approx(row["floor_ms"] / row["median_ms"], rel=0.01)
+        assert row["peak_bytes"] >= 0 and row["gflop"] > 0 and row["host_median_ms"] > 0
+    assert result["shared_over_full_flops"] < 1 < result["stg_over_cfg_flops"]
+    expected = result["shared_over_full"] / result["shared_over_full_flops"] - 1
+    assert result["deviation"] == pytest.approx(expected, abs=2e-4)
+    assert "by FLOPs" in answer.stdout and "shared / full: " in answer.stdout
+    assert result["gemm"]["dtype"] == "float32" and result["gemm"]["tflops"] > 0
+    assert result["gpu"] is None and {"torch", "diffusers", "onnxruntime"} <= result["versions"].keys()
+    for errors in result["verification"].values():
+        assert max(errors.values()) <= 1e-4
+    assert result["verification"].keys() == PLANS.keys()
+
+
+def test_the_segmented_layout_holds_its_weights_once(tmp_path: Path, engines: Path, setting: Setting) -> None:
+    StepBenchmark(setting, ("segmented", "twin"), 1).run(tmp_path / "step.json", engines)
+    result = read(tmp_path / "step.json")
+    once, twice = (result["layouts"][layout]["weight_bytes"] for layout in ("segmented", "twin"))
+    assert result["model_bytes"] <= once < 1.3 * result["model_bytes"] < twice
+
+
+def test_a_broken_plan_is_not_timed(
+    tmp_path: Path, engines: Path, setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "plan_step", unperturbed)
+    with pytest.raises(GateMissed, match=r"shared: expected skip within .* got .*: do not trust timings"):
+        StepBenchmark(setting, ("segmented",), 1).run(tmp_path / "step.json", engines)
+    result = read(tmp_path / "step.json")
+    assert "timings" not in result and not result["complete"]
+
+
+def test_a_perturbation_without_effect_cannot_be_checked(
+    tmp_path: Path, engines: Path, setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stg_trt.benchmarks.verify._FLOAT32_LIMIT", 1e3)
+    with pytest.raises(GateMissed, match="the check would see no difference"):
+        StepBenchmark(setting, ("segmented",), 1).run(tmp_path / "step.json", engines)
+
+
+def test_what_is_measured_is_kept(
+    tmp_path: Path, engines: Path, setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = Setting.build
+
+    def cut_off(self: Setting, layout: str, root: Path) -> Any:
+        if layout == "twin":
+            raise KeyboardInterrupt
+        return build(self, layout, root)
+
+    monkeypatch.setattr(Setting, "build", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        StepBenchmark(setting, ("segmented", "twin"), 2).run(tmp_path / "step.json", engines)
+    result = read(tmp_path / "step.json")
+    assert not result["complete"]
+    assert result["timings"].keys() == {"shared", "full", "cfg"} and result["shared_over_full"] > 0
+
+
+def test_interrupted(tmp_path: Path, tiny: tuple[str, ...]) -> None:
+    output = tmp_path / "step.json"
+    process = start("bench", "step", *tiny, "--rounds=1000000", "--output", output)
+    deadline = time.monotonic() + 120
+    while not output.exists() or "verification" not in read(output):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=20)
+    assert_one_line_error(
+        subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr), "interrupted"
+    )
+    assert not read(output)["complete"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step.json"]
+
+
+class Capturing(Cpu):
+    """A CPU that says it has graphs; a graph runs its work again."""
+
+    captures = True
+
+    def capture(self, work: Callable[[], None]) -> Any:
+        class Graph:
+            nodes = 7
+
+            def replay(self) -> None:
+                work()
+
+        return Graph()
+
+
+def test_graph_on_and_off(
+    tmp_path: Path, engines: Path, setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Setting, "device", lambda self: Capturing())
+    StepBenchmark(setting, ("segmented",), 1).run(tmp_path / "step.json", engines)
+    timings = read(tmp_path / "step.json")["timings"]
+    assert {name: row["graph_nodes"] for name, row in timings.items()} == {
+        **dict.fromkeys(("shared", "full", "cfg"), 7),
+        **dict.fromkeys((f"shared{NO_GRAPH}", f"full{NO_GRAPH}", f"cfg{NO_GRAPH}"), 0),
+    }
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--output={file}/x.json", "output: expected a folder that can be made, got .*: choose another"),
+        ("--output={folder}", "output: expected a file's name, got the folder"),
+        ("--stg-blocks=2", "stg_blocks: expected block numbers from 0 to 1"),
+        ("--stg-blocks=", "stg_blocks: expected blocks to perturb, got none"),
+        ("--height=65", "height: expected a positive multiple of 32, got 65"),
+        ("--layouts=segmented,double", "layout: expected one of segmented, twin"),
+        ("--backend=cudnn", "backend: expected one of"),
+        ("--backend=tensorrt", "device: expected an NVIDIA GPU, got none"),
+    ],
+)
+def test_refused_at_the_start(tmp_path: Path, tiny: tuple[str, ...], option: str, message: str) -> None:
+    (tmp_path / "file").touch()
+    given = option.format(file=tmp_path / "file", folder=tmp_path)
+    result = run("bench", "step", *tiny, f"--output={tmp_path / 'step.json'}", given)
+    assert_one_line_error(result, message)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
