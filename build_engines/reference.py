@@ -11,6 +11,8 @@ from stg_trt.segment import Segment
 
 State = dict[str, Tensor]
 
+_CPU = torch.device("cpu")
+
 
 class Reference:
     """The chain of segments run eagerly, segment by segment, at some timesteps of the schedule.
@@ -26,11 +28,13 @@ class Reference:
         segments: tuple[Segment, ...],
         timesteps: int,
         rows: int,
+        device: torch.device = _CPU,
     ) -> None:
         self.checkpoint = checkpoint
         self.family = checkpoint.family
         self.workload = workload
         self.segments = segments
+        self.device = device
         self.timesteps = _spread(self._schedule(), timesteps)
         self._states = [self._start(timestep, rows) for timestep in self.timesteps]
         self._done: set[Segment] = set()
@@ -55,13 +59,16 @@ class Reference:
         return [{name: state[name] for name in names} for state in self._states]
 
     def run(self, segment: Segment, module: SegmentModule) -> list[State]:
-        """Eager outputs of a segment, one set per timestep."""
+        """Eager outputs of a segment, one set per timestep, on the CPU; the module is there again after it."""
         outputs = []
+        module.to(self.device)
         with torch.no_grad():
             for state, inputs in zip(self._states, self.inputs(segment), strict=True):
-                results = dict(zip(module.outputs, module(*inputs.values()), strict=True))
+                tensors = module(*(tensor.to(self.device) for tensor in inputs.values()))
+                results = {name: t.to(_CPU) for name, t in zip(module.outputs, tensors, strict=True)}
                 outputs.append(results)
                 state |= results
+        module.to(_CPU)
         self._done.add(segment)
         return outputs
 

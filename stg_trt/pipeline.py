@@ -205,16 +205,16 @@ class VideoPipeline:
                 break
         return latents if step is None else step.latents
 
-    def _device_for(self, backend: str) -> Device:
+    def _device_for(self, manifest: Manifest) -> Device:
         """One device for all builds of a kind, so that graphs share memory."""
-        name = backend_for(backend).device
+        name = backend_for(manifest.backend).target(manifest.target).device
         if name not in self._devices:
             self._devices[name] = open_device(name)
         return self._devices[name]
 
     def _sampler(self, build: Build) -> Sampler:
         if build.folder not in self._samplers:
-            device = self._device_for(build.manifest.backend)
+            device = self._device_for(build.manifest)
             engines = build.load_engines(device)
             self._samplers[build.folder] = Sampler(self.family, build.manifest, engines, device)
         return self._samplers[build.folder]
