@@ -47,7 +47,7 @@ def compile_package(program: ExportedProgram, path: Path, device: torch.device) 
     with warnings.catch_warnings(), fresh_cache(dir=str(path.parent)):
         warnings.simplefilter("ignore")
         try:
-            # Attention is lowered to the first of these that can do it; plain arithmetic is counted as a miss.
+            # Attention becomes the first of these that can do it; plain arithmetic is not counted as fused.
             with torch.no_grad(), sdpa_kernel(_attention_kernels(device), set_priority=True):
                 aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(OPTIONS))
         except RuntimeError as error:

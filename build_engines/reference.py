@@ -59,7 +59,7 @@ class Reference:
         return [{name: state[name] for name in names} for state in self._states]
 
     def run(self, segment: Segment, module: SegmentModule) -> list[State]:
-        """Eager outputs of a segment, one set per timestep, on the CPU; the module is there again after it."""
+        """Eager outputs of a segment, one set per timestep; they and the module are on the CPU afterwards."""
         outputs = []
         module.to(self.device)
         with torch.no_grad():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -62,7 +62,7 @@ class SegmentBuild:
         self._states: tuple[list[State], list[State]] = [], []
 
     def compile(self, key: EngineKey, finished: FinishedFiles) -> SegmentRecord:
-        """The engine for one target, in its folder; raises GateMissed and leaves nothing where a gate fails."""
+        """The engine for one target, in its folder; raises GateMissed and leaves nothing if a gate fails."""
         exported = self._exported = self._exported or self._export()
         seconds = dict(self._shared_seconds)
         with PeakMemory() as peak:
@@ -114,7 +114,7 @@ class SegmentBuild:
         self._shared_peak = peak.bytes
         return exported
 
-    def _modules(self, module: SegmentModule) -> Iterator[tuple[Segment, SegmentModule]]:
+    def _modules(self, module: SegmentModule) -> Generator[tuple[Segment, SegmentModule]]:
         """The segment's pieces with their weights in the engine's precision, one in memory at a time."""
         dtype = getattr(torch, self.options.workload.dtype)
         for piece in self.compiler.pieces(self.segment):

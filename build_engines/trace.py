@@ -1,4 +1,4 @@
-"""A module to a torch.export program with free rows, its outputs written to arguments, its weights numbered."""
+"""A module to a torch.export program with free rows, numbered weights, and outputs that it is given."""
 
 from __future__ import annotations
 

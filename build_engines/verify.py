@@ -32,9 +32,9 @@ def verify(
         )
         if not (worst.relative_l2 <= tolerance.relative_l2 and worst.cosine >= tolerance.cosine):
             raise GateMissed(
-                f"{name}: numerics: expected relative L2 <= {tolerance.relative_l2} against eager float32, got "
-                f"{worst.relative_l2:.2e} (cosine {worst.cosine:.6f}) at timestep {timestep}: the export of "
-                "this segment is wrong"
+                f"{name}: numerics: expected relative L2 <= {tolerance.relative_l2} against eager float32, "
+                f"got {worst.relative_l2:.2e} (cosine {worst.cosine:.6f}) at timestep {timestep}: the export "
+                "of this segment is wrong"
             )
         results.append(worst)
     return tuple(results)

@@ -34,9 +34,9 @@ class Backend:
         for target in self.targets:
             if target.name == name:
                 return target
+        names = ", ".join(target.name for target in self.targets)
         raise InvalidRequest(
-            f"target: expected one of {', '.join(t.name for t in self.targets)} for {self.name}, got {name!r}: "
-            "choose one of them"
+            f"target: expected one of {names} for {self.name}, got {name!r}: choose one of them"
         )
 
 

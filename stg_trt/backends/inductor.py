@@ -1,4 +1,4 @@
-"""AOTInductor engines: chains of compiled packages; equal pieces share a package and keep their own weights."""
+"""AOTInductor engines: chains of compiled packages; equal pieces share one, each over its own weights."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pydantic
@@ -104,12 +105,10 @@ def _check_cuda() -> None:
         raise BackendUnavailable(
             "inductor: expected an NVIDIA GPU for --target this-gpu, got none: use --target cpu"
         )
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
+    if find_spec("triton") is None:
         raise BackendUnavailable(
-            f"inductor: expected the Python module triton, got {error}: pip install triton"
-        ) from error
+            "inductor: expected the Python module triton, got no such module: pip install triton"
+        )
     from torch.utils.cpp_extension import CUDA_HOME
 
     if CUDA_HOME is None or not (Path(CUDA_HOME) / "include" / "cuda.h").is_file():
