@@ -26,7 +26,7 @@ from .aoti_package import OPTIONS, compile_package, fused_attentions
 from .compiler import CPU, FLOAT32, Compiled, Compiler, Exported, Job, Tolerance
 from .finished_files import FinishedFiles
 from .inductor_runs import activation_bytes, engine_runner
-from .trace import constants, fingerprint, trace
+from .trace import fingerprint, trace, weights_of
 
 # Rounding after every operation of the blocks of one segment.
 _BFLOAT16 = Tolerance(3e-2, 1 - 1e-3)
@@ -44,7 +44,7 @@ class ExportedPiece:
 
 @dataclass(frozen=True)
 class ExportedChain(Exported):
-    """One program of each kind, and the weights of every piece, `<place>.<constant>`."""
+    """One program of each kind, and the weights of every piece, `<place>.<weight>`."""
 
     pieces: tuple[ExportedPiece, ...] = ()
     programs: dict[str, ExportedProgram] = field(default_factory=dict)
@@ -104,7 +104,7 @@ class InductorCompiler(Compiler):
             traced = ExportedPiece(piece.name, fingerprint(program), module.inputs, module.outputs)
             pieces.append(traced)
             programs.setdefault(traced.fingerprint, program)
-            weights |= {f"{place}.{name}": value for name, value in constants(program).items()}
+            weights |= {f"{place}.{name}": value for name, value in weights_of(program).items()}
         graphs = "".join(piece.fingerprint for piece in pieces)
         return ExportedChain(
             hashlib.sha256(graphs.encode()).hexdigest(),

@@ -5,19 +5,16 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind
 
 from stg_trt.errors import GateMissed
 from stg_trt.families.base import SegmentModule
 from stg_trt.tensor_spec import ROWS, TensorSpec
 
 _TRACED_ROWS = 2
-_CONSTANTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
 class _Numbered(nn.Module):
@@ -62,27 +59,32 @@ def trace(
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.export.export(_Numbered(module), arguments, dynamic_shapes=(axes,), strict=False)
+            program = torch.export.export(_Numbered(module), arguments, dynamic_shapes=(axes,), strict=False)
     except (torch._dynamo.exc.UserError, ValueError) as error:
         raise GateMissed(
             f"{name}: expected any number of rows from 1 to {max_rows}, got an operation in the segment that "
             f"fixes it: {' '.join(str(error).split())[:200]}"
         ) from error
+    if program.constants:
+        raise GateMissed(
+            f"{name}: expected all weights to be parameters or buffers, got {len(program.constants)} tensors "
+            "made while it runs: register them as buffers"
+        )
+    return program
 
 
-def constants(program: ExportedProgram) -> dict[str, Tensor]:
-    """What the program reads beside its arguments, by the names that a package knows it under."""
+def weights_of(program: ExportedProgram) -> dict[str, Tensor]:
+    """The weights that the program reads, by the names that a package knows them under."""
     used = {node.name for node in program.graph.find_nodes(op="placeholder") if node.users}
-    values: dict[str, Any] = {**program.constants, **program.state_dict}
     return {
-        spec.target: values[spec.target].detach()
-        for spec in program.graph_signature.input_specs
-        if spec.kind in _CONSTANTS and spec.target is not None and spec.arg.name in used
+        weight: program.state_dict[weight].detach()
+        for placeholder, weight in program.graph_signature.inputs_to_parameters.items()
+        if placeholder in used
     }
 
 
 def fingerprint(program: ExportedProgram) -> str:
-    """SHA-256 of all that decides what a program computes, but for the values of its constants."""
+    """SHA-256 of all that decides what a program computes, but for the values of its weights."""
     shapes = [
         (node.name, str(node.meta["val"].dtype), str(node.meta["val"].shape), str(node.meta["val"].stride()))
         for node in program.graph.find_nodes(op="placeholder")

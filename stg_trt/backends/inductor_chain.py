@@ -20,7 +20,7 @@ METADATA_KEY = "chain"
 
 @dataclass(frozen=True)
 class Piece:
-    """One call of a compiled package; its weights are named `<place in the chain>.<constant>`."""
+    """One call of a compiled package; its weights are named `<place in the chain>.<name in the package>`."""
 
     package: str
     inputs: tuple[str, ...]
