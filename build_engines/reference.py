@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from stg_trt.checkpoint import Checkpoint
+from stg_trt.errors import GateMissed
 from stg_trt.families.base import KEEP_ATTENTION, SegmentModule, TextCondition, Workload
 from stg_trt.segment import Segment
 
@@ -61,13 +62,18 @@ class Reference:
     def run(self, segment: Segment, module: SegmentModule) -> list[State]:
         """Eager outputs of a segment, one set per timestep; they and the module are on the CPU afterwards."""
         outputs = []
-        module.to(self.device)
-        with torch.no_grad():
-            for state, inputs in zip(self._states, self.inputs(segment), strict=True):
-                tensors = module(*(tensor.to(self.device) for tensor in inputs.values()))
-                results = {name: t.to(_CPU) for name, t in zip(module.outputs, tensors, strict=True)}
-                outputs.append(results)
-                state |= results
+        try:
+            with torch.no_grad():
+                for state, inputs in zip(self._states, self.inputs(segment), strict=True):
+                    tensors = module.to(self.device)(*(tensor.to(self.device) for tensor in inputs.values()))
+                    results = {name: t.to(_CPU) for name, t in zip(module.outputs, tensors, strict=True)}
+                    outputs.append(results)
+                    state |= results
+        except torch.OutOfMemoryError as error:
+            raise GateMissed(
+                f"{segment.name}: expected GPU memory for the segment in float32, got none left: free some, "
+                "or use the segmented layout or --verify-timesteps 0"
+            ) from error
         module.to(_CPU)
         self._done.add(segment)
         return outputs
