@@ -9,9 +9,7 @@ import typer
 
 
 def build(
-    checkpoint: Annotated[
-        str, typer.Argument(help="A diffusers folder, or a published configuration's name.")
-    ],
+    checkpoint: Annotated[str, typer.Argument(help="A diffusers folder, or a published model's name.")],
     output: Annotated[Path, typer.Option(help="Folder for the engines; several builds may share it.")],
     height: Annotated[int, typer.Option(help="Pixels.")],
     width: Annotated[int, typer.Option(help="Pixels.")],
