@@ -14,7 +14,6 @@ from filelock import FileLock, Timeout
 import stg_trt
 from stg_trt import manifest as manifests
 from stg_trt.backends import backend_for
-from stg_trt.backends.tensorrt_library import library_version
 from stg_trt.checkpoint import Checkpoint
 from stg_trt.engine_key import EngineKey, code_version, digest
 from stg_trt.engine_store import check_file
@@ -23,7 +22,8 @@ from stg_trt.families.base import Workload
 from stg_trt.manifest import Manifest, SegmentRecord
 from stg_trt.segment import Segment
 
-from . import compile_tensorrt
+from .compilers import compiler_for
+from .finished_files import FinishedFiles
 from .options import BuildOptions
 from .progress import Progress, Silent
 from .reference import Reference
@@ -63,17 +63,20 @@ def build(
     """
     opened = Checkpoint.open(checkpoint, random_weights=random_weights)
     chosen = backend_for(backend)
+    targets = tuple((target or chosen.targets[0].name).split(","))
     defaults = opened.family.defaults
     options = BuildOptions(
         checkpoint=opened,
         output=Path(output),
-        workload=Workload(height, width, num_frames, text_length, precision or chosen.precisions[0]),
+        workload=Workload(
+            height, width, num_frames, text_length, precision or chosen.target(targets[0]).precisions[0]
+        ),
         stg_blocks=tuple(sorted(defaults.stg_blocks if stg_blocks is None else stg_blocks)),
         stg_mode=defaults.stg_mode if stg_mode is None else stg_mode,
         layout=layout,
         max_batch=max_batch,
         backend=chosen,
-        targets=tuple((target or chosen.targets[0]).split(",")),
+        targets=targets,
         verify_timesteps=verify_timesteps,
         keep_onnx=keep_onnx,
     )
@@ -89,11 +92,8 @@ class _Builder:
         options.checkpoint.check()
         _make(options.output)
         self.weights = options.checkpoint.fingerprint()
-        self.backend_version = (
-            version("onnxruntime")
-            if options.backend.name == "onnxruntime"
-            else library_version(options.backend.name)
-        )
+        self.compiler = compiler_for(options)
+        self.backend_version = self.compiler.version
 
     def run(self) -> list[Path]:
         """Builds what is missing under the locks of the build folders."""
@@ -126,6 +126,7 @@ class _Builder:
             options.segments,
             options.verify_timesteps,
             2 if self._row_flops() < _TWO_ROW_FLOPS else 1,
+            self.compiler.reference_device(),
         )
         for segment in options.segments:
             keys = {target: self._key(segment, target) for target in folders}
@@ -141,9 +142,9 @@ class _Builder:
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
             try:
-                stages = SegmentBuild(options, segment, reference, work, self.progress)
+                stages = SegmentBuild(options, self.compiler, segment, reference, work, self.progress)
                 for target, key in missing.items():
-                    record = stages.compile(key, folders[target])
+                    record = stages.compile(key, FinishedFiles(folders[target], manifest[target]))
                     manifest[target] = _with(manifest[target], record)
                     manifests.save(manifest[target], folders[target])
                     self.progress.finish(segment, record, reused=False)
@@ -212,11 +213,11 @@ class _Builder:
             outputs=tuple(family.outputs(segment, options.workload)),
             rows=options.rows(segment),
             precision=options.workload.precision,
-            opset=options.backend.opset,
+            opset=self.compiler.opset,
             backend=options.backend.name,
             backend_version=self.backend_version,
             target=target,
-            flags=() if options.backend.name == "onnxruntime" else compile_tensorrt.FLAGS,
+            flags=self.compiler.flags(target),
         )
 
 

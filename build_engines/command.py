@@ -9,9 +9,7 @@ import typer
 
 
 def build(
-    checkpoint: Annotated[
-        str, typer.Argument(help="A diffusers folder, or a published configuration's name.")
-    ],
+    checkpoint: Annotated[str, typer.Argument(help="A diffusers folder, or a published model's name.")],
     output: Annotated[Path, typer.Option(help="Folder for the engines; several builds may share it.")],
     height: Annotated[int, typer.Option(help="Pixels.")],
     width: Annotated[int, typer.Option(help="Pixels.")],
@@ -26,9 +24,11 @@ def build(
         str | None, typer.Option(help="fp32 or bf16. [default: what the backend runs]")
     ] = None,
     max_batch: Annotated[int, typer.Option(help="Most videos in one call.")] = 1,
-    backend: Annotated[str, typer.Option(help="onnxruntime, tensorrt-rtx or tensorrt.")] = "onnxruntime",
+    backend: Annotated[
+        str, typer.Option(help="onnxruntime, tensorrt-rtx, tensorrt or inductor.")
+    ] = "onnxruntime",
     target: Annotated[
-        str | None, typer.Option(help="Compute capabilities, such as sm_120,sm_89. [default: the backend's]")
+        str | None, typer.Option(help="Such as sm_120,sm_89, this-gpu or cpu. [default: the backend's]")
     ] = None,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Seeded random weights, for benchmarks.")
@@ -86,8 +86,9 @@ def _check(
     from stg_trt.segment import check_layout
 
     chosen = backend_for(backend)
-    for name in (target or chosen.targets[0]).split(","):
-        check_target(chosen, name, precision or chosen.precisions[0])
+    targets = (target or chosen.targets[0].name).split(",")
+    for name in targets:
+        check_target(chosen, name, precision or chosen.target(targets[0]).precisions[0])
     check_layout(layout)
     if stg_mode is not None:
         check_mode(stg_mode)

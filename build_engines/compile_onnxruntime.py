@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from importlib.metadata import version
 
 import onnx
 
-from .compiled import Compiled
+from .compiler import Compiled, Exported, Job
 from .export import files_of
+from .finished_files import FinishedFiles
+from .onnx_compiler import ExportedGraph, OnnxCompiler
 
 
-def compile_onnxruntime(graph: Path) -> Compiled:
-    """The exported graph is the engine; each Attention node is one kernel of ONNX Runtime."""
-    model = onnx.load(graph, load_external_data=False)
-    fused = sum(node.op_type == "Attention" for node in model.graph.node)
-    return Compiled(tuple(files_of(graph)), fused, None)
+class OnnxRuntimeCompiler(OnnxCompiler):
+    """The exported graph is the engine."""
+
+    expand_masks = True
+
+    @property
+    def version(self) -> str:
+        """ONNX Runtime's."""
+        return version("onnxruntime")
+
+    def compile(self, job: Job, exported: Exported, target: str, finished: FinishedFiles) -> Compiled:
+        """Each Attention node is one kernel of ONNX Runtime."""
+        assert isinstance(exported, ExportedGraph)
+        model = onnx.load(exported.graph, load_external_data=False)
+        fused = sum(node.op_type == "Attention" for node in model.graph.node)
+        return Compiled(tuple(files_of(exported.graph)), fused, None)

@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from stg_trt.backends.tensorrt_library import load_library
+from stg_trt.backends.tensorrt_library import library_version, load_library
 from stg_trt.errors import GateMissed
 from stg_trt.tensor_spec import ROWS, TensorSpec
 
-from .compiled import Compiled
+from .compiler import Compiled, Exported, Job
+from .finished_files import FinishedFiles
+from .onnx_compiler import ExportedGraph, OnnxCompiler
 
 FLAGS = ("strongly_typed", "max_aux_streams=0", "require_user_allocation")
 # A fused attention names its kernel once as a whole word in the plan; its variants carry suffixes.
@@ -23,6 +25,31 @@ _ACTIVATION = re.compile(r"Total Activation Memory: (\d+)")
 
 class Cancelled(Exception):
     """The user interrupted the compilation."""
+
+
+class TensorRTCompiler(OnnxCompiler):
+    """TensorRT, or TensorRT-RTX."""
+
+    @property
+    def version(self) -> str:
+        """The library's."""
+        return library_version(self.options.backend.name)
+
+    def flags(self, target: str) -> tuple[str, ...]:
+        """The builder's options."""
+        return FLAGS
+
+    def compile(self, job: Job, exported: Exported, target: str, finished: FinishedFiles) -> Compiled:
+        """The graph as an engine for one GPU architecture."""
+        assert isinstance(exported, ExportedGraph)
+        return compile_tensorrt(
+            exported.graph,
+            job.inputs,
+            job.rows,
+            backend=self.options.backend.name,
+            target=target,
+            on_progress=job.on_progress,
+        )
 
 
 def compile_tensorrt(

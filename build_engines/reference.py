@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from stg_trt.checkpoint import Checkpoint
+from stg_trt.errors import GateMissed
 from stg_trt.families.base import KEEP_ATTENTION, SegmentModule, TextCondition, Workload
 from stg_trt.segment import Segment
 
 State = dict[str, Tensor]
+
+_CPU = torch.device("cpu")
 
 
 class Reference:
@@ -26,11 +29,13 @@ class Reference:
         segments: tuple[Segment, ...],
         timesteps: int,
         rows: int,
+        device: torch.device = _CPU,
     ) -> None:
         self.checkpoint = checkpoint
         self.family = checkpoint.family
         self.workload = workload
         self.segments = segments
+        self.device = device
         self.timesteps = _spread(self._schedule(), timesteps)
         self._states = [self._start(timestep, rows) for timestep in self.timesteps]
         self._done: set[Segment] = set()
@@ -55,13 +60,21 @@ class Reference:
         return [{name: state[name] for name in names} for state in self._states]
 
     def run(self, segment: Segment, module: SegmentModule) -> list[State]:
-        """Eager outputs of a segment, one set per timestep."""
+        """Eager outputs of a segment, one set per timestep; they and the module are on the CPU afterwards."""
         outputs = []
-        with torch.no_grad():
-            for state, inputs in zip(self._states, self.inputs(segment), strict=True):
-                results = dict(zip(module.outputs, module(*inputs.values()), strict=True))
-                outputs.append(results)
-                state |= results
+        try:
+            with torch.no_grad():
+                for state, inputs in zip(self._states, self.inputs(segment), strict=True):
+                    tensors = module.to(self.device)(*(tensor.to(self.device) for tensor in inputs.values()))
+                    results = {name: t.to(_CPU) for name, t in zip(module.outputs, tensors, strict=True)}
+                    outputs.append(results)
+                    state |= results
+        except torch.OutOfMemoryError as error:
+            raise GateMissed(
+                f"{segment.name}: expected GPU memory for the segment in float32, got none left: free some, "
+                "or use the segmented layout or --verify-timesteps 0"
+            ) from error
+        module.to(_CPU)
         self._done.add(segment)
         return outputs
 

@@ -1,10 +1,10 @@
-"""One segment from weights to an engine file, stage by stage, freeing each stage's memory."""
+"""One segment from weights to engine files, stage by stage, freeing each stage's memory."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,113 +13,122 @@ import torch
 from stg_trt import manifest as manifests
 from stg_trt.engine_key import EngineKey, digest
 from stg_trt.errors import GateMissed
+from stg_trt.families.base import SegmentModule
 from stg_trt.manifest import FileRecord, SegmentRecord, Verification
 from stg_trt.segment import Segment
 
-from .compile_onnxruntime import compile_onnxruntime
-from .compile_tensorrt import compile_tensorrt
-from .compiled import Compiled
-from .export import export, files_of
+from .compiler import Compiled, Compiler, Exported, Job, Run
+from .finished_files import FinishedFiles
 from .memory import PeakMemory, release
 from .options import BuildOptions
 from .progress import Progress
-from .reference import Reference
+from .reference import Reference, State
 from .verify import verify
-from .widen import widen
 
 
 class SegmentBuild:
-    """Exports and verifies a segment once, when the first target asks for it; then compiles per target."""
+    """Exports a segment once, when the first target asks for it; then compiles per target.
+
+    Its numerics are verified on what was exported where the engines compute the same, else per target.
+    """
 
     def __init__(
-        self, options: BuildOptions, segment: Segment, reference: Reference, work: Path, progress: Progress
+        self,
+        options: BuildOptions,
+        compiler: Compiler,
+        segment: Segment,
+        reference: Reference,
+        work: Path,
+        progress: Progress,
     ) -> None:
         self.options = options
+        self.compiler = compiler
         self.segment = segment
         self.reference = reference
-        self.graph = work / f"{segment.name}.onnx"
         self.progress = progress
+        family, workload = options.checkpoint.family, options.workload
+        self._job = Job(
+            segment,
+            tuple(family.inputs(segment, workload)),
+            tuple(family.outputs(segment, workload)),
+            options.rows(segment),
+            work,
+            lambda phase: progress.stage(segment, phase),
+        )
         self._shared_seconds: dict[str, float] = {}
         self._shared_peak = 0
+        self._exported: Exported | None = None
         self._verification: tuple[Verification, ...] = ()
-        self._onnx_sha256 = ""
+        self._states: tuple[list[State], list[State]] = [], []
 
-    def compile(self, key: EngineKey, folder: Path) -> SegmentRecord:
-        """The engine for one target, in `folder`; raises GateMissed and leaves nothing where a gate fails."""
-        if not self._onnx_sha256:
-            self._export_and_verify()
+    def compile(self, key: EngineKey, finished: FinishedFiles) -> SegmentRecord:
+        """The engine for one target, in its folder; raises GateMissed and leaves nothing if a gate fails."""
+        exported = self._exported = self._exported or self._export()
         seconds = dict(self._shared_seconds)
-        with PeakMemory() as peak, self._timed("compile", seconds):
-            compiled = self._compile(key)
-        release()
-        self._check(compiled)
+        with PeakMemory() as peak:
+            with self._timed("compile", seconds):
+                compiled = self.compiler.compile(self._job, exported, key.target, finished)
+            release()
+            self._check(compiled)
+            verification = self._verification
+            if compiled.runner is not None:
+                with self._timed("verify", seconds):
+                    verification = self._verify(compiled.runner)
         family, workload = self.options.checkpoint.family, self.options.workload
-        facts = {**key.facts(), "onnx_sha256": self._onnx_sha256}
+        facts = {**key.facts(), "graph_sha256": exported.sha256}
         return SegmentRecord(
             segment=self.segment,
             inputs=key.inputs,
             outputs=key.outputs,
             key=digest(facts),
             facts=facts,
-            files=tuple(_publish(path, folder) for path in compiled.files),
-            onnx_sha256=self._onnx_sha256,
+            files=tuple(_publish(path, finished.folder) for path in compiled.files),
+            graph_sha256=exported.sha256,
             flops=family.segment_flops(self.segment, workload),
             attentions=family.attentions(self.segment),
             fused_attentions=compiled.fused_attentions,
             activation_bytes=compiled.activation_bytes,
-            verification=self._verification,
+            verification=verification,
             seconds=seconds,
             peak_bytes=max(self._shared_peak, peak.bytes),
         )
 
-    def _export_and_verify(self) -> None:
-        options, seconds = self.options, self._shared_seconds
+    def _export(self) -> Exported:
+        seconds = self._shared_seconds
         with PeakMemory() as peak:
             with self._timed("reference", seconds):
-                module = self.reference.module(self.segment, expand_masks=options.backend.expand_masks)
+                module = self.reference.module(self.segment, expand_masks=self.compiler.expand_masks)
                 inputs = self.reference.inputs(self.segment)
-                expected = self.reference.run(self.segment, module)
+                self._states = inputs, self.reference.run(self.segment, module)
             with self._timed("export", seconds):
-                specs = options.checkpoint.family.inputs(self.segment, options.workload)
-                options.checkpoint.family.lower_precision(module, getattr(torch, options.workload.dtype))
-                release()
-                export(
-                    module,
-                    specs,
-                    self.graph,
-                    opset=options.backend.opset,
-                    max_rows=options.rows(self.segment)[2],
-                )
-            del module
+                modules = self._modules(module)
+                # From here on the generator alone holds the module, and gives it up for the next piece.
+                del module
+                exported = self.compiler.export(self._job, modules)
+                modules.close()
             release()
-            with self._timed("verify", seconds):
-                if self.reference.timesteps:
-                    self._verification = verify(
-                        self.segment.name, self._runnable(), self.reference.timesteps, inputs, expected
-                    )
+            if exported.runner is not None:
+                with self._timed("verify", seconds):
+                    self._verification = self._verify(exported.runner)
         release()
         self._shared_peak = peak.bytes
-        self._onnx_sha256 = digest({path.name: manifests.file_sha256(path) for path in files_of(self.graph)})
+        return exported
 
-    def _runnable(self) -> Path:
-        """The graph as ONNX Runtime's CPU provider can run it."""
-        if self.options.workload.precision == "fp32":
-            return self.graph
-        widened = self.graph.with_name(f"{self.graph.stem}.float32.onnx")
-        widen(self.graph, widened)
-        return widened
+    def _modules(self, module: SegmentModule) -> Generator[tuple[Segment, SegmentModule]]:
+        """The segment's pieces with their weights in the engine's precision, one in memory at a time."""
+        dtype = getattr(torch, self.options.workload.dtype)
+        for piece in self.compiler.pieces(self.segment):
+            if piece != self.segment:
+                module = self.reference.module(piece, expand_masks=self.compiler.expand_masks)
+            self.options.checkpoint.family.lower_precision(module, dtype)
+            release()
+            yield piece, module
 
-    def _compile(self, key: EngineKey) -> Compiled:
-        if key.backend == "onnxruntime":
-            return compile_onnxruntime(self.graph)
-        return compile_tensorrt(
-            self.graph,
-            key.inputs,
-            key.rows,
-            backend=key.backend,
-            target=key.target,
-            on_progress=lambda phase: self.progress.stage(self.segment, f"compile for {key.target}: {phase}"),
-        )
+    def _verify(self, runner: Callable[[], Run]) -> tuple[Verification, ...]:
+        timesteps = self.reference.timesteps
+        if not timesteps:
+            return ()
+        return verify(self.segment.name, runner(), timesteps, *self._states, self.compiler.tolerance)
 
     def _check(self, compiled: Compiled) -> None:
         """The gates on the compiled segment."""
@@ -147,9 +156,11 @@ class SegmentBuild:
 
 
 def _publish(path: Path, folder: Path) -> FileRecord:
-    """Moves a finished file into the build folder, durable before its name is."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Moves a finished file into the build folder, durable before its name is; one that is there stays."""
+    if path.parent != folder:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
     record = FileRecord(name=path.name, bytes=path.stat().st_size, sha256=manifests.file_sha256(path))
-    path.replace(folder / path.name)
+    if path.parent != folder:
+        path.replace(folder / path.name)
     return record

@@ -48,6 +48,9 @@ def backend_states() -> list[tuple[str, str, str]]:
         if backend.name == "onnxruntime":
             states.append((backend.name, "yes", "yes"))
             continue
+        if backend.name == "inductor":
+            states.append((backend.name, *_inductor_state()))
+            continue
         try:
             load_library(backend.name)
         except BackendUnavailable as error:
@@ -56,6 +59,23 @@ def backend_states() -> list[tuple[str, str, str]]:
         builds = "yes" if backend.name == "tensorrt-rtx" or _has_gpu() else "no: its builder needs a GPU"
         states.append((backend.name, builds, "yes" if _has_gpu() else "no: there is no NVIDIA GPU"))
     return states
+
+
+def _inductor_state() -> tuple[str, str]:
+    """Whether it builds here and whether it runs here: what runs on a CPU needs no GPU."""
+    from stg_trt.backends.inductor_chain import check_compiler
+    from stg_trt.errors import BackendUnavailable
+
+    refused = {}
+    for device in ("cpu", "cuda"):
+        try:
+            check_compiler(device)
+        except BackendUnavailable as error:
+            refused[device] = str(error)
+    builds = "yes"
+    if refused:
+        builds = f"no: {refused['cpu']}" if "cpu" in refused else f"for the CPU only: {refused['cuda']}"
+    return builds, "yes" if _has_gpu() else "on the CPU only: there is no NVIDIA GPU"
 
 
 def _has_gpu() -> bool:

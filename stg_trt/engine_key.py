@@ -26,7 +26,7 @@ class EngineKey:
     outputs: tuple[TensorSpec, ...]
     rows: tuple[int, int, int]
     precision: str
-    opset: int
+    opset: int | None
     backend: str
     backend_version: str
     target: str

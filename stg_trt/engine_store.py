@@ -68,11 +68,14 @@ class Build:
 
     def load_engines(self, device: Device) -> dict[str, Engine]:
         """Engines by segment name, after their files were checked against the manifest's hashes."""
-        for record in self.manifest.segments:
-            for file in record.files:
-                check_file(self.folder / file.name, file)
-        paths = {r.segment.name: self.folder / r.files[0].name for r in self.manifest.segments}
-        return load_engines(self.manifest.backend, paths, device)
+        # Several segments may name the same file.
+        for file in dict.fromkeys(file for record in self.manifest.segments for file in record.files):
+            check_file(self.folder / file.name, file)
+        files = {
+            record.segment.name: [self.folder / file.name for file in record.files]
+            for record in self.manifest.segments
+        }
+        return load_engines(self.manifest.backend, files, device)
 
 
 @dataclass(frozen=True)

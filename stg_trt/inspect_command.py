@@ -63,7 +63,7 @@ def describe(build: Build) -> dict[str, Any]:
                 "bytes": sum(file.bytes for file in record.files),
                 "relative_l2": max((v.relative_l2 for v in record.verification), default=None),
                 "key": record.key,
-                "onnx_sha256": record.onnx_sha256,
+                "graph_sha256": record.graph_sha256,
                 "profile_rows": record.facts["rows"],
                 "seconds": record.seconds,
                 "peak_bytes": record.peak_bytes,

@@ -51,7 +51,7 @@ class SegmentRecord(_Record):
     key: str
     facts: dict[str, Any]
     files: tuple[FileRecord, ...]
-    onnx_sha256: str
+    graph_sha256: str
     flops: int
     attentions: int
     fused_attentions: int | None

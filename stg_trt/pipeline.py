@@ -216,7 +216,7 @@ class VideoPipeline:
 
     def _device_for(self, build: Build) -> Device:
         """One device for all builds of a kind, so that graphs share memory."""
-        name = backend_for(build.manifest.backend).device
+        name = backend_for(build.manifest.backend).target(build.manifest.target).device
         if name not in self._devices:
             self._devices[name] = open_device(name)
         return self._devices[name]

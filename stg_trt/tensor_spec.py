@@ -36,6 +36,12 @@ class TensorSpec:
         """The concrete shape for a number of rows."""
         return tuple(rows if isinstance(dim, str) else dim for dim in self.shape)
 
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor's shape is this one, for some number of rows."""
+        return len(shape) == len(self.shape) and all(
+            isinstance(wanted, str) or wanted == got for wanted, got in zip(self.shape, shape, strict=True)
+        )
+
     def random(self, rows: int, generator: torch.Generator) -> torch.Tensor:
         """Standard normal values (all true for bool), for tracing."""
         if self.dtype == "bool":

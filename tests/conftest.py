@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from stg_trt.build_engines import build
 
 GOLDENS = Path(__file__).parent / "goldens"
-LTX_SIZES = {"height": 128, "width": 160, "num_frames": 17, "text_length": 9}
+LTX_SIZES: dict[str, Any] = {"height": 128, "width": 160, "num_frames": 17, "text_length": 9}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -32,10 +33,22 @@ def ltx_checkpoint() -> Path:
 @pytest.fixture(scope="session")
 def ltx_engines(tmp_path_factory: pytest.TempPathFactory, ltx_checkpoint: Path) -> Path:
     """Segmented stg-a engines that can perturb blocks 1 and 3, and both twins of block 3; 2 videos."""
-    root = tmp_path_factory.mktemp("ltx-engines")
-    build(ltx_checkpoint, root, **LTX_SIZES, stg_blocks=[1, 3], stg_mode="stg-a", max_batch=2)
+    return build_ltx(ltx_checkpoint, tmp_path_factory.mktemp("ltx-engines"))
+
+
+@pytest.fixture(scope="session")
+def inductor_engines(tmp_path_factory: pytest.TempPathFactory, ltx_checkpoint: Path) -> Path:
+    """The same engines, compiled by inductor for the CPU."""
+    root = tmp_path_factory.mktemp("inductor-engines")
+    return build_ltx(ltx_checkpoint, root, backend="inductor", target="cpu")
+
+
+def build_ltx(checkpoint: Path, root: Path, **options: Any) -> Path:
+    """All the layouts that the goldens need, for two videos."""
+    shared = {**LTX_SIZES, "max_batch": 2, **options}
+    build(checkpoint, root, **shared, stg_blocks=[1, 3], stg_mode="stg-a")
     for mode in ("stg-a", "stg-r"):
-        build(ltx_checkpoint, root, **LTX_SIZES, stg_blocks=[3], stg_mode=mode, layout="twin", max_batch=2)
+        build(checkpoint, root, **shared, stg_blocks=[3], stg_mode=mode, layout="twin")
     return root
 
 

@@ -23,7 +23,7 @@ RECORD = SegmentRecord(
     key="k",
     facts={"rows": [1, 1, 3]},
     files=(FileRecord(name="skipped.engine", bytes=7, sha256="s"),),
-    onnx_sha256="o",
+    graph_sha256="o",
     flops=123,
     attentions=11,
     fused_attentions=11,

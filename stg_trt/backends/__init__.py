@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,29 +13,43 @@ from stg_trt.errors import InvalidRequest
 
 
 @dataclass(frozen=True)
-class Backend:
-    """`module` has load_all(backend, paths, device); targets are what is compiled for, default first.
+class Target:
+    """What engines are compiled for: where they run (cpu, or cuda) and in which precisions, default first."""
 
-    `device` is where its engines run: cpu, or cuda.
-    """
+    name: str
+    device: str
+    precisions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """`module` has load_all(backend, files, device); the default target comes first."""
 
     name: str
     module: str
-    suffix: str
-    precisions: tuple[str, ...]
-    targets: tuple[str, ...]
-    expand_masks: bool
-    device: str
-    opset: int = 23
+    targets: tuple[Target, ...]
+
+    def target(self, name: str) -> Target:
+        """The target of that name; raises InvalidRequest for an unknown one."""
+        for target in self.targets:
+            if target.name == name:
+                return target
+        names = ", ".join(target.name for target in self.targets)
+        raise InvalidRequest(
+            f"target: expected one of {names} for {self.name}, got {name!r}: choose one of them"
+        )
 
 
+_CPU = Target("cpu", "cpu", ("fp32",))
+_THIS_GPU = Target("this-gpu", "cuda", ("bf16",))
 _RTX_TARGETS = ("sm_120", "sm_89", "sm_86", "sm_80", "sm_75", "sm_121")
 _BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("onnxruntime", "onnxruntime", ".onnx", ("fp32",), ("cpu",), True, "cpu"),
-        Backend("tensorrt-rtx", "tensorrt", ".engine", ("bf16",), _RTX_TARGETS, False, "cuda"),
-        Backend("tensorrt", "tensorrt", ".engine", ("bf16",), ("this-gpu",), False, "cuda"),
+        Backend("onnxruntime", "onnxruntime", (_CPU,)),
+        Backend("tensorrt-rtx", "tensorrt", tuple(Target(name, "cuda", ("bf16",)) for name in _RTX_TARGETS)),
+        Backend("tensorrt", "tensorrt", (_THIS_GPU,)),
+        Backend("inductor", "inductor", (_THIS_GPU, Target("cpu", "cpu", ("fp32", "bf16")))),
     )
 }
 
@@ -55,21 +69,20 @@ def backend_for(name: str) -> Backend:
 
 
 def check_target(backend: Backend, target: str, precision: str) -> None:
-    """Raises InvalidRequest where a backend does not know the target or the precision."""
-    if target not in backend.targets:
+    """Raises InvalidRequest where a backend does not know the target, or the target the precision."""
+    precisions = backend.target(target).precisions
+    if precision not in precisions:
         raise InvalidRequest(
-            f"target: expected one of {', '.join(backend.targets)} for {backend.name}, got {target!r}: "
-            "choose one of them"
-        )
-    if precision not in backend.precisions:
-        raise InvalidRequest(
-            f"precision: expected {' or '.join(backend.precisions)} for {backend.name}, got {precision!r}: "
-            f"use --precision {backend.precisions[0]} or another backend"
+            f"precision: expected {' or '.join(precisions)} for {backend.name}, got {precision!r}: "
+            f"use --precision {precisions[0]} or another backend"
         )
 
 
-def load_engines(backend: str, paths: Mapping[str, Path], device: Device) -> dict[str, Engine]:
-    """Loads engines by segment, after their files were checked; BackendUnavailable where they cannot run."""
+def load_engines(backend: str, files: Mapping[str, Sequence[Path]], device: Device) -> dict[str, Engine]:
+    """Loads engines by segment from their files, which were checked; the engine's own file comes first.
+
+    Raises BackendUnavailable where they cannot run and EngineRejected where they were built for elsewhere.
+    """
     module = importlib.import_module(f"stg_trt.backends.{backend_for(backend).module}")
-    engines: dict[str, Engine] = module.load_all(backend, paths, device.torch_device)
+    engines: dict[str, Engine] = module.load_all(backend, files, device.torch_device)
     return engines

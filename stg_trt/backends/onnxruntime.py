@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +50,11 @@ class OnnxRuntimeContext:
         self._session.run_with_iobinding(self._binding)
 
 
-def load_all(backend: str, paths: Mapping[str, Path], device: torch.device) -> dict[str, OnnxRuntimeEngine]:
+def load_all(
+    backend: str, files: Mapping[str, Sequence[Path]], device: torch.device
+) -> dict[str, OnnxRuntimeEngine]:
     """One session per engine, with a thread per physical core each; they never run at the same time."""
-    return {name: _load(backend, path) for name, path in paths.items()}
+    return {name: _load(backend, paths[0]) for name, paths in files.items()}
 
 
 def _load(backend: str, path: Path) -> OnnxRuntimeEngine:

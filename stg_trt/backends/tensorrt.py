@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,14 +166,16 @@ class TensorRTContext:
             self._engine.keep_kernels()
 
 
-def load_all(backend: str, paths: Mapping[str, Path], device: torch.device) -> dict[str, TensorRTEngine]:
+def load_all(
+    backend: str, files: Mapping[str, Sequence[Path]], device: torch.device
+) -> dict[str, TensorRTEngine]:
     """All engines of a build on one arena; raises BackendUnavailable without the library or a GPU."""
     trt = load_library(backend)
     logger = trt.Logger(trt.Logger.ERROR)
     runtime = trt.Runtime(logger)
     if runtime is None:
         raise BackendUnavailable(f"{backend}: expected a GPU runtime, got none: check the driver")
-    engines = {name: TensorRTEngine(trt, backend, path, runtime) for name, path in paths.items()}
+    engines = {name: TensorRTEngine(trt, backend, paths[0], runtime) for name, paths in files.items()}
     arena = Arena(max(engine.activation_bytes for engine in engines.values()), device)
     for engine in engines.values():
         engine.arena = arena

@@ -67,7 +67,7 @@ def device(sim: SimulatedTensorRT, monkeypatch: pytest.MonkeyPatch) -> Simulated
 def context(sim: SimulatedTensorRT, engines: Path, name: str = "text") -> tensorrt.TensorRTContext:
     build = EngineStore.open(engines).builds[0]
     path = build.folder / f"{name}.onnx"
-    return tensorrt.load_all("tensorrt", {name: path}, torch.device("cpu"))[name].context()
+    return tensorrt.load_all("tensorrt", {name: [path]}, torch.device("cpu"))[name].context()
 
 
 def text_tensors(rows: int) -> dict[str, Tensor]:

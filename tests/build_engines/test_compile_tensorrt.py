@@ -130,7 +130,7 @@ def test_manifests_say_all_and_files_are_what_they_say(builds: dict[str, list[Pa
             for file in record.files:
                 check_file(folder / file.name, file)
             assert record.key == digest(record.facts)
-            assert record.facts["target"] == target and record.facts["onnx_sha256"] == record.onnx_sha256
+            assert record.facts["target"] == target and record.facts["graph_sha256"] == record.graph_sha256
             assert record.facts["rows"] == [1, opt.get(record.segment.name, 3), 3]
             assert record.verification[0].relative_l2 <= 1e-4
             assert record.activation_bytes and record.flops and record.peak_bytes > 1 << 20
@@ -140,7 +140,7 @@ def test_manifests_say_all_and_files_are_what_they_say(builds: dict[str, list[Pa
 def test_targets_share_the_graph_and_not_the_engine(builds: dict[str, list[Path]]) -> None:
     first, second = (manifests.load(folder) for folder in builds["segmented"])
     for one, other in zip(first.segments, second.segments, strict=True):
-        assert one.onnx_sha256 == other.onnx_sha256 and one.verification == other.verification
+        assert one.graph_sha256 == other.graph_sha256 and one.verification == other.verification
         assert one.key != other.key and one.files[0].sha256 != other.files[0].sha256
 
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from stg_trt.build_engines.compiler import FLOAT32, Run, Tolerance
+from stg_trt.build_engines.onnx_compiler import graph_runner
 from stg_trt.build_engines.reference import Reference, State
-from stg_trt.build_engines.verify import MAX_RELATIVE_L2, verify
+from stg_trt.build_engines.verify import verify
 from stg_trt.checkpoint import Checkpoint
 from stg_trt.engine_store import Build, EngineRequest, EngineStore
 from stg_trt.errors import GateMissed
@@ -47,8 +49,8 @@ def run(
     return chain.timesteps, inputs, chain.run(segment, chain.module(segment, expand_masks=True))
 
 
-def graph(build: Build) -> Path:
-    return build.folder / f"{NAME}.onnx"
+def graph(build: Build) -> Run:
+    return graph_runner(build.folder / f"{NAME}.onnx")
 
 
 def test_the_right_graph_passes_at_every_timestep(build: Build, eager: tuple[list, list, list]) -> None:
@@ -82,7 +84,7 @@ def test_a_graph_of_other_weights_is_caught(
 
 @pytest.mark.parametrize("output", ["hidden_states", "temb", "embedded_timestep"])
 @pytest.mark.parametrize("step", [0, 2])
-@pytest.mark.parametrize("error", [3 * MAX_RELATIVE_L2, float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("error", [3 * FLOAT32.relative_l2, float("nan"), float("inf")], ids=str)
 def test_one_wrong_output_at_one_timestep_is_caught(
     build: Build, eager: tuple[list, list, list], output: str, step: int, error: float
 ) -> None:
@@ -91,6 +93,15 @@ def test_one_wrong_output_at_one_timestep_is_caught(
     wrong[step][output] = wrong[step][output] * (1 + error)
     with pytest.raises(GateMissed, match=f"front: numerics: .* at timestep {timesteps[step]}"):
         verify(NAME, graph(build), timesteps, inputs, wrong)
+
+
+def test_the_tolerance_is_the_compilers(build: Build, eager: tuple[list, list, list]) -> None:
+    timesteps, inputs, expected = eager
+    wrong = [{name: tensor * 1.01 for name, tensor in state.items()} for state in expected]
+    verify(NAME, graph(build), timesteps, inputs, wrong, Tolerance(2e-2, 0.999))
+    for tight in (Tolerance(5e-3, 0.999), Tolerance(2e-2, 1.1)):
+        with pytest.raises(GateMissed, match=f"expected relative L2 <= {tight.relative_l2} .* got 9.90e-03"):
+            verify(NAME, graph(build), timesteps, inputs, wrong, tight)
 
 
 def test_the_reference_feeds_each_segment_what_those_before_it_made(

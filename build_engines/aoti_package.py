@@ -1,0 +1,75 @@
+"""One traced program to one AOTInductor package without weights."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+from torch.export import ExportedProgram
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from stg_trt.errors import GateMissed
+
+OPTIONS = {
+    # The package is shared: no weight, not even a uniform or a very short one, may become part of its code.
+    "aot_inductor.package_constants_in_so": False,
+    "always_keep_tensor_constants": True,
+    "joint_graph_constant_folding": False,
+    # They would be compiled for a cache outside of the build.
+    "aot_inductor.precompile_headers": False,
+    # The threads of the machine that runs it, not of the one that builds.
+    "cpp.dynamic_threads": True,
+}
+# Calls in the code that a package was compiled from: one per fused attention.
+_FUSED_ATTENTION = re.compile(
+    r"aoti_torch_(?:cpu__scaled_dot_product_flash_attention_for_cpu"
+    r"|cuda__scaled_dot_product_(?:cudnn|flash|efficient)_attention)\("
+)
+
+
+def compile_package(program: ExportedProgram, path: Path, device: torch.device) -> Path:
+    """Writes the package for a device; raises GateMissed where inductor cannot compile the program."""
+    from torch._inductor import aoti_compile_and_package
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+    from torch._inductor.utils import fresh_cache
+    from torch.export.passes import move_to_device_pass
+
+    if device.type == "cuda":
+        program = move_to_device_pass(copy.deepcopy(program), str(device))
+    # What torch finds out about this CPU, in ten seconds of trials, it keeps in its usual cache.
+    pick_vec_isa()
+    failure: RuntimeError | None = None
+    # The cache of all else lies beside the package and goes with it.
+    with warnings.catch_warnings(), fresh_cache(dir=str(path.parent)):
+        warnings.simplefilter("ignore")
+        try:
+            # Attention becomes the first of these that can do it; plain arithmetic is not counted as fused.
+            with torch.no_grad(), sdpa_kernel(_attention_kernels(device), set_priority=True):
+                aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(OPTIONS))
+        except RuntimeError as error:
+            # Kept until the cache is gone, which would otherwise stay and be reported.
+            failure = error
+    if failure is not None:
+        reason = " ".join(str(failure).split())[:300]
+        raise GateMissed(f"{path.stem}: inductor cannot compile it: {reason}") from failure
+    return path
+
+
+def fused_attentions(package: Path) -> int:
+    """Calls of fused attention kernels in a package's own source."""
+    with zipfile.ZipFile(package) as archive:
+        sources = [name for name in archive.namelist() if name.endswith(".wrapper.cpp")]
+        return sum(len(_FUSED_ATTENTION.findall(archive.read(name).decode())) for name in sources)
+
+
+def _attention_kernels(device: torch.device) -> list[SDPBackend]:
+    """Best first; only cuDNN and the memory-efficient kernel take masks."""
+    flash_first = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        # torch's flash attention has no kernels of its own for Hopper and later; cuDNN's has.
+        flash_first[:2] = reversed(flash_first[:2])
+    return [*flash_first, SDPBackend.MATH]

@@ -1,0 +1,169 @@
+"""Segments as chains of AOTInductor packages: each distinct piece is compiled once.
+
+A segment is cut into embedding, single blocks and head. Pieces that trace to the same graph share a package,
+which holds no weights: those of a segment lie in one safetensors file, whose header describes the chain.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from stg_trt.backends.inductor_chain import Chain, Piece, check_compiler, machine_facts
+from stg_trt.device import Device, open_device
+from stg_trt.families.base import SegmentModule
+from stg_trt.perturbation import Perturbation
+from stg_trt.segment import Segment
+
+from .aoti_package import OPTIONS, compile_package, fused_attentions
+from .compiler import CPU, FLOAT32, Compiled, Compiler, Exported, Job, Tolerance
+from .finished_files import FinishedFiles
+from .inductor_runs import InductorRuns
+from .options import BuildOptions
+from .trace import fingerprint, trace, weights_of
+
+# Rounding after every operation of a segment's blocks, with which eager bfloat16 stays below half of this.
+_BFLOAT16 = Tolerance(3e-2, 1 - 1e-3)
+
+
+@dataclass(frozen=True)
+class ExportedPiece:
+    """A piece's program by its fingerprint, and the names at its borders."""
+
+    name: str
+    fingerprint: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ExportedChain(Exported):
+    """One program of each kind, and the weights of every piece, `<place>.<weight>`."""
+
+    pieces: tuple[ExportedPiece, ...] = ()
+    programs: dict[str, ExportedProgram] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+class InductorCompiler(Compiler):
+    """torch.export and AOTInductor; the numerics gate runs the finished engine on its own device."""
+
+    def __init__(self, options: BuildOptions) -> None:
+        super().__init__(options)
+        self._devices: dict[str, Device] = {}
+
+    @property
+    def version(self) -> str:
+        """torch's; raises BackendUnavailable where a target cannot be compiled for here."""
+        for target in self.options.targets:
+            check_compiler(self._device_name(target))
+        return str(torch.__version__)
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """That of the engine's own arithmetic."""
+        return FLOAT32 if self.options.workload.precision == "fp32" else _BFLOAT16
+
+    def flags(self, target: str) -> tuple[str, ...]:
+        """The options, and the instruction sets that the code needs."""
+        options = (f"{name}={value}" for name, value in OPTIONS.items())
+        return *options, *machine_facts(self._device_name(target))
+
+    def reference_device(self) -> torch.device:
+        """The GPU, where the engines are for it alone."""
+        devices = {self._device_name(target) for target in self.options.targets}
+        return torch.device("cuda") if devices == {"cuda"} else CPU
+
+    def pieces(self, segment: Segment) -> tuple[Segment, ...]:
+        """Embedding, blocks one by one, head; a block that is skipped in all rows is no piece."""
+        if segment.text:
+            return (segment,)
+        pieces = [Segment("embedding", segment.start, segment.start, front=True)] if segment.front else []
+        for block in segment.blocks:
+            piece = Segment("block", block, block + 1, keep_input=segment.keep_input)
+            if segment.skipped is not None and block in segment.skipped.blocks:
+                if segment.skipped.mode == "stg-r":
+                    continue
+                piece = replace(piece, skipped=Perturbation(segment.skipped.mode, (block,)))
+            pieces.append(piece)
+        if segment.back:
+            pieces.append(Segment("head", segment.stop, segment.stop, back=True))
+        return tuple(pieces)
+
+    def export(self, job: Job, modules: Iterator[tuple[Segment, SegmentModule]]) -> ExportedChain:
+        """Traces every piece, and keeps one program of those that are equal."""
+        family, workload = self.options.checkpoint.family, self.options.workload
+        pieces: list[ExportedPiece] = []
+        programs: dict[str, ExportedProgram] = {}
+        weights: dict[str, Tensor] = {}
+        for place, (piece, module) in enumerate(modules):
+            borders = family.inputs(piece, workload), family.outputs(piece, workload)
+            program = trace(job.segment.name, module, *borders, job.rows[2])
+            traced = ExportedPiece(piece.name, fingerprint(program), module.inputs, module.outputs)
+            pieces.append(traced)
+            programs.setdefault(traced.fingerprint, program)
+            weights |= {f"{place}.{name}": value for name, value in weights_of(program).items()}
+        graphs = "".join(piece.fingerprint for piece in pieces)
+        return ExportedChain(
+            hashlib.sha256(graphs.encode()).hexdigest(),
+            pieces=tuple(pieces),
+            programs=programs,
+            weights=weights,
+        )
+
+    def compile(self, job: Job, exported: Exported, target: str, finished: FinishedFiles) -> Compiled:
+        """The packages that no build has yet, and the weights with the chain in their header."""
+        assert isinstance(exported, ExportedChain)
+        device = self._device(target)
+        names = {piece.fingerprint: self._package_name(piece, target) for piece in exported.pieces}
+        packages = {}
+        for graph, name in names.items():
+            found = finished.take(name, job.work)
+            if found is None:
+                job.on_progress(f"compile for {target}: {name}")
+                found = compile_package(exported.programs[graph], job.work / name, device.torch_device)
+            packages[graph] = found
+        weights = job.work / f"{job.segment.name}.safetensors"
+        chain = self._chain(job, exported, names, device)
+        save_file(exported.weights, weights, chain.to_metadata())
+        # safetensors makes its files readable for their owner only.
+        shutil.copymode(next(iter(packages.values())), weights)
+        files = (weights, *packages.values())
+        runs = InductorRuns(job, files, device)
+        fused = sum(fused_attentions(packages[piece.fingerprint]) for piece in exported.pieces)
+        return Compiled(files, fused, runs.activation_bytes(), lambda: runs.run)
+
+    def _chain(self, job: Job, exported: ExportedChain, names: dict[str, str], device: Device) -> Chain:
+        tensors = self.options.checkpoint.family.tensors(self.options.workload)
+        used = {name for piece in exported.pieces for name in (*piece.inputs, *piece.outputs)}
+        return Chain(
+            torch=str(torch.__version__),
+            machine=machine_facts(device.torch_device.type),
+            max_rows=job.rows[2],
+            inputs=tuple(spec.name for spec in job.inputs),
+            outputs=tuple(spec.name for spec in job.outputs),
+            tensors=tuple(spec for name, spec in tensors.items() if name in used),
+            pieces=tuple(
+                Piece(names[piece.fingerprint], piece.inputs, piece.outputs) for piece in exported.pieces
+            ),
+        )
+
+    def _package_name(self, piece: ExportedPiece, target: str) -> str:
+        """Names all that the package is made from: whoever finds it by its name can use it."""
+        facts = (piece.fingerprint, torch.__version__, self._device_name(target), *self.flags(target))
+        return f"{piece.name}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.pt2"
+
+    def _device(self, target: str) -> Device:
+        if target not in self._devices:
+            self._devices[target] = open_device(self._device_name(target))
+        return self._devices[target]
+
+    def _device_name(self, target: str) -> str:
+        return self.options.backend.target(target).device

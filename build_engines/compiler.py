@@ -1,0 +1,109 @@
+"""What a backend does for a build: a segment's modules to files, and what the gates measure on them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from stg_trt.families.base import SegmentModule
+from stg_trt.segment import Segment
+from stg_trt.tensor_spec import TensorSpec
+
+from .finished_files import FinishedFiles
+from .options import BuildOptions
+
+Run = Callable[[dict[str, Tensor]], list[Tensor]]
+"""A segment's outputs, in order, for its inputs by name, on the CPU."""
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far from eager float32 a segment may be."""
+
+    relative_l2: float
+    cosine: float
+
+
+# Float32 against float32: what is left is the order of summation.
+FLOAT32 = Tolerance(1e-4, 1 - 1e-6)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One segment of a build, with its borders; files are written to `work`."""
+
+    segment: Segment
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    rows: tuple[int, int, int]
+    work: Path
+    on_progress: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What all targets are compiled from; `runner` loads it, where its numerics are those of the engines."""
+
+    sha256: str
+    runner: Callable[[], Run] | None = None
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Finished files, the engine's own first, and what the gates measured.
+
+    `runner` loads the engine, where only it shows the numerics.
+    """
+
+    files: tuple[Path, ...]
+    fused_attentions: int
+    activation_bytes: int | None
+    runner: Callable[[], Run] | None = None
+
+
+class Compiler(ABC):
+    """One backend in one build. `expand_masks`: whether attention masks have the query length."""
+
+    expand_masks: ClassVar[bool] = False
+    opset: ClassVar[int | None] = None
+
+    def __init__(self, options: BuildOptions) -> None:
+        self.options = options
+
+    @property
+    @abstractmethod
+    def version(self) -> str:
+        """The version of what compiles; BackendUnavailable where it cannot."""
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """What the numerics gate allows."""
+        return FLOAT32
+
+    def flags(self, target: str) -> tuple[str, ...]:
+        """Options and facts of the compilation that belong to the engine's key."""
+        return ()
+
+    def reference_device(self) -> torch.device:
+        """Where the eager reference runs."""
+        return CPU
+
+    def pieces(self, segment: Segment) -> tuple[Segment, ...]:
+        """What a segment is exported as: itself, or the pieces whose chain it is."""
+        return (segment,)
+
+    @abstractmethod
+    def export(self, job: Job, modules: Iterator[tuple[Segment, SegmentModule]]) -> Exported:
+        """Once per segment, from its pieces' modules in the engine's precision; GateMissed if rows froze."""
+
+    @abstractmethod
+    def compile(self, job: Job, exported: Exported, target: str, finished: FinishedFiles) -> Compiled:
+        """For one target, in `job.work`; what `finished` has need not be compiled again."""

@@ -1,0 +1,83 @@
+"""Runs of a finished inductor engine for the gates, on the device it is for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stg_trt.backends.inductor import InductorContext, InductorEngine, Scratch
+from stg_trt.device import Device
+from stg_trt.errors import GateMissed
+from stg_trt.segment import engine_outputs
+
+from .compiler import CPU, Job
+
+
+class InductorRuns:
+    """One engine, loaded from its files when it is first run."""
+
+    def __init__(self, job: Job, files: Sequence[Path], device: Device) -> None:
+        self._job = job
+        self._files = files
+        self._device = device
+
+    def run(self, inputs: dict[str, Tensor]) -> list[Tensor]:
+        """Outputs in order, on the CPU; raises GateMissed where a kernel refuses to run."""
+        with self._scope():
+            context, outputs = self._bound(inputs)
+            context.enqueue(self._device.stream)
+            return [output.to(CPU) for output in outputs]
+
+    def activation_bytes(self) -> int | None:
+        """Memory that a run at the most rows takes on a GPU; None on a CPU, where torch does not count it."""
+        if self._device.torch_device.type != "cuda":
+            return None
+        generator = torch.Generator().manual_seed(0)
+        inputs = {spec.name: spec.random(self._job.rows[2], generator) for spec in self._job.inputs}
+        with self._scope():
+            context, _ = self._bound(inputs)
+            # The first run also allocates what stays.
+            context.enqueue(self._device.stream)
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            context.enqueue(self._device.stream)
+            torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    @cached_property
+    def _engine(self) -> InductorEngine:
+        device = self._device.torch_device
+        return InductorEngine(self._files, device, Scratch(device))
+
+    @contextmanager
+    def _scope(self) -> Iterator[None]:
+        with self._device.scope():
+            try:
+                yield
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())[:300]
+                raise GateMissed(
+                    f"{self._job.segment.name}: the compiled engine cannot run: {reason}"
+                ) from error
+
+    def _bound(self, inputs: dict[str, Tensor]) -> tuple[InductorContext, list[Tensor]]:
+        """A context over copies of the inputs, and its outputs, not-a-number until they are written."""
+        engine, job = self._engine, self._job
+        context = engine.context()
+        rows = next(len(inputs[spec.name]) for spec in job.inputs if spec.has_rows)
+        for spec in job.inputs:
+            context.bind(spec.name, inputs[spec.name].to(engine.device, spec.torch_dtype).contiguous())
+        outputs = []
+        names = engine_outputs(tuple(s.name for s in job.inputs), tuple(s.name for s in job.outputs))
+        for name, spec in zip(names, job.outputs, strict=True):
+            shape = spec.with_rows(rows)
+            output = torch.full(shape, float("nan"), dtype=spec.torch_dtype, device=engine.device)
+            outputs.append(output)
+            context.bind(name, output)
+        return context, outputs

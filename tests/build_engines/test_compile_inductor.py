@@ -1,0 +1,347 @@
+"""The inductor build: what shares a package, what the gates see, and what is taken over."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from stg_trt import manifest as manifests
+from stg_trt.backends import backend_for
+from stg_trt.build_engines import aoti_package, build, compile_inductor
+from stg_trt.build_engines.aoti_package import compile_package, fused_attentions
+from stg_trt.build_engines.compile_inductor import InductorCompiler
+from stg_trt.build_engines.compiler import Job
+from stg_trt.build_engines.finished_files import FinishedFiles
+from stg_trt.build_engines.options import BuildOptions
+from stg_trt.build_engines.trace import fingerprint, trace, weights_of
+from stg_trt.checkpoint import Checkpoint
+from stg_trt.device import Cpu
+from stg_trt.engine_store import Build, EngineRequest, EngineStore
+from stg_trt.errors import BackendUnavailable, GateMissed
+from stg_trt.families.base import SegmentModule, Workload
+from stg_trt.perturbation import Perturbation
+from stg_trt.segment import TEXT, Segment
+from stg_trt.tensor_spec import ROWS, TensorSpec
+from tests.cli import assert_one_line_error, contents, run
+from tests.conftest import LTX_SIZES
+
+X = TensorSpec("x", "float32", (ROWS, 4, 6))
+Y = TensorSpec("y", "float32", (ROWS, 4, 6))
+CPU = torch.device("cpu")
+SKIPPED = Segment("skipped", 1, 4, True, True, skipped=Perturbation("stg-a", (2,)))
+BUILD = {**LTX_SIZES, "backend": "inductor", "target": "cpu", "max_batch": 2}
+FLAGS = ("--height=128", "--width=160", "--num-frames=17", "--text-length=9", "--max-batch=2")
+
+
+class ViewsTwoRows(SegmentModule):
+    """Works at two rows only."""
+
+    def run(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"out": tensors["x"].view(2, 24).view(2, 4, 6) + 1}
+
+
+class BranchesOnRows(SegmentModule):
+    """Reads a second input only where there are two rows, as they are in the trace."""
+
+    def run(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        x = tensors["x"]
+        return {"out": x * tensors["y"] if len(x) == 2 else x}
+
+
+class Foldable(SegmentModule):
+    """Weights that a compiler likes to make part of its code: short, uniform, a scalar."""
+
+    def __init__(self) -> None:
+        super().__init__(("x",), ("x",), False)
+        self.short = nn.Parameter(torch.arange(6.0))
+        self.uniform = nn.Parameter(torch.ones(4, 6))
+        self.scalar = nn.Parameter(torch.tensor(2.0))
+
+    def run(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"x": tensors["x"] * self.uniform + self.short * self.scalar}
+
+
+class Literal(SegmentModule):
+    """Makes a tensor while it runs."""
+
+    def run(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"x": tensors["x"] + torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 5.0])}
+
+
+@pytest.fixture
+def segmented(inductor_engines: Path) -> Build:
+    return EngineStore.open(inductor_engines).find(EngineRequest(layout="segmented"))
+
+
+@pytest.fixture
+def beside(segmented: Build, tmp_path: Path) -> Path:
+    """A folder for engines in which the segmented build already lies."""
+    shutil.copytree(segmented.folder, tmp_path / "engines" / segmented.folder.name)
+    return tmp_path / "engines"
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the packages that a build compiles."""
+    names: list[str] = []
+
+    def recorded(program: Any, path: Path, device: torch.device) -> Path:
+        names.append(path.name.split("-")[0])
+        return compile_package(program, path, device)
+
+    monkeypatch.setattr(compile_inductor, "compile_package", recorded)
+    return names
+
+
+def compiler_of(checkpoint: Path, output: Path, precision: str, target: str = "cpu") -> InductorCompiler:
+    workload = Workload(**LTX_SIZES, precision=precision)
+    options = BuildOptions(
+        checkpoint=Checkpoint.open(checkpoint),
+        output=output,
+        workload=workload,
+        stg_blocks=(3,),
+        stg_mode="stg-a",
+        layout="segmented",
+        max_batch=2,
+        backend=backend_for("inductor"),
+        targets=(target,),
+        verify_timesteps=3,
+        keep_onnx=False,
+    )
+    return InductorCompiler(options)
+
+
+@pytest.mark.parametrize("max_rows", [1, 6])
+@pytest.mark.parametrize(
+    ("module", "specs"),
+    [(ViewsTwoRows(("x",), ("out",), True), (X,)), (BranchesOnRows(("x", "y"), ("out",), True), (X, Y))],
+    ids=["view", "branch"],
+)
+def test_frozen_rows_are_named(module: SegmentModule, specs: tuple[TensorSpec, ...], max_rows: int) -> None:
+    with pytest.raises(GateMissed, match=f"seg: expected any number of rows from 1 to {max_rows}, got an op"):
+        trace("seg", module, specs, (X,), max_rows)
+
+
+def test_a_segment_is_the_chain_of_its_pieces(ltx_checkpoint: Path, tmp_path: Path) -> None:
+    """Run one after the other they are the segment, whatever is perturbed in it."""
+    compiler = compiler_of(ltx_checkpoint, tmp_path, "fp32")
+    checkpoint, workload = compiler.options.checkpoint, compiler.options.workload
+    family, transformer = checkpoint.family, checkpoint.load_transformer()
+    assert compiler.pieces(TEXT) == (TEXT,)
+    for segment, count in (
+        (Segment("front", 0, 3, front=True), 4),
+        (Segment("front", 0, 0, front=True), 1),
+        (Segment("block_2", 2, 3, keep_input=True), 1),
+        (Segment("back", 3, 5, back=True), 3),
+        (Segment("skipped", 0, 5, True, True, skipped=Perturbation("stg-r", (1, 2))), 5),
+        (SKIPPED, 5),
+    ):
+        pieces = compiler.pieces(segment)
+        assert len(pieces) == count
+        module = family.module(transformer, segment, expand_masks=False)
+        inputs = family.trace_inputs(segment, workload, 2)
+        state = dict(zip(module.inputs, inputs, strict=True))
+        with torch.no_grad():
+            wanted = dict(zip(module.outputs, module(*inputs), strict=True))
+            for piece in pieces:
+                part = family.module(transformer, piece, expand_masks=False)
+                results = part(*(state[name] for name in part.inputs))
+                state |= dict(zip(part.outputs, results, strict=True))
+        assert all(torch.equal(state[name], tensor) for name, tensor in wanted.items())
+
+
+def test_pieces_trace_equally_where_only_their_weights_differ(ltx_checkpoint: Path) -> None:
+    checkpoint = Checkpoint.open(ltx_checkpoint)
+    family, workload = checkpoint.family, Workload(**LTX_SIZES)
+    other = Checkpoint.open(ltx_checkpoint, random_weights=True).load_transformer()
+
+    def traced(piece: Segment, transformer: Any, max_rows: int = 6) -> str:
+        module = family.module(transformer, piece, expand_masks=False)
+        specs = family.inputs(piece, workload), family.outputs(piece, workload)
+        return fingerprint(trace("x", module, *specs, max_rows))
+
+    transformer = checkpoint.load_transformer()
+    first = traced(Segment("block", 0, 1), transformer)
+    assert first == traced(Segment("block", 3, 4), transformer) == traced(Segment("block", 1, 2), other)
+    skipped = Segment("block", 0, 1, skipped=Perturbation("stg-a", (0,)))
+    others = [
+        traced(Segment("block", 0, 1, keep_input=True), transformer),
+        traced(skipped, transformer),
+        traced(Segment("block", 0, 1), transformer, max_rows=3),
+    ]
+    assert len({first, *others}) == 4
+
+
+def test_no_weight_becomes_part_of_a_package(tmp_path: Path) -> None:
+    module = Foldable()
+    program = trace("x", module, (X,), (X,), 6)
+    weights = weights_of(program)
+    package = compile_package(program, tmp_path / "x.pt2", CPU)
+    assert fused_attentions(package) == 0
+    assert list(tmp_path.iterdir()) == [package]
+    loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", True, 1, -1)
+    assert {*loader.get_constant_fqns()} == weights.keys() and len(weights) == 3
+    for change in (1.0, 3.0):
+        changed = {name: tensor * change + change for name, tensor in weights.items()}
+        loader.load_constants(changed, False, True, True)
+        x, out = torch.randn(3, 4, 6), torch.full((3, 4, 6), float("nan"))
+        loader.run([x, out])
+        short, uniform, scalar = changed.values()
+        torch.testing.assert_close(out, x * uniform + short * scalar)
+
+
+def test_a_tensor_made_while_it_runs_is_refused() -> None:
+    with pytest.raises(GateMissed, match="seg: expected all weights to be parameters or buffers, got 1"):
+        trace("seg", Literal(("x",), ("x",), False), (X,), (X,), 6)
+
+
+def test_bfloat16_is_within_its_own_tolerance(ltx_checkpoint: Path, tmp_path: Path, segmented: Build) -> None:
+    """One block whose self-attention is skipped, against eager float32 of the same rounded weights."""
+    compiler = compiler_of(ltx_checkpoint, tmp_path, "bf16")
+    checkpoint, workload = compiler.options.checkpoint, compiler.options.workload
+    family, segment = checkpoint.family, Segment("mid", 1, 2, skipped=Perturbation("stg-a", (1,)))
+    specs = tuple(family.inputs(segment, workload)), tuple(family.outputs(segment, workload))
+    job = Job(segment, *specs, (1, 3, 6), tmp_path, lambda phase: None)
+    (piece,) = compiler.pieces(segment)
+    module = family.module(checkpoint.load_transformer(segment.blocks), piece, expand_masks=False)
+    family.lower_precision(module, torch.bfloat16)
+    exported = compiler.export(job, iter([(piece, module)]))
+    result = compiler.compile(job, exported, "cpu", FinishedFiles(tmp_path, segmented.manifest))
+    assert result.fused_attentions == 1 and result.activation_bytes is None and result.runner is not None
+    generator = torch.Generator().manual_seed(1)
+    inputs = {spec.name: torch.randn(spec.with_rows(2), generator=generator) for spec in specs[0]}
+    with torch.no_grad():
+        (wanted,) = module.float()(*inputs.values())
+    (got,) = result.runner()(inputs)
+    assert got.dtype == torch.bfloat16
+    difference = float((got.float() - wanted).norm() / wanted.norm())
+    assert 1e-4 < difference < compiler.tolerance.relative_l2 / 2
+
+
+def unfused(self: SegmentModule, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Self-attention by hand, its softmax written out."""
+    if bias is not None:
+        return scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    weights = (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).exp()
+    return (weights / weights.sum(dim=3, keepdim=True)) @ v
+
+
+def test_an_attention_that_is_not_fused_misses_its_gate(
+    beside: Path, ltx_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, compiled: list[str]
+) -> None:
+    monkeypatch.setattr(SegmentModule, "attend", unfused)
+    with pytest.raises(GateMissed, match="front: expected 2 fused attentions, got 1: an attention of this"):
+        build(ltx_checkpoint, beside, **BUILD, stg_blocks=[1], stg_mode="stg-r")
+    assert compiled == ["block"]
+    (folder,) = beside.glob("segmented-stg-r-1-*")
+    assert {path.suffix for path in folder.iterdir() if path.name != ".lock"} == {
+        ".json", ".pt2", ".safetensors",
+    }  # fmt: skip
+    assert [record.segment.name for record in manifests.load(folder).segments] == ["text"]
+
+
+def test_what_inductor_refuses_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("no such\n\nkernel")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", refuses)
+    program = trace("x", Foldable(), (X,), (X,), 6)
+    with pytest.raises(GateMissed, match=r"^x: inductor cannot compile it: no such kernel$"):
+        compile_package(program, tmp_path / "x.pt2", CPU)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_package_is_taken_over_only_whole(segmented: Build, beside: Path, tmp_path: Path) -> None:
+    own = Build(beside / segmented.folder.name, segmented.manifest)
+    text = next(own.folder.glob("text-*.pt2"))
+    work = tmp_path / "work"
+    work.mkdir()
+    assert FinishedFiles(own.folder, own.manifest).take(text.name, work) == text
+    empty = segmented.manifest.model_copy(update={"segments": ()})
+    other = FinishedFiles(beside / "new", empty)
+    copied = other.take(text.name, work)
+    assert copied == work / text.name and copied.read_bytes() == text.read_bytes() and text.exists()
+    assert other.take("head-0.pt2", work) is None
+    text.write_bytes(text.read_bytes()[:-1] + b"\xff")
+    assert other.take(text.name, work) is None
+    assert FinishedFiles(own.folder, own.manifest).take(text.name, work) is None
+
+
+def test_an_interrupted_build_is_finished(
+    segmented: Build, beside: Path, ltx_checkpoint: Path, compiled: list[str]
+) -> None:
+    """Killed in the second segment; its packages come from a whole build beside it."""
+    (folder,) = beside.iterdir()
+    shutil.copytree(folder, beside / "whole")
+    before, kept = contents(folder), segmented.manifest.segments[:1]
+    manifests.save(segmented.manifest.model_copy(update={"segments": kept, "complete": False}), folder)
+    for path in (*folder.glob("*.pt2"), *folder.glob("*.safetensors")):
+        if path.name not in {file.name for record in kept for file in record.files}:
+            path.unlink()
+    assert build(ltx_checkpoint, beside, **BUILD, stg_blocks=[1, 3], stg_mode="stg-a") == [folder]
+    after = contents(folder)
+    assert compiled == [] and after.keys() == before.keys()
+    assert all(after[name] == before[name] for name in after if name != "manifest.json")
+    assert EngineStore.open(beside).builds[0].load_engines(Cpu())
+
+
+def test_the_command_line_builds_and_generates(
+    beside: Path, ltx_checkpoint: Path, embeds: Path, tmp_path: Path
+) -> None:
+    """Only the text's package is missing in the build beside it, and is compiled."""
+    (other,) = beside.iterdir()
+    for path in other.glob("text*"):
+        path.unlink()
+    options = ("--backend=inductor", "--target=cpu", *FLAGS, "--stg-blocks=1", "--stg-mode=stg-a")
+    result = run("build", ltx_checkpoint, "--output", beside, *options)
+    assert result.returncode == 0 and "back: done" in result.stderr, result.stderr
+    shutil.rmtree(other)
+    (folder,) = beside.iterdir()
+    record = manifests.load(folder).record("front")
+    assert record is not None and all(v.relative_l2 <= 1e-4 for v in record.verification)
+    assert record.seconds.keys() == {"reference", "export", "compile", "verify"}
+    shown = run("inspect", beside)
+    assert "inductor for cpu" in shown.stdout and "2/2" in shown.stdout, shown.stderr
+    output = tmp_path / "x.safetensors"
+    sizes = ("--backend=inductor", "--num-inference-steps=4", "--embeds", embeds, "--output", output)
+    made = run("generate", ltx_checkpoint, "--engines", beside, *sizes)
+    assert made.returncode == 0 and not made.stderr, made.stderr
+    assert torch.isfinite(load_file(output)["latents"]).all()
+
+
+def test_a_missing_compiler_is_told_in_one_line(tmp_path: Path, ltx_checkpoint: Path) -> None:
+    options = ("--output", tmp_path, "--backend=inductor", "--target=cpu", *FLAGS, "--stg-blocks=")
+    result = run("build", ltx_checkpoint, *options, env={"PATH": ""})
+    assert_one_line_error(result, r"inductor: expected a C\+\+ compiler, got no g\+\+ on the PATH: install g")
+
+
+def test_what_a_target_needs(tmp_path: Path, ltx_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(
+        BackendUnavailable, match="an NVIDIA GPU for --target this-gpu, got none: use --target"
+    ):
+        compiler_of(ltx_checkpoint, tmp_path, "bf16", "this-gpu").version  # noqa: B018
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("stg_trt.backends.inductor_chain.find_spec", lambda name: None)
+    with pytest.raises(BackendUnavailable, match="expected the Python module triton, got no such module"):
+        compiler_of(ltx_checkpoint, tmp_path, "bf16", "this-gpu").version  # noqa: B018
+    monkeypatch.setattr("stg_trt.backends.inductor_chain.find_spec", lambda name: name)
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(tmp_path))
+    with pytest.raises(
+        BackendUnavailable, match=r"CUDA toolkit, got no include/cuda\.h in .*CUDA_HOME to it"
+    ):
+        compiler_of(ltx_checkpoint, tmp_path, "bf16", "this-gpu").version  # noqa: B018
+
+
+def test_the_fastest_attention_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability, first in (((9, 0), "CUDNN_ATTENTION"), ((8, 9), "FLASH_ATTENTION")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        kernels = [kernel.name for kernel in aoti_package._attention_kernels(torch.device("cuda"))]
+        assert kernels[0] == first and kernels[-1] == "MATH" and len(set(kernels)) == 4
