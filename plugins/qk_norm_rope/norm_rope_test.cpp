@@ -46,15 +46,15 @@ struct SumOverPasses {
   }
 };
 
-// Neighbouring threads share a sum as the kernels' reductions do: `lanes` of them, or a block.
+// Threads share a sum as the kernels' reductions do: `lanes` neighbours within a warp, or a block.
 void run_threads(const StgQKNormRope& p, std::vector<std::vector<float>>* sums) {
   const stg::NormLaunch launch = stg::norm_launch(p);
-  const int64_t sharing = launch.lanes ? launch.lanes : launch.threads;
-  sums->emplace_back(launch.blocks * launch.threads / sharing + 1, 0.0f);
+  sums->emplace_back(launch.blocks * launch.threads, 0.0f);
   for (int64_t block = 0; block < launch.blocks; ++block) {
     for (int thread = 0; thread < launch.threads; ++thread) {
       const stg::NormPlace at = stg::norm_place(p, launch, block, thread);
-      SumOverPasses group_sum{sums, (block * launch.threads + thread) / sharing, 0};
+      const int64_t item = block * launch.threads + thread;
+      SumOverPasses group_sum{sums, launch.lanes ? item / 32 * 32 + item % 32 / launch.lanes : block, 0};
       if (stg::norm_aligned<float>(p)) {
         stg::norm_rope<float, true>(p, at, group_sum);
       } else {
