@@ -1,5 +1,5 @@
 // The copies, block by block and thread by thread, against a plain loop. Built as it is, and once per mutant.
-#include "copy_rows/split.h"
+#include "copy_rows/copy_on_host.h"
 
 #include <vector>
 
@@ -50,24 +50,9 @@ struct Memory {
   }
 };
 
-// As the host enqueues batches and a GPU runs their blocks.
-void run(const std::vector<StgRowCopy>& copies) {
-  const int64_t count = static_cast<int64_t>(copies.size());
-  for (int64_t at = 0; at < count; at += stg::kCopyBatch) {
-    stg::CopyBatch batch;
-    const int64_t blocks = stg::fill_batch(copies.data() + at, count - at, &batch);
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int copy = stg::copy_of_block(batch, block);
-      for (int thread = 0; thread < stg::kCopyThreads; ++thread) {
-        stg::copy_share(batch.copies[copy], block - batch.first_chunk[copy], thread);
-      }
-    }
-  }
-}
-
 void check_copies(Checks& checks, const std::vector<int64_t>& lengths, uint32_t seed) {
   Memory memory(lengths, seed);
-  run(memory.copies);
+  stg_test::copy_on_host({memory.copies.data(), static_cast<int64_t>(memory.copies.size())});
   checks.expect(memory.got == memory.expected, "copies differ", lengths.size(), seed);
 }
 

@@ -1,5 +1,5 @@
 // The fan-out, thread by thread, against plain loops. Built as it is, and once per mutant.
-#include "fan_out_rows/fan_out.h"
+#include "fan_out_rows/fan_out_on_host.h"
 
 #include <string.h>
 
@@ -51,13 +51,7 @@ void check(Checks& checks, int64_t size, int64_t copies, int64_t threads, int64_
   const int64_t counter = kStep;
   const StgFanOutRows p{latents + shift, rows + kMargin + shift, timesteps.data(), scale.data(), timestep.data(),
                         &counter,        size,                   copies,           copies,       0};
-  for (int64_t thread = 0; thread < threads; ++thread) {
-    if (stg::fan_out_aligned<T>(p)) {
-      stg::fan_out<T, true>(p, thread, threads);
-    } else {
-      stg::fan_out<T, false>(p, thread, threads);
-    }
-  }
+  stg_test::fan_out_on_host<T>(p, threads);
   int64_t wrong = 0;
   for (int64_t i = 0; i < 4 * 4096; ++i) {
     const int64_t at = i - kMargin - shift;

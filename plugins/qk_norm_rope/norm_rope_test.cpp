@@ -1,7 +1,5 @@
 // The kernel, thread by thread, against float64. Built as it is, and once per mutant.
-#include "qk_norm_rope/norm_rope.h"
-
-#include <algorithm>
+#include "qk_norm_rope/norm_on_host.h"
 
 #include "test_values.h"
 
@@ -9,6 +7,8 @@ namespace {
 
 using stg_test::Checks;
 using stg_test::values;
+
+constexpr float kEps = 0.25f;
 
 struct Case {
   int64_t rows, tokens, channels, group, table;  // table 0: no rotation
@@ -32,57 +32,28 @@ Tensors tensors_of(const Case& c) {
   return t;
 }
 
-// A sum over the threads that share one, one after the other: each pass over all threads finds one sum more.
-struct SumOverPasses {
-  std::vector<std::vector<float>>* sums;
-  int64_t sharers;
-  int64_t call;
-
-  float operator()(float value) {
-    const int64_t known = static_cast<int64_t>(sums->size()) - 1, at = call++;
-    if (at < known) return (*sums)[at][sharers];
-    if (at == known) (*sums)[at][sharers] += value;
-    return 1.0f;
-  }
-};
-
-// Threads share a sum as the kernels' reductions do: `lanes` neighbours within a warp, or a block.
-void run_threads(const StgQKNormRope& p, std::vector<std::vector<float>>* sums) {
-  const stg::NormLaunch launch = stg::norm_launch(p);
-  sums->emplace_back(launch.blocks * launch.threads, 0.0f);
-  for (int64_t block = 0; block < launch.blocks; ++block) {
-    for (int thread = 0; thread < launch.threads; ++thread) {
-      const stg::NormPlace at = stg::norm_place(p, launch, block, thread);
-      const int64_t item = block * launch.threads + thread;
-      SumOverPasses group_sum{sums, launch.lanes ? item / 32 * 32 + item % 32 / launch.lanes : block, 0};
-      if (stg::norm_aligned<float>(p)) {
-        stg::norm_rope<float, true>(p, at, group_sum);
-      } else {
-        stg::norm_rope<float, false>(p, at, group_sum);
-      }
-    }
-  }
-}
-
 // As a launch does it; `shift` floats away from an aligned address.
 void run(const Case& c, const Tensors& t, int64_t shift, std::vector<float> (&out)[2]) {
-  const int64_t size = c.rows * c.tokens * c.channels, calls = c.rows * (c.keys ? 2 : 1) * (c.centred ? 2 : 1);
-  std::vector<std::vector<float>> sums;
+  const int64_t size = c.rows * c.tokens * c.channels;
   std::vector<float> in[2];
-  for (int64_t pass = 0; pass <= calls; ++pass) {
-    for (int side = 0; side < 2; ++side) {
-      in[side].assign(shift + size, 0.0f);
-      std::copy(t.in[side].begin(), t.in[side].end(), in[side].begin() + shift);
-      out[side].assign(shift + size + 16, NAN);
-    }
-    const auto out_of = [&](int side) { return (c.in_place ? in[side] : out[side]).data() + shift; };
-    const float* bias[2] = {c.centred ? t.bias[0].data() : nullptr, c.centred ? t.bias[1].data() : nullptr};
-    run_threads(StgQKNormRope{in[0].data() + shift, c.keys ? in[1].data() + shift : nullptr, out_of(0),
-                              c.keys ? out_of(1) : nullptr, t.weight[0].data(), t.weight[1].data(), bias[0], bias[1],
-                              c.table ? t.cos.data() : nullptr, c.table ? t.sin.data() : nullptr, c.rows, c.tokens,
-                              c.channels, c.group, c.table, 0.25f, c.centred, 0},
-                &sums);
+  float* to[2];
+  for (int side = 0; side < 2; ++side) {
+    in[side].assign(shift, 0.0f);
+    in[side].insert(in[side].end(), t.in[side].begin(), t.in[side].end());
+    out[side].assign(shift + size + 16, NAN);
+    to[side] = (c.in_place ? in[side] : out[side]).data() + shift;
   }
+  StgQKNormRope p{};
+  p.q = in[0].data() + shift;
+  p.q_out = to[0];
+  if (c.keys) p.k = in[1].data() + shift, p.k_out = to[1];
+  p.q_weight = t.weight[0].data(), p.k_weight = t.weight[1].data();
+  if (c.centred) p.q_bias = t.bias[0].data(), p.k_bias = t.bias[1].data();
+  if (c.table) p.cos = t.cos.data(), p.sin = t.sin.data();
+  p.rows = c.rows, p.tokens = c.tokens, p.channels = c.channels, p.group = c.group, p.table_channels = c.table;
+  p.eps = kEps;
+  p.centred = c.centred;
+  stg_test::norm_on_host<float>(p);
   for (int side = 0; side < 2; ++side) {
     if (c.in_place) std::copy(in[side].begin(), in[side].end(), out[side].begin());
   }
@@ -96,7 +67,7 @@ std::vector<double> normed(const Case& c, const float* from, const Tensors& t, i
   if (!c.centred) mean = 0;
   for (double& value : x) value -= mean, squares += value * value / c.group;
   for (int64_t i = 0; i < c.group; ++i) {
-    x[i] = x[i] / std::sqrt(squares + 0.25) * t.weight[side][i] + (c.centred ? t.bias[side][i] : 0.0f);
+    x[i] = x[i] / std::sqrt(squares + kEps) * t.weight[side][i] + (c.centred ? t.bias[side][i] : 0.0f);
   }
   return x;
 }
@@ -138,8 +109,10 @@ void check(Checks& checks, const Case& c, int64_t shift) {
 
 void check_valid(Checks& checks) {
   float one;
-  StgQKNormRope p{&one, nullptr, &one, nullptr, &one, nullptr, nullptr, nullptr, &one, &one,
-                  1,    1,       64,   32,      32,   0.1f,    0,       0};
+  StgQKNormRope p{};
+  p.q = p.q_out = &one;
+  p.cos = p.sin = &one;
+  p.rows = p.tokens = 1, p.channels = 64, p.group = p.table_channels = 32;
   checks.expect(stg::norm_valid(p), "valid", p.channels, p.group);
   for (int64_t group : {0, 48, 16384}) {
     StgQKNormRope other = p;
