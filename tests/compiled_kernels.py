@@ -35,11 +35,6 @@ class Machine:
         stream = torch.cuda.current_stream().cuda_stream if self.device.type == "cuda" else 0
         kernel.enqueue(stream)  # type: ignore[attr-defined]
 
-    def require(self, dtype: str) -> None:
-        """Skips a test of a dtype that the host build does not have."""
-        if self.device.type == "cpu" and dtype == "float16":
-            pytest.skip("the host build has no float16")
-
 
 def run(*command: str | Path, env: dict[str, str] | None = None) -> str:
     """What a command prints; fails the test where the command fails."""

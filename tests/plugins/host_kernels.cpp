@@ -13,26 +13,53 @@ namespace {
 constexpr int kInvalidValue = 1;
 constexpr int64_t kThreads = 64;
 
+struct Half {
+  uint16_t bits;
+};
+
 struct Bfloat16 {
   uint16_t bits;
 };
 
+uint32_t bits_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+float float_of(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Drops the lowest bits: to nearest, ties to even.
+uint32_t rounded(uint32_t bits, int dropped) {
+  return (bits + (1u << (dropped - 1)) - 1 + (bits >> dropped & 1u)) >> dropped;
+}
+
 }  // namespace
+
+// Finite values only: 5 bits of exponent with bias 15, subnormals below 2^-14.
+template <>
+struct stg::Cast<Half> {
+  static float to_float(Half x) {
+    const uint32_t magnitude = x.bits & 0x7fffu;
+    const float value = magnitude < 0x400u ? ldexpf(magnitude, -24) : float_of((magnitude << 13) + (112u << 23));
+    return x.bits & 0x8000u ? -value : value;
+  }
+  static Half from_float(float x) {
+    const uint32_t sign = bits_of(x) >> 16 & 0x8000u, magnitude = bits_of(x) & 0x7fffffffu;
+    const uint32_t half = magnitude < 113u << 23 ? static_cast<uint32_t>(nearbyintf(ldexpf(fabsf(x), 24)))
+                                                 : rounded(magnitude - (112u << 23), 13);
+    return Half{static_cast<uint16_t>(sign | half)};
+  }
+};
 
 template <>
 struct stg::Cast<Bfloat16> {
-  static float to_float(Bfloat16 x) {
-    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-  }
-  // To nearest, ties to even.
-  static Bfloat16 from_float(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return Bfloat16{static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
-  }
+  static float to_float(Bfloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+  static Bfloat16 from_float(float x) { return Bfloat16{static_cast<uint16_t>(rounded(bits_of(x), 16))}; }
 };
 
 namespace {
@@ -90,6 +117,7 @@ int stg_copy_rows(const StgCopyRows* rows, void*) { return stg_test::copy_on_hos
 
 int stg_fan_out_rows(const StgFanOutRows* p, void*) {
   if (p->dtype == kStgFloat32) return stg_test::fan_out_on_host<float>(*p, kThreads), 0;
+  if (p->dtype == kStgFloat16) return stg_test::fan_out_on_host<Half>(*p, kThreads), 0;
   if (p->dtype == kStgBfloat16) return stg_test::fan_out_on_host<Bfloat16>(*p, kThreads), 0;
   return kInvalidValue;
 }
@@ -98,6 +126,7 @@ int64_t stg_guided_step_workspace(int64_t videos) { return videos; }
 
 int stg_guided_step(const StgGuidedStep* p, void*) {
   if (p->dtype == kStgFloat32) return guided_step<float>(*p), 0;
+  if (p->dtype == kStgFloat16) return guided_step<Half>(*p), 0;
   if (p->dtype == kStgBfloat16) return guided_step<Bfloat16>(*p), 0;
   return kInvalidValue;
 }
@@ -105,6 +134,7 @@ int stg_guided_step(const StgGuidedStep* p, void*) {
 int stg_qk_norm_rope(const StgQKNormRope* p, void*) {
   if (!stg::norm_valid(*p)) return kInvalidValue;
   if (p->dtype == kStgFloat32) return stg_test::norm_on_host<float>(*p), 0;
+  if (p->dtype == kStgFloat16) return stg_test::norm_on_host<Half>(*p), 0;
   if (p->dtype == kStgBfloat16) return stg_test::norm_on_host<Bfloat16>(*p), 0;
   return kInvalidValue;
 }

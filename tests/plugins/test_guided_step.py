@@ -20,7 +20,6 @@ from tests.step_states import STEPS, state_of, tables
 def test_kernel_equals_the_reference(
     machine: Machine, passes: tuple[str, ...], dtype: str, length: int, multistep: bool
 ) -> None:
-    machine.require(dtype)
     guidance, solver = tables(multistep)
     expected, got = (state_of(2, length, dtype, machine.device, multistep) for _ in range(2))
     for group in {"uncond", "cond", "skip"} - set(passes):

@@ -51,9 +51,10 @@ def test_host_tests_and_their_mutants(tmp_path: Path) -> None:
 
 
 @needs_cmake
+@needs_compiler
 def test_plugins_without_headers_say_what_to_set(tmp_path: Path) -> None:
     options = ["-DSTG_TRT_BUILD_TENSORRT_PLUGINS=ON", f"-DTENSORRT_ROOT={tmp_path}", "-DBUILD_TESTING=OFF"]
-    with pytest.raises(AssertionError, match=r"TENSORRT_ROOT|expected a CUDA compiler"):
+    with pytest.raises(AssertionError, match="set TENSORRT_ROOT to"):
         run("cmake", "-S", ROOT, "-B", tmp_path / "build", *options)
 
 
