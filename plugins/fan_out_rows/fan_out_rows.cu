@@ -33,14 +33,5 @@ cudaError_t launch(const StgFanOutRows& p, cudaStream_t stream) {
 
 int stg_fan_out_rows(const StgFanOutRows* fan_out, void* stream) {
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  switch (fan_out->dtype) {
-    case kStgFloat32:
-      return launch<float>(*fan_out, on);
-    case kStgFloat16:
-      return launch<__half>(*fan_out, on);
-    case kStgBfloat16:
-      return launch<__nv_bfloat16>(*fan_out, on);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return stg::with_type(fan_out->dtype, [&](auto value) { return launch<decltype(value)>(*fan_out, on); });
 }

@@ -188,14 +188,5 @@ int64_t stg_guided_step_workspace(int64_t videos) { return videos * kBlocks * 2 
 int stg_guided_step(const StgGuidedStep* step, void* stream) {
   if (!step->two_term && step->history == nullptr) return cudaErrorInvalidValue;
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  switch (step->dtype) {
-    case kStgFloat32:
-      return launch<float>(*step, on);
-    case kStgFloat16:
-      return launch<__half>(*step, on);
-    case kStgBfloat16:
-      return launch<__nv_bfloat16>(*step, on);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return stg::with_type(step->dtype, [&](auto value) { return launch<decltype(value)>(*step, on); });
 }

@@ -71,14 +71,5 @@ int stg_qk_norm_rope(const StgQKNormRope* norm, void* stream) {
   if (!stg::norm_valid(*norm)) return cudaErrorInvalidValue;
   if (norm->rows == 0 || norm->tokens == 0) return cudaSuccess;
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  switch (norm->dtype) {
-    case kStgFloat32:
-      return launch<float>(*norm, on);
-    case kStgFloat16:
-      return launch<__half>(*norm, on);
-    case kStgBfloat16:
-      return launch<__nv_bfloat16>(*norm, on);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return stg::with_type(norm->dtype, [&](auto value) { return launch<decltype(value)>(*norm, on); });
 }

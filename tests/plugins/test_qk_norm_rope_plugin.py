@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.compiled_kernels import ROOT, run
+from tests.compiled_kernels import HOST_KERNELS, PLUGINS, ROOT, run
 
 HEADERS = Path(os.environ.get("TENSORRT_ROOT", ""), "include", "NvInfer.h")
 PROGRAM = Path(__file__).with_name("build_plugin_engine.py")
@@ -37,6 +37,13 @@ def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run("cmake", "-S", ROOT, "-B", folder, *(f"-D{setting}" for setting in settings))
     run("cmake", "--build", folder)
     return folder / "libstg_tensorrt_plugins.so"
+
+
+def test_plugin_runs_what_it_was_given(tmp_path: Path) -> None:
+    plugin = PLUGINS / "qk_norm_rope" / "qk_norm_rope_plugin.cpp"
+    sources = (plugin, HOST_KERNELS, HOST_KERNELS.with_name("plugin_on_host.cpp"))
+    run("nvcc", "-std=c++17", "-I", PLUGINS, "-I", HEADERS.parent, *sources, "-o", tmp_path / "plugin")
+    assert " 0 failed" in run(tmp_path / "plugin")
 
 
 @pytest.fixture(scope="module")
