@@ -4,6 +4,9 @@
 
 #if defined(__CUDACC__)
 #define STG_BOTH __host__ __device__ __forceinline__
+// Before a loop: copies of its body would cost more than they save.
+#define STG_NO_UNROLL _Pragma("unroll 1")
 #else
 #define STG_BOTH inline
+#define STG_NO_UNROLL
 #endif

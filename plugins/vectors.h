@@ -62,10 +62,15 @@ STG_BOTH void load(const T* from, int64_t left, float (&to)[kCount]) {
   unpack(load_packed<kAligned, kCount>(from, left), to);
 }
 
-template <bool kAligned, int kCount, class T>
-STG_BOTH void store(T* to, int64_t left, const float (&from)[kCount]) {
+template <class T, int kCount>
+STG_BOTH Packed<T, kCount> pack(const float (&from)[kCount]) {
   Packed<T, kCount> packed;
   for (int i = 0; i < kCount; ++i) packed.values[i] = Cast<T>::from_float(from[i]);
+  return packed;
+}
+
+template <bool kAligned, int kCount, class T>
+STG_BOTH void store_packed(T* to, int64_t left, const Packed<T, kCount>& packed) {
   if (kAligned) {
     if (left > 0) *reinterpret_cast<Packed<T, kCount>*>(to) = packed;
   } else {
@@ -73,6 +78,11 @@ STG_BOTH void store(T* to, int64_t left, const float (&from)[kCount]) {
       if (i < left) to[i] = packed.values[i];
     }
   }
+}
+
+template <bool kAligned, int kCount, class T>
+STG_BOTH void store(T* to, int64_t left, const float (&from)[kCount]) {
+  store_packed<kAligned>(to, left, pack<T>(from));
 }
 
 }  // namespace stg

@@ -18,8 +18,11 @@ STG_BOTH void fan_out(const StgFanOutRows& p, int64_t thread, int64_t threads) {
     float values[kFanOutVector];
     load<kAligned>(p.latents + i, p.size - i, values);
     for (int k = 0; k < kFanOutVector; ++k) values[k] *= scale;
+    const Packed<T, kFanOutVector> packed = pack<T>(values);
+    // nvcc 13.0 splits the vector stores of an unrolled loop.
+    STG_NO_UNROLL
     for (int64_t copy = 0; copy < p.copies; ++copy) {
-      store<kAligned>(static_cast<T*>(p.rows) + copy * p.size + i, p.size - i, values);
+      store_packed<kAligned>(static_cast<T*>(p.rows) + copy * p.size + i, p.size - i, packed);
     }
   }
 }

@@ -15,6 +15,16 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kBlocks = 512;  // per video: enough to fill a GPU, few enough for one block to fold
 constexpr int kVector = 4;    // values per thread and turn: 16 bytes of latents
 
+// nvcc 13.0 splits a plain vector store here.
+template <bool kAligned>
+__device__ __forceinline__ void store(float* to, int64_t left, const float (&from)[kVector]) {
+  if (kAligned) {
+    if (left > 0) __stwb(reinterpret_cast<float4*>(to), make_float4(from[0], from[1], from[2], from[3]));
+  } else {
+    stg::store<false>(to, left, from);
+  }
+}
+
 __device__ __forceinline__ StepScalars scalars(const StgGuidedStep& p, int64_t step) {
   return StepScalars{p.cfg_scale[step], p.stg_scale[step], p.rescale[step], p.latents_factor[step],
                      p.pred_factor[step]};
@@ -134,7 +144,7 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(StgGuidedStep p) {
     guided<T, kAligned>(p, s, at, left, cond, pred);
 #pragma unroll
     for (int k = 0; k < kVector; ++k) pred[k] *= factor;
-    if (p.history != nullptr) stg::store<kAligned>(p.history + step * p.videos * p.length + at, left, pred);
+    if (p.history != nullptr) store<kAligned>(p.history + step * p.videos * p.length + at, left, pred);
     if (p.two_term) {
       float latents[kVector];
       stg::load<kAligned>(p.latents + at, left, latents);
@@ -143,7 +153,7 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(StgGuidedStep p) {
     } else {
       multi_step<kAligned>(p, step, at, left, pred, next);
     }
-    stg::store<kAligned>(p.latents + at, left, next);
+    store<kAligned>(p.latents + at, left, next);
   }
   // The last block to finish moves the counter: by then every block has read it.
   __syncthreads();
