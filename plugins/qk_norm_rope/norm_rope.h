@@ -152,7 +152,7 @@ STG_BOTH void norm_rope(const StgQKNormRope& p, NormPlace at, GroupSum& group_su
 
 // Sizes that fit together and into a launch; pairs must not straddle groups or tables.
 inline bool norm_valid(const StgQKNormRope& p) {
-  if (p.group <= 0 || p.group > kMaxGroup || p.channels % p.group != 0) return false;
+  if (p.group <= 0 || p.group > kMaxGroup || p.channels <= 0 || p.channels % p.group != 0) return false;
   if ((p.k == nullptr) != (p.k_out == nullptr) || (p.cos == nullptr) != (p.sin == nullptr)) return false;
   if (p.cos != nullptr) {
     const int64_t table = p.table_channels;
