@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from stg_trt.guidance import Guidance
 from stg_trt.guided_step import StepState, fan_out_rows, guided_step
-from stg_trt.kernels import GuidedStepKernel, load_kernels
+from stg_trt.kernels.fan_out_rows import FanOutRowsKernel
+from stg_trt.kernels.guided_step import GuidedStepKernel
+from stg_trt.kernels.library import Kernels, kernels_for
 from stg_trt.perturbation import Perturbation
 from stg_trt.solver import SolverTable
-from stg_trt.step_runner import StepRunner
+from stg_trt.step_runner import Operation, StepRunner
 
 
 @dataclass(frozen=True)
@@ -40,32 +42,36 @@ class StepProgram:
     def __init__(self, key: StepKey, runner: StepRunner, state: StepState, stream: int) -> None:
         self.key = key
         self.plan = runner.plan
-        self._runner = runner
-        self._state = state
         self._stream = stream
-        self._kernel = _kernel_for(key, state)
+        kernels = kernels_for(state.latents.device)
+        self._operations = (
+            _fan_out(key, state, kernels),
+            runner.enqueue,
+            _guided_step(key, state, kernels),
+        )
 
     def enqueue(self) -> None:
         """One step, in the order of the stream."""
-        fan_out_rows(self._state, self.key.passes)
-        self._runner.enqueue(self._stream)
-        if self._kernel is not None:
-            self._kernel.enqueue(self._stream)
-            return
-        guided_step(
-            self._state,
-            self.key.passes,
-            rescaled=self.key.rescaled,
-            two_term=self.key.two_term,
-            cfg_zero_star=self.key.cfg_zero_star,
-        )
+        for operation in self._operations:
+            operation(self._stream)
 
 
-def _kernel_for(key: StepKey, state: StepState) -> GuidedStepKernel | None:
-    """The fused kernel on a GPU where it is built; it does not know CFG-Zero*."""
-    if state.latents.device.type != "cuda" or key.cfg_zero_star:
-        return None
-    kernels = load_kernels()
-    if kernels is None:
-        return None
-    return GuidedStepKernel(kernels, state, key.passes, rescaled=key.rescaled, two_term=key.two_term)
+def _fan_out(key: StepKey, state: StepState, kernels: Kernels | None) -> Operation:
+    """The fused kernel where there is one."""
+    if kernels is not None:
+        return FanOutRowsKernel(kernels, state, key.passes).enqueue
+    return lambda stream: fan_out_rows(state, key.passes)
+
+
+def _guided_step(key: StepKey, state: StepState, kernels: Kernels | None) -> Operation:
+    """The fused kernel where there is one; it does not know CFG-Zero*."""
+    if kernels is not None and not key.cfg_zero_star:
+        rescaled, two_term = key.rescaled, key.two_term
+        return GuidedStepKernel(kernels, state, key.passes, rescaled=rescaled, two_term=two_term).enqueue
+    return lambda stream: guided_step(
+        state,
+        key.passes,
+        rescaled=key.rescaled,
+        two_term=key.two_term,
+        cfg_zero_star=key.cfg_zero_star,
+    )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from stg_trt.engine import Engine
 from stg_trt.families.base import KEEP_ATTENTION
+from stg_trt.kernels.copy_rows import CopyRowsKernel, copy_rows
+from stg_trt.kernels.library import kernels_for
 from stg_trt.segment import Segment, engine_outputs
 from stg_trt.step_plan import GROUPS, SegmentRun, StepPlan
 from stg_trt.tensor_spec import TensorSpec
@@ -97,19 +99,21 @@ class StepRunner:
         self, run: SegmentRun, engine: Engine, inputs: tuple[str, ...], outputs: tuple[str, ...]
     ) -> None:
         if run.fork:
-            for name in self._written:
-                self._copy(self._current(name, ("skip",)), self._current(name, ("cond",)))
+            self._copy(
+                (self._current(name, ("skip",)), self._current(name, ("cond",))) for name in self._written
+            )
         context = engine.context()
         before = {name: self._current(name, ("skip",)) for name in inputs if name in outputs}
+        to_aligned = []
         for name in inputs:
             if name == KEEP_ATTENTION:
                 tensor = self._buffers.keep_attention(run.groups, run.perturbed)
             else:
                 tensor = self._current(name, run.groups)
             aligned = _aligned(tensor, engine.alignment)
-            if aligned is not tensor:
-                self._copy(aligned, tensor)
+            to_aligned.append((aligned, tensor))
             context.bind(name, aligned)
+        self._copy(to_aligned)
         results = []
         for name, engine_name in zip(outputs, engine_outputs(inputs, outputs), strict=True):
             self._side[name] = self._side.get(name, 0) + (name in inputs)
@@ -119,18 +123,23 @@ class StepRunner:
             if self._buffers.has_rows(name):
                 self._written[name] = None
         self._operations.append(context.enqueue)
-        for tensor, aligned in results:
-            if aligned is not tensor:
-                self._copy(tensor, aligned)
+        self._copy(results)
         if run.bypass:
-            for name, skip_rows in before.items():
-                self._copy(self._current(name, ("skip",)), skip_rows)
+            self._copy((self._current(name, ("skip",)), rows) for name, rows in before.items())
 
     def _current(self, name: str, groups: Sequence[str]) -> Tensor:
         return self._buffers.view(name, groups, self._side.get(name, 0))
 
-    def _copy(self, destination: Tensor, source: Tensor) -> None:
-        self._operations.append(lambda stream: (destination.copy_(source), None)[1])
+    def _copy(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """One operation that copies each (destination, source), but for tensors that are their own source."""
+        differing = [(destination, source) for destination, source in pairs if destination is not source]
+        if not differing:
+            return
+        kernels = kernels_for(differing[0][0].device)
+        if kernels is not None:
+            self._operations.append(CopyRowsKernel(kernels, differing).enqueue)
+        else:
+            self._operations.append(lambda stream: copy_rows(differing))
 
 
 def _aligned(tensor: Tensor, alignment: int) -> Tensor:

@@ -58,15 +58,14 @@ class StepTable:
         initial = self._initial_factor.index_select(0, self.counter)
         return initial, self._history_factors.index_select(0, self.counter)[0]
 
-    def device_values(self) -> dict[str, Tensor]:
-        """The tables that the guided_step kernel reads, one value per step each."""
-        names = ("cfg_scale", "stg_scale", "rescale", "latents_factor", "pred_factor")
-        scalars = {name: self._scalars[_SCALARS.index(name)] for name in names}
-        return {
-            **scalars,
+    def device_values(self, *names: str) -> dict[str, Tensor]:
+        """The tables that a kernel reads, by name, at their fixed addresses."""
+        tables = {
+            **dict(zip(_SCALARS, self._scalars, strict=True)),
             "initial_factor": self._initial_factor,
             "history_factors": self._history_factors,
         }
+        return {name: tables[name] for name in names}
 
     def advance(self) -> None:
         """To the next step."""

@@ -1,5 +1,5 @@
 // The header that the kernels are made of, against float64. Built as it is, and once per mutant.
-#include "arithmetic.h"
+#include "guided_step/arithmetic.h"
 
 #include <cmath>
 #include <cstdio>

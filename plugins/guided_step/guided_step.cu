@@ -1,10 +1,9 @@
-#include "guided_step.h"
+#include "guided_step/guided_step.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include "../arithmetic.h"
+#include "guided_step/arithmetic.h"
+#include "half.cuh"
 
 namespace {
 
@@ -16,37 +15,13 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kBlocks = 512;  // per video: enough to fill a GPU, few enough for one block to fold
 constexpr int kVector = 4;    // values per thread and turn: 16 bytes of latents
 
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <class T>
-struct alignas(sizeof(T) * kVector) Packed {
-  T values[kVector];
-};
-
-// Loads kVector values, or those that are left, as float; aligned full vectors in one transaction.
-template <class T, bool kAligned>
-__device__ __forceinline__ void load(const T* from, int64_t left, float (&to)[kVector]) {
-  if (kAligned && left >= kVector) {
-    const Packed<T> packed = *reinterpret_cast<const Packed<T>*>(from);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) to[i] = to_float(packed.values[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) to[i] = i < left ? to_float(from[i]) : 0.0f;
-  }
-}
-
+// nvcc 13.0 splits a plain vector store here.
 template <bool kAligned>
 __device__ __forceinline__ void store(float* to, int64_t left, const float (&from)[kVector]) {
-  if (kAligned && left >= kVector) {
-    *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
+  if (kAligned) {
+    if (left > 0) __stwb(reinterpret_cast<float4*>(to), make_float4(from[0], from[1], from[2], from[3]));
   } else {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      if (i < left) to[i] = from[i];
-    }
+    stg::store<false>(to, left, from);
   }
 }
 
@@ -60,11 +35,11 @@ template <class T, bool kAligned>
 __device__ __forceinline__ void guided(const StgGuidedStep& p, StepScalars s, int64_t at, int64_t left,
                                        float (&cond)[kVector], float (&pred)[kVector]) {
   float uncond[kVector], skip[kVector];
-  load<T, kAligned>(static_cast<const T*>(p.cond) + at, left, cond);
+  stg::load<kAligned>(static_cast<const T*>(p.cond) + at, left, cond);
 #pragma unroll
   for (int i = 0; i < kVector; ++i) uncond[i] = skip[i] = cond[i];
-  if (p.uncond != nullptr) load<T, kAligned>(static_cast<const T*>(p.uncond) + at, left, uncond);
-  if (p.skip != nullptr) load<T, kAligned>(static_cast<const T*>(p.skip) + at, left, skip);
+  if (p.uncond != nullptr) stg::load<kAligned>(static_cast<const T*>(p.uncond) + at, left, uncond);
+  if (p.skip != nullptr) stg::load<kAligned>(static_cast<const T*>(p.skip) + at, left, skip);
 #pragma unroll
   for (int i = 0; i < kVector; ++i) pred[i] = stg::combine(cond[i], uncond[i], skip[i], s);
 }
@@ -143,12 +118,12 @@ __device__ void multi_step(const StgGuidedStep& p, int64_t step, int64_t at, int
   const float* factors = p.history_factors + step * p.capacity;
   const int64_t size = p.videos * p.length;
   float value[kVector];
-  load<float, kAligned>(p.initial + at, left, value);
+  stg::load<kAligned>(p.initial + at, left, value);
 #pragma unroll
   for (int i = 0; i < kVector; ++i) next[i] = p.initial_factor[step] * value[i] + factors[step] * pred[i];
   for (int64_t j = 0; j < step; ++j) {
     if (factors[j] == 0.0f) continue;
-    load<float, kAligned>(p.history + j * size + at, left, value);
+    stg::load<kAligned>(p.history + j * size + at, left, value);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) next[i] = fmaf(factors[j], value[i], next[i]);
   }
@@ -172,7 +147,7 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(StgGuidedStep p) {
     if (p.history != nullptr) store<kAligned>(p.history + step * p.videos * p.length + at, left, pred);
     if (p.two_term) {
       float latents[kVector];
-      load<float, kAligned>(p.latents + at, left, latents);
+      stg::load<kAligned>(p.latents + at, left, latents);
 #pragma unroll
       for (int k = 0; k < kVector; ++k) next[k] = stg::two_term_step(latents[k], pred[k], s);
     } else {
@@ -191,14 +166,16 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(StgGuidedStep p) {
   }
 }
 
-bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+template <class T>
+bool rows_fit(const void* rows, int64_t length) {
+  return stg::vectors_fit(static_cast<const T*>(rows), length, kVector);
+}
 
 template <class T>
 bool all_aligned(const StgGuidedStep& p) {
-  constexpr int64_t kRow = sizeof(T) * kVector, kFloats = sizeof(float) * kVector;
-  return p.length % kVector == 0 && aligned(p.cond, kRow) && aligned(p.uncond, kRow) &&
-         aligned(p.skip, kRow) && aligned(p.latents, kFloats) && aligned(p.history, kFloats) &&
-         aligned(p.initial, kFloats);
+  return rows_fit<T>(p.cond, p.length) && rows_fit<T>(p.uncond, p.length) && rows_fit<T>(p.skip, p.length) &&
+         rows_fit<float>(p.latents, p.length) && rows_fit<float>(p.history, p.length) &&
+         rows_fit<float>(p.initial, p.length);
 }
 
 template <class T, bool kAligned>
@@ -216,21 +193,10 @@ cudaError_t launch(const StgGuidedStep& p, cudaStream_t stream) {
 
 }  // namespace
 
-int stg_kernels_abi(void) { return STG_KERNELS_ABI; }
-
 int64_t stg_guided_step_workspace(int64_t videos) { return videos * kBlocks * 2 * sizeof(Moments); }
 
 int stg_guided_step(const StgGuidedStep* step, void* stream) {
   if (!step->two_term && step->history == nullptr) return cudaErrorInvalidValue;
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  switch (step->dtype) {
-    case kStgFloat32:
-      return launch<float>(*step, on);
-    case kStgFloat16:
-      return launch<__half>(*step, on);
-    case kStgBfloat16:
-      return launch<__nv_bfloat16>(*step, on);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return stg::with_type(step->dtype, [&](auto value) { return launch<decltype(value)>(*step, on); });
 }

@@ -1,18 +1,7 @@
 // Guidance, rescale and the solver's step in one pass over the latents, for a captured CUDA graph.
 #pragma once
 
-#include <stdint.h>
-
-#if defined(_WIN32)
-#define STG_EXPORT extern "C" __declspec(dllexport)
-#else
-#define STG_EXPORT extern "C" __attribute__((visibility("default")))
-#endif
-
-// Raised whenever a struct or a function below changes: the Python side refuses any other.
-#define STG_KERNELS_ABI 1
-
-enum StgDtype { kStgFloat32 = 0, kStgFloat16 = 1, kStgBfloat16 = 2 };
+#include "interface.h"
 
 // All pointers are device memory. `uncond` and `skip` are null where the pass is not computed.
 struct StgGuidedStep {
@@ -42,7 +31,6 @@ struct StgGuidedStep {
   int32_t two_term;     // 0: history is used
 };
 
-STG_EXPORT int stg_kernels_abi(void);
 STG_EXPORT int64_t stg_guided_step_workspace(int64_t videos);
 // Enqueues on a stream; returns a cudaError_t.
 STG_EXPORT int stg_guided_step(const StgGuidedStep* step, void* stream);

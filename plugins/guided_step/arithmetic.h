@@ -1,15 +1,9 @@
 // The arithmetic of a sampling step, written once for host and device.
-//
-// No __CUDA_ARCH__ branches here: what the host test proves is what the GPU runs.
 #pragma once
 
 #include <math.h>
 
-#if defined(__CUDACC__)
-#define STG_BOTH __host__ __device__ __forceinline__
-#else
-#define STG_BOTH inline
-#endif
+#include "host_device.h"
 
 namespace stg {
 

@@ -1,0 +1,3 @@
+#include "interface.h"
+
+int stg_kernels_abi(void) { return STG_KERNELS_ABI; }

@@ -1,0 +1,72 @@
+"""The row fan-out, against the torch reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stg_trt.guided_step import StepState, fan_out_rows, guided_step
+from stg_trt.kernels.copy_rows import CopyRowsKernel
+from stg_trt.kernels.fan_out_rows import FanOutRowsKernel
+from stg_trt.kernels.guided_step import GuidedStepKernel
+from stg_trt.step_plan import GROUPS
+from tests.compiled_kernels import Machine
+from tests.step_states import STEPS, state_of, tables
+
+POISON = -777.0
+
+
+def poisoned(state: StepState) -> StepState:
+    guidance, solver = tables()
+    state.table.load(guidance, solver)
+    # The scheduler's own scale is 1, which shows nothing.
+    state.table.device_values("input_scale")["input_scale"].copy_(torch.linspace(0.3, 1.7, 8))
+    for name in ("latents", "timestep"):
+        state.buffers.view(name).fill_(POISON)
+    return state
+
+
+@pytest.mark.parametrize("passes", [("cond",), ("uncond", "cond"), ("cond", "skip"), GROUPS], ids="+".join)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("videos", [1, 3])
+@pytest.mark.parametrize("length", [1, 7, 8, 4096, 100_003])
+def test_kernel_equals_the_reference(
+    machine: Machine, passes: tuple[str, ...], dtype: str, videos: int, length: int
+) -> None:
+    expected, got = (poisoned(state_of(videos, length, dtype, machine.device)) for _ in range(2))
+    kernel = FanOutRowsKernel(machine.kernels, got, passes)
+    for _ in range(STEPS):
+        fan_out_rows(expected, passes)
+        machine.enqueue(kernel)
+        for name in ("latents", "timestep"):
+            assert torch.equal(got.buffers.view(name), expected.buffers.view(name))
+        assert all(
+            (got.buffers.view("timestep", (group,)) == POISON).all() for group in {*GROUPS} - {*passes}
+        )
+        for state in (expected, got):
+            state.table.advance()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [4096, 100_003])
+def test_one_graph_serves_all_steps(machine: Machine, length: int) -> None:
+    if machine.device.type == "cpu":
+        pytest.skip("graphs need a GPU")
+    expected, got = (poisoned(state_of(2, length, "bfloat16", machine.device)) for _ in range(2))
+    enqueued = (
+        FanOutRowsKernel(machine.kernels, got, GROUPS),
+        # In place of a model: the predictions are the rows.
+        CopyRowsKernel(machine.kernels, [(got.buffers.view("pred"), got.buffers.view("latents"))]),
+        GuidedStepKernel(machine.kernels, got, GROUPS, rescaled=True, two_term=True),
+    )
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for kernel in enqueued:
+            machine.enqueue(kernel)
+    for step in range(STEPS):
+        graph.replay()
+        fan_out_rows(expected, GROUPS)
+        expected.buffers.view("pred").copy_(expected.buffers.view("latents"))
+        guided_step(expected, GROUPS, rescaled=True, two_term=True, cfg_zero_star=False)
+        assert int(got.table.counter) == step + 1
+        torch.testing.assert_close(got.latents, expected.latents, rtol=1e-3, atol=1e-3)

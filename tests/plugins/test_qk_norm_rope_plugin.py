@@ -1,0 +1,80 @@
+"""The TensorRT plugin around the kernel: compiled against public headers, and built into an engine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests.compiled_kernels import HOST_KERNELS, PLUGINS, ROOT, run
+
+HEADERS = Path(os.environ.get("TENSORRT_ROOT", ""), "include", "NvInfer.h")
+PROGRAM = Path(__file__).with_name("build_plugin_engine.py")
+
+pytestmark = [
+    pytest.mark.skipif(
+        "TENSORRT_ROOT" not in os.environ or not HEADERS.is_file(),
+        reason="needs TENSORRT_ROOT=<folder with include/NvInfer.h>: a TensorRT or TensorRT-RTX package, "
+        "or a checkout of github.com/NVIDIA/TensorRT",
+    ),
+    pytest.mark.skipif(shutil.which("cmake") is None or shutil.which("nvcc") is None, reason="needs nvcc"),
+]
+
+Build = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plugin library for one architecture."""
+    folder = tmp_path_factory.mktemp("tensorrt_plugins")
+    switches = ("STG_TRT_BUILD_TENSORRT_PLUGINS=ON", "STG_TRT_BUILD_KERNELS=OFF", "BUILD_TESTING=OFF")
+    settings = (*switches, f"TENSORRT_ROOT={HEADERS.parents[1]}", "CMAKE_CUDA_ARCHITECTURES=89")
+    run("cmake", "-S", ROOT, "-B", folder, *(f"-D{setting}" for setting in settings))
+    run("cmake", "--build", folder)
+    return folder / "libstg_tensorrt_plugins.so"
+
+
+def test_plugin_runs_what_it_was_given(tmp_path: Path) -> None:
+    plugin = PLUGINS / "qk_norm_rope" / "qk_norm_rope_plugin.cpp"
+    sources = (plugin, HOST_KERNELS, HOST_KERNELS.with_name("plugin_on_host.cpp"))
+    run("nvcc", "-std=c++17", "-I", PLUGINS, "-I", HEADERS.parent, *sources, "-o", tmp_path / "plugin")
+    assert " 0 failed" in run(tmp_path / "plugin")
+
+
+@pytest.fixture(scope="module")
+def build(plugins: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """Runs the build in a process of its own, which a mistake in a plugin may end."""
+    libraries = find_spec("tensorrt_rtx_libs")
+    if libraries is None or not libraries.submodule_search_locations:
+        pytest.skip("needs the wheel of TensorRT-RTX")
+    # For plugins the parser opens the library by its unversioned name, and aborts where there is none.
+    folder = tmp_path_factory.mktemp("unversioned")
+    versioned = next(Path(libraries.submodule_search_locations[0]).glob("libtensorrt_rtx.so.*"))
+    (folder / "libtensorrt_rtx.so").symlink_to(versioned)
+
+    def build_engine(*options: str) -> str:
+        return run(
+            sys.executable, PROGRAM, plugins, *options, env=os.environ | {"LD_LIBRARY_PATH": str(folder)}
+        )
+
+    return build_engine
+
+
+@pytest.mark.parametrize("dtype", ["FLOAT", "FLOAT16", "BFLOAT16"])
+@pytest.mark.parametrize("group", [0, 32])
+def test_a_graph_with_the_node_becomes_an_engine(build: Build, dtype: str, group: int) -> None:
+    assert "engine with QKNormRope" in build("--dtype", dtype, "--group", str(group))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--group", "48"), ("--group", "32", "--weight", "64"), ("--table", "48"), ("--no-eps",)],
+    ids="".join,
+)
+def test_sizes_that_do_not_fit_are_no_engine(build: Build, options: tuple[str, ...]) -> None:
+    assert "no engine" in build(*options)
