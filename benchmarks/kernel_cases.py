@@ -11,8 +11,11 @@ from torch import Tensor
 from stg_trt.device import Device
 from stg_trt.families.base import keep_attention_spec
 from stg_trt.guidance import Guidance, combined
-from stg_trt.guided_step import StepState, guided_step
-from stg_trt.kernels import GuidedStepKernel, load_kernels
+from stg_trt.guided_step import StepState, fan_out_rows, guided_step
+from stg_trt.kernels.fan_out_rows import FanOutRowsKernel
+from stg_trt.kernels.guided_step import GuidedStepKernel
+from stg_trt.kernels.library import kernels_for
+from stg_trt.kernels.qk_norm_rope import Norm, QKNormRopeKernel, Rope, norm_rope
 from stg_trt.solver import SolverTable
 from stg_trt.step_plan import GROUPS
 from stg_trt.step_runner import StepBuffers
@@ -24,7 +27,8 @@ from .clock import Work
 CUDA_KERNEL, REFERENCE = "CUDA kernel", "torch reference"
 
 _STEPS = 4
-_PRED_DTYPE = {"cuda": "bfloat16", "cpu": "float32"}
+_WIDTH = 2048
+_DTYPE = {"cuda": "bfloat16", "cpu": "float32"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def _guided_step(elements: int, device: Device, *, rescaled: bool) -> Case:
     state = _state(elements, device)
     start = state.latents.clone()
     state.table.load(guidance, solver)
-    kernels = load_kernels() if device.torch_device.type == "cuda" else None
+    kernels = kernels_for(device.torch_device)
     options = {"rescaled": rescaled, "two_term": True}
 
     def reset() -> None:
@@ -73,6 +77,76 @@ def _guided_step(elements: int, device: Device, *, rescaled: bool) -> Case:
     return Case(REFERENCE if kernels is None else CUDA_KERNEL, Work(run, reset), moved, error)
 
 
+def _fan_out_rows(elements: int, device: Device) -> Case:
+    """fan_out_rows to three rows."""
+    guidance, solver = _tables(rescaled=True)
+    state = _state(elements, device)
+    state.table.load(guidance, solver)
+    kernels = kernels_for(device.torch_device)
+    if kernels is None:
+        run = lambda: fan_out_rows(state, GROUPS)  # noqa: E731
+    else:
+        kernel = FanOutRowsKernel(kernels, state, GROUPS)
+        run = lambda: kernel.enqueue(device.stream)  # noqa: E731
+    rows = state.buffers.view("latents")
+    with device.scope():
+        run()
+        expected = (state.latents.double() * solver.input_scale[0]).to(rows.dtype)
+        error = _relative(rows, expected.expand_as(rows))
+    moved = elements * (state.latents.element_size() + len(GROUPS) * rows.element_size())
+    return Case(REFERENCE if kernels is None else CUDA_KERNEL, Work(run), moved, error)
+
+
+def _qk_norm_rope(elements: int, device: Device) -> Case:
+    """QK norm and rotary embedding of one video's tokens, of LTX-Video 2B's width."""
+    place, dtype = device.torch_device, getattr(torch, _DTYPE[device.torch_device.type])
+    shape = (1, max(1, elements // _WIDTH), _WIDTH)
+    generator = torch.Generator(place).manual_seed(0)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=place)
+
+    q, k = random(*shape).to(dtype), random(*shape).to(dtype)
+    norms = Norm(random(_WIDTH)), Norm(random(_WIDTH))
+    rope = Rope(random(*shape[1:]), random(*shape[1:]))
+    outputs = torch.empty_like(q), torch.empty_like(k)
+    kernels = kernels_for(place)
+    if kernels is None:
+
+        def run() -> None:
+            for x, norm, out in zip((q, k), norms, outputs, strict=True):
+                out.copy_(norm_rope(x, norm, rope))
+    else:
+        kernel = QKNormRopeKernel(kernels, (q, k), outputs, norms, rope)
+        run = lambda: kernel.enqueue(device.stream)  # noqa: E731
+    with device.scope():
+        run()
+        error = max(
+            _relative(out, _norm_rope(x, norm, rope).to(dtype))
+            for x, norm, out in zip((q, k), norms, outputs, strict=True)
+        )
+    moved = 4 * q.numel() * q.element_size() + 2 * rope.cos.numel() * rope.cos.element_size()
+    return Case(REFERENCE if kernels is None else CUDA_KERNEL, Work(run), moved, error)
+
+
+def _norm_rope(x: Tensor, norm: Norm, rope: Rope) -> Tensor:
+    """RMS norm over all channels, then the rotation of neighbouring pairs, in float64."""
+    normed = (
+        x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + norm.eps) * norm.weight.double()
+    )
+    a, b = normed[..., 0::2], normed[..., 1::2]
+    rotated = torch.stack([-b, a], -1).flatten(-2)
+    return normed * rope.cos.double() + rotated * rope.sin.double()
+
+
+def _relative(got: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest value; of a lower precision, beyond one rounding."""
+    difference = (got.double() - expected.double()).abs()
+    # A value near the middle of two may be rounded to either.
+    slack = expected.double().abs() * 2 * torch.finfo(got.dtype).eps if got.dtype != torch.float32 else 0.0
+    return float((difference - slack).clamp_min(0).max() / expected.double().abs().max())
+
+
 def _tables(rescaled: bool) -> tuple[Guidance, SolverTable]:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -90,7 +164,12 @@ def _tables(rescaled: bool) -> tuple[Guidance, SolverTable]:
 def _state(elements: int, device: Device) -> StepState:
     """One video's latents and predictions at random."""
     place = device.torch_device
-    pred = TensorSpec("pred", _PRED_DTYPE[place.type], (ROWS, elements))
+    specs = [
+        TensorSpec("latents", _DTYPE[place.type], (ROWS, elements)),
+        TensorSpec("timestep", "float32", (ROWS,)),
+        TensorSpec("pred", _DTYPE[place.type], (ROWS, elements)),
+        keep_attention_spec(),
+    ]
     generator = torch.Generator(place).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -98,7 +177,7 @@ def _state(elements: int, device: Device) -> StepState:
 
     latents = random(1, elements)
     state = StepState(
-        buffers=StepBuffers([pred, keep_attention_spec()], frozenset(), 1, place),
+        buffers=StepBuffers(specs, frozenset(), 1, place),
         table=StepTable(_STEPS, place),
         latents=latents,
         initial=latents.clone(),
@@ -126,6 +205,8 @@ def _stepped(state: StepState, guidance: Guidance, solver: SolverTable) -> Tenso
 
 
 KERNELS = (
+    Kernel("fan_out_rows", _fan_out_rows),
+    Kernel("qk_norm_rope", _qk_norm_rope),
     Kernel("guided_step", lambda elements, device: _guided_step(elements, device, rescaled=True)),
     Kernel(
         "guided_step, no rescale", lambda elements, device: _guided_step(elements, device, rescaled=False)

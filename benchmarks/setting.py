@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stg_trt.backends import backend_for, check_target
+from stg_trt.backends import backend_for
 from stg_trt.build_engines.build import build
 from stg_trt.build_engines.display import BuildDisplay
 from stg_trt.checkpoint import Checkpoint
@@ -79,8 +79,8 @@ class Setting:
     def _place(self) -> tuple[str, str]:
         """Where the engines run, cpu or cuda, and in which precision."""
         backend = backend_for(self.backend)
-        check_target(backend, self.target or backend.targets[0], backend.precisions[0])
-        return backend.device, backend.precisions[0]
+        target = backend.target(self.target or backend.targets[0].name)
+        return target.device, target.precisions[0]
 
     def device(self) -> Device:
         """A new device of the engines' kind."""

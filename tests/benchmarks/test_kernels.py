@@ -36,6 +36,8 @@ def test_counts_the_bytes_of_two_passes_with_rescale(tmp_path: Path) -> None:
     KernelBenchmark("cpu", (1000,), 1).run(tmp_path / "kernels.json")
     rows = json.loads((tmp_path / "kernels.json").read_text())["kernels"]
     assert {row["name"]: row["bytes"] for row in rows} == {
+        "fan_out_rows": (1 + 3) * 4 * 1000,
+        "qk_norm_rope": (4 + 2) * 4 * 2048,
         "guided_step": (2 * 3 + 2) * 4 * 1000,
         "guided_step, no rescale": (3 + 2) * 4 * 1000,
     }
