@@ -12,7 +12,7 @@ FOREGROUND_LEVEL = 0.3
 SMALLEST_AREA = 20
 COLOUR_TOLERANCE = 0.4
 SMALLEST_OVERLAP = 0.6
-SMALLEST_MOVE = 8.0
+SMALLEST_MOVE = 4.0
 
 # Area of each shape at radius 1, and how far below its centre its centre of mass lies.
 AREAS = {"circle": np.pi, "square": 1.8**2, "triangle": 2.0}

@@ -13,12 +13,12 @@ PARTS = ("colour", "shape", "direction", "all")
 def table(report: dict[str, Any]) -> str:
     """The results as Markdown, with what they were measured on."""
     lines = [
-        "| guidance | colour | shape | direction | all three | overlap | jitter (px) | s/clip |",
-        "|---|---|---|---|---|---|---|---|",
+        "| guidance | colour | shape | direction | all three | overlap | jitter (px) |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in report["results"]:
         shares = " | ".join(f"{100 * row[part]:.0f} %" for part in PARTS)
-        quality = f"{row['overlap']:.3f} | {row['jitter']:.2f} | {row['seconds_per_clip']:.2f}"
+        quality = f"{row['overlap']:.3f} | {row['jitter']:.2f}"
         lines.append(f"| {row['name']} | {shares} | {quality} |")
     machine = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
     lines += [

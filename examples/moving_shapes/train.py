@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 TEXT_LENGTH = 16
 EMPTY_SHARE = 0.1
-GIVEN_SHARE = 0.6
+ANCHORED_SHARE = 0.7
 # Twice the shift of sampling: where a shape goes is settled while the clip is still almost all noise.
 SIGMA_SHIFT = 4.0
 FOREGROUND_WEIGHT = 5.0
@@ -169,17 +169,20 @@ def sample_sigmas(count: int, device: str) -> Tensor:
     return SIGMA_SHIFT * uniform / (1 + (SIGMA_SHIFT - 1) * uniform)
 
 
-def first_frame_factors(count: int, device: str) -> Tensor:
-    """What to multiply the noise level of each token [clip, token] by: less than 1 for some first frames.
+def anchor_factors(count: int, device: str) -> Tensor:
+    """What to multiply the noise level of a token [clip, token] by: less than 1 in one frame of some clips.
 
-    LTX-Video learns to go on from a given first frame, too. Here that is what teaches the way, which hangs
-    on three things: the text, which of two frames is later, and on which side it shows the shape. Where all
-    frames are equally noisy, knowing two of them tells nothing, and training makes no headway. With a first
-    frame to go on from, only the text and the side are left.
+    LTX-Video learns to go on from given frames, too. Here that is what teaches the way, which hangs on three
+    things: the text, which of two frames is later, and on which side it shows the shape. Where all frames are
+    equally noisy, knowing two of them tells nothing, and training makes no headway. With a frame to go on
+    from, only the text and the side are left. Any frame will do but the first alone: where a shape starts
+    gives away which way it can go.
     """
-    kept = 1 - (1.5 * torch.rand(count, device=device)).clamp(max=1)
-    factors = torch.ones(count, NUM_FRAMES, device=device)
-    factors[:, 0] = torch.where(torch.rand(count, device=device) < GIVEN_SHARE, kept, 1.0)
+    kept = (1 - 1.25 * torch.rand(count, device=device)).clamp(min=0).sqrt()
+    anchored = torch.rand(count, 1, device=device) < ANCHORED_SHARE
+    chosen = torch.randint(NUM_FRAMES, (count, 1), device=device)
+    is_anchor = torch.arange(NUM_FRAMES, device=device) == chosen
+    factors = torch.where(anchored & is_anchor, kept[:, None], 1.0)
     return factors.repeat_interleave(GRID * GRID, dim=1)
 
 
@@ -243,7 +246,7 @@ def flow_loss(pipe: LTXPipeline, forward: Callable[..., Any], latents: Tensor, l
         device
     )
     embeds = pipe.text_encoder(text.input_ids)[0]
-    factors = first_frame_factors(batch, device)
+    factors = anchor_factors(batch, device)
     sigma = sample_sigmas(batch, device)[:, None] * factors
     noise = torch.randn_like(latents)
     noisy = torch.lerp(latents, noise, sigma[..., None])
