@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from stg_trt.errors import InvalidRequest
+from stg_trt.gpu import find_gpu
 from stg_trt.manifest import write_atomically
 
 _PACKAGES = (
@@ -97,19 +99,9 @@ def _commit() -> str:
 
 
 def _gpu() -> dict[str, Any] | None:
-    """The GPU that torch would use, and its driver."""
-    if not torch.cuda.is_available():
-        return None
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    driver = _answer(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], Path.cwd())
-    return {
-        "name": properties.name,
-        "sm": f"sm_{properties.major}{properties.minor}",
-        "memory_bytes": properties.total_memory,
-        "multiprocessors": properties.multi_processor_count,
-        "driver": driver.splitlines()[0] if driver else "unknown",
-        "cuda": torch.version.cuda,
-    }
+    """The GPU that torch would use, its driver, and torch's CUDA."""
+    gpu = find_gpu()
+    return None if gpu is None else {**asdict(gpu), "cuda": torch.version.cuda}
 
 
 def _answer(command: list[str], folder: Path) -> str:

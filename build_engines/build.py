@@ -14,11 +14,13 @@ from filelock import FileLock, Timeout
 import stg_trt
 from stg_trt import manifest as manifests
 from stg_trt.backends import backend_for
+from stg_trt.backends.choice import AUTO, choose_backend
 from stg_trt.checkpoint import Checkpoint
 from stg_trt.engine_key import EngineKey, code_version, digest
 from stg_trt.engine_store import check_file
 from stg_trt.errors import EngineRejected, InvalidRequest
 from stg_trt.families.base import Workload
+from stg_trt.gpu import find_gpu
 from stg_trt.manifest import Manifest, SegmentRecord
 from stg_trt.segment import Segment
 
@@ -56,12 +58,17 @@ def build(
 ) -> list[Path]:
     """Builds engines below `output` and returns the build folders, one per target.
 
-    `target` may name several, separated by commas; it and `precision` default to the backend's. Finished
-    segments of an interrupted build are re-used.
+    `backend` may be auto: the best that this machine can run. `target` may name several, separated by commas;
+    it and `precision` default to the backend's. Finished segments of an interrupted build are re-used.
 
     Raises InvalidRequest for options that cannot be used and GateMissed for a segment that fails a check.
     """
     opened = Checkpoint.open(checkpoint, random_weights=random_weights)
+    progress = progress or Silent()
+    if backend == AUTO:
+        choice = choose_backend(find_gpu())
+        progress.choose(str(choice))
+        backend, target = choice.backend, target or choice.target
     chosen = backend_for(backend)
     targets = tuple((target or chosen.targets[0].name).split(","))
     defaults = opened.family.defaults
@@ -80,7 +87,7 @@ def build(
         verify_timesteps=verify_timesteps,
         keep_onnx=keep_onnx,
     )
-    return _Builder(options, progress or Silent()).run()
+    return _Builder(options, progress).run()
 
 
 class _Builder:

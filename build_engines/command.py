@@ -25,7 +25,7 @@ def build(
     ] = None,
     max_batch: Annotated[int, typer.Option(help="Most videos in one call.")] = 1,
     backend: Annotated[
-        str, typer.Option(help="onnxruntime, tensorrt-rtx, tensorrt or inductor.")
+        str, typer.Option(help="onnxruntime, tensorrt-rtx, tensorrt, inductor, or auto.")
     ] = "onnxruntime",
     target: Annotated[
         str | None, typer.Option(help="Such as sm_120,sm_89, this-gpu or cpu. [default: the backend's]")
@@ -81,18 +81,21 @@ def _check(
 ) -> None:
     """Raises InvalidRequest for names that do not exist, and for a precision that the backend cannot do."""
     from stg_trt.backends import backend_for, check_target
+    from stg_trt.backends.choice import AUTO
     from stg_trt.checkpoint import Checkpoint
     from stg_trt.perturbation import check_mode
     from stg_trt.segment import check_layout
 
-    chosen = backend_for(backend)
-    targets = (target or chosen.targets[0].name).split(",")
-    for name in targets:
-        check_target(chosen, name, precision or chosen.target(targets[0]).precisions[0])
     check_layout(layout)
     if stg_mode is not None:
         check_mode(stg_mode)
     Checkpoint.open(checkpoint, random_weights=random_weights)
+    if backend == AUTO:
+        return
+    chosen = backend_for(backend)
+    targets = (target or chosen.targets[0].name).split(",")
+    for name in targets:
+        check_target(chosen, name, precision or chosen.target(targets[0]).precisions[0])
 
 
 def _print(folders: list[Path]) -> None:

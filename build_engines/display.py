@@ -41,6 +41,10 @@ class BuildDisplay:
     ) -> None:
         self._progress.stop()
 
+    def choose(self, choice: str) -> None:
+        """Says what it chose, and why."""
+        self._console.print(choice)
+
     def start(self, build: str, segments: tuple[Segment, ...]) -> None:
         """Lists the segments."""
         self._console.print(f"{build}: {', '.join(segment.name for segment in segments)}")

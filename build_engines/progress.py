@@ -12,6 +12,9 @@ from stg_trt.segment import Segment
 class Progress(Protocol):
     """Called from the building thread, and from the compiler's for `phase`."""
 
+    def choose(self, choice: str) -> None:
+        """What `--backend auto` chose, and why."""
+
     def start(self, build: str, segments: tuple[Segment, ...]) -> None:
         """A build begins."""
 
@@ -27,6 +30,9 @@ class Progress(Protocol):
 
 class Silent:
     """No reports."""
+
+    def choose(self, choice: str) -> None:
+        """Ignored."""
 
     def start(self, build: str, segments: tuple[Segment, ...]) -> None:
         """Ignored."""

@@ -122,9 +122,10 @@ def _open_checkpoint(checkpoint: str, *, decodes: bool) -> Checkpoint:
 def _check_engines(checkpoint: Checkpoint, engines: Path, size: dict[str, Any], **kind: Any) -> None:
     """Whether the size is one that the model has, and any build in the folder fits it."""
     from stg_trt.engine_store import EngineRequest, EngineStore
+    from stg_trt.gpu import this_machine
 
     store = EngineStore.open(engines)
-    request = EngineRequest(**kind)
+    request = EngineRequest(**kind, machine=this_machine())
     checkpoint.family.check(store.find(request).manifest.workload.resized(**size))
     store.find(replace(request, **size))
 

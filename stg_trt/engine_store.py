@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stg_trt import manifest as manifests
-from stg_trt.backends import backend_for, load_engines
+from stg_trt.backends import backend_for, backends, load_engines
 from stg_trt.device import Device
 from stg_trt.engine import Engine
 from stg_trt.errors import EngineRejected
@@ -17,7 +17,10 @@ from stg_trt.segment import check_layout
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """What a call needs of a build; None accepts anything. `perturbations` are those of its steps."""
+    """What a call needs of a build; None accepts anything. `perturbations` are those of its steps.
+
+    `machine` is what there is to run on: the GPU's compute capability (sm_90), or cpu.
+    """
 
     weights: str | None = None
     height: int | None = None
@@ -28,6 +31,7 @@ class EngineRequest:
     layout: str | None = None
     backend: str | None = None
     target: str | None = None
+    machine: str | None = None
 
     def __post_init__(self) -> None:
         if self.layout is not None:
@@ -46,6 +50,8 @@ class EngineRequest:
             wanted, built = getattr(self, name), getattr(manifest, name)
             if wanted is not None and wanted != built:
                 return f"{name} is {built}, the request is {wanted}: rebuild with --{name} {wanted}"
+        if self.machine is not None and (reason := _cannot_run(manifest, self.machine)):
+            return reason
         for name in ("height", "width", "num_frames"):
             wanted, built = getattr(self, name), getattr(workload, name)
             if wanted is not None and wanted != built:
@@ -103,9 +109,12 @@ class EngineStore:
         return cls(root, tuple(builds), unreadable)
 
     def find(self, request: EngineRequest) -> Build:
-        """The first build that fits, segmented before twin; raises EngineRejected with every reason."""
+        """The first build that fits; raises EngineRejected with every reason.
+
+        A GPU's come before the CPU's, then in the order of the backends, segmented before twin.
+        """
         rejected = dict(self.unreadable)
-        for build in sorted(self.builds, key=lambda b: b.manifest.layout):
+        for build in sorted(self.builds, key=lambda build: _preference(build.manifest)):
             reason = request.rejects(build.manifest)
             if reason is None:
                 return build
@@ -127,6 +136,25 @@ def check_file(path: Path, record: manifests.FileRecord) -> None:
         raise EngineRejected(f"{path}: expected {record.bytes} bytes, got {size}: build the engines again")
     if manifests.file_sha256(path) != record.sha256:
         raise EngineRejected(f"{path}: its contents changed after the build: build the engines again")
+
+
+def _preference(manifest: Manifest) -> tuple[bool, int, str]:
+    backend = backend_for(manifest.backend)
+    return _device(manifest) == "cpu", backends().index(backend), manifest.layout
+
+
+def _device(manifest: Manifest) -> str:
+    return backend_for(manifest.backend).target(manifest.target).device
+
+
+def _cannot_run(manifest: Manifest, machine: str) -> str | None:
+    if _device(manifest) == "cpu":
+        return None
+    if machine == "cpu":
+        return "runs on an NVIDIA GPU, this machine has none: build with --backend onnxruntime"
+    if manifest.target.startswith("sm_") and manifest.target != machine:
+        return f"compiled for {manifest.target}, this GPU is {machine}: build with --target {machine}"
+    return None
 
 
 def _rejects(manifest: Manifest, perturbation: Perturbation) -> str | None:

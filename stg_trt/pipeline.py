@@ -20,6 +20,7 @@ from stg_trt.device import Device, open_device
 from stg_trt.engine_store import Build, EngineRequest, EngineStore
 from stg_trt.errors import InvalidRequest, OutOfDeviceMemory
 from stg_trt.families.base import Workload
+from stg_trt.gpu import this_machine
 from stg_trt.guidance import BlockSets, Guidance, Preset, Scale, load_preset
 from stg_trt.manifest import Manifest
 from stg_trt.sampler import SampledStep, Sampler
@@ -73,7 +74,9 @@ class VideoPipeline:
         self.scheduler = checkpoint.scheduler()
         self.interrupt = False
         self.num_timesteps = 0
-        self._base = EngineRequest(weights=checkpoint.fingerprint(), layout=layout, backend=backend)
+        self._base = EngineRequest(
+            weights=checkpoint.fingerprint(), layout=layout, backend=backend, machine=this_machine()
+        )
         self._samplers: dict[Path, Sampler] = {}
         self._devices: dict[str, Device] = {}
 

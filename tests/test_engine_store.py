@@ -131,6 +131,27 @@ def test_the_segmented_layout_comes_first(tmp_path: Path, add: Callable[..., Pat
     assert store.find(EngineRequest(layout="twin")).folder == twin
 
 
+def test_a_machine_is_given_what_it_can_run(tmp_path: Path, add: Callable[..., Path]) -> None:
+    names = {
+        "a": ("inductor", "cpu"),
+        "b": ("onnxruntime", "cpu"),
+        "c": ("inductor", "this-gpu"),
+        "d": ("tensorrt-rtx", "sm_120"),
+        "e": ("tensorrt-rtx", "sm_89"),
+    }
+    for name, (backend, target) in names.items():
+        add(name, backend=backend, target=target)
+    store = EngineStore.open(tmp_path)
+    for machine, best in {"cpu": "b", "sm_120": "d", "sm_89": "e", "sm_90": "c"}.items():
+        assert store.find(EngineRequest(machine=machine)).folder.name == best
+    with pytest.raises(
+        EngineRejected, match="d: compiled for sm_120, this GPU is sm_90: build with --target"
+    ):
+        store.find(EngineRequest(machine="sm_90", backend="tensorrt-rtx"))
+    with pytest.raises(EngineRejected, match="e: runs on an NVIDIA GPU, this machine has none: build with"):
+        store.find(EngineRequest(machine="cpu", backend="tensorrt-rtx"))
+
+
 def test_all_candidates_are_explained(tmp_path: Path, add: Callable[..., Path]) -> None:
     add("large", workload=Workload(256, 256, 17, 9))
     add("other", weights="others")

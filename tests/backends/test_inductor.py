@@ -22,6 +22,7 @@ from stg_trt.device import Cpu
 from stg_trt.doctor import backend_states
 from stg_trt.engine_store import Build, EngineRequest, EngineStore
 from stg_trt.errors import EngineRejected
+from stg_trt.gpu import find_gpu
 from stg_trt.segment import engine_outputs
 from stg_trt.step_graph import StepGraph
 from tests.conftest import build_ltx
@@ -229,12 +230,12 @@ def test_another_torch_or_machine(build: Build, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_doctor_tells_what_inductor_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    states = {name: (builds, runs) for name, builds, runs in backend_states()}
+    states = {name: (builds, runs) for name, builds, runs in backend_states(find_gpu())}
     if not torch.cuda.is_available():
         assert states["inductor"][0].startswith("for the CPU only: inductor: expected an NVIDIA GPU")
         assert states["inductor"][1] == "on the CPU only: there is no NVIDIA GPU"
     monkeypatch.setenv("CXX", "no-such-compiler")
-    states = {name: (builds, runs) for name, builds, runs in backend_states()}
+    states = {name: (builds, runs) for name, builds, runs in backend_states(find_gpu())}
     assert states["inductor"][0].startswith("no: inductor: expected a C++ compiler, got no no-such-compiler")
 
 

@@ -60,8 +60,13 @@ def replace_library(monkeypatch: pytest.MonkeyPatch, simulated: SimulatedTensorR
 @pytest.fixture
 def device(sim: SimulatedTensorRT, monkeypatch: pytest.MonkeyPatch) -> SimulatedCuda:
     simulated = SimulatedCuda(sim)
-    monkeypatch.setattr("stg_trt.pipeline.open_device", lambda name: simulated)
+    replace_gpu(monkeypatch, simulated)
     return simulated
+
+
+def replace_gpu(monkeypatch: pytest.MonkeyPatch, simulated: SimulatedCuda) -> None:
+    monkeypatch.setattr("stg_trt.pipeline.open_device", lambda name: simulated)
+    monkeypatch.setattr("stg_trt.pipeline.this_machine", lambda: "sm_90")
 
 
 def context(sim: SimulatedTensorRT, engines: Path, name: str = "text") -> tensorrt.TensorRTContext:
@@ -179,7 +184,7 @@ def test_rtx_keeps_what_it_compiled(
         sim = SimulatedTensorRTRtx(MAX_ROWS, gpu)
         replace_library(monkeypatch, sim)
         device = SimulatedCuda(sim)
-        monkeypatch.setattr("stg_trt.pipeline.open_device", lambda name: device)
+        replace_gpu(monkeypatch, device)
         pipeline = VideoPipeline.from_pretrained(ltx_checkpoint, engines=root)
         frames = pipeline(**arguments("stg_r", ltx_checkpoint)).frames
         assert len(device.graphs) == 1
@@ -202,7 +207,7 @@ def test_rtx_runs_from_a_folder_that_cannot_be_written(
 ) -> None:
     sim = SimulatedTensorRTRtx(MAX_ROWS)
     replace_library(monkeypatch, sim)
-    monkeypatch.setattr("stg_trt.pipeline.open_device", lambda name: SimulatedCuda(sim))
+    replace_gpu(monkeypatch, SimulatedCuda(sim))
 
     def refuse(path: Path, data: bytes) -> None:
         raise PermissionError(13, "Permission denied", str(path))

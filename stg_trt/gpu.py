@@ -1,0 +1,54 @@
+"""The NVIDIA GPU of this machine, as torch and the driver describe it."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """`sm` is its compute capability, as targets name it: sm_90."""
+
+    name: str
+    sm: str
+    memory_bytes: int
+    multiprocessors: int
+    driver: str
+
+
+def find_gpu() -> Gpu | None:
+    """The GPU that torch would use; None where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return Gpu(
+        properties.name,
+        f"sm_{properties.major}{properties.minor}",
+        properties.total_memory,
+        properties.multi_processor_count,
+        _driver(),
+    )
+
+
+def this_machine() -> str:
+    """What engines can run on here: the GPU's compute capability, or cpu."""
+    gpu = find_gpu()
+    return "cpu" if gpu is None else gpu.sm
+
+
+def _driver() -> str:
+    """The driver's version; `unknown` without its own tool."""
+    try:
+        answer = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    lines = answer.stdout.split()
+    return lines[0] if answer.returncode == 0 and lines else "unknown"
