@@ -48,30 +48,24 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the noise.", min=0, max=2**63 - 1)] = 0,
     layout: Annotated[str | None, typer.Option(help="segmented or twin. [default: what fits]")] = None,
     backend: Annotated[str | None, typer.Option(help="[default: what fits]")] = None,
-    offload: Annotated[
-        bool, typer.Option("--offload", help="Keep text encoder and VAE off the GPU while not in use.")
-    ] = False,
+    offload: Annotated[bool, typer.Option("--offload", help="Text encoder and VAE leave the GPU.")] = False,
 ) -> None:
     """Generate videos with compiled engines."""
-    from stg_trt.perturbation import check_mode, parse_blocks
+    from stg_trt.perturbation import parse_blocks
 
     # What can be refused without the models is refused before the seconds that diffusers' import takes.
     _check_output(output)
     opened = _open_checkpoint(checkpoint, decodes=output.suffix == ".mp4" or bool(prompt))
     blocks = None if stg_blocks is None else parse_blocks(stg_blocks)
-    texts = {"guidance_scale": guidance_scale, "stg_scale": stg_scale, "rescale": rescale}
-    scales = {name: _scale(name, text) for name, text in texts.items()}
+    scales = _scales(guidance_scale=guidance_scale, stg_scale=stg_scale, rescale=rescale)
     size = {"height": height, "width": width, "num_frames": num_frames}
-    if stg_mode is not None:
-        check_mode(stg_mode)
-    _check_engines(opened, engines, size, layout=layout, backend=backend)
+    kind: dict[str, Any] = {"layout": layout, "backend": backend}
+    _check_engines(opened, engines, stg_mode, size, kind)
     given = _read_embeds(embeds) if embeds is not None else {}
     from stg_trt.pipeline import VideoPipeline
 
     _quiet_libraries()
-    pipeline = VideoPipeline.from_pretrained(
-        checkpoint, engines, layout=layout, backend=backend, offload=offload
-    )
+    pipeline = VideoPipeline.from_pretrained(checkpoint, engines, **kind, offload=offload)
     frames = _sample(
         pipeline,
         prompt=prompt or None,
@@ -119,11 +113,16 @@ def _open_checkpoint(checkpoint: str, *, decodes: bool) -> Checkpoint:
     return opened
 
 
-def _check_engines(checkpoint: Checkpoint, engines: Path, size: dict[str, Any], **kind: Any) -> None:
+def _check_engines(
+    checkpoint: Checkpoint, engines: Path, stg_mode: str | None, size: dict[str, Any], kind: dict[str, Any]
+) -> None:
     """Whether the size is one that the model has, and any build in the folder fits it."""
     from stg_trt.engine_store import EngineRequest, EngineStore
     from stg_trt.gpu import this_machine
+    from stg_trt.perturbation import check_mode
 
+    if stg_mode is not None:
+        check_mode(stg_mode)
     store = EngineStore.open(engines)
     request = EngineRequest(**kind, machine=this_machine())
     checkpoint.family.check(store.find(request).manifest.workload.resized(**size))
@@ -160,6 +159,10 @@ def _sample(pipeline: VideoPipeline, **arguments: Any) -> Any:
             progress.update(task, description="sampling", completed=step + 1, total=pipe.num_timesteps)
 
         return pipeline(**arguments, callback_on_step_end=advance).frames
+
+
+def _scales(**texts: str | None) -> dict[str, float | list[float] | None]:
+    return {name: _scale(name, text) for name, text in texts.items()}
 
 
 def _scale(name: str, text: str | None) -> float | list[float] | None:
