@@ -53,6 +53,8 @@ def graph_runner(path: Path) -> Run:
     """A float32 graph in ONNX Runtime on the CPU."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
+    # It would hold a second copy of all weights, in the order that its kernels read them.
+    options.add_session_config_entry("session.disable_prepacking", "1")
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def run(inputs: dict[str, Tensor]) -> list[Tensor]:
