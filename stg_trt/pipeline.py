@@ -165,13 +165,7 @@ class VideoPipeline:
         with _memory_explained(schedule.build.manifest):
             steps = self._steps(schedule, prompts, noise, frame_rate)
             result = self._drain(steps, noise, callback_on_step_end)
-            if output_type == "latent":
-                return VideoPipelineOutput(result)
-            device = self._device_for(schedule.build).torch_device
-            frames = self.components.decode(
-                result, schedule.workload, device, output_type, generator=generator, **decode_options
-            )
-        return VideoPipelineOutput(frames)
+            return self._output(result, schedule, output_type, generator=generator, **decode_options)
 
     def _schedule(self, size: dict[str, Any], steps: int | None, given: dict[str, Any]) -> Schedule:
         """The build that fits the request, with its steps and their guidance."""
@@ -202,6 +196,15 @@ class VideoPipeline:
         if not 0 < rate < math.inf:
             raise InvalidRequest(f"frame_rate: expected frames per second above 0, got {rate}: use 25")
         return self._sampler(schedule.build).steps(noise, cond, uncond, guidance, schedule.solver, rate)
+
+    def _output(
+        self, latents: Tensor, schedule: Schedule, output_type: str, **decode_options: Any
+    ) -> VideoPipelineOutput:
+        if output_type == "latent":
+            return VideoPipelineOutput(latents)
+        device = self._device_for(schedule.build).torch_device
+        frames = self.components.decode(latents, schedule.workload, device, output_type, **decode_options)
+        return VideoPipelineOutput(frames)
 
     def _drain(self, steps: Iterator[SampledStep], latents: Tensor, callback: StepCallback | None) -> Tensor:
         """Drains the sampler; `interrupt` (settable from the callback) stops after the current step."""
