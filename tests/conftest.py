@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stg_trt.build_engines import build
-
-GOLDENS = Path(__file__).parent / "goldens"
-LTX_SIZES = {"height": 128, "width": 160, "num_frames": 17, "text_length": 9}
+from tests.family_cases import LTX, FamilyCase
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -24,19 +23,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def ltx_checkpoint() -> Path:
-    """The tiny LTX-Video model of the goldens: 5 blocks, 60 tokens, no text encoder."""
-    return GOLDENS / "ltx"
+def golden_engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[FamilyCase], Path]:
+    """Per family: segmented stg-a engines that can perturb `cut_at`, and the twins; 2 videos."""
+    built: dict[str, Path] = {}
+
+    def engines(case: FamilyCase) -> Path:
+        if str(case) not in built:
+            root = built[str(case)] = tmp_path_factory.mktemp(f"{case}-engines")
+            build(case.goldens, root, **case.sizes, stg_blocks=case.cut_at, stg_mode="stg-a", max_batch=2)
+            for mode, blocks in case.twins:
+                twin = {"stg_blocks": blocks, "stg_mode": mode, "layout": "twin"}
+                build(case.goldens, root, **case.sizes, **twin, max_batch=2)
+        return built[str(case)]
+
+    return engines
 
 
 @pytest.fixture(scope="session")
-def ltx_engines(tmp_path_factory: pytest.TempPathFactory, ltx_checkpoint: Path) -> Path:
+def ltx_checkpoint() -> Path:
+    """The tiny LTX-Video model of the goldens: 5 blocks, 60 tokens, no text encoder."""
+    return LTX.goldens
+
+
+@pytest.fixture(scope="session")
+def ltx_engines(golden_engines: Callable[[FamilyCase], Path]) -> Path:
     """Segmented stg-a engines that can perturb blocks 1 and 3, and both twins of block 3; 2 videos."""
-    root = tmp_path_factory.mktemp("ltx-engines")
-    build(ltx_checkpoint, root, **LTX_SIZES, stg_blocks=[1, 3], stg_mode="stg-a", max_batch=2)
-    for mode in ("stg-a", "stg-r"):
-        build(ltx_checkpoint, root, **LTX_SIZES, stg_blocks=[3], stg_mode=mode, layout="twin", max_batch=2)
-    return root
+    return golden_engines(LTX)
 
 
 @pytest.fixture(scope="session")

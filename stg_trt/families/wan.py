@@ -124,8 +124,16 @@ class Wan(CrossAttentionDiT):
 
     @property
     def compression(self) -> tuple[int, int]:
-        vae = self.vae_config or {}
-        return vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
+        pixels = []
+        for name, published in (("scale_factor_temporal", 4), ("scale_factor_spatial", 8)):
+            value = (self.vae_config or {}).get(name, published)
+            if type(value) is not int or value < 1:
+                raise InvalidRequest(
+                    f"checkpoint: expected {name} in vae/config.json as a positive integer, got {value!r}: "
+                    "download the checkpoint again"
+                )
+            pixels.append(value)
+        return pixels[0], pixels[1]
 
     @property
     def patch(self) -> tuple[int, int, int]:
