@@ -41,7 +41,7 @@ def build(
     height: int,
     width: int,
     num_frames: int,
-    text_length: int = 128,
+    text_length: int | None = None,
     stg_blocks: Sequence[int] | None = None,
     stg_mode: str | None = None,
     layout: str = "segmented",
@@ -56,8 +56,8 @@ def build(
 ) -> list[Path]:
     """Builds engines below `output` and returns the build folders, one per target.
 
-    `target` may name several, separated by commas; it and `precision` default to the backend's. Finished
-    segments of an interrupted build are re-used.
+    `target` may name several, separated by commas; it and `precision` default to the backend's, `text_length`
+    to the family's. Finished segments of an interrupted build are re-used.
 
     Raises InvalidRequest for options that cannot be used and GateMissed for a segment that fails a check.
     """
@@ -67,7 +67,13 @@ def build(
     options = BuildOptions(
         checkpoint=opened,
         output=Path(output),
-        workload=Workload(height, width, num_frames, text_length, precision or chosen.precisions[0]),
+        workload=Workload(
+            height,
+            width,
+            num_frames,
+            defaults.text_length if text_length is None else text_length,
+            precision or chosen.precisions[0],
+        ),
         stg_blocks=tuple(sorted(defaults.stg_blocks if stg_blocks is None else stg_blocks)),
         stg_mode=defaults.stg_mode if stg_mode is None else stg_mode,
         layout=layout,

@@ -1,4 +1,4 @@
-"""Whole checkpoints of the real classes, small and random: tokenizer, text encoder, VAE, transformer, scheduler."""
+"""Whole checkpoints of the real classes, small and random, text encoder and VAE included."""
 
 from __future__ import annotations
 

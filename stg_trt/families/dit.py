@@ -1,7 +1,7 @@
 """What diffusion transformers share whose blocks are self-attention, cross-attention and feed-forward.
 
-The text is projected once per call; RoPE tables are constant. Across a cut go the hidden states and two tensors
-made of the timestep: the modulation of the blocks and that of the head.
+The text is projected once per call; RoPE tables are constant. Across a cut go the hidden states and two
+tensors made of the timestep: the modulation of the blocks and that of the head.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class CrossAttentionDiT(ModelFamily):
 
     @abstractmethod
     def own_tensors(self, workload: Workload) -> tuple[TensorSpec, ...]:
-        """Latents, hidden states, prediction, both modulations and the constants of the blocks but the text."""
+        """Latents, hidden states, prediction, both modulations; constants of the blocks but the text."""
 
     @abstractmethod
     def text_projection(self, transformer: Any) -> nn.Module:

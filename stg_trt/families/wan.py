@@ -149,12 +149,18 @@ class Wan(CrossAttentionDiT):
     def check(self, workload: Workload) -> None:
         self._check_text_to_video()
         super().check(workload)
-        most = self.integer("rope_max_seq_len")
-        for side, size in zip(("num_frames", "height", "width"), self.grid(workload), strict=True):
-            if size > most:
+        most, (temporal, spatial) = self.integer("rope_max_seq_len"), self.compression
+        frames, height, width = self.grid(workload)
+        _, rows, columns = self.patch
+        for side, tokens, largest in (
+            ("num_frames", frames, (most - 1) * temporal + 1),
+            ("height", height, most * rows * spatial),
+            ("width", width, most * columns * spatial),
+        ):
+            if tokens > most:
                 raise InvalidRequest(
-                    f"{side}: expected at most {most} positions of a token, got {size} for "
-                    f"{getattr(workload, side)}: use a smaller one"
+                    f"{side}: expected at most {largest}, the end of the position tables, "
+                    f"got {getattr(workload, side)}: use {largest}"
                 )
 
     def check_pipeline(self, model_index: Mapping[str, Any]) -> None:
@@ -234,7 +240,8 @@ class Wan(CrossAttentionDiT):
         if channels != out_channels:
             raise InvalidRequest(
                 f"checkpoint: expected in_channels {out_channels} in transformer/config.json, as "
-                f"out_channels, got {channels}: image-to-video is not supported, use a text-to-video checkpoint"
+                f"out_channels, got {channels}: image-to-video is not supported, use a text-to-video "
+                "checkpoint"
             )
         vae = self.vae_config or {}
         if vae.get("is_residual") or vae.get("patch_size"):
@@ -244,6 +251,6 @@ class Wan(CrossAttentionDiT):
             )
         if vae.get("z_dim", channels) != channels:
             raise InvalidRequest(
-                f"checkpoint: expected z_dim {channels} in vae/config.json, as the transformer's in_channels, "
-                f"got {vae['z_dim']}: the folder mixes two models, download it again"
+                f"checkpoint: expected z_dim {channels} in vae/config.json, as the transformer's "
+                f"in_channels, got {vae['z_dim']}: the folder mixes two models, download it again"
             )

@@ -1,4 +1,4 @@
-"""Every family: the cut model against the uncut one of diffusers, both eager, on the weights of the goldens."""
+"""Every family: the cut model against the uncut one of diffusers, both eager, on the goldens' weights."""
 
 from __future__ import annotations
 
@@ -87,9 +87,7 @@ def uncut(case: FamilyCase, model: Any, rows: int, condition: TextCondition) -> 
 
 
 @torch.no_grad()
-def chained(
-    case: FamilyCase, model: Any, segments: Sequence[Segment], condition: TextCondition
-) -> Tensor:
+def chained(case: FamilyCase, model: Any, segments: Sequence[Segment], condition: TextCondition) -> Tensor:
     """The segments one after the other, each given what its borders name."""
     rows = len(condition.embeds)
     state = {
