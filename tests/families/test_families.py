@@ -283,7 +283,8 @@ def test_variants_that_are_not_the_family(
     changed = family_for({**one.checkpoint.transformer_config, **transformer}, vae or None)
     with pytest.raises(InvalidRequest) as refused:
         changed.check(one.workload)
-        cut("segmented", changed.num_blocks, "stg-r", ())
+        (whole,) = cut("segmented", changed.num_blocks, "stg-r", ())
+        changed.segment_flops(whole, one.workload)
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
