@@ -14,6 +14,7 @@ import torch
 from stg_trt import VideoPipeline
 from stg_trt.build_engines import build
 from stg_trt.checkpoint import Checkpoint
+from stg_trt.components import Components
 from stg_trt.errors import InvalidRequest
 from tests.family_cases import CASES, FamilyCase
 
@@ -104,6 +105,15 @@ def test_a_prompt_that_is_too_long_is_refused(case: FamilyCase, pipeline: VideoP
     given = call(case, pipeline, ["red " * TEXT_LENGTH])
     with pytest.raises(InvalidRequest, match=f"prompt: expected at most {TEXT_LENGTH} tokens, got 17"):
         pipeline(**given)
+
+
+def test_parts_have_their_dtypes_on_a_gpu(case: FamilyCase, checkpoint: Path) -> None:
+    """Loading moves nothing, so that this needs no GPU."""
+    components = Components(Checkpoint.open(checkpoint), torch_dtype=None, offload=False)
+    components.load(torch.device("cuda"))
+    wide = "vae" in case.family.float32_components
+    assert components._pipeline.vae.dtype == (torch.float32 if wide else torch.bfloat16)
+    assert components._pipeline.text_encoder.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

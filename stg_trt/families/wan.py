@@ -164,13 +164,15 @@ class Wan(CrossAttentionDiT):
                 )
 
     def check_pipeline(self, model_index: Mapping[str, Any]) -> None:
-        second = model_index.get("transformer_2") or [None]
-        for name, given in (
-            ("expand_timesteps", model_index.get("expand_timesteps") or None),
-            ("boundary_ratio", model_index.get("boundary_ratio")),
-            ("transformer_2", second[0]),
-        ):
-            if given is not None:
+        # As diffusers writes the options of Wan 2.2 that are off.
+        off = {
+            "expand_timesteps": (None, False),
+            "boundary_ratio": (None,),
+            "transformer_2": (None, [None, None]),
+        }
+        for name, values in off.items():
+            given = model_index.get(name)
+            if given not in values:
                 raise InvalidRequest(
                     f"checkpoint: expected Wan 2.1, which has no {name}, got {name} {given} in "
                     "model_index.json: Wan 2.2 is not supported, use a Wan 2.1 checkpoint"
