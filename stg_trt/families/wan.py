@@ -165,7 +165,7 @@ class Wan(CrossAttentionDiT):
 
     def check_pipeline(self, model_index: Mapping[str, Any]) -> None:
         # As diffusers writes the options of Wan 2.2 that are off.
-        off = {
+        off: dict[str, tuple[Any, ...]] = {
             "expand_timesteps": (None, False),
             "boundary_ratio": (None,),
             "transformer_2": (None, [None, None]),
