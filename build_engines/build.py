@@ -43,7 +43,7 @@ def build(
     height: int,
     width: int,
     num_frames: int,
-    text_length: int = 128,
+    text_length: int | None = None,
     stg_blocks: Sequence[int] | None = None,
     stg_mode: str | None = None,
     layout: str = "segmented",
@@ -59,7 +59,8 @@ def build(
     """Builds engines below `output` and returns the build folders, one per target.
 
     `backend` may be auto: the best that this machine can run. `target` may name several, separated by commas;
-    it and `precision` default to the backend's. Finished segments of an interrupted build are re-used.
+    it and `precision` default to the backend's, `text_length` to the family's. Finished segments of an
+    interrupted build are re-used.
 
     Raises InvalidRequest for options that cannot be used and GateMissed for a segment that fails a check.
     """
@@ -76,7 +77,11 @@ def build(
         checkpoint=opened,
         output=Path(output),
         workload=Workload(
-            height, width, num_frames, text_length, precision or chosen.target(targets[0]).precisions[0]
+            height,
+            width,
+            num_frames,
+            defaults.text_length if text_length is None else text_length,
+            precision or chosen.target(targets[0]).precisions[0],
         ),
         stg_blocks=tuple(sorted(defaults.stg_blocks if stg_blocks is None else stg_blocks)),
         stg_mode=defaults.stg_mode if stg_mode is None else stg_mode,

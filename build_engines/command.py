@@ -14,7 +14,7 @@ def build(
     height: Annotated[int, typer.Option(help="Pixels.")],
     width: Annotated[int, typer.Option(help="Pixels.")],
     num_frames: Annotated[int, typer.Option(help="Frames of the video.")],
-    text_length: Annotated[int, typer.Option(help="Text tokens, padding included.")] = 128,
+    text_length: Annotated[int | None, typer.Option(help="Text tokens. [default: the family's]")] = None,
     stg_blocks: Annotated[
         str | None, typer.Option(help="Blocks that can be perturbed, such as 14,19. [default: the family's]")
     ] = None,

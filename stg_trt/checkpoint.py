@@ -106,6 +106,8 @@ class Checkpoint:
     def check(self) -> None:
         """Raises InvalidRequest unless scheduler and weights are usable; reads only the files' headers."""
         self.scheduler()
+        if self.folder is not None and self.has_pipeline:
+            self.family.check_pipeline(_read_config(self.folder / "model_index.json"))
         if self.folder is not None:
             self._check_weights(self._empty_transformer().state_dict())
 

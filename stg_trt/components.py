@@ -34,7 +34,7 @@ class Components:
             return
         self._checkpoint.check_pipeline()
         name = self._family.pipeline_class
-        dtype = self._torch_dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        dtype = self._torch_dtype or self._usual_dtypes(device)
         try:
             self._pipeline = load_class(name).from_pretrained(
                 self._checkpoint.folder, transformer=None, torch_dtype=dtype
@@ -66,6 +66,13 @@ class Components:
         with self._on(device, "vae"):
             video = self._family.decode(self._pipeline, latents.to(device), workload, **options)
         return self._pipeline.video_processor.postprocess_video(video, output_type=output_type)
+
+    def _usual_dtypes(self, device: torch.device) -> torch.dtype | dict[str, torch.dtype]:
+        """float32 on the CPU, else bfloat16 but for the parts that the family wants in float32."""
+        if device.type == "cpu":
+            return torch.float32
+        wide = dict.fromkeys(self._family.float32_components, torch.float32)
+        return {"default": torch.bfloat16, **wide}
 
     @contextmanager
     def _on(self, device: torch.device, name: str) -> Iterator[None]:

@@ -54,22 +54,25 @@ class Prompts:
         return (len(self.texts) if self.embeds is None else len(self.embeds)) * self.videos_per_prompt
 
     def conditions(
-        self, encode: Encode, spec: TensorSpec, needs_uncond: bool
+        self, encode: Encode, spec: TensorSpec, needs_uncond: bool, needs_mask: bool
     ) -> tuple[TextCondition, TextCondition | None]:
         """Conditions of the cond rows and, where a step computes them, of the uncond rows.
 
-        `spec` is that of prompt_embeds in the engines: (rows, text length, width).
+        `spec` is that of prompt_embeds in the engines: (rows, text length, width). Without `needs_mask`,
+        embeddings given without a mask are all real tokens.
         """
         if self.embeds is not None:
-            cond = _checked("prompt_embeds", self.embeds, self.mask, spec)
+            cond = _checked("prompt_embeds", self.embeds, self.mask, spec, needs_mask)
         else:
             cond = encode(self.texts)
-        uncond = self._uncond(encode, spec, len(cond.embeds)) if needs_uncond else None
+        uncond = self._uncond(encode, spec, needs_mask, len(cond.embeds)) if needs_uncond else None
         return self._repeated(cond), self._repeated(uncond) if uncond is not None else None
 
-    def _uncond(self, encode: Encode, spec: TensorSpec, count: int) -> TextCondition:
+    def _uncond(self, encode: Encode, spec: TensorSpec, needs_mask: bool, count: int) -> TextCondition:
         if self.embeds is not None:
-            return _checked("negative_prompt_embeds", self.negative_embeds, self.negative_mask, spec, count)
+            return _checked(
+                "negative_prompt_embeds", self.negative_embeds, self.negative_mask, spec, needs_mask, count
+            )
         negative = self.negative_prompt
         texts = list(negative) if isinstance(negative, list) else [negative or ""] * count
         if len(texts) != count:
@@ -84,10 +87,17 @@ class Prompts:
 
 
 def _checked(
-    name: str, embeds: Tensor | None, mask: Tensor | None, spec: TensorSpec, count: int | None = None
+    name: str,
+    embeds: Tensor | None,
+    mask: Tensor | None,
+    spec: TensorSpec,
+    needs_mask: bool,
+    count: int | None = None,
 ) -> TextCondition:
     """Embeddings with their mask, padded to the engines' text length."""
     mask_name = name.replace("embeds", "attention_mask")
+    if mask is None and not needs_mask and embeds is not None:
+        mask = embeds.new_ones(embeds.shape[:2])
     for tensor_name, tensor in ((name, embeds), (mask_name, mask)):
         if tensor is None:
             raise InvalidRequest(

@@ -191,6 +191,7 @@ class VideoPipeline:
             lambda texts: self.components.encode(texts, workload, device),
             self.family.tensors(workload)["prompt_embeds"],
             any("uncond" in guidance.passes(i) for i in range(self.num_timesteps)),
+            self.family.has_text_mask,
         )
         rate = self.family.defaults.frame_rate if frame_rate is None else frame_rate
         if not 0 < rate < math.inf:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stg_trt.build_engines import build
-
-GOLDENS = Path(__file__).parent / "goldens"
-LTX_SIZES: dict[str, Any] = {"height": 128, "width": 160, "num_frames": 17, "text_length": 9}
+from tests.family_cases import LTX, FamilyCase
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -25,30 +24,43 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
+def golden_engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[FamilyCase], Path]:
+    """Per family: segmented stg-a engines that can perturb `cut_at`, and the twins; 2 videos."""
+    built: dict[str, Path] = {}
+
+    def engines(case: FamilyCase) -> Path:
+        if str(case) not in built:
+            built[str(case)] = build_goldens(case, tmp_path_factory.mktemp(f"{case}-engines"))
+        return built[str(case)]
+
+    return engines
+
+
+@pytest.fixture(scope="session")
 def ltx_checkpoint() -> Path:
     """The tiny LTX-Video model of the goldens: 5 blocks, 60 tokens, no text encoder."""
-    return GOLDENS / "ltx"
+    return LTX.goldens
 
 
 @pytest.fixture(scope="session")
-def ltx_engines(tmp_path_factory: pytest.TempPathFactory, ltx_checkpoint: Path) -> Path:
+def ltx_engines(golden_engines: Callable[[FamilyCase], Path]) -> Path:
     """Segmented stg-a engines that can perturb blocks 1 and 3, and both twins of block 3; 2 videos."""
-    return build_ltx(ltx_checkpoint, tmp_path_factory.mktemp("ltx-engines"))
+    return golden_engines(LTX)
 
 
 @pytest.fixture(scope="session")
-def inductor_engines(tmp_path_factory: pytest.TempPathFactory, ltx_checkpoint: Path) -> Path:
+def inductor_engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same engines, compiled by inductor for the CPU."""
     root = tmp_path_factory.mktemp("inductor-engines")
-    return build_ltx(ltx_checkpoint, root, backend="inductor", target="cpu")
+    return build_goldens(LTX, root, backend="inductor", target="cpu")
 
 
-def build_ltx(checkpoint: Path, root: Path, **options: Any) -> Path:
-    """All the layouts that the goldens need, for two videos."""
-    shared = {**LTX_SIZES, "max_batch": 2, **options}
-    build(checkpoint, root, **shared, stg_blocks=[1, 3], stg_mode="stg-a")
-    for mode in ("stg-a", "stg-r"):
-        build(checkpoint, root, **shared, stg_blocks=[3], stg_mode=mode, layout="twin")
+def build_goldens(case: FamilyCase, root: Path, **options: Any) -> Path:
+    """All the layouts that a family's goldens need, for two videos."""
+    shared = {**case.sizes, "max_batch": 2, **options}
+    build(case.goldens, root, **shared, stg_blocks=case.cut_at, stg_mode="stg-a")
+    for mode, blocks in case.twins:
+        build(case.goldens, root, **shared, stg_blocks=blocks, stg_mode=mode, layout="twin")
     return root
 
 

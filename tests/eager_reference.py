@@ -20,7 +20,8 @@ class ValuesOnly:
 @contextmanager
 def perturbed(model: Any, mode: str, blocks: Sequence[int]) -> Iterator[None]:
     """The uncut model with perturbed blocks, restored afterwards."""
-    chosen = [model.transformer_blocks[block] for block in blocks]
+    every = model.transformer_blocks if hasattr(model, "transformer_blocks") else model.blocks
+    chosen = [every[block] for block in blocks]
     processors = [block.attn1.processor for block in chosen]
     try:
         for block in chosen:

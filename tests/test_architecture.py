@@ -15,6 +15,9 @@ from types import FunctionType, ModuleType
 
 import pytest
 
+from stg_trt import families
+from stg_trt.checkpoint import Checkpoint, published
+
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ("build_engines", "runtime", "benchmarks")
 PRODUCT = ("stg_trt", *PROGRAMS)
@@ -131,17 +134,40 @@ def test_importing_the_library_loads_nothing_heavy() -> None:
     assert answer.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("family", sources("stg_trt/families"))
-def test_a_family_is_named_in_its_own_file_and_the_table_only(family: str) -> None:
-    if Path(family).stem in ("__init__", "base"):
-        return
-    word = Path(family).stem.split("_")[0]
+@pytest.mark.parametrize(
+    ("word", "source", "named"),
+    [
+        ("wan", "WanPipeline", True),
+        ("wan", '"wan2.1-t2v-14b"', True),
+        ("wan", "AutoencoderKLWan", True),
+        ("wan", "what is wanted", False),
+        ("ltx", "ltx_video", True),
+        ("ltx", "LTXPipeline", True),
+    ],
+)
+def test_a_family_is_seen_where_it_is_named(word: str, source: str, named: bool) -> None:
+    assert bool(_named(word).search(source)) == named
+
+
+def _named(word: str) -> re.Pattern[str]:
+    """A family's word in any of its spellings, but not inside a longer word such as wanted."""
+    return re.compile(f"({word}|{word.capitalize()}|{word.upper()})(?![a-z])")
+
+
+@pytest.mark.parametrize("module", sorted({module for module, _ in families._FAMILIES.values()}))
+def test_a_family_is_named_in_its_own_file_and_the_table_only(module: str) -> None:
+    pattern = _named(module.split("_")[0])
     named = {
         path
         for path in sources("stg_trt", "build_engines", "runtime")
-        if re.search(word, path + text(path), re.IGNORECASE)
+        if pattern.search(path) or pattern.search(text(path))
     }
-    assert named == {family, "stg_trt/families/__init__.py"}
+    assert named == {f"stg_trt/families/{module}.py", "stg_trt/families/__init__.py"}
+
+
+def test_every_published_configuration_is_of_a_known_family() -> None:
+    for name in published():
+        assert Checkpoint.open(name, random_weights=True).family.name
 
 
 def test_names_are_nouns_of_the_house() -> None:

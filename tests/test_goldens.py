@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stg_trt import VideoPipeline
+from stg_trt.segment import LAYOUTS
+from tests.family_cases import CASES, FamilyCase
 
-CASES = ("cfg", "stg_r", "stg_a_rescale", "stg_r_no_cfg")
+Engines = Callable[[FamilyCase], Path]
+GOLDENS = [(case, golden) for case in CASES for golden in case.golden_names]
 
 
-def arguments(case: str, checkpoint: Path) -> dict[str, Any]:
-    """A case's call in VideoPipeline's names."""
-    given = json.loads((checkpoint / f"{case}.json").read_text())
-    tensors = load_file(checkpoint / f"{case}.safetensors")
+def arguments(golden: str, checkpoint: Path) -> dict[str, Any]:
+    """A golden's call in VideoPipeline's names."""
+    given = json.loads((checkpoint / f"{golden}.json").read_text())
+    tensors = load_file(checkpoint / f"{golden}.safetensors")
     names = (
         "prompt_embeds",
         "prompt_attention_mask",
@@ -31,6 +35,7 @@ def arguments(case: str, checkpoint: Path) -> dict[str, Any]:
         **{
             name: given[name]
             for name in ("height", "width", "num_frames", "frame_rate", "num_inference_steps")
+            if name in given
         },
         "guidance_scale": given["guidance_scale"],
         "stg_scale": given["stg_scale"],
@@ -53,21 +58,31 @@ def every_step(pipeline: VideoPipeline, **call: Any) -> list[Tensor]:
     return steps
 
 
-@pytest.fixture(scope="module", params=["segmented", "twin"])
-def pipeline(request: pytest.FixtureRequest, ltx_checkpoint: Path, ltx_engines: Path) -> VideoPipeline:
-    return VideoPipeline.from_pretrained(ltx_checkpoint, engines=ltx_engines, layout=request.param)
+@pytest.fixture(scope="module", params=LAYOUTS)
+def layout(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_every_step_matches(pipeline: VideoPipeline, ltx_checkpoint: Path, case: str) -> None:
-    expected = load_file(ltx_checkpoint / f"{case}.safetensors")
-    for i, latents in enumerate(every_step(pipeline, **arguments(case, ltx_checkpoint))):
+def open_pipeline(case: FamilyCase, engines: Engines, layout: str) -> VideoPipeline:
+    return VideoPipeline.from_pretrained(case.goldens, engines=engines(case), layout=layout)
+
+
+@pytest.mark.parametrize(("case", "golden"), GOLDENS, ids=str)
+def test_every_step_matches(golden_engines: Engines, layout: str, case: FamilyCase, golden: str) -> None:
+    pipeline = open_pipeline(case, golden_engines, layout)
+    expected = load_file(case.goldens / f"{golden}.safetensors")
+    steps = every_step(pipeline, **arguments(golden, case.goldens))
+    assert len(steps) == sum(name.startswith("expected_step_") for name in expected)
+    for i, latents in enumerate(steps):
         assert (latents - expected[f"expected_step_{i:02d}"]).abs().max() <= 1e-4, f"step {i}"
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_videos_equal_one_by_one(pipeline: VideoPipeline, ltx_checkpoint: Path, case: str) -> None:
-    call = arguments(case, ltx_checkpoint)
+@pytest.mark.parametrize(("case", "golden"), GOLDENS, ids=str)
+def test_two_videos_equal_one_by_one(
+    golden_engines: Engines, layout: str, case: FamilyCase, golden: str
+) -> None:
+    pipeline, call = open_pipeline(case, golden_engines, layout), arguments(golden, case.goldens)
     other = {k: v.flip(1) if k == "latents" else v for k, v in call.items()}
     other["prompt_embeds"] = other["prompt_embeds"] * 0.5
     both = {k: torch.cat([v, other[k]]) if isinstance(v, Tensor) else v for k, v in call.items()}
@@ -77,19 +92,20 @@ def test_two_videos_equal_one_by_one(pipeline: VideoPipeline, ltx_checkpoint: Pa
     assert (together - apart).abs().max() <= 1e-5
 
 
-def test_a_call_leaves_nothing_behind(pipeline: VideoPipeline, ltx_checkpoint: Path) -> None:
-    plain = pipeline(**arguments("cfg", ltx_checkpoint)).frames
-    pipeline(**arguments("stg_a_rescale", ltx_checkpoint))
-    pipeline(**arguments("stg_r_no_cfg", ltx_checkpoint))
-    assert torch.equal(pipeline(**arguments("cfg", ltx_checkpoint)).frames, plain)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_call_leaves_nothing_behind(golden_engines: Engines, layout: str, case: FamilyCase) -> None:
+    pipeline = open_pipeline(case, golden_engines, layout)
+    first = arguments(case.golden_names[0], case.goldens) | {"stg_scale": 0.0}
+    plain = pipeline(**first).frames
+    for golden in case.golden_names:
+        pipeline(**arguments(golden, case.goldens))
+    assert torch.equal(pipeline(**first).frames, plain)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_layouts_agree(ltx_checkpoint: Path, ltx_engines: Path, case: str) -> None:
+@pytest.mark.parametrize(("case", "golden"), GOLDENS, ids=str)
+def test_layouts_agree(golden_engines: Engines, case: FamilyCase, golden: str) -> None:
     results = [
-        VideoPipeline.from_pretrained(ltx_checkpoint, engines=ltx_engines, layout=layout)(
-            **arguments(case, ltx_checkpoint)
-        ).frames
-        for layout in ("segmented", "twin")
+        open_pipeline(case, golden_engines, layout)(**arguments(golden, case.goldens)).frames
+        for layout in LAYOUTS
     ]
     assert (results[0] - results[1]).abs().max() <= 1e-5

@@ -12,11 +12,11 @@ from stg_trt.families.base import ModelFamily, Workload, load_class
 from stg_trt.perturbation import MODES, Perturbation
 from stg_trt.segment import TEXT, Segment, cut
 from stg_trt.step_plan import GROUPS, SegmentRun, StepPlan, full_plan, plan_step
+from tests.family_cases import CASES, Published
 
 UNCOND_COND = ("uncond", "cond")
 COND_SKIP = ("cond", "skip")
 SMALL = Workload(480, 704, 121, text_length=256)
-LARGE = Workload(704, 1216, 121, text_length=256)
 NUM_BLOCKS = 5
 BLOCK_SETS = [b for size in range(1, NUM_BLOCKS + 1) for b in combinations(range(NUM_BLOCKS), size)]
 
@@ -149,17 +149,19 @@ def flops(name: str, workload: Workload, mode: str, blocks: tuple[int, ...], pas
     return plan.flops(lambda segment: family(name).segment_flops(segment, workload))
 
 
-@pytest.mark.parametrize(
-    ("name", "workload", "teraflops"),
-    [
-        ("ltx-video-2b", SMALL, 24.2),
-        ("ltx-video-2b", LARGE, 85.9),
-        ("ltx-video-13b", SMALL, 142.9),
-    ],
-)
-def test_a_forward_of_the_published_models(name: str, workload: Workload, teraflops: float) -> None:
-    one = flops(name, workload, "stg-a", (), ("cond",))
-    assert one / 1e12 == pytest.approx(teraflops, rel=0.005)
+@pytest.mark.parametrize("known", [known for case in CASES for known in case.published], ids=str)
+def test_a_forward_of_the_published_models(known: Published) -> None:
+    one = flops(known.name, known.workload, "stg-a", (), ("cond",))
+    assert one / 1e12 == pytest.approx(known.teraflops, rel=0.005)
+
+
+def test_the_shared_prefix_of_a_block_early_in_the_model() -> None:
+    """21 of 30 blocks follow block 8, for one row more than the two of CFG: 21 / 60."""
+    name, workload = "wan2.1-t2v-1.3b", Workload(480, 832, 81, text_length=512)
+    cfg = flops(name, workload, "stg-r", (8,), UNCOND_COND)
+    stg = flops(name, workload, "stg-r", (8,), GROUPS)
+    assert stg / cfg - 1 == pytest.approx(21 / 60, abs=0.001)
+    assert 1.5 * cfg / stg == pytest.approx(1.11, abs=0.005)
 
 
 def test_the_shared_prefix_leaves_14_percent_of_stg_r() -> None:
@@ -191,30 +193,27 @@ SMALL_TOKENS = 16 * 15 * 22
 """(121 - 1) / 8 + 1 latent frames of 480 / 32 by 704 / 32."""
 
 
-@pytest.mark.parametrize(
-    "segment",
-    [
+def every_kind(num_blocks: int) -> list[Segment]:
+    """Segments of both layouts, with text, embedding and head, and with skipped blocks of both modes."""
+    last, middle = num_blocks - 1, num_blocks // 2
+    return [
         TEXT,
-        *cut("segmented", 28, "stg-a", (0, 19, 27)),
-        *cut("twin", 28, "stg-a", (19,)),
-        cut("twin", 28, "stg-r", (3, 19))[1],
-    ],
-    ids=lambda segment: segment.name + (segment.skipped.mode if segment.skipped else ""),
-)
-def test_segments_cost_what_torch_counts(segment: Segment, empty_model: torch.nn.Module) -> None:
-    known = family("ltx-video-2b")
-    module = known.module(empty_model, segment, expand_masks=False)
-    specs = known.inputs(segment, SMALL)
-    inputs = [torch.zeros(spec.with_rows(1), dtype=spec.torch_dtype, device="meta") for spec in specs]
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module(*inputs)
-    assert known.segment_flops(segment, SMALL) == counter.get_total_flops()
+        *cut("segmented", num_blocks, "stg-a", (0, middle, last)),
+        *cut("twin", num_blocks, "stg-a", (middle,)),
+        cut("twin", num_blocks, "stg-r", (3, middle))[1],
+    ]
 
 
-@pytest.fixture(scope="module")
-def empty_model() -> torch.nn.Module:
-    """The 2B model without memory for its weights."""
-    known = family("ltx-video-2b")
+@pytest.mark.parametrize("known", [case.published[0] for case in CASES], ids=str)
+def test_segments_cost_what_torch_counts(known: Published) -> None:
+    """Counted on a model without memory for its weights."""
+    published = family(known.name)
     with torch.device("meta"):
-        model: torch.nn.Module = load_class(known.transformer_class).from_config(known.config)
-    return model
+        model = load_class(published.transformer_class).from_config(published.config)
+    for segment in every_kind(published.num_blocks):
+        module = published.module(model, segment, expand_masks=False)
+        specs = published.inputs(segment, known.workload)
+        inputs = [torch.zeros(spec.with_rows(1), dtype=spec.torch_dtype, device="meta") for spec in specs]
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            module(*inputs)
+        assert published.segment_flops(segment, known.workload) == counter.get_total_flops(), segment

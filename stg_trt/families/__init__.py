@@ -11,7 +11,10 @@ if TYPE_CHECKING:
     from stg_trt.families.base import ModelFamily
 
 # transformer class in diffusers -> (module here, class in it); imported when first asked for
-_FAMILIES = {"LTXVideoTransformer3DModel": ("ltx_video", "LTXVideo")}
+_FAMILIES = {
+    "LTXVideoTransformer3DModel": ("ltx_video", "LTXVideo"),
+    "WanTransformer3DModel": ("wan", "Wan"),
+}
 
 
 def check_class(config: dict[str, Any]) -> None:

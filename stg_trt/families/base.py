@@ -63,6 +63,7 @@ class Defaults:
     rescale: float
     num_inference_steps: int
     frame_rate: float
+    text_length: int
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,10 @@ class ModelFamily(ABC):
     pipeline_class: ClassVar[str]
     defaults: ClassVar[Defaults]
     has_text_segment: ClassVar[bool]
+    # False where the pipeline in diffusers takes embeddings without a mask; padding is zeros there.
+    has_text_mask: ClassVar[bool] = True
+    # Parts of the pipeline that diffusers' documentation wants in float32 on a GPU too.
+    float32_components: ClassVar[frozenset[str]] = frozenset()
     decode_options: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, config: Mapping[str, Any], vae_config: Mapping[str, Any] | None = None) -> None:
@@ -124,7 +129,11 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def check(self, workload: Workload) -> None:
-        """Raises InvalidRequest for sizes that the model cannot have."""
+        """Raises InvalidRequest for a configuration that is not the family's or sizes it cannot have."""
+
+    def check_pipeline(self, model_index: Mapping[str, Any]) -> None:
+        """Raises InvalidRequest where model_index.json is that of a variant which is not the family's."""
+        return
 
     @abstractmethod
     def tensors(self, workload: Workload) -> dict[str, TensorSpec]:
@@ -158,9 +167,9 @@ class ModelFamily(ABC):
     def constants(self, text: TextCondition, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
         """What stays the same over the steps, before the text segment: one entry per row of `text`."""
 
-    @abstractmethod
     def set_timesteps(self, scheduler: Any, num_inference_steps: int, workload: Workload) -> None:
         """Calls the scheduler's set_timesteps as the family's diffusers pipeline does."""
+        scheduler.set_timesteps(num_inference_steps)
 
     @abstractmethod
     def text_tokens(self, pipeline: Any, prompt: str) -> int:
@@ -174,9 +183,9 @@ class ModelFamily(ABC):
     def latent_shape(self, workload: Workload) -> tuple[int, int, int, int]:
         """(channels, frames, height, width) of a video's latents before packing."""
 
-    @abstractmethod
     def pack(self, latents: Tensor) -> Tensor:
         """(videos, channels, frames, height, width) to the layout the transformer takes."""
+        return latents
 
     @abstractmethod
     def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:

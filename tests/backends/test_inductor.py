@@ -25,8 +25,9 @@ from stg_trt.errors import EngineRejected
 from stg_trt.gpu import find_gpu
 from stg_trt.segment import engine_outputs
 from stg_trt.step_graph import StepGraph
-from tests.conftest import build_ltx
-from tests.test_goldens import CASES, arguments, every_step
+from tests.conftest import build_goldens
+from tests.family_cases import LTX
+from tests.test_goldens import arguments, every_step
 
 MAX_ROWS = 6
 CPU = torch.device("cpu")
@@ -70,14 +71,14 @@ def run(engine: InductorEngine, inputs: dict[str, Tensor]) -> list[Tensor]:
     return outputs
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LTX.golden_names)
 def test_every_step_matches(pipeline: VideoPipeline, ltx_checkpoint: Path, case: str) -> None:
     expected = load_file(ltx_checkpoint / f"{case}.safetensors")
     for i, latents in enumerate(every_step(pipeline, **arguments(case, ltx_checkpoint))):
         assert (latents - expected[f"expected_step_{i:02d}"]).abs().max() <= 1e-4, f"step {i}"
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LTX.golden_names)
 def test_two_videos_equal_one_by_one(pipeline: VideoPipeline, ltx_checkpoint: Path, case: str) -> None:
     call = arguments(case, ltx_checkpoint)
     other = {k: v.flip(1) if k == "latents" else v for k, v in call.items()}
@@ -243,12 +244,12 @@ def test_the_doctor_tells_what_inductor_can(monkeypatch: pytest.MonkeyPatch) -> 
 def on_gpu(tmp_path_factory: pytest.TempPathFactory, ltx_checkpoint: Path) -> Iterator[Path]:
     """The engines of the goldens in bfloat16, compiled for this GPU."""
     root = tmp_path_factory.mktemp("inductor-gpu-engines")
-    yield build_ltx(ltx_checkpoint, root, backend="inductor", target="this-gpu")
+    yield build_goldens(LTX, root, backend="inductor", target="this-gpu")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", ["segmented", "twin"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LTX.golden_names)
 def test_steps_on_a_gpu_are_captured_and_match(
     on_gpu: Path, ltx_checkpoint: Path, recwarn: pytest.WarningsRecorder, case: str, layout: str
 ) -> None:

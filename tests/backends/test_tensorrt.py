@@ -19,6 +19,7 @@ from stg_trt import manifest as manifests
 from stg_trt.backends import tensorrt
 from stg_trt.engine_store import EngineStore
 from stg_trt.errors import BackendUnavailable, EngineRejected, OutOfDeviceMemory
+from tests.family_cases import LTX
 from tests.simulated_tensorrt import (
     ALIGNMENT,
     RuleBroken,
@@ -26,7 +27,7 @@ from tests.simulated_tensorrt import (
     SimulatedTensorRT,
     SimulatedTensorRTRtx,
 )
-from tests.test_goldens import CASES, arguments, every_step
+from tests.test_goldens import arguments, every_step
 
 MAX_ROWS = 6
 
@@ -80,7 +81,7 @@ def text_tensors(rows: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("layout", ["segmented", "twin"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LTX.golden_names)
 def test_goldens_through_captured_graphs(
     device: SimulatedCuda, engines: Path, ltx_checkpoint: Path, case: str, layout: str
 ) -> None:

@@ -30,13 +30,13 @@ from stg_trt.perturbation import Perturbation
 from stg_trt.segment import TEXT, Segment
 from stg_trt.tensor_spec import ROWS, TensorSpec
 from tests.cli import assert_one_line_error, contents, run
-from tests.conftest import LTX_SIZES
+from tests.family_cases import LTX
 
 X = TensorSpec("x", "float32", (ROWS, 4, 6))
 Y = TensorSpec("y", "float32", (ROWS, 4, 6))
 CPU = torch.device("cpu")
 SKIPPED = Segment("skipped", 1, 4, True, True, skipped=Perturbation("stg-a", (2,)))
-BUILD = {**LTX_SIZES, "backend": "inductor", "target": "cpu", "max_batch": 2}
+BUILD = {**LTX.sizes, "backend": "inductor", "target": "cpu", "max_batch": 2}
 FLAGS = ("--height=128", "--width=160", "--num-frames=17", "--text-length=9", "--max-batch=2")
 
 
@@ -101,7 +101,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def compiler_of(checkpoint: Path, output: Path, precision: str, target: str = "cpu") -> InductorCompiler:
-    workload = Workload(**LTX_SIZES, precision=precision)
+    workload = Workload(**LTX.sizes, precision=precision)
     options = BuildOptions(
         checkpoint=Checkpoint.open(checkpoint),
         output=output,
@@ -159,7 +159,7 @@ def test_a_segment_is_the_chain_of_its_pieces(ltx_checkpoint: Path, tmp_path: Pa
 
 def test_pieces_trace_equally_where_only_their_weights_differ(ltx_checkpoint: Path) -> None:
     checkpoint = Checkpoint.open(ltx_checkpoint)
-    family, workload = checkpoint.family, Workload(**LTX_SIZES)
+    family, workload = checkpoint.family, Workload(**LTX.sizes)
     other = Checkpoint.open(ltx_checkpoint, random_weights=True).load_transformer()
 
     def traced(piece: Segment, transformer: Any, max_rows: int = 6) -> str:

@@ -29,7 +29,8 @@ from tests.compiled_kernels import (
     needs_nvcc,
     run,
 )
-from tests.test_goldens import CASES, arguments, every_step
+from tests.family_cases import LTX
+from tests.test_goldens import arguments, every_step
 
 STRUCTS = {
     "StgGuidedStep": ("guided_step/guided_step.h", GuidedStepParameters),
@@ -120,7 +121,7 @@ class CountedKernels(Kernels):
 
 
 @pytest.mark.parametrize("alignment", [1, 1024])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LTX.golden_names)
 def test_goldens_through_the_kernels(
     host_library: Path,
     monkeypatch: pytest.MonkeyPatch,

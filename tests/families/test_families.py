@@ -1,0 +1,343 @@
+"""Every family: the cut model against the uncut one of diffusers, both eager, on the goldens' weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stg_trt.checkpoint import Checkpoint
+from stg_trt.errors import InvalidRequest
+from stg_trt.families import family_for
+from stg_trt.families.base import ModelFamily, SegmentModule, TextCondition, Workload
+from stg_trt.perturbation import MODES, Perturbation
+from stg_trt.segment import LAYOUTS, TEXT, Segment, cut, engine_outputs
+from stg_trt.step_plan import GROUPS, plan_step
+from stg_trt.step_runner import StepBuffers, StepRunner, two_sided
+from tests.eager_reference import perturbed
+from tests.family_cases import CASES, TIMESTEP, FamilyCase, Published
+
+BLOCK_SETS: list[tuple[int, ...]] = [(0,), (4,), (1, 3), (0, 1, 4), (0, 1, 2, 3, 4)]
+FRAME_RATE = 25.0
+VIDEOS = 2
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def case(request: pytest.FixtureRequest) -> FamilyCase:
+    found: FamilyCase = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def family(case: FamilyCase) -> ModelFamily:
+    return case.family
+
+
+@pytest.fixture(scope="module")
+def cut_model(case: FamilyCase) -> Any:
+    return case.checkpoint.load_transformer()
+
+
+@pytest.fixture(scope="module")
+def uncut_model(case: FamilyCase) -> Any:
+    model = case.model_class.from_pretrained(case.goldens, subfolder="transformer")
+    return model.eval().requires_grad_(False)
+
+
+class EagerEngine:
+    """A segment's torch module behind the protocol of engines."""
+
+    alignment = 1
+
+    def __init__(self, module: SegmentModule) -> None:
+        self.module = module
+
+    def context(self) -> EagerContext:
+        return EagerContext(self.module)
+
+
+class EagerContext:
+    """Runs the module on bound tensors; outputs have exactly their shape and dtype, and are no input too."""
+
+    def __init__(self, module: SegmentModule) -> None:
+        self.module = module
+        self.bound: dict[str, Tensor] = {}
+
+    def bind(self, name: str, tensor: Tensor) -> None:
+        self.bound[name] = tensor
+
+    def enqueue(self, stream: int) -> None:
+        names = engine_outputs(self.module.inputs, self.module.outputs)
+        for name in names:
+            self.bound[name].fill_(torch.nan)
+        outputs = self.module(*(self.bound[name] for name in self.module.inputs))
+        for name, output in zip(names, outputs, strict=True):
+            assert output.shape == self.bound[name].shape and output.dtype == self.bound[name].dtype
+            self.bound[name].copy_(output)
+
+
+@torch.no_grad()
+def uncut(case: FamilyCase, model: Any, rows: int, condition: TextCondition) -> Tensor:
+    """One pass of the diffusers model."""
+    return case.uncut(model, case.latents(rows), condition)
+
+
+@torch.no_grad()
+def chained(case: FamilyCase, model: Any, segments: Sequence[Segment], condition: TextCondition) -> Tensor:
+    """The segments one after the other, each given what its borders name."""
+    rows = len(condition.embeds)
+    state = {
+        **case.family.constants(condition, case.workload, FRAME_RATE),
+        "latents": case.latents(rows),
+        "timestep": torch.full((rows,), TIMESTEP),
+        "keep_attention": torch.ones(rows, dtype=torch.bool),
+    }
+    for segment in (TEXT, *segments):
+        module = case.family.module(model, segment, expand_masks=False)
+        outputs = module(*(state[name] for name in module.inputs))
+        state |= dict(zip(module.outputs, outputs, strict=True))
+    return state["pred"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("blocks", [(), *BLOCK_SETS], ids=str)
+def test_the_cut_chain_is_the_uncut_model(
+    case: FamilyCase, cut_model: Any, uncut_model: Any, blocks: tuple[int, ...], mode: str
+) -> None:
+    segments = cut("segmented", 5, mode, blocks)
+    expected = uncut(case, uncut_model, 3, case.text(3))
+    assert (chained(case, cut_model, segments, case.text(3)) - expected).abs().max() <= 1e-6
+    assert expected.std() > 0.1
+
+
+def engines(family: ModelFamily, model: Any, segments: Sequence[Segment]) -> dict[str, EagerEngine]:
+    modules = {s.name: family.module(model, s, expand_masks=False) for s in (TEXT, *segments)}
+    return {name: EagerEngine(module) for name, module in modules.items()}
+
+
+def poisoned_buffers(case: FamilyCase, segments: Sequence[Segment]) -> StepBuffers:
+    """Buffers where whatever is read before it was written shows."""
+    specs = list(case.family.tensors(case.workload).values())
+    buffers = StepBuffers(specs, two_sided(segments, case.family.borders), VIDEOS, torch.device("cpu"))
+    for spec in specs:
+        if spec.dtype != "bool":
+            for side in (0, 1):
+                buffers.view(spec.name, side=side).fill_(torch.nan)
+    return buffers
+
+
+@torch.no_grad()
+def run_step(
+    case: FamilyCase,
+    model: Any,
+    segments: Sequence[Segment],
+    passes: tuple[str, ...],
+    perturbation: Perturbation | None,
+) -> dict[str, Tensor]:
+    """A plan over eager engines: the prediction of every pass."""
+    family = case.family
+    loaded, buffers = engines(family, model, segments), poisoned_buffers(case, segments)
+    conditions = {"uncond": case.text(VIDEOS, seed=1), "cond": case.text(VIDEOS), "skip": case.text(VIDEOS)}
+    stacked = TextCondition(
+        torch.cat([conditions[group].embeds for group in GROUPS]),
+        torch.cat([conditions[group].mask for group in GROUPS]),
+    )
+    for name, tensor in family.constants(stacked, case.workload, FRAME_RATE).items():
+        buffers.view(name).copy_(tensor)
+    context = loaded["text"].context()
+    for name in ("prompt_embeds", "text"):
+        context.bind(name, buffers.view(name))
+    context.enqueue(0)
+    for group in passes:
+        buffers.view("latents", (group,)).copy_(case.latents(VIDEOS))
+    buffers.view("timestep").fill_(TIMESTEP)
+    runner = StepRunner(plan_step(segments, passes, perturbation), loaded, buffers, family.borders)
+    runner.enqueue()
+    first = {group: buffers.view("pred", (group,)).clone() for group in passes}
+    runner.enqueue()
+    assert all(torch.equal(buffers.view("pred", (group,)), first[group]) for group in passes)
+    return first
+
+
+@pytest.mark.parametrize("passes", [GROUPS, ("cond", "skip")], ids="+".join)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("blocks", BLOCK_SETS, ids=str)
+def test_a_step_is_the_full_passes_of_the_reference(
+    case: FamilyCase,
+    cut_model: Any,
+    uncut_model: Any,
+    blocks: tuple[int, ...],
+    mode: str,
+    layout: str,
+    passes: tuple[str, ...],
+) -> None:
+    segments = cut(layout, 5, mode, blocks)
+    got = run_step(case, cut_model, segments, passes, Perturbation(mode, blocks))
+    check_passes(case, got, uncut_model, mode, blocks)
+
+
+@pytest.mark.parametrize("blocks", [(1,), (3,), (1, 3)], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_one_cut_serves_every_subset_of_its_blocks(
+    case: FamilyCase, cut_model: Any, uncut_model: Any, mode: str, blocks: tuple[int, ...]
+) -> None:
+    segments = cut("segmented", 5, "stg-a", (1, 3))
+    got = run_step(case, cut_model, segments, GROUPS, Perturbation(mode, blocks))
+    check_passes(case, got, uncut_model, mode, blocks)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("passes", [("cond",), ("uncond", "cond")], ids="+".join)
+def test_a_step_without_stg(
+    case: FamilyCase, cut_model: Any, uncut_model: Any, passes: tuple[str, ...], layout: str
+) -> None:
+    got = run_step(case, cut_model, cut(layout, 5, "stg-a", (1, 3)), passes, None)
+    check_passes(case, got, uncut_model, "stg-a", ())
+
+
+def check_passes(
+    case: FamilyCase, got: dict[str, Tensor], model: Any, mode: str, blocks: Sequence[int]
+) -> None:
+    """Every pass equals the reference's, and the skip pass is another than the conditional one."""
+    expected = {
+        "uncond": uncut(case, model, VIDEOS, case.text(VIDEOS, seed=1)),
+        "cond": uncut(case, model, VIDEOS, case.text(VIDEOS)),
+    }
+    with perturbed(model, mode, blocks):
+        expected["skip"] = uncut(case, model, VIDEOS, case.text(VIDEOS))
+    for name, pred in got.items():
+        assert (pred - expected[name]).abs().max() <= 2e-6, name
+    if "skip" in got:
+        assert (got["skip"] - got["cond"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_reference_is_restored(case: FamilyCase, uncut_model: Any, mode: str) -> None:
+    before = uncut(case, uncut_model, 1, case.text(1))
+    with perturbed(uncut_model, mode, (1, 2)):
+        assert not torch.allclose(uncut(case, uncut_model, 1, case.text(1)), before)
+    assert torch.equal(uncut(case, uncut_model, 1, case.text(1)), before)
+
+
+def test_padded_text_changes_nothing(case: FamilyCase, cut_model: Any) -> None:
+    condition, segments = case.text(3), cut("segmented", 5, "stg-a", (2,))
+    plain = chained(case, cut_model, segments, condition)
+    noise = 100 * torch.randn(condition.embeds.shape, generator=torch.Generator().manual_seed(9))
+    padding = noise * (1 - condition.mask[:, :, None])
+    other = TextCondition(condition.embeds + padding, condition.mask)
+    assert torch.equal(chained(case, cut_model, segments, other), plain)
+    real = TextCondition(condition.embeds + noise * condition.mask[:, :, None], condition.mask)
+    assert not torch.allclose(chained(case, cut_model, segments, real), plain)
+
+
+@pytest.mark.parametrize("frame_rate", [1.0, 24.0, 25.0, 30.0])
+def test_position_tables_are_those_of_diffusers(
+    case: FamilyCase, uncut_model: Any, frame_rate: float
+) -> None:
+    for sizes, grid in case.table_sizes:
+        workload = replace(case.workload, **sizes)
+        cos, sin = case.tables(uncut_model, grid, frame_rate)
+        constants = case.family.constants(case.text(1), workload, frame_rate)
+        assert case.family.latent_shape(workload)[1:] == grid
+        assert torch.equal(constants["rope_cos"], cos)
+        assert torch.equal(constants["rope_sin"], sin)
+
+
+def test_a_text_mask_is_additive_over_keys(case: FamilyCase) -> None:
+    """Where the family has one; elsewhere padding is zeros, and what was there is gone."""
+    condition = case.text(2)
+    constants = case.family.constants(condition, case.workload, FRAME_RATE)
+    if case.family.has_text_mask:
+        assert torch.equal(constants["text_bias"][:, 0, 0] == 0, condition.mask == 1)
+        assert constants["text_bias"].shape == (2, 1, 1, 9)
+        assert set(constants["text_bias"].unique().tolist()) == {0.0, -10000.0}
+    else:
+        real = constants["prompt_embeds"].abs().sum(dim=2) > 0
+        assert torch.equal(real, condition.mask == 1)
+
+
+@pytest.mark.parametrize(
+    ("one", "sizes", "message"),
+    [(one, sizes, message) for one in CASES for sizes, message in one.refused_sizes],
+    ids=str,
+)
+def test_sizes_that_a_model_cannot_have(one: FamilyCase, sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        one.family.check(replace(one.workload, **sizes))
+    assert str(refused.value) == message
+
+
+@pytest.mark.parametrize(
+    ("one", "transformer", "vae", "message"),
+    [(one, *refused) for one in CASES for refused in one.refused],
+    ids=str,
+)
+def test_variants_that_are_not_the_family(
+    one: FamilyCase, transformer: dict[str, Any], vae: dict[str, Any], message: str
+) -> None:
+    changed = family_for({**one.checkpoint.transformer_config, **transformer}, vae or None)
+    with pytest.raises(InvalidRequest) as refused:
+        changed.check(one.workload)
+        (whole,) = cut("segmented", changed.num_blocks, "stg-r", ())
+        changed.segment_flops(whole, one.workload)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("one", "index", "message"),
+    [(one, *refused) for one in CASES for refused in one.refused_indexes],
+    ids=str,
+)
+def test_pipelines_that_are_not_the_family(one: FamilyCase, index: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        one.family.check_pipeline(index)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_precisions_are_checked() -> None:
+    with pytest.raises(InvalidRequest, match="precision: expected one of fp32, bf16, got 'fp16'"):
+        Workload(128, 160, 17, 9, "fp16")
+
+
+@pytest.mark.parametrize("known", [known for one in CASES for known in one.published], ids=str)
+def test_sizes_the_published_models_have(known: Published) -> None:
+    published = Checkpoint.open(known.name, random_weights=True).family
+    published.check(known.workload)
+    assert published.latent_shape(known.workload) == known.latents
+    assert published.tensors(known.workload)["latents"].with_rows(2) == (2, *known.packed)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("blocks", [(0,), (4,), (1, 3)], ids=str)
+def test_borders_have_the_shapes_and_dtypes_that_are_said(
+    case: FamilyCase, blocks: tuple[int, ...], precision: str
+) -> None:
+    family, workload = case.family, replace(case.workload, precision=precision)
+    model = case.checkpoint.load_transformer()
+    for segment in (TEXT, *cut("segmented", 5, "stg-a", blocks), *cut("twin", 5, "stg-r", blocks)):
+        module = family.module(model, segment, expand_masks=False)
+        family.lower_precision(module, getattr(torch, workload.dtype))
+        with torch.no_grad():
+            outputs = module(*family.trace_inputs(segment, workload, 3))
+        specs = family.outputs(segment, workload)
+        assert [output.dtype for output in outputs] == [spec.torch_dtype for spec in specs]
+        assert [tuple(output.shape) for output in outputs] == [spec.with_rows(3) for spec in specs]
+
+
+def test_lower_precision_keeps_its_float32_islands(case: FamilyCase) -> None:
+    family, model = case.family, case.checkpoint.load_transformer()
+    (segment,) = cut("segmented", 5, "stg-a", ())
+    module = family.module(model, segment, expand_masks=False)
+    expected = module(*family.trace_inputs(segment, case.workload, 2))[0]
+    family.lower_precision(module, torch.bfloat16)
+    wide = {name for name, parameter in module.named_parameters() if parameter.dtype == torch.float32}
+    narrow = {name for name, _ in module.named_parameters()} - wide
+    assert all(word in "".join(sorted(wide)) for word in case.wide)
+    assert {name.rsplit(".", 2)[-2] for name in narrow} >= case.narrow
+    lowered = module(*family.trace_inputs(segment, replace(case.workload, precision="bf16"), 2))[0].float()
+    assert torch.cosine_similarity(lowered.flatten(), expected.flatten(), dim=0) > 0.999

@@ -1,0 +1,131 @@
+"""Prompt to video with compiled engines against diffusers' own pipelines, on whole tiny checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stg_trt import VideoPipeline
+from stg_trt.build_engines import build
+from stg_trt.checkpoint import Checkpoint
+from stg_trt.components import Components
+from stg_trt.errors import InvalidRequest
+from tests.family_cases import CASES, FamilyCase
+
+TEXT_LENGTH = 16
+# The second is cleaned before it is tokenised where diffusers' pipeline does so.
+PROMPTS = ["a red circle moving left", "  a &amp;amp;  blue\n square "]
+NEGATIVE = "blurred"
+STEPS = 4
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def case(request: pytest.FixtureRequest) -> FamilyCase:
+    found: FamilyCase = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def checkpoint(case: FamilyCase, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(f"{case}-checkpoint")
+    case.save_pipeline(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(case: FamilyCase, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> VideoPipeline:
+    engines = tmp_path_factory.mktemp(f"{case}-engines")
+    sizes = {**case.sizes, "text_length": TEXT_LENGTH}
+    build(checkpoint, engines, **sizes, stg_blocks=[1], max_batch=2, verify_timesteps=1)
+    return VideoPipeline.from_pretrained(checkpoint, engines=engines)
+
+
+@torch.no_grad()
+def of_diffusers(case: FamilyCase, checkpoint: Path, scheduler: Any, output_type: str, **given: Any) -> Any:
+    own = case.pipeline_class.from_pretrained(checkpoint, scheduler=scheduler)
+    own.set_progress_bar_config(disable=True)
+    return own(**given, max_sequence_length=TEXT_LENGTH, output_type=output_type).frames
+
+
+def call(case: FamilyCase, pipeline: VideoPipeline, prompts: list[str]) -> dict[str, Any]:
+    """Arguments that both take."""
+    spec = pipeline.family.tensors(case.workload)["latents"]
+    noise = torch.randn(spec.with_rows(len(prompts)), generator=torch.Generator().manual_seed(3))
+    return {
+        "prompt": prompts,
+        "negative_prompt": [NEGATIVE] * len(prompts),
+        "height": case.workload.height,
+        "width": case.workload.width,
+        "num_frames": case.workload.num_frames,
+        "num_inference_steps": STEPS,
+        "guidance_scale": 4.0,
+        "latents": noise,
+    }
+
+
+@pytest.mark.parametrize("output_type", ["latent", "np"])
+def test_cfg_is_that_of_diffusers(
+    case: FamilyCase, checkpoint: Path, pipeline: VideoPipeline, output_type: str
+) -> None:
+    given = call(case, pipeline, PROMPTS)
+    for scheduler in case.schedulers:
+        pipeline.scheduler = scheduler
+        expected = of_diffusers(case, checkpoint, scheduler, output_type, **given)
+        got = pipeline(**given, stg_scale=0.0, rescale=0.0, output_type=output_type).frames
+        assert got.shape == expected.shape and np.std(np.asarray(expected)) > 0.01
+        assert np.abs(np.asarray(got) - np.asarray(expected)).max() <= 1e-4
+
+
+def test_noise_is_drawn_as_diffusers_draws_it(
+    case: FamilyCase, checkpoint: Path, pipeline: VideoPipeline
+) -> None:
+    scheduler = pipeline.scheduler = case.schedulers[0]
+    given = call(case, pipeline, PROMPTS[:1]) | {"latents": None}
+    expected = of_diffusers(
+        case, checkpoint, scheduler, "latent", **given, generator=torch.Generator().manual_seed(5)
+    )
+    given |= {"generator": torch.Generator().manual_seed(5), "stg_scale": 0.0, "rescale": 0.0}
+    assert (pipeline(**given, output_type="latent").frames - expected).abs().max() <= 1e-4
+
+
+def test_stg_changes_the_frames(case: FamilyCase, pipeline: VideoPipeline) -> None:
+    given = call(case, pipeline, PROMPTS[:1])
+    with_stg, without = (pipeline(**given, stg_scale=scale, output_type="np").frames for scale in (1.0, 0.0))
+    assert with_stg.shape == (1, case.workload.num_frames, case.workload.height, case.workload.width, 3)
+    assert np.abs(with_stg - without).max() > 1e-3
+
+
+def test_a_prompt_that_is_too_long_is_refused(case: FamilyCase, pipeline: VideoPipeline) -> None:
+    given = call(case, pipeline, ["red " * TEXT_LENGTH])
+    with pytest.raises(InvalidRequest, match=f"prompt: expected at most {TEXT_LENGTH} tokens, got 17"):
+        pipeline(**given)
+
+
+def test_parts_have_their_dtypes_on_a_gpu(case: FamilyCase, checkpoint: Path) -> None:
+    """Loading moves nothing, so that this needs no GPU."""
+    components = Components(Checkpoint.open(checkpoint), torch_dtype=None, offload=False)
+    components.load(torch.device("cuda"))
+    wide = "vae" in case.family.float32_components
+    assert components._pipeline.vae.dtype == (torch.float32 if wide else torch.bfloat16)
+    assert components._pipeline.text_encoder.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("one", "index", "message"),
+    [(one, *refused) for one in CASES for refused in one.refused_indexes],
+    ids=str,
+)
+def test_a_folder_of_another_pipeline_is_refused(
+    tmp_path: Path, one: FamilyCase, index: dict[str, Any], message: str
+) -> None:
+    shutil.copytree(one.goldens, tmp_path / "model")
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(InvalidRequest) as refused:
+        Checkpoint.open(tmp_path / "model").check()
+    assert message in str(refused.value)
