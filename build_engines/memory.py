@@ -1,4 +1,4 @@
-"""Peak resident memory of this process while something runs."""
+"""Peak memory of this process while something runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ _INTERVAL_S = 0.02
 
 
 class PeakMemory:
-    """Context manager; `bytes` is the highest resident set size sampled inside it."""
+    """Context manager; `bytes` is the most memory of its own that the process was seen to hold inside it.
+
+    Pages of mapped files, such as large weights, are left out: the system drops them where it needs room.
+    """
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -38,7 +41,8 @@ class PeakMemory:
             self._sample()
 
     def _sample(self) -> None:
-        self.bytes = max(self.bytes, self._process.memory_info().rss)
+        info = self._process.memory_info()
+        self.bytes = max(self.bytes, info.rss - getattr(info, "shared", 0))
 
 
 def release() -> None:

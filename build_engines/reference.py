@@ -10,6 +10,8 @@ from stg_trt.errors import GateMissed
 from stg_trt.families.base import KEEP_ATTENTION, SegmentModule, TextCondition, Workload
 from stg_trt.segment import Segment
 
+from .memory import release
+
 State = dict[str, Tensor]
 
 _CPU = torch.device("cpu")
@@ -48,6 +50,8 @@ class Reference:
         transformer = self.checkpoint.load_transformer(segment.blocks)
         module = self.family.module(transformer, segment, expand_masks=expand_masks).eval()
         self.family.lower_precision(module, getattr(torch, self.workload.dtype))
+        # What was freed in rounding lies between what was kept; a third copy must not come on top of it.
+        release()
         return module.float()
 
     def inputs(self, segment: Segment) -> list[State]:
