@@ -5,7 +5,7 @@ from __future__ import annotations
 import psutil
 import torch
 
-from stg_trt.build_engines.memory import PeakMemory, release
+from stg_trt.build_engines.memory import PeakMemory, own_bytes, release
 from stg_trt.device import Device
 
 from .clock import Work, settle
@@ -28,12 +28,13 @@ def working_bytes(work: Work, device: Device) -> int:
         work.reset()
         settle(device)
         if device.torch_device.type != "cuda":
-            before = psutil.Process().memory_info().rss
+            before = own_bytes()
             with PeakMemory() as peak:
                 work.run()
-            return max(0, int(peak.bytes - before))
-        before = torch.cuda.memory_allocated()
+            taken: int = max(0, peak.bytes - before)
+            return taken
+        before = int(torch.cuda.memory_allocated())
         torch.cuda.reset_peak_memory_stats()
         work.run()
         settle(device)
-        return int(torch.cuda.max_memory_allocated() - before)
+        return int(torch.cuda.max_memory_allocated()) - before

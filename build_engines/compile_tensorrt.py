@@ -48,7 +48,7 @@ class TensorRTCompiler(OnnxCompiler):
             job.rows,
             backend=self.options.backend.name,
             target=target,
-            on_progress=job.on_progress,
+            on_progress=lambda phase: job.on_progress(f"compile for {target}: {phase}"),
         )
 
 

@@ -12,15 +12,20 @@ import psutil
 _INTERVAL_S = 0.02
 
 
-class PeakMemory:
-    """Context manager; `bytes` is the most memory of its own that the process was seen to hold inside it.
+_PROCESS = psutil.Process()
 
-    Pages of mapped files, such as large weights, are left out: the system drops them where it needs room.
-    """
+
+def own_bytes() -> int:
+    """Resident memory of this process without pages of mapped files, which the system drops to make room."""
+    info = _PROCESS.memory_info()
+    return int(info.rss - getattr(info, "shared", 0))
+
+
+class PeakMemory:
+    """Context manager; `bytes` is the most own memory that the process was seen to hold inside it."""
 
     def __init__(self) -> None:
         self.bytes = 0
-        self._process = psutil.Process()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -41,8 +46,7 @@ class PeakMemory:
             self._sample()
 
     def _sample(self) -> None:
-        info = self._process.memory_info()
-        self.bytes = max(self.bytes, info.rss - getattr(info, "shared", 0))
+        self.bytes = max(self.bytes, own_bytes())
 
 
 def release() -> None:

@@ -21,10 +21,10 @@ class Components:
     memory for the engines and costs a copy per call.
     """
 
-    def __init__(self, checkpoint: Checkpoint, torch_dtype: torch.dtype | None, offload: bool) -> None:
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype | None, offload: bool) -> None:
         self._checkpoint = checkpoint
         self._family = checkpoint.family
-        self._torch_dtype = torch_dtype
+        self._dtype = dtype
         self._offload = offload
         self._pipeline: Any = None
 
@@ -34,10 +34,10 @@ class Components:
             return
         self._checkpoint.check_pipeline()
         name = self._family.pipeline_class
-        dtype = self._torch_dtype or self._usual_dtypes(device)
+        dtype = self._dtype or self._usual_dtypes(device)
         try:
             self._pipeline = load_class(name).from_pretrained(
-                self._checkpoint.folder, transformer=None, torch_dtype=dtype
+                self._checkpoint.folder, transformer=None, dtype=dtype
             )
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]

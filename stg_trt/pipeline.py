@@ -64,12 +64,12 @@ class VideoPipeline:
         *,
         layout: str | None = None,
         backend: str | None = None,
-        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
         offload: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.family = checkpoint.family
-        self.components = Components(checkpoint, torch_dtype, offload)
+        self.components = Components(checkpoint, dtype, offload)
         self.store = store
         self.scheduler = checkpoint.scheduler()
         self.interrupt = False
@@ -88,12 +88,12 @@ class VideoPipeline:
         *,
         layout: str | None = None,
         backend: str | None = None,
-        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
         offload: bool = False,
     ) -> VideoPipeline:
         """Opens a checkpoint and a folder of engines built from it; raises where they do not fit.
 
-        `torch_dtype` is that of text encoder and VAE (default: bfloat16 on a GPU, else float32); `offload`
+        `dtype` is that of text encoder and VAE (default: bfloat16 on a GPU, else float32); `offload`
         keeps them off the GPU while they are not needed.
         """
         opened = Checkpoint.open(checkpoint, random_weights=str(checkpoint) in published())
@@ -102,7 +102,7 @@ class VideoPipeline:
             EngineStore.open(engines),
             layout=layout,
             backend=backend,
-            torch_dtype=torch_dtype,
+            dtype=dtype,
             offload=offload,
         )
         pipeline.store.find(pipeline._base)

@@ -109,7 +109,7 @@ def test_a_prompt_that_is_too_long_is_refused(case: FamilyCase, pipeline: VideoP
 
 def test_parts_have_their_dtypes_on_a_gpu(case: FamilyCase, checkpoint: Path) -> None:
     """Loading moves nothing, so that this needs no GPU."""
-    components = Components(Checkpoint.open(checkpoint), torch_dtype=None, offload=False)
+    components = Components(Checkpoint.open(checkpoint), dtype=None, offload=False)
     components.load(torch.device("cuda"))
     wide = "vae" in case.family.float32_components
     assert components._pipeline.vae.dtype == (torch.float32 if wide else torch.bfloat16)

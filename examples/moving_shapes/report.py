@@ -8,6 +8,11 @@ from typing import Any
 from matplotlib.figure import Figure
 
 PARTS = ("colour", "shape", "direction", "all")
+MEASURES = {
+    "all": "share of clips right in all three",
+    "overlap": "overlap with the perfect shape",
+    "jitter": "distance from a straight path (px)",
+}
 
 
 def table(report: dict[str, Any]) -> str:
@@ -31,25 +36,22 @@ def table(report: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Share of right clips against the STG scale, a panel for each part, a line for each mode and block."""
+    """What guidance does against the STG scale: a panel per measure, a line for each mode and block."""
     rows = report["results"]
     cfg = next(row for row in rows if row["cfg_scale"] > 1 and row["stg_scale"] == 0)
     none = next(row for row in rows if row["cfg_scale"] <= 1)
-    lines = sorted({(row["stg_mode"], row["stg_block"]) for row in rows if row["stg_scale"] > 0})
+    guided = [row for row in rows if row["stg_scale"] > 0]
+    lines = sorted({(row["stg_mode"], row["stg_block"]) for row in guided})
     figure = Figure(figsize=(12, 3.4), layout="constrained")
-    panels = figure.subplots(1, len(PARTS), sharey=True)
-    for panel, part in zip(panels, PARTS, strict=True):
-        panel.axhline(100 * none[part], color="grey", linestyle=":", label="no guidance")
+    for panel, (name, label) in zip(figure.subplots(1, len(MEASURES)), MEASURES.items(), strict=True):
+        panel.axhline(none[name], color="grey", linestyle=":", label="no guidance")
         for mode, block in lines:
-            chosen = [row for row in rows if row["stg_scale"] > 0]
-            chosen = [cfg, *(row for row in chosen if (row["stg_mode"], row["stg_block"]) == (mode, block))]
-            x, y = [row["stg_scale"] for row in chosen], [100 * row[part] for row in chosen]
+            chosen = [cfg, *(row for row in guided if (row["stg_mode"], row["stg_block"]) == (mode, block))]
+            x, y = [row["stg_scale"] for row in chosen], [row[name] for row in chosen]
             style = "-" if mode == "stg-a" else "--"
             panel.plot(x, y, style, marker="o", markersize=3, label=f"{mode.upper()}, block {block}")
-        panel.set_title(part)
+        panel.set_title(label)
         panel.set_xlabel(f"STG scale (0: {cfg['name']} alone)")
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("right clips (%)")
-    panels[0].set_ylim(-3, 103)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=120)
