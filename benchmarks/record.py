@@ -71,7 +71,7 @@ def check_output(path: Path) -> None:
 def environment() -> dict[str, Any]:
     """Machine, versions, commit and date of a result."""
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": _commit(),
         "processor": _processor(),
         "cores": os.cpu_count(),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, LTXVideoTransformer3DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, LTXVideoTransformer3DModel, UniPCMultistepScheduler
 from safetensors.torch import load_file, save_file
 
 from stg_trt.checkpoint import Checkpoint, published
@@ -129,11 +129,18 @@ def test_a_fingerprint_reads_every_shard(sharded: Path) -> None:
 
 
 def test_published_configurations_open() -> None:
-    assert published() == ("ltx-video-13b", "ltx-video-2b")
-    for name, blocks in (("ltx-video-2b", 28), ("ltx-video-13b", 48)):
+    flow_euler, unipc = FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+    expected = {
+        "ltx-video-13b": (48, flow_euler),
+        "ltx-video-2b": (28, flow_euler),
+        "wan2.1-t2v-1.3b": (30, unipc),
+        "wan2.1-t2v-14b": (40, unipc),
+    }
+    assert published() == tuple(expected)
+    for name, (blocks, scheduler) in expected.items():
         checkpoint = Checkpoint.open(name, random_weights=True)
         assert checkpoint.family.num_blocks == blocks and not checkpoint.has_pipeline
-        assert isinstance(checkpoint.scheduler(), FlowMatchEulerDiscreteScheduler)
+        assert isinstance(checkpoint.scheduler(), scheduler)
         assert checkpoint.fingerprint().startswith("random-")
         with pytest.raises(InvalidRequest, match=f"got the configuration {name}: .* --random-weights"):
             Checkpoint.open(name)
