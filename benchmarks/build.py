@@ -24,7 +24,7 @@ class BuildBenchmark:
     height: int
     width: int
     num_frames: int
-    text_length: int
+    text_length: int | None
     stg_blocks: tuple[int, ...] | None
     layouts: tuple[str, ...]
     backend: str

@@ -23,6 +23,7 @@ Height = Annotated[int, typer.Option(help="Pixels.")]
 Width = Annotated[int, typer.Option(help="Pixels.")]
 Frames = Annotated[int, typer.Option(help="Frames.")]
 TextLength = Annotated[int, typer.Option(help="Text tokens.")]
+FamilyTextLength = Annotated[int | None, typer.Option(help="Text tokens. [default: the family's]")]
 Mode = Annotated[str, typer.Option(help="stg-a or stg-r.")]
 Blocks = Annotated[
     str | None, typer.Option(help="Perturbed blocks, such as 19. [default: 8, or the family's]")
@@ -48,7 +49,7 @@ def build(
     height: Height,
     width: Width,
     num_frames: Frames,
-    text_length: TextLength = 128,
+    text_length: FamilyTextLength = None,
     stg_blocks: Annotated[
         str | None, typer.Option(help="Perturbable blocks. [default: the family's]")
     ] = None,
