@@ -14,8 +14,8 @@ from stg_trt.guidance import Guidance, combined
 from stg_trt.guided_step import StepState, fan_out_rows, guided_step
 from stg_trt.kernels.fan_out_rows import FanOutRowsKernel
 from stg_trt.kernels.guided_step import GuidedStepKernel
-from stg_trt.kernels.library import kernels_for
 from stg_trt.kernels.qk_norm_rope import Norm, QKNormRopeKernel, Rope, norm_rope
+from stg_trt.kernels.shared_library import kernels_for
 from stg_trt.solver import SolverTable
 from stg_trt.step_plan import GROUPS
 from stg_trt.step_runner import StepBuffers

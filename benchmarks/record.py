@@ -9,7 +9,6 @@ import platform
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from stg_trt.errors import InvalidRequest
 from stg_trt.gpu import find_gpu
 from stg_trt.manifest import write_atomically
+from stg_trt.versions import installed_version
 
 _PACKAGES = (
     "torch",
@@ -78,7 +78,7 @@ def environment() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "gpu": _gpu(),
         "python": platform.python_version(),
-        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+        "versions": {name: found for name in _PACKAGES if (found := installed_version(name))},
     }
 
 
@@ -120,10 +120,3 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -17,20 +17,17 @@ from stg_trt.families.base import SegmentModule
 from stg_trt.segment import engine_outputs
 from stg_trt.tensor_spec import ROWS, TensorSpec
 
+from .free_rows import traced_with
+
 # protobuf refuses messages of 2 GiB; weights above this go to a file beside the graph.
 _EMBEDDED_BYTES = 1 << 30
-_TRACED_ROWS = 2
 
 
 def export(
     module: SegmentModule, inputs: Sequence[TensorSpec], path: Path, *, opset: int, max_rows: int
 ) -> None:
     """Writes `path`, and `path`.data where the weights are large; raises GateMissed if an axis froze."""
-    # With no number of rows above the traced one, torch.export does not notice that an axis froze.
-    rows = torch.export.Dim(ROWS, min=1, max=max(max_rows, _TRACED_ROWS + 1))
-    generator = torch.Generator().manual_seed(0)
-    args = tuple(spec.random(_TRACED_ROWS, generator) for spec in inputs)
-    axes = tuple({spec.shape.index(ROWS): rows} if spec.has_rows else None for spec in inputs)
+    args, axes = traced_with(inputs, max_rows)
     weight_bytes = sum(p.numel() * p.element_size() for p in module.parameters())
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 
 from stg_trt.errors import GateMissed
 from stg_trt.families.base import SegmentModule
-from stg_trt.tensor_spec import ROWS, TensorSpec
+from stg_trt.tensor_spec import TensorSpec
 
-_TRACED_ROWS = 2
+from .free_rows import traced_with
 
 
 class _Numbered(nn.Module):
@@ -50,12 +50,7 @@ def trace(
     max_rows: int,
 ) -> ExportedProgram:
     """The program of a piece of the segment `name`; raises GateMissed where its rows are not free."""
-    # With no number of rows above the traced one, torch.export does not notice that an axis froze.
-    rows = Dim(ROWS, min=1, max=max(max_rows, _TRACED_ROWS + 1))
-    generator = torch.Generator().manual_seed(0)
-    specs = (*inputs, *outputs)
-    arguments = tuple(spec.random(_TRACED_ROWS, generator) for spec in specs)
-    axes = tuple({spec.shape.index(ROWS): rows} if spec.has_rows else None for spec in specs)
+    arguments, axes = traced_with((*inputs, *outputs), max_rows)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")

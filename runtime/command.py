@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -117,16 +116,14 @@ def _check_engines(
     checkpoint: Checkpoint, engines: Path, stg_mode: str | None, size: dict[str, Any], kind: dict[str, Any]
 ) -> None:
     """Whether the size is one that the model has, and any build in the folder fits it."""
-    from stg_trt.engine_store import EngineRequest, EngineStore
+    from stg_trt.engine_store import EngineRequest, EngineStore, find_possible
     from stg_trt.gpu import this_machine
     from stg_trt.perturbation import check_mode
 
     if stg_mode is not None:
         check_mode(stg_mode)
-    store = EngineStore.open(engines)
-    request = EngineRequest(**kind, machine=this_machine())
-    checkpoint.family.check(store.find(request).manifest.workload.resized(**size))
-    store.find(replace(request, **size))
+    request = EngineRequest(**kind, **size, machine=this_machine())
+    find_possible(EngineStore.open(engines), request, checkpoint.family)
 
 
 def _generator(seed: int) -> Generator:

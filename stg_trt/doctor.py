@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import platform
 import warnings
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
+
+from stg_trt.versions import installed_version
 
 if TYPE_CHECKING:
     from stg_trt.gpu import Gpu
@@ -37,7 +38,7 @@ def doctor() -> None:
     console.print(_described(gpu))
     packages = Table("package", "version")
     for name in _PACKAGES:
-        packages.add_row(name, _version(name) or "not installed")
+        packages.add_row(name, installed_version(name) or "not installed")
     console.print(packages)
     states = Table("backend", "builds here", "runs here")
     for name, builds, runs in backend_states(gpu):
@@ -103,7 +104,7 @@ def _described(gpu: Gpu | None) -> str:
 def _kernels() -> str:
     """Whether the library of `plugins/` is there, and of the right version."""
     from stg_trt.errors import BackendUnavailable
-    from stg_trt.kernels.library import load_kernels
+    from stg_trt.kernels.shared_library import load_kernels
 
     try:
         with warnings.catch_warnings():
@@ -112,10 +113,3 @@ def _kernels() -> str:
     except BackendUnavailable as error:
         return str(error)
     return "built" if found is not None else "not built, torch operations run instead: run make kernels"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from stg_trt import manifest as manifests
@@ -10,6 +10,7 @@ from stg_trt.backends import backend_for, backends, load_engines
 from stg_trt.device import Device
 from stg_trt.engine import Engine
 from stg_trt.errors import EngineRejected
+from stg_trt.families.base import ModelFamily
 from stg_trt.manifest import Manifest
 from stg_trt.perturbation import Perturbation
 from stg_trt.segment import check_layout
@@ -125,6 +126,17 @@ class EngineStore:
             )
         reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(rejected.items()))
         raise EngineRejected(f"engines: no build in {self.root} fits the request: {reasons}")
+
+
+def find_possible(store: EngineStore, request: EngineRequest, family: ModelFamily) -> Build:
+    """The first build that fits; raises InvalidRequest for a size that no build of the family can have.
+
+    That is looked at before the sizes of the builds, whose lack would ask for a build that is impossible.
+    """
+    any_size = replace(request, height=None, width=None, num_frames=None, videos=1)
+    known = store.find(any_size).manifest.workload
+    family.check(known.resized(request.height, request.width, request.num_frames))
+    return store.find(request)
 
 
 def check_file(path: Path, record: manifests.FileRecord) -> None:

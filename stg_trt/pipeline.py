@@ -17,7 +17,7 @@ from stg_trt.checkpoint import Checkpoint, published
 from stg_trt.components import Components
 from stg_trt.conditioning import Prompts
 from stg_trt.device import Device, open_device
-from stg_trt.engine_store import Build, EngineRequest, EngineStore
+from stg_trt.engine_store import Build, EngineRequest, EngineStore, find_possible
 from stg_trt.errors import InvalidRequest, OutOfDeviceMemory
 from stg_trt.families.base import Workload
 from stg_trt.gpu import this_machine
@@ -169,15 +169,12 @@ class VideoPipeline:
 
     def _schedule(self, size: dict[str, Any], steps: int | None, given: dict[str, Any]) -> Schedule:
         """The build that fits the request, with its steps and their guidance."""
-        sizes = {name: size[name] for name in ("height", "width", "num_frames")}
-        # Refused before any engine is looked for, whose lack would ask for a build that is impossible.
-        self.family.check(self.store.find(self._base).manifest.workload.resized(**sizes))
-        first = self.store.find(replace(self._base, **size)).manifest
+        first = find_possible(self.store, replace(self._base, **size), self.family).manifest
         preset = load_preset(given["preset"]) if given["preset"] is not None else None
         solver, sigmas = self._solve(first.workload, steps, preset)
         guidance = Guidance.for_steps(sigmas, **self._with_defaults(given, first))
         perturbations = frozenset(filter(None, map(guidance.perturbation, range(len(sigmas)))))
-        exact = {name: getattr(first.workload, name) for name in sizes}
+        exact = {name: getattr(first.workload, name) for name in ("height", "width", "num_frames")}
         request = replace(self._base, **size | exact, perturbations=perturbations)
         self.num_timesteps = len(sigmas)
         return Schedule(self.store.find(request), guidance, solver)

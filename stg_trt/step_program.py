@@ -8,7 +8,7 @@ from stg_trt.guidance import Guidance
 from stg_trt.guided_step import StepState, fan_out_rows, guided_step
 from stg_trt.kernels.fan_out_rows import FanOutRowsKernel
 from stg_trt.kernels.guided_step import GuidedStepKernel
-from stg_trt.kernels.library import Kernels, kernels_for
+from stg_trt.kernels.shared_library import Kernels, kernels_for
 from stg_trt.perturbation import Perturbation
 from stg_trt.solver import SolverTable
 from stg_trt.step_runner import Operation, StepRunner

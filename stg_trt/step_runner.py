@@ -10,7 +10,7 @@ from torch import Tensor
 from stg_trt.engine import Engine
 from stg_trt.families.base import KEEP_ATTENTION
 from stg_trt.kernels.copy_rows import CopyRowsKernel, copy_rows
-from stg_trt.kernels.library import kernels_for
+from stg_trt.kernels.shared_library import kernels_for
 from stg_trt.segment import Segment, engine_outputs
 from stg_trt.step_plan import GROUPS, SegmentRun, StepPlan
 from stg_trt.tensor_spec import TensorSpec

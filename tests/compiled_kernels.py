@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stg_trt.kernels.library import Kernels
+from stg_trt.kernels.shared_library import Kernels
 
 ROOT = Path(__file__).parents[1]
 PLUGINS = ROOT / "plugins"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stg_trt.build_engines import build
+from tests.cli import keep_one_block
 from tests.family_cases import LTX, FamilyCase
 
 
@@ -71,3 +73,13 @@ def embeds(tmp_path_factory: pytest.TempPathFactory, ltx_checkpoint: Path) -> Pa
     path = tmp_path_factory.mktemp("embeds") / "embeds.safetensors"
     save_file({name: tensor for name, tensor in tensors.items() if "expected" not in name}, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def one_block(tmp_path_factory: pytest.TempPathFactory, ltx_checkpoint: Path) -> Path:
+    """The tiny checkpoint with one block."""
+    folder = tmp_path_factory.mktemp("one-block")
+    for name in ("transformer", "scheduler"):
+        shutil.copytree(ltx_checkpoint / name, folder / name)
+    keep_one_block(folder)
+    return folder

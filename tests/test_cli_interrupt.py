@@ -19,23 +19,13 @@ from stg_trt.device import Cpu
 from stg_trt.engine_store import EngineRequest, EngineStore
 from stg_trt.errors import InvalidRequest
 from stg_trt.video_file import save_video
-from tests.cli import SMALL, assert_one_line_error, contents, finish, keep_one_block, run, start
+from tests.cli import SMALL, assert_one_line_error, contents, finish, run, start
 
 UNVERIFIED = (*SMALL, "--verify-timesteps=0")
 CUT = (*UNVERIFIED, "--stg-blocks=0")
 SEGMENTS = ("text", "front", "block_0", "back")
 # A step of the tiny engines takes milliseconds; an interrupt ends at the next one.
 A_FEW_SECONDS = 10
-
-
-@pytest.fixture(scope="module")
-def one_block(tmp_path_factory: pytest.TempPathFactory, ltx_checkpoint: Path) -> Path:
-    """The tiny checkpoint with one block."""
-    folder = tmp_path_factory.mktemp("one-block")
-    for name in ("transformer", "scheduler"):
-        shutil.copytree(ltx_checkpoint / name, folder / name)
-    keep_one_block(folder)
-    return folder
 
 
 @pytest.fixture

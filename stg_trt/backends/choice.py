@@ -32,13 +32,8 @@ def choose_backend(gpu: Gpu | None) -> Choice:
     """TensorRT where it is installed and supports the GPU, else inductor, else ONNX Runtime on the CPU."""
     if gpu is None:
         return Choice("onnxruntime", "cpu", ("there is no NVIDIA GPU",))
-    candidates: tuple[tuple[str, Callable[[Gpu | None], str]], ...] = (
-        ("tensorrt", _tensorrt_target),
-        ("tensorrt-rtx", _rtx_target),
-        ("inductor", _inductor_target),
-    )
     reasons: list[str] = []
-    for name, target in candidates:
+    for name, target in _GPU_TARGETS.items():
         try:
             return Choice(name, target(gpu), tuple(reasons))
         except BackendUnavailable as error:
@@ -48,9 +43,8 @@ def choose_backend(gpu: Gpu | None) -> Choice:
 
 def why_not(backend: str, gpu: Gpu | None) -> str | None:
     """Why a backend's engines cannot run on the GPU of this machine; None where they can."""
-    targets = {"tensorrt": _tensorrt_target, "tensorrt-rtx": _rtx_target, "inductor": _inductor_target}
     try:
-        targets[backend](gpu)
+        _GPU_TARGETS[backend](gpu)
     except BackendUnavailable as error:
         return str(error)
     return None
@@ -94,3 +88,11 @@ def _needed(backend: str, gpu: Gpu | None) -> Gpu:
     if gpu is None:
         raise BackendUnavailable(f"{backend}: expected an NVIDIA GPU, got none: use onnxruntime")
     return gpu
+
+
+# The best first.
+_GPU_TARGETS: dict[str, Callable[[Gpu | None], str]] = {
+    "tensorrt": _tensorrt_target,
+    "tensorrt-rtx": _rtx_target,
+    "inductor": _inductor_target,
+}

@@ -193,13 +193,7 @@ class ModelFamily(ABC):
 
     def integer(self, name: str) -> int:
         """A positive integer of the configuration; raises InvalidRequest where it is anything else."""
-        value = self.config[name]
-        if type(value) is not int or value < 1:
-            raise InvalidRequest(
-                f"checkpoint: expected {name} in transformer/config.json as a positive integer, "
-                f"got {value!r}: download the checkpoint again"
-            )
-        return value
+        return positive_integer(self.config[name], name, "transformer/config.json")
 
     def inputs(self, segment: Segment, workload: Workload) -> list[TensorSpec]:
         """The segment's input specs, in order."""
@@ -215,6 +209,16 @@ class ModelFamily(ABC):
         """Random tensors to trace a segment with."""
         generator = torch.Generator().manual_seed(0)
         return [spec.random(rows, generator) for spec in self.inputs(segment, workload)]
+
+
+def positive_integer(value: Any, name: str, file: str) -> int:
+    """An entry of a configuration file; raises InvalidRequest where it is no positive integer."""
+    if type(value) is not int or value < 1:
+        raise InvalidRequest(
+            f"checkpoint: expected {name} in {file} as a positive integer, got {value!r}: "
+            "download the checkpoint again"
+        )
+    return value
 
 
 def keep_attention_spec() -> TensorSpec:

@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.families.base import Defaults, TextCondition, Workload
+from stg_trt.families.base import (
+    Defaults,
+    TextCondition,
+    Workload,
+    positive_integer,
+)
 from stg_trt.families.dit import CrossAttentionDiT, DiTSegment, rotate
 from stg_trt.tensor_spec import ROWS, TensorSpec
 
@@ -124,16 +129,12 @@ class Wan(CrossAttentionDiT):
 
     @property
     def compression(self) -> tuple[int, int]:
-        pixels = []
-        for name, published in (("scale_factor_temporal", 4), ("scale_factor_spatial", 8)):
-            value = (self.vae_config or {}).get(name, published)
-            if type(value) is not int or value < 1:
-                raise InvalidRequest(
-                    f"checkpoint: expected {name} in vae/config.json as a positive integer, got {value!r}: "
-                    "download the checkpoint again"
-                )
-            pixels.append(value)
-        return pixels[0], pixels[1]
+        vae = self.vae_config or {}
+        temporal, spatial = (
+            positive_integer(vae.get(name, published), name, "vae/config.json")
+            for name, published in (("scale_factor_temporal", 4), ("scale_factor_spatial", 8))
+        )
+        return temporal, spatial
 
     @property
     def patch(self) -> tuple[int, int, int]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from stg_trt.kernels.library import Kernels, address
+from stg_trt.kernels.shared_library import Kernels, address
 
 
 class RowCopy(ctypes.Structure):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stg_trt.kernels.library import DTYPES, Kernels, address
+from stg_trt.kernels.shared_library import DTYPES, Kernels, address
 
 if TYPE_CHECKING:
     from stg_trt.guided_step import StepState

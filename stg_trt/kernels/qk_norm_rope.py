@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stg_trt.kernels.library import DTYPES, Kernels, address
+from stg_trt.kernels.shared_library import DTYPES, Kernels, address
 
 
 class QKNormRopeParameters(ctypes.Structure):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from stg_trt.backends import inductor_chain, tensorrt_library
 from stg_trt.backends.choice import choose_backend, why_not
 from stg_trt.errors import BackendUnavailable
 from stg_trt.gpu import Gpu, find_gpu
-from tests.cli import SMALL, keep_one_block, run
+from tests.cli import SMALL, run
 
 
 def gpu(sm: str) -> Gpu:
@@ -68,19 +67,9 @@ def test_without_a_gpu() -> None:
     assert str(choose_backend(None)) == "backend: onnxruntime for cpu (there is no NVIDIA GPU)"
 
 
-def test_a_build_says_what_it_chose(tmp_path: Path, tiny: Path) -> None:
+def test_a_build_says_what_it_chose(tmp_path: Path, one_block: Path) -> None:
     if find_gpu() is not None:
         pytest.skip("needs a machine without a GPU")
-    result = run("build", tiny, "--output", tmp_path, *SMALL, "--verify-timesteps=0", "--backend=auto")
+    result = run("build", one_block, "--output", tmp_path, *SMALL, "--verify-timesteps=0", "--backend=auto")
     assert result.returncode == 0, result.stderr
     assert result.stderr.startswith("backend: onnxruntime for cpu (there is no NVIDIA GPU)\n")
-
-
-@pytest.fixture
-def tiny(tmp_path_factory: pytest.TempPathFactory, ltx_checkpoint: Path) -> Path:
-    """The tiny checkpoint with one block."""
-    folder = tmp_path_factory.mktemp("tiny")
-    for name in ("transformer", "scheduler"):
-        shutil.copytree(ltx_checkpoint / name, folder / name)
-    keep_one_block(folder)
-    return folder

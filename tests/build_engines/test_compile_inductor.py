@@ -29,6 +29,7 @@ from stg_trt.families.base import SegmentModule, Workload
 from stg_trt.perturbation import Perturbation
 from stg_trt.segment import TEXT, Segment
 from stg_trt.tensor_spec import ROWS, TensorSpec
+from tests.build_engines.frozen_segments import BranchesOnRows, ViewsTwoRows
 from tests.cli import assert_one_line_error, contents, run
 from tests.family_cases import LTX
 
@@ -38,21 +39,6 @@ CPU = torch.device("cpu")
 SKIPPED = Segment("skipped", 1, 4, True, True, skipped=Perturbation("stg-a", (2,)))
 BUILD = {**LTX.sizes, "backend": "inductor", "target": "cpu", "max_batch": 2}
 FLAGS = ("--height=128", "--width=160", "--num-frames=17", "--text-length=9", "--max-batch=2")
-
-
-class ViewsTwoRows(SegmentModule):
-    """Works at two rows only."""
-
-    def run(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"out": tensors["x"].view(2, 24).view(2, 4, 6) + 1}
-
-
-class BranchesOnRows(SegmentModule):
-    """Reads a second input only where there are two rows, as they are in the trace."""
-
-    def run(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        x = tensors["x"]
-        return {"out": x * tensors["y"] if len(x) == 2 else x}
 
 
 class Foldable(SegmentModule):

@@ -17,6 +17,7 @@ from stg_trt.errors import GateMissed
 from stg_trt.families.base import SegmentModule
 from stg_trt.segment import engine_outputs
 from stg_trt.tensor_spec import ROWS, TensorSpec
+from tests.build_engines.frozen_segments import BranchesOnRows, ViewsTwoRows
 
 X = TensorSpec("x", "float32", (ROWS, 4, 6))
 Y = TensorSpec("y", "float32", (ROWS, 4, 6))
@@ -32,21 +33,6 @@ class Affine(SegmentModule):
 
     def run(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"x": tensors["x"] * tensors["table"] + self.weight}
-
-
-class ViewsTwoRows(SegmentModule):
-    """Works at two rows only."""
-
-    def run(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"out": tensors["x"].view(2, 24).view(2, 4, 6) + 1}
-
-
-class BranchesOnRows(SegmentModule):
-    """Reads a second input only where there are two rows, as they are in the trace."""
-
-    def run(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        x = tensors["x"]
-        return {"out": x * tensors["y"] if len(x) == 2 else x}
 
 
 def run(path: Path, feed: dict[str, Tensor]) -> list[np.ndarray]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stg_trt.kernels.library import Kernels
+from stg_trt.kernels.shared_library import Kernels
 from tests.compiled_kernels import Machine, compile_host_kernels, compile_kernels
 
 

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from stg_trt import VideoPipeline
 from stg_trt.backends.onnxruntime import OnnxRuntimeEngine
 from stg_trt.errors import BackendUnavailable
-from stg_trt.kernels import library as kernel_library
+from stg_trt.kernels import shared_library as kernel_library
 from stg_trt.kernels.copy_rows import CopyRowsParameters, RowCopy
 from stg_trt.kernels.fan_out_rows import FanOutRowsParameters
 from stg_trt.kernels.guided_step import GuidedStepParameters
-from stg_trt.kernels.library import ABI, Kernels, kernels_for, load_kernels
 from stg_trt.kernels.qk_norm_rope import QKNormRopeParameters
+from stg_trt.kernels.shared_library import ABI, Kernels, kernels_for, load_kernels
 from tests.compiled_kernels import (
     PLUGINS,
     ROOT,
