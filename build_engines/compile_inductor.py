@@ -83,19 +83,19 @@ class InductorCompiler(Compiler):
 
     def pieces(self, segment: Segment) -> tuple[Segment, ...]:
         """Embedding, blocks one by one, head; a block that is skipped in all rows is no piece."""
-        if segment.text:
-            return (segment,)
-        pieces = [Segment("embedding", segment.start, segment.start, front=True)] if segment.front else []
+        blocks = []
         for block in segment.blocks:
             piece = Segment("block", block, block + 1, keep_input=segment.keep_input)
             if segment.skipped is not None and block in segment.skipped.blocks:
                 if segment.skipped.mode == "stg-r":
                     continue
                 piece = replace(piece, skipped=Perturbation(segment.skipped.mode, (block,)))
-            pieces.append(piece)
-        if segment.back:
-            pieces.append(Segment("head", segment.stop, segment.stop, back=True))
-        return tuple(pieces)
+            blocks.append(piece)
+        if not blocks:
+            return (segment,)
+        embedding = Segment("embedding", segment.start, segment.start, front=True)
+        head = Segment("head", segment.stop, segment.stop, back=True)
+        return (*([embedding] if segment.front else []), *blocks, *([head] if segment.back else []))
 
     def export(self, job: Job, modules: Iterator[tuple[Segment, SegmentModule]]) -> ExportedChain:
         """Traces every piece, and keeps one program of those that are equal."""

@@ -1,7 +1,7 @@
-"""What diffusion transformers share whose blocks are self-attention, cross-attention and feed-forward.
+"""What diffusion transformers share: blocks in a row, tokens on a grid of patches, RoPE tables.
 
-The text is projected once per call; RoPE tables are constant. Across a cut go the hidden states and two
-tensors made of the timestep: the modulation of the blocks and that of the head.
+A segment is a run of a transformer's own blocks, with the embedding before or the head after them. Tokens
+cross a cut as (rows, *grid, channels), so that the back knows the grid it unpatches to.
 """
 
 from __future__ import annotations
@@ -17,28 +17,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.families.base import (
-    KEEP_ATTENTION,
-    ModelFamily,
-    SegmentModule,
-    Workload,
-    keep_attention_spec,
-)
+from stg_trt.families.base import ModelFamily, SegmentModule, Workload, keep_attention_spec
 from stg_trt.segment import Segment
 from stg_trt.tensor_spec import ROWS, TensorSpec
 
-_ROPE = ("rope_cos", "rope_sin")
+State = dict[str, Tensor]
 
 
-class CrossAttentionDiT(ModelFamily):
-    """Sizes, borders and costs; a subclass adds its own tensors and writes its block out."""
+class DiT(ModelFamily):
+    """Sizes and weights; how blocks attend to the text is the subclasses'."""
 
     has_text_segment = True
-    # The transformer's list of blocks; what the front makes of the timestep for every block and for the head;
-    # what every block reads and no step changes; the weights that stay float32, as a regular expression.
+    # The transformer's list of blocks; what every block reads and no step changes; the weights that stay
+    # float32, as a regular expression.
     blocks_name: ClassVar[str]
-    modulation: ClassVar[str]
-    head_modulation: ClassVar[str]
     block_constants: ClassVar[tuple[str, ...]]
     float32_islands: ClassVar[str]
     segment_class: ClassVar[type[DiTSegment]]
@@ -79,15 +71,16 @@ class CrossAttentionDiT(ModelFamily):
 
     @abstractmethod
     def own_tensors(self, workload: Workload) -> tuple[TensorSpec, ...]:
-        """Latents, hidden states, prediction, both modulations; constants of the blocks but the text."""
-
-    @abstractmethod
-    def text_projection(self, transformer: Any) -> nn.Module:
-        """The transformer's projection of the prompt embeddings to its width."""
+        """All but timestep, prompt embeddings and keep input: latents, what crosses a cut, constants."""
 
     def block_of(self, weight_name: str) -> int | None:
         match = re.match(rf"{self.blocks_name}\.(\d+)\.", weight_name)
         return int(match[1]) if match else None
+
+    def blocks(self, transformer: Any) -> Sequence[nn.Module]:
+        """The transformer's blocks in the order of their numbers."""
+        found: Sequence[nn.Module] = getattr(transformer, self.blocks_name)
+        return found
 
     def check(self, workload: Workload) -> None:
         temporal, spatial = self.compression
@@ -126,41 +119,24 @@ class CrossAttentionDiT(ModelFamily):
         return math.prod(self.grid(workload))
 
     def tensors(self, workload: Workload) -> dict[str, TensorSpec]:
-        text, width, dtype = workload.text_length, self.width, workload.dtype
+        embeds = (ROWS, workload.text_length, self.text_channels)
         specs = (
             TensorSpec("timestep", "float32", (ROWS,)),
-            TensorSpec("prompt_embeds", dtype, (ROWS, text, self.text_channels)),
-            TensorSpec("text", dtype, (ROWS, text, width)),
+            TensorSpec("prompt_embeds", workload.dtype, embeds),
             *self.own_tensors(workload),
             keep_attention_spec(),
         )
         return {spec.name: spec for spec in specs}
 
-    def borders(self, segment: Segment) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        if segment.text:
-            return ("prompt_embeds",), ("text",)
-        read = (self.modulation, *self.block_constants) if segment.blocks else ()
-        if segment.skipped is not None and segment.skipped.blocks == tuple(segment.blocks):
-            unused = _ROPE if segment.skipped.mode == "stg-a" else read
-            read = tuple(name for name in read if name not in unused)
-        if segment.front:
-            # The front makes the modulation that its own blocks read.
-            inputs = ("latents", "timestep", *(name for name in read if name != self.modulation))
-        else:
-            inputs = ("hidden_states", *read)
-        if segment.keep_input:
-            inputs += (KEEP_ATTENTION,)
-        if segment.back:
-            return inputs if segment.front else (*inputs, self.head_modulation), ("pred",)
-        made = (self.modulation, self.head_modulation) if segment.front else ()
-        return inputs, ("hidden_states", *made)
+    def text_module(self, transformer: Any, *borders: Any) -> SegmentModule:
+        """The text segment of a family that has one."""
+        raise TypeError(f"{type(self).__name__} does not define text_module")
 
     def module(self, transformer: nn.Module, segment: Segment, *, expand_masks: bool) -> SegmentModule:
-        borders = self.borders(segment)
+        borders = (*self.borders(segment), expand_masks)
         if segment.text:
-            return _TextProjection(self.text_projection(transformer), *borders, expand_masks)
-        blocks = getattr(transformer, self.blocks_name)
-        module = self.segment_class(segment, blocks, self.patch, *borders, expand_masks)
+            return self.text_module(transformer, *borders)
+        module = self.segment_class(segment, self.blocks(transformer), self.patch, *borders)
         if segment.front:
             module.take_embedding(transformer)
         if segment.back:
@@ -172,47 +148,15 @@ class CrossAttentionDiT(ModelFamily):
             if not re.search(self.float32_islands, name):
                 parameter.data = parameter.data.to(dtype)
 
-    def segment_flops(self, segment: Segment, workload: Workload) -> int:
-        tokens, text, width = self.tokens(workload), workload.text_length, self.width
-        if segment.text:
-            return 2 * text * width * (self.text_channels + width)
-        cross = 2 * tokens * 2 * width**2 + 2 * text * 2 * width**2 + 4 * tokens * text * width
-        feed_forward = 2 * tokens * 2 * width * self.feed_forward_width
-        self_attention = 2 * tokens * 4 * width**2 + 4 * tokens**2 * width
-        values_only = 2 * tokens * 2 * width**2
-        total = 0
-        for block in segment.blocks:
-            skipped = segment.skipped is not None and block in segment.skipped.blocks
-            if skipped and segment.skipped is not None and segment.skipped.mode == "stg-r":
-                continue
-            total += cross + feed_forward + (values_only if skipped else self_attention)
-        latents = math.prod(self.patch)
-        if segment.front:
-            total += 2 * tokens * width * latents * self.integer("in_channels")
-            total += 2 * width * (self.timestep_channels + 7 * width)
-        if segment.back:
-            total += 2 * tokens * width * latents * self.integer("out_channels")
-        return total
 
-    def attentions(self, segment: Segment) -> int:
-        skipped = segment.skipped.blocks if segment.skipped else ()
-        per_skipped = 1 if segment.skipped and segment.skipped.mode == "stg-a" else 0
-        return sum(per_skipped if block in skipped else 2 for block in segment.blocks)
-
-    def activation_limit(self, segment: Segment, workload: Workload, rows: int) -> int:
-        # Widest point: q, k, v, the hidden states and the feed-forward, each allowed a float32 copy.
-        channels = 12 * self.width + self.feed_forward_width
-        return rows * (self.tokens(workload) + workload.text_length) * channels * 4 + (8 << 20)
-
-
-class _TextProjection(SegmentModule):
+class TextProjection(SegmentModule):
     """Projects prompt embeddings to the model's width, once per call."""
 
     def __init__(self, projection: nn.Module, *borders: Any) -> None:
         super().__init__(*borders)
         self.projection = projection
 
-    def run(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def run(self, tensors: State) -> State:
         return {"text": self.projection(tensors["prompt_embeds"])}
 
 
@@ -239,63 +183,44 @@ class DiTSegment(SegmentModule):
         """Keeps what the back needs of the transformer."""
         raise TypeError(f"{type(self).__name__} does not define take_head")
 
-    def embed(self, latents: Tensor, timestep: Tensor) -> dict[str, Tensor]:
-        """Hidden states of (rows, tokens, channels) and both modulations, by name."""
+    def latent_grid(self, latents: Tensor) -> tuple[int, ...]:
+        """Tokens in time, height and width of (rows, channels, frames, height, width)."""
+        return tuple(size // patch for size, patch in zip(latents.shape[2:], self.patch, strict=True))
+
+    def embed(self, state: State) -> State:
+        """What the front makes of its inputs: hidden states (rows, tokens, channels) and the rest."""
         raise TypeError(f"{type(self).__name__} does not define embed")
 
-    def block(self, block: Any, state: dict[str, Tensor], values_only: bool) -> Tensor:
-        """The hidden states after one block; `values_only` skips its self-attention (stg-a)."""
+    def block(self, block: Any, state: State, perturbed: bool) -> State:
+        """The streams after one block; `perturbed` skips its self-attention for all rows (stg-a)."""
         raise TypeError(f"{type(self).__name__} does not define block")
 
-    def head(self, state: dict[str, Tensor]) -> Tensor:
+    def head(self, state: State) -> Tensor:
         """The prediction, one entry per token."""
         raise TypeError(f"{type(self).__name__} does not define head")
 
-    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotates queries or keys of (rows, tokens, channels), in float32."""
-        raise TypeError(f"{type(self).__name__} does not define rotary")
+    def unpatch(self, pred: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """One entry per token to the layout of the latents; as it is where tokens are latents."""
+        return pred
 
-    def run(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def run(self, tensors: State) -> State:
         state = dict(tensors)
         if self.segment.front:
-            state |= self.embed(state["latents"], state["timestep"])
+            grid = self.latent_grid(state["latents"])
+            state |= self.embed(state)
+        else:
+            grid = tuple(state["hidden_states"].shape[1:-1])
+            state["hidden_states"] = state["hidden_states"].flatten(1, -2)
         skipped = self.segment.skipped
         for block in self.segment.blocks:
             mode = skipped.mode if skipped and block in skipped.blocks else None
             if mode != "stg-r":
-                state["hidden_states"] = self.block(self.blocks[str(block)], state, mode == "stg-a")
+                state |= self.block(self.blocks[str(block)], state, mode == "stg-a")
         if self.segment.back:
-            state["pred"] = self.head(state)
-        return state
-
-    def self_attention(self, attn: Any, x: Tensor, state: dict[str, Tensor], values_only: bool) -> Tensor:
-        """Attention with RoPE; to_out(V) for rows whose attention is skipped (stg-a)."""
-        value = attn.to_v(x)
-        if values_only:
-            mixed = value
+            state["pred"] = self.unpatch(self.head(state), grid)
         else:
-            rope = state["rope_cos"], state["rope_sin"]
-            query = self.rotary(rms_norm(attn.norm_q, attn.to_q(x)), *rope).to(x.dtype)
-            key = self.rotary(rms_norm(attn.norm_k, attn.to_k(x)), *rope).to(x.dtype)
-            mixed = self.heads(attn, query, key, value)
-        if KEEP_ATTENTION in state and not values_only:
-            mixed = torch.where(state[KEEP_ATTENTION][:, None, None], mixed, value)
-        out: Tensor = attn.to_out[0](mixed)
-        return out
-
-    def cross_attention(self, attn: Any, x: Tensor, text: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Attention to the projected text, under its additive mask where there is one."""
-        query = rms_norm(attn.norm_q, attn.to_q(x)).to(x.dtype)
-        key = rms_norm(attn.norm_k, attn.to_k(text)).to(x.dtype)
-        out: Tensor = attn.to_out[0](self.heads(attn, query, key, attn.to_v(text), bias))
-        return out
-
-    def heads(
-        self, attn: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
-        """Splits (rows, tokens, channels) into heads, attends and joins them again."""
-        split = [x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value)]
-        return self.attend(split[0], split[1], split[2], bias).transpose(1, 2).flatten(2)
+            state["hidden_states"] = state["hidden_states"].unflatten(1, grid)
+        return state
 
 
 def rms_norm(norm: Any, x: Tensor) -> Tensor:

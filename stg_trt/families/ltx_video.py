@@ -15,11 +15,12 @@ from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.families.base import Defaults, TextCondition, Workload, load_class
-from stg_trt.families.dit import CrossAttentionDiT, DiTSegment, rms_norm, rotate
+from stg_trt.families.cross_attention import CrossAttentionDiT, CrossAttentionSegment
+from stg_trt.families.dit import State, rms_norm, rotate
 from stg_trt.tensor_spec import ROWS, TensorSpec
 
 
-class LTXSegment(DiTSegment):
+class LTXSegment(CrossAttentionSegment):
     """LTXVideoTransformerBlocks; residuals in the compute dtype, modulation in float32."""
 
     def take_embedding(self, transformer: Any) -> None:
@@ -29,31 +30,34 @@ class LTXSegment(DiTSegment):
         self.scale_shift_table = transformer.scale_shift_table
         self.norm_out, self.proj_out = transformer.norm_out, transformer.proj_out
 
-    def embed(self, latents: Tensor, timestep: Tensor) -> dict[str, Tensor]:
-        temb, embedded = self.time_embed(timestep, hidden_dtype=torch.float32)
+    def latent_grid(self, latents: Tensor) -> tuple[int, ...]:
+        """Latents are tokens already, (rows, tokens, channels)."""
+        return tuple(latents.shape[1:-1])
+
+    def embed(self, state: State) -> State:
+        temb, embedded = self.time_embed(state["timestep"], hidden_dtype=torch.float32)
         return {
-            "hidden_states": self.proj_in(latents),
+            "hidden_states": self.proj_in(state["latents"]),
             "temb": temb.unsqueeze(1),
             "embedded_timestep": embedded.unsqueeze(1),
         }
 
-    def block(self, block: Any, state: dict[str, Tensor], values_only: bool) -> Tensor:
+    def block(self, block: Any, state: State, perturbed: bool) -> State:
         hidden = state["hidden_states"]
         dtype = hidden.dtype
         modulation: Tensor = block.scale_shift_table + state["temb"].unflatten(2, (6, -1))
         shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation.unbind(dim=2)
         normed = (rms_norm(block.norm1, hidden) * (1 + scale) + shift).to(dtype)
-        attended = self.self_attention(block.attn1, normed, state, values_only)
+        attended = self.self_attention(block.attn1, normed, state, perturbed)
         hidden = hidden + (attended.float() * gate).to(dtype)
         hidden = hidden + self.cross_attention(block.attn2, hidden, state["text"], state["text_bias"])
         normed = (rms_norm(block.norm2, hidden) * (1 + scale_ff) + shift_ff).to(dtype)
-        out: Tensor = hidden + (block.ff(normed).float() * gate_ff).to(dtype)
-        return out
+        return {"hidden_states": hidden + (block.ff(normed).float() * gate_ff).to(dtype)}
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return rotate(x, cos, sin)
 
-    def head(self, state: dict[str, Tensor]) -> Tensor:
+    def head(self, state: State) -> Tensor:
         hidden = state["hidden_states"]
         shift, scale = (state["embedded_timestep"].unsqueeze(2) + self.scale_shift_table).unbind(dim=2)
         normed = self.norm_out(hidden.float()) * (1 + scale) + shift

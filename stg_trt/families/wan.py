@@ -20,11 +20,12 @@ from stg_trt.families.base import (
     Workload,
     positive_integer,
 )
-from stg_trt.families.dit import CrossAttentionDiT, DiTSegment, rotate
+from stg_trt.families.cross_attention import CrossAttentionDiT, CrossAttentionSegment
+from stg_trt.families.dit import State, rotate
 from stg_trt.tensor_spec import ROWS, TensorSpec
 
 
-class WanSegment(DiTSegment):
+class WanSegment(CrossAttentionSegment):
     """WanTransformerBlocks; residuals and modulation in float32, the rest in the compute dtype."""
 
     def take_embedding(self, transformer: Any) -> None:
@@ -37,56 +38,43 @@ class WanSegment(DiTSegment):
         self.scale_shift_table = transformer.scale_shift_table
         self.norm_out, self.proj_out = transformer.norm_out, transformer.proj_out
 
-    def embed(self, latents: Tensor, timestep: Tensor) -> dict[str, Tensor]:
-        temb = self.time_embedder(self.timesteps_proj(timestep))
+    def embed(self, state: State) -> State:
+        temb = self.time_embedder(self.timesteps_proj(state["timestep"]))
         return {
-            "hidden_states": self.patch_embedding(latents).flatten(2).transpose(1, 2),
+            "hidden_states": self.patch_embedding(state["latents"]).flatten(2).transpose(1, 2),
             "modulation": self.time_proj(torch.nn.functional.silu(temb)).unflatten(1, (6, -1)),
             "temb": temb,
         }
 
-    def block(self, block: Any, state: dict[str, Tensor], values_only: bool) -> Tensor:
+    def block(self, block: Any, state: State, perturbed: bool) -> State:
         hidden = state["hidden_states"]
         dtype = hidden.dtype
         modulation: Tensor = block.scale_shift_table + state["modulation"]
         shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=1)
         normed = (block.norm1(hidden.float()) * (1 + scale) + shift).to(dtype)
-        attended = self.self_attention(block.attn1, normed, state, values_only)
+        attended = self.self_attention(block.attn1, normed, state, perturbed)
         hidden = (hidden.float() + attended.float() * gate).to(dtype)
         normed = block.norm2(hidden.float()).to(dtype)
         hidden = hidden + self.cross_attention(block.attn2, normed, state["text"])
         normed = (block.norm3(hidden.float()) * (1 + scale_ff) + shift_ff).to(dtype)
-        out: Tensor = (hidden.float() + block.ffn(normed).float() * gate_ff).to(dtype)
-        return out
+        return {"hidden_states": (hidden.float() + block.ffn(normed).float() * gate_ff).to(dtype)}
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return rotate(x.unflatten(2, (-1, cos.shape[-1])), cos[:, None], sin[:, None]).flatten(2)
 
-    def head(self, state: dict[str, Tensor]) -> Tensor:
+    def head(self, state: State) -> Tensor:
         hidden = state["hidden_states"]
         shift, scale = (self.scale_shift_table + state["temb"].unsqueeze(1)).chunk(2, dim=1)
         normed = self.norm_out(hidden.float()) * (1 + scale) + shift
         pred: Tensor = self.proj_out(normed.to(hidden.dtype))
         return pred
 
-    def run(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The grid of the tokens, which latents are unpatched to, is known from the shapes at the borders."""
-        state = dict(tensors)
-        if self.segment.front:
-            latents = state["latents"].shape[2:]
-            grid = tuple(size // patch for size, patch in zip(latents, self.patch, strict=True))
-        else:
-            grid = tuple(state["hidden_states"].shape[1:4])
-            state["hidden_states"] = state["hidden_states"].flatten(1, 3)
-        state = super().run(state)
-        if self.segment.back:
-            patches = state["pred"].unflatten(2, (*self.patch, -1)).unflatten(1, grid)
-            # (rows, tokens in time, height, width, latents in time, height, width, channels)
-            latents_first = patches.permute(0, 7, 1, 4, 2, 5, 3, 6)
-            state["pred"] = latents_first.flatten(6, 7).flatten(4, 5).flatten(2, 3)
-        else:
-            state["hidden_states"] = state["hidden_states"].unflatten(1, grid)
-        return state
+    def unpatch(self, pred: Tensor, grid: tuple[int, ...]) -> Tensor:
+        patches = pred.unflatten(2, (*self.patch, -1)).unflatten(1, grid)
+        # (rows, tokens in time, height, width, latents in time, height, width, channels)
+        latents_first = patches.permute(0, 7, 1, 4, 2, 5, 3, 6)
+        latents: Tensor = latents_first.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        return latents
 
 
 class Wan(CrossAttentionDiT):
