@@ -66,7 +66,8 @@ class Prompts:
         else:
             cond = encode(self.texts)
         uncond = self._uncond(encode, spec, needs_mask, len(cond.embeds)) if needs_uncond else None
-        return self._repeated(cond), self._repeated(uncond) if uncond is not None else None
+        times = self.videos_per_prompt
+        return cond.repeated(times), uncond.repeated(times) if uncond is not None else None
 
     def _uncond(self, encode: Encode, spec: TensorSpec, needs_mask: bool, count: int) -> TextCondition:
         if self.embeds is not None:
@@ -80,10 +81,6 @@ class Prompts:
                 f"negative_prompt: expected one text or {count}, got {len(texts)}: give one per prompt"
             )
         return encode(texts)
-
-    def _repeated(self, text: TextCondition) -> TextCondition:
-        times = self.videos_per_prompt
-        return TextCondition(text.embeds.repeat_interleave(times, 0), text.mask.repeat_interleave(times, 0))
 
 
 def _checked(

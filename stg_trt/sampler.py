@@ -162,10 +162,7 @@ class Sampler:
         self, buffers: StepBuffers, cond: TextCondition, uncond: TextCondition | None, frame_rate: float
     ) -> None:
         """Text, masks and position tables of the whole run; the skip rows have the prompt of cond."""
-        groups = (uncond or cond, cond, cond)
-        text = TextCondition(
-            torch.cat([group.embeds for group in groups]), torch.cat([group.mask for group in groups])
-        )
+        text = TextCondition.stacked((uncond or cond, cond, cond))
         for name, tensor in self.family.constants(text, self.workload, frame_rate).items():
             buffers.view(name).copy_(tensor)
         if self._text is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -72,6 +72,15 @@ class TextCondition:
 
     embeds: Tensor
     mask: Tensor
+
+    @classmethod
+    def stacked(cls, texts: Sequence[TextCondition]) -> TextCondition:
+        """The videos of all, in order."""
+        return cls(torch.cat([text.embeds for text in texts]), torch.cat([text.mask for text in texts]))
+
+    def repeated(self, times: int) -> TextCondition:
+        """Every video `times` times, next to each other."""
+        return TextCondition(self.embeds.repeat_interleave(times, 0), self.mask.repeat_interleave(times, 0))
 
 
 class SegmentModule(nn.Module):

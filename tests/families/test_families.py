@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,13 @@ from stg_trt.step_runner import StepBuffers, StepRunner, two_sided
 from tests.eager_reference import perturbed
 from tests.family_cases import CASES, TIMESTEP, FamilyCase, Published
 
-BLOCK_SETS: list[tuple[int, ...]] = [(0,), (4,), (1, 3), (0, 1, 4), (0, 1, 2, 3, 4)]
+BLOCK_SETS: dict[str, Callable[[int], tuple[int, ...]]] = {
+    "first": lambda count: (0,),
+    "last": lambda count: (count - 1,),
+    "apart": lambda count: (1, 3),
+    "ends": lambda count: (0, 1, count - 1),
+    "all": lambda count: tuple(range(count)),
+}
 FRAME_RATE = 25.0
 VIDEOS = 2
 
@@ -46,6 +53,20 @@ def cut_model(case: FamilyCase) -> Any:
 def uncut_model(case: FamilyCase) -> Any:
     model = case.model_class.from_pretrained(case.goldens, subfolder="transformer")
     return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(params=BLOCK_SETS)
+def blocks(request: pytest.FixtureRequest, family: ModelFamily) -> tuple[int, ...]:
+    return BLOCK_SETS[request.param](family.num_blocks)
+
+
+def segments_of(family: ModelFamily, layout: str, mode: str, blocks: Sequence[int]) -> tuple[Segment, ...]:
+    return cut(layout, family.num_blocks, mode, tuple(blocks))
+
+
+def with_text(family: ModelFamily, segments: Sequence[Segment]) -> tuple[Segment, ...]:
+    """The segment that runs once per call, where the family has one, and the others."""
+    return (TEXT, *segments) if family.has_text_segment else tuple(segments)
 
 
 class EagerEngine:
@@ -96,7 +117,7 @@ def chained(case: FamilyCase, model: Any, segments: Sequence[Segment], condition
         "timestep": torch.full((rows,), TIMESTEP),
         "keep_attention": torch.ones(rows, dtype=torch.bool),
     }
-    for segment in (TEXT, *segments):
+    for segment in with_text(case.family, segments):
         module = case.family.module(model, segment, expand_masks=False)
         outputs = module(*(state[name] for name in module.inputs))
         state |= dict(zip(module.outputs, outputs, strict=True))
@@ -104,18 +125,19 @@ def chained(case: FamilyCase, model: Any, segments: Sequence[Segment], condition
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("blocks", [(), *BLOCK_SETS], ids=str)
 def test_the_cut_chain_is_the_uncut_model(
     case: FamilyCase, cut_model: Any, uncut_model: Any, blocks: tuple[int, ...], mode: str
 ) -> None:
-    segments = cut("segmented", 5, mode, blocks)
     expected = uncut(case, uncut_model, 3, case.text(3))
-    assert (chained(case, cut_model, segments, case.text(3)) - expected).abs().max() <= 1e-6
+    for perturbable in ((), blocks):
+        segments = segments_of(case.family, "segmented", mode, perturbable)
+        difference = chained(case, cut_model, segments, case.text(3)) - expected
+        assert difference.abs().max() <= 1e-6
     assert expected.std() > 0.1
 
 
 def engines(family: ModelFamily, model: Any, segments: Sequence[Segment]) -> dict[str, EagerEngine]:
-    modules = {s.name: family.module(model, s, expand_masks=False) for s in (TEXT, *segments)}
+    modules = {s.name: family.module(model, s, expand_masks=False) for s in with_text(family, segments)}
     return {name: EagerEngine(module) for name, module in modules.items()}
 
 
@@ -142,16 +164,14 @@ def run_step(
     family = case.family
     loaded, buffers = engines(family, model, segments), poisoned_buffers(case, segments)
     conditions = {"uncond": case.text(VIDEOS, seed=1), "cond": case.text(VIDEOS), "skip": case.text(VIDEOS)}
-    stacked = TextCondition(
-        torch.cat([conditions[group].embeds for group in GROUPS]),
-        torch.cat([conditions[group].mask for group in GROUPS]),
-    )
+    stacked = TextCondition.stacked([conditions[group] for group in GROUPS])
     for name, tensor in family.constants(stacked, case.workload, FRAME_RATE).items():
         buffers.view(name).copy_(tensor)
-    context = loaded["text"].context()
-    for name in ("prompt_embeds", "text"):
-        context.bind(name, buffers.view(name))
-    context.enqueue(0)
+    if family.has_text_segment:
+        context = loaded["text"].context()
+        for name in itertools.chain(*family.borders(TEXT)):
+            context.bind(name, buffers.view(name))
+        context.enqueue(0)
     for group in passes:
         buffers.view("latents", (group,)).copy_(case.latents(VIDEOS))
     buffers.view("timestep").fill_(TIMESTEP)
@@ -166,7 +186,6 @@ def run_step(
 @pytest.mark.parametrize("passes", [GROUPS, ("cond", "skip")], ids="+".join)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("blocks", BLOCK_SETS, ids=str)
 def test_a_step_is_the_full_passes_of_the_reference(
     case: FamilyCase,
     cut_model: Any,
@@ -176,7 +195,7 @@ def test_a_step_is_the_full_passes_of_the_reference(
     layout: str,
     passes: tuple[str, ...],
 ) -> None:
-    segments = cut(layout, 5, mode, blocks)
+    segments = segments_of(case.family, layout, mode, blocks)
     got = run_step(case, cut_model, segments, passes, Perturbation(mode, blocks))
     check_passes(case, got, uncut_model, mode, blocks)
 
@@ -186,7 +205,7 @@ def test_a_step_is_the_full_passes_of_the_reference(
 def test_one_cut_serves_every_subset_of_its_blocks(
     case: FamilyCase, cut_model: Any, uncut_model: Any, mode: str, blocks: tuple[int, ...]
 ) -> None:
-    segments = cut("segmented", 5, "stg-a", (1, 3))
+    segments = segments_of(case.family, "segmented", "stg-a", (1, 3))
     got = run_step(case, cut_model, segments, GROUPS, Perturbation(mode, blocks))
     check_passes(case, got, uncut_model, mode, blocks)
 
@@ -196,7 +215,7 @@ def test_one_cut_serves_every_subset_of_its_blocks(
 def test_a_step_without_stg(
     case: FamilyCase, cut_model: Any, uncut_model: Any, passes: tuple[str, ...], layout: str
 ) -> None:
-    got = run_step(case, cut_model, cut(layout, 5, "stg-a", (1, 3)), passes, None)
+    got = run_step(case, cut_model, segments_of(case.family, layout, "stg-a", (1, 3)), passes, None)
     check_passes(case, got, uncut_model, "stg-a", ())
 
 
@@ -208,7 +227,7 @@ def check_passes(
         "uncond": uncut(case, model, VIDEOS, case.text(VIDEOS, seed=1)),
         "cond": uncut(case, model, VIDEOS, case.text(VIDEOS)),
     }
-    with perturbed(model, mode, blocks):
+    with perturbed(model, mode, blocks, case.video):
         expected["skip"] = uncut(case, model, VIDEOS, case.text(VIDEOS))
     for name, pred in got.items():
         assert (pred - expected[name]).abs().max() <= 2e-6, name
@@ -219,19 +238,20 @@ def check_passes(
 @pytest.mark.parametrize("mode", MODES)
 def test_the_reference_is_restored(case: FamilyCase, uncut_model: Any, mode: str) -> None:
     before = uncut(case, uncut_model, 1, case.text(1))
-    with perturbed(uncut_model, mode, (1, 2)):
+    with perturbed(uncut_model, mode, (1, 2), case.video):
         assert not torch.allclose(uncut(case, uncut_model, 1, case.text(1)), before)
     assert torch.equal(uncut(case, uncut_model, 1, case.text(1)), before)
 
 
 def test_padded_text_changes_nothing(case: FamilyCase, cut_model: Any) -> None:
-    condition, segments = case.text(3), cut("segmented", 5, "stg-a", (2,))
+    condition = case.text(3)
+    segments = segments_of(case.family, "segmented", "stg-a", (2,))
     plain = chained(case, cut_model, segments, condition)
     noise = 100 * torch.randn(condition.embeds.shape, generator=torch.Generator().manual_seed(9))
     padding = noise * (1 - condition.mask[:, :, None])
-    other = TextCondition(condition.embeds + padding, condition.mask)
-    assert torch.equal(chained(case, cut_model, segments, other), plain)
-    real = TextCondition(condition.embeds + noise * condition.mask[:, :, None], condition.mask)
+    other = replace(condition, embeds=condition.embeds + padding)
+    assert torch.equal(chained(case, cut_model, segments, other), plain) == (case.padding != "kept")
+    real = replace(condition, embeds=condition.embeds + noise * condition.mask[:, :, None])
     assert not torch.allclose(chained(case, cut_model, segments, real), plain)
 
 
@@ -241,24 +261,24 @@ def test_position_tables_are_those_of_diffusers(
 ) -> None:
     for sizes, grid in case.table_sizes:
         workload = replace(case.workload, **sizes)
-        cos, sin = case.tables(uncut_model, grid, frame_rate)
         constants = case.family.constants(case.text(1), workload, frame_rate)
-        assert case.family.latent_shape(workload)[1:] == grid
-        assert torch.equal(constants["rope_cos"], cos)
-        assert torch.equal(constants["rope_sin"], sin)
+        for name, table in case.tables(uncut_model, grid, frame_rate).items():
+            assert torch.equal(constants[name], table), name
 
 
-def test_a_text_mask_is_additive_over_keys(case: FamilyCase) -> None:
-    """Where the family has one; elsewhere padding is zeros, and what was there is gone."""
+def test_what_becomes_of_padding(case: FamilyCase) -> None:
+    """Masked additively over keys, of which the text's are the last; or zeros; or text as any other."""
     condition = case.text(2)
     constants = case.family.constants(condition, case.workload, FRAME_RATE)
-    if case.family.has_text_mask:
-        assert torch.equal(constants["text_bias"][:, 0, 0] == 0, condition.mask == 1)
-        assert constants["text_bias"].shape == (2, 1, 1, 9)
-        assert set(constants["text_bias"].unique().tolist()) == {0.0, -10000.0}
-    else:
+    if case.padding == "masked":
+        video, text = constants[case.mask_name].split([constants[case.mask_name].shape[-1] - 9, 9], dim=-1)
+        assert torch.equal(text[:, 0, 0] == 0, condition.mask == 1)
+        assert set(text.unique().tolist()) == {0.0, -10000.0} and not video.any()
+    elif case.padding == "zeroed":
         real = constants["prompt_embeds"].abs().sum(dim=2) > 0
         assert torch.equal(real, condition.mask == 1)
+    else:
+        assert torch.equal(constants["prompt_embeds"], condition.embeds)
 
 
 @pytest.mark.parametrize(
@@ -313,13 +333,13 @@ def test_sizes_the_published_models_have(known: Published) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("blocks", [(0,), (4,), (1, 3)], ids=str)
 def test_borders_have_the_shapes_and_dtypes_that_are_said(
     case: FamilyCase, blocks: tuple[int, ...], precision: str
 ) -> None:
     family, workload = case.family, replace(case.workload, precision=precision)
     model = case.checkpoint.load_transformer()
-    for segment in (TEXT, *cut("segmented", 5, "stg-a", blocks), *cut("twin", 5, "stg-r", blocks)):
+    cuts = [segments_of(family, *kind, blocks) for kind in (("segmented", "stg-a"), ("twin", "stg-r"))]
+    for segment in with_text(family, [*cuts[0], *cuts[1]]):
         module = family.module(model, segment, expand_masks=False)
         family.lower_precision(module, getattr(torch, workload.dtype))
         with torch.no_grad():
@@ -331,7 +351,7 @@ def test_borders_have_the_shapes_and_dtypes_that_are_said(
 
 def test_lower_precision_keeps_its_float32_islands(case: FamilyCase) -> None:
     family, model = case.family, case.checkpoint.load_transformer()
-    (segment,) = cut("segmented", 5, "stg-a", ())
+    (segment,) = segments_of(family, "segmented", "stg-a", ())
     module = family.module(model, segment, expand_masks=False)
     expected = module(*family.trace_inputs(segment, case.workload, 2))[0]
     family.lower_precision(module, torch.bfloat16)
