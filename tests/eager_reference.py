@@ -63,7 +63,7 @@ def self_and_text_only(forward: Callable[..., Any], video: slice) -> Callable[..
     plain = torch.nn.functional.scaled_dot_product_attention
 
     def masked(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **o: Any
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **others: Any
     ) -> Tensor:
         tokens = query.shape[2]
         seen = torch.ones(tokens, tokens, dtype=torch.bool)
