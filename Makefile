@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint wheel kernels bench-gpu clean
+.PHONY: demo test lint wheel kernels plugins bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/moving_shapes/demo.py --output demo
@@ -33,6 +33,13 @@ kernels: $(STAMP)
 	cmake --build build/kernels --parallel
 	ctest --test-dir build/kernels --output-on-failure
 	cmake --install build/kernels --prefix .
+
+# Kernels of ours inside TensorRT engines: make plugins TENSORRT_ROOT=<folder with include/NvInfer.h>
+plugins: $(STAMP)
+	cmake -S . -B build/plugins -DCMAKE_BUILD_TYPE=Release -DBUILD_TESTING=OFF -DSTG_TRT_BUILD_KERNELS=OFF \
+		-DSTG_TRT_BUILD_TENSORRT_PLUGINS=ON -DTENSORRT_ROOT=$(TENSORRT_ROOT)
+	cmake --build build/plugins --parallel
+	cmake --install build/plugins --prefix .
 
 # In the environment that is there, without a network: torch for CUDA, and this checkout installed in it.
 OUTPUT ?= benchmarks/results

@@ -54,13 +54,14 @@ def build(
     random_weights: bool = False,
     verify_timesteps: int = 3,
     keep_onnx: bool = False,
+    plugins: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> list[Path]:
     """Builds engines below `output` and returns the build folders, one per target.
 
     `backend` may be auto: the best that this machine can run. `target` may name several, separated by commas;
     it and `precision` default to the backend's, `text_length` to the family's. Finished segments of an
-    interrupted build are re-used.
+    interrupted build are re-used. `plugins` are our own kernels inside TensorRT engines, by name.
 
     Raises InvalidRequest for options that cannot be used and GateMissed for a segment that fails a check.
     """
@@ -91,6 +92,7 @@ def build(
         targets=targets,
         verify_timesteps=verify_timesteps,
         keep_onnx=keep_onnx,
+        plugins=tuple(sorted(set(plugins))),
     )
     return _Builder(options, progress).run()
 

@@ -7,6 +7,15 @@ from typing import Annotated
 
 import typer
 
+StgBlocks = Annotated[
+    str | None, typer.Option(help="Blocks that can be perturbed, such as 14,19. [default: the family's]")
+]
+Precision = Annotated[str | None, typer.Option(help="fp32 or bf16. [default: what the backend runs]")]
+TargetNames = Annotated[
+    str | None, typer.Option(help="Such as sm_120,sm_89, this-gpu or cpu. [default: the backend's]")
+]
+Plugins = Annotated[str, typer.Option(help="Kernels of ours inside TensorRT engines, such as qk_norm_rope.")]
+
 
 def build(
     checkpoint: Annotated[str, typer.Argument(help="A diffusers folder, or a published model's name.")],
@@ -15,21 +24,15 @@ def build(
     width: Annotated[int, typer.Option(help="Pixels.")],
     num_frames: Annotated[int, typer.Option(help="Frames of the video.")],
     text_length: Annotated[int | None, typer.Option(help="Text tokens. [default: the family's]")] = None,
-    stg_blocks: Annotated[
-        str | None, typer.Option(help="Blocks that can be perturbed, such as 14,19. [default: the family's]")
-    ] = None,
+    stg_blocks: StgBlocks = None,
     stg_mode: Annotated[str | None, typer.Option(help="stg-a or stg-r. [default: the family's]")] = None,
     layout: Annotated[str, typer.Option(help="segmented or twin.")] = "segmented",
-    precision: Annotated[
-        str | None, typer.Option(help="fp32 or bf16. [default: what the backend runs]")
-    ] = None,
+    precision: Precision = None,
     max_batch: Annotated[int, typer.Option(help="Most videos in one call.")] = 1,
     backend: Annotated[
         str, typer.Option(help="onnxruntime, tensorrt-rtx, tensorrt, inductor, or auto.")
     ] = "onnxruntime",
-    target: Annotated[
-        str | None, typer.Option(help="Such as sm_120,sm_89, this-gpu or cpu. [default: the backend's]")
-    ] = None,
+    target: TargetNames = None,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Seeded random weights, for benchmarks.")
     ] = False,
@@ -37,6 +40,7 @@ def build(
         int, typer.Option(help="Timesteps compared with eager float32: 3 is first, middle, last; 0 is none.")
     ] = 3,
     keep_onnx: Annotated[bool, typer.Option("--keep-onnx", help="Keep the exported graphs.")] = False,
+    plugins: Plugins = "",
 ) -> None:
     """Build verified engines from a checkpoint."""
     from stg_trt.perturbation import parse_blocks
@@ -65,6 +69,7 @@ def build(
             random_weights=random_weights,
             verify_timesteps=verify_timesteps,
             keep_onnx=keep_onnx,
+            plugins=[name for name in plugins.split(",") if name],
             progress=display,
         )
     _print(folders)

@@ -9,7 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from stg_trt.backends.tensorrt_library import library_version, load_library
+from stg_trt.backends.tensorrt_library import (
+    PLUGIN_VERSION,
+    library_version,
+    load_library,
+    load_plugins,
+)
 from stg_trt.errors import GateMissed
 from stg_trt.tensor_spec import ROWS, TensorSpec
 
@@ -32,12 +37,14 @@ class TensorRTCompiler(OnnxCompiler):
 
     @property
     def version(self) -> str:
-        """The library's."""
+        """The library's; raises BackendUnavailable where it or a plugin is not there."""
+        if self.options.plugins:
+            load_plugins(self.options.backend.name)
         return library_version(self.options.backend.name)
 
     def flags(self, target: str) -> tuple[str, ...]:
         """The builder's options."""
-        return FLAGS
+        return (*FLAGS, *(f"plugin={name}/{PLUGIN_VERSION}" for name in self.options.plugins))
 
     def compile(self, job: Job, exported: Exported, target: str, finished: FinishedFiles) -> Compiled:
         """The graph as an engine for one GPU architecture."""

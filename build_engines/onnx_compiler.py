@@ -17,6 +17,7 @@ from stg_trt.segment import Segment
 
 from .compiler import Compiler, Exported, Job, Run
 from .export import export, files_of
+from .plugin_nodes import qk_norm_rope
 from .widen import widen
 
 
@@ -36,13 +37,15 @@ class OnnxCompiler(Compiler):
         """Writes the segment's graph."""
         graph = job.work / f"{job.segment.name}.onnx"
         _, module = next(modules)
+        if "qk_norm_rope" in self.options.plugins:
+            module.qk_norm_rope = qk_norm_rope
         export(module, job.inputs, graph, opset=self.opset, max_rows=job.rows[2])
         sha256 = digest({path.name: manifests.file_sha256(path) for path in files_of(graph)})
         return ExportedGraph(sha256, lambda: graph_runner(self._runnable(graph)), graph)
 
     def _runnable(self, graph: Path) -> Path:
         """The graph as ONNX Runtime's CPU provider can run it."""
-        if self.options.workload.precision == "fp32":
+        if self.options.workload.precision == "fp32" and not self.options.plugins:
             return graph
         widened = graph.with_name(f"{graph.stem}.float32.onnx")
         widen(graph, widened)

@@ -12,6 +12,8 @@ from stg_trt.families.base import Workload
 from stg_trt.segment import TEXT, Segment, check_layout, cut
 from stg_trt.step_plan import GROUPS
 
+_PLUGIN_BACKENDS = ("tensorrt", "tensorrt-rtx")
+
 
 @dataclass(frozen=True)
 class BuildOptions:
@@ -28,6 +30,7 @@ class BuildOptions:
     targets: tuple[str, ...]
     verify_timesteps: int
     keep_onnx: bool
+    plugins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_layout(self.layout)
@@ -39,6 +42,7 @@ class BuildOptions:
             raise InvalidRequest("stg_blocks: expected blocks for the twin layout, got none: name them")
         for target in self.targets:
             check_target(self.backend, target, self.workload.precision)
+        self._check_plugins()
         self.checkpoint.family.check(self.workload)
         assert self.segments
 
@@ -60,3 +64,18 @@ class BuildOptions:
         plain = segment.front and (not segment.back or self.layout == "twin")
         passes = 1 if segment.skipped else 2 if plain else len(GROUPS)
         return 1, passes * self.max_batch, len(GROUPS) * self.max_batch
+
+    def _check_plugins(self) -> None:
+        """Raises InvalidRequest for a plugin that the family or the backend has no use for."""
+        family = self.checkpoint.family
+        unknown = sorted(set(self.plugins) - family.plugins)
+        if unknown:
+            raise InvalidRequest(
+                f"plugins: expected some of {', '.join(sorted(family.plugins)) or 'none'} for {family.name}, "
+                f"got {', '.join(unknown)}: leave them out"
+            )
+        if self.plugins and self.backend.name not in _PLUGIN_BACKENDS:
+            raise InvalidRequest(
+                f"plugins: expected the backend {' or '.join(_PLUGIN_BACKENDS)} for "
+                f"{', '.join(self.plugins)}, got {self.backend.name}: leave --plugins out"
+            )

@@ -1,4 +1,4 @@
-"""A bfloat16 graph made runnable by ONNX Runtime on the CPU: the same graph, in float32."""
+"""A graph made runnable by ONNX Runtime on the CPU: the same graph, in float32 and without plugins."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+
+from .plugin_nodes import define
 
 
 def widen(path: Path, widened: Path) -> None:
@@ -26,6 +28,7 @@ def widen(path: Path, widened: Path) -> None:
     for node in graph.node:
         _widen_attributes(node)
     _expand_masks(graph)
+    define(model)
     onnx.save(
         model,
         widened,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stg_trt.backends.tensorrt_library import load_library
+from stg_trt.backends.tensorrt_library import has_plugins, load_library, load_plugins
 from stg_trt.errors import BackendUnavailable, EngineRejected
 from stg_trt.manifest import write_atomically
 
@@ -47,7 +47,7 @@ class TensorRTEngine:
         if self.engine is None:
             raise EngineRejected(
                 f"{path}: {backend} {trt.__version__} cannot load it: it was built for another GPU or "
-                "version: build the engines again here"
+                "version, or with plugins that are not built here: build the engines again here"
             )
         self.arena: Arena | None = None
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
@@ -175,6 +175,8 @@ def load_all(
     runtime = trt.Runtime(logger)
     if runtime is None:
         raise BackendUnavailable(f"{backend}: expected a GPU runtime, got none: check the driver")
+    if has_plugins():
+        load_plugins(backend)
     engines = {name: TensorRTEngine(trt, backend, paths[0], runtime) for name, paths in files.items()}
     arena = Arena(max(engine.activation_bytes for engine in engines.values()), device)
     for engine in engines.values():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -16,6 +16,11 @@ from stg_trt.tensor_spec import ROWS, TensorSpec
 
 KEEP_ATTENTION = "keep_attention"
 _PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+Pair = tuple[Tensor, Tensor]
+QKNormRope = Callable[[Tensor, Tensor, Pair, Pair, float], Pair]
+"""Of queries, keys, their norms' weights, cosines and sines of the positions, and eps."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,8 @@ class SegmentModule(nn.Module):
         self.outputs = outputs
         # ONNX Runtime's CPU attention wants masks of (rows, 1, queries, keys); others want them unexpanded.
         self.expand_masks = expand_masks
+        # What replaces norm and rotation of queries and keys where a TensorRT plugin computes them.
+        self.qk_norm_rope: QKNormRope | None = None
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         results = self.run(dict(zip(self.inputs, tensors, strict=True)))
@@ -121,6 +128,8 @@ class ModelFamily(ABC):
     # Parts of the pipeline that diffusers' documentation wants in float32 on a GPU too.
     float32_components: ClassVar[frozenset[str]] = frozenset()
     decode_options: ClassVar[frozenset[str]] = frozenset()
+    # TensorRT plugins that can replace a part of the blocks.
+    plugins: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, config: Mapping[str, Any], vae_config: Mapping[str, Any] | None = None) -> None:
         # Not copied: a checkpoint's configuration says which file lacks an entry.

@@ -24,6 +24,7 @@ _ROPE = ("rope_cos", "rope_sin")
 class CrossAttentionDiT(DiT):
     """Borders and costs; a subclass adds its own tensors and writes its block out."""
 
+    plugins = frozenset({"qk_norm_rope"})
     # What the front makes of the timestep for every block and for the head.
     modulation: ClassVar[str]
     head_modulation: ClassVar[str]
@@ -104,14 +105,23 @@ class CrossAttentionSegment(DiTSegment):
         if perturbed:
             mixed = value
         else:
-            rope = state["rope_cos"], state["rope_sin"]
-            query = self.rotary(rms_norm(attn.norm_q, attn.to_q(x)), *rope).to(x.dtype)
-            key = self.rotary(rms_norm(attn.norm_k, attn.to_k(x)), *rope).to(x.dtype)
+            query, key = self.normed_and_rotated(attn, attn.to_q(x), attn.to_k(x), state)
             mixed = self.heads(attn, query, key, value)
         if KEEP_ATTENTION in state and not perturbed:
             mixed = torch.where(state[KEEP_ATTENTION][:, None, None], mixed, value)
         out: Tensor = attn.to_out[0](mixed)
         return out
+
+    def normed_and_rotated(
+        self, attn: Any, query: Tensor, key: Tensor, state: State
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys of the self-attention: RMS norm over all channels, then RoPE, in float32."""
+        rope = state["rope_cos"], state["rope_sin"]
+        if self.qk_norm_rope is not None:
+            weights = attn.norm_q.weight, attn.norm_k.weight
+            return self.qk_norm_rope(query, key, weights, rope, attn.norm_q.eps)
+        normed = rms_norm(attn.norm_q, query), rms_norm(attn.norm_k, key)
+        return self.rotary(normed[0], *rope).to(query.dtype), self.rotary(normed[1], *rope).to(key.dtype)
 
     def cross_attention(self, attn: Any, x: Tensor, text: Tensor, bias: Tensor | None = None) -> Tensor:
         """Attention to the projected text, under its additive mask where there is one."""

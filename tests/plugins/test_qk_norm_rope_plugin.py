@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from stg_trt import manifest
+from tests.build_engines.test_plugin_nodes import WITH_PLUGIN
 from tests.compiled_kernels import HOST_KERNELS, PLUGINS, ROOT, run
+from tests.family_cases import FamilyCase
 
 HEADERS = Path(os.environ.get("TENSORRT_ROOT", ""), "include", "NvInfer.h")
 PROGRAM = Path(__file__).with_name("build_plugin_engine.py")
@@ -47,8 +50,8 @@ def test_plugin_runs_what_it_was_given(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def build(plugins: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """Runs the build in a process of its own, which a mistake in a plugin may end."""
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """In which TensorRT-RTX finds itself."""
     libraries = find_spec("tensorrt_rtx_libs")
     if libraries is None or not libraries.submodule_search_locations:
         pytest.skip("needs the wheel of TensorRT-RTX")
@@ -57,10 +60,15 @@ def build(plugins: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
     versioned = next(Path(libraries.submodule_search_locations[0]).glob("libtensorrt_rtx.so.*"))
     (folder / "libtensorrt_rtx.so").symlink_to(versioned)
 
+    return os.environ | {"LD_LIBRARY_PATH": str(folder)}
+
+
+@pytest.fixture(scope="module")
+def build(plugins: Path, environment: dict[str, str]) -> Build:
+    """Runs the build in a process of its own, which a mistake in a plugin may end."""
+
     def build_engine(*options: str) -> str:
-        return run(
-            sys.executable, PROGRAM, plugins, *options, env=os.environ | {"LD_LIBRARY_PATH": str(folder)}
-        )
+        return run(sys.executable, PROGRAM, plugins, *options, env=environment)
 
     return build_engine
 
@@ -78,3 +86,31 @@ def test_a_graph_with_the_node_becomes_an_engine(build: Build, dtype: str, group
 )
 def test_sizes_that_do_not_fit_are_no_engine(build: Build, options: tuple[str, ...]) -> None:
     assert "no engine" in build(*options)
+
+
+# The command line, with the library where the test built it.
+BUILD = """
+import sys
+from pathlib import Path
+from stg_trt.backends import tensorrt_library
+from stg_trt.cli import main
+tensorrt_library._PLUGINS = Path(sys.argv.pop(1))
+main()
+"""
+
+
+@pytest.mark.parametrize("case", WITH_PLUGIN, ids=str)
+def test_a_build_puts_the_plugin_into_its_engines(
+    case: FamilyCase, plugins: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    sizes = [f"--{name.replace('_', '-')}={size}" for name, size in case.sizes.items()]
+    options = ("--stg-blocks=2", "--backend=tensorrt-rtx", "--target=sm_89", "--plugins=qk_norm_rope")
+    command = (sys.executable, "-c", BUILD, plugins, "build", case.goldens, f"--output={tmp_path}")
+    run(*command, *sizes, *options, env=environment)
+    (folder,) = tmp_path.iterdir()
+    found = manifest.load(folder)
+    assert found.complete
+    for record in found.segments:
+        plan = (folder / record.files[0].name).read_bytes()
+        assert (b"QKNormRope" in plan) == bool(record.segment.blocks)
+        assert "plugin=qk_norm_rope/1" in record.facts["flags"]
