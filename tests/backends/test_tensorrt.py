@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from stg_trt import manifest as manifests
 from stg_trt.backends import tensorrt
 from stg_trt.engine_store import EngineStore
 from stg_trt.errors import BackendUnavailable, EngineRejected, OutOfDeviceMemory
-from tests.family_cases import LTX
+from stg_trt.segment import LAYOUTS
+from tests.family_cases import LTX, FamilyCase
 from tests.simulated_tensorrt import (
     ALIGNMENT,
     RuleBroken,
@@ -27,22 +28,36 @@ from tests.simulated_tensorrt import (
     SimulatedTensorRT,
     SimulatedTensorRTRtx,
 )
-from tests.test_goldens import arguments, every_step
+from tests.test_goldens import GOLDENS, arguments, every_step
 
 MAX_ROWS = 6
 
 
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory: pytest.TempPathFactory, ltx_engines: Path) -> Path:
-    """The ONNX Runtime engines under manifests that say TensorRT."""
-    root = tmp_path_factory.mktemp("tensorrt-engines")
-    for build in EngineStore.open(ltx_engines).builds:
-        folder = root / build.folder.name
-        shutil.copytree(build.folder, folder)
-        manifests.save(
-            build.manifest.model_copy(update={"backend": "tensorrt", "target": "this-gpu"}), folder
-        )
-    return root
+def engines_of(
+    tmp_path_factory: pytest.TempPathFactory, golden_engines: Callable[[FamilyCase], Path]
+) -> Callable[[FamilyCase], Path]:
+    """The ONNX Runtime engines of a family under manifests that say TensorRT."""
+
+    made: dict[str, Path] = {}
+
+    def engines(case: FamilyCase) -> Path:
+        if str(case) not in made:
+            root = made[str(case)] = tmp_path_factory.mktemp(f"{case}-tensorrt-engines")
+            for build in EngineStore.open(golden_engines(case)).builds:
+                folder = root / build.folder.name
+                shutil.copytree(build.folder, folder)
+                renamed = build.manifest.model_copy(update={"backend": "tensorrt", "target": "this-gpu"})
+                manifests.save(renamed, folder)
+        return made[str(case)]
+
+    return engines
+
+
+@pytest.fixture(scope="module")
+def engines(engines_of: Callable[[FamilyCase], Path]) -> Path:
+    """Those of LTX-Video."""
+    return engines_of(LTX)
 
 
 @pytest.fixture
@@ -80,21 +95,26 @@ def text_tensors(rows: int) -> dict[str, Tensor]:
     return {"prompt_embeds": torch.randn(rows, 9, 24), "text": torch.zeros(rows, 9, 32)}
 
 
-@pytest.mark.parametrize("layout", ["segmented", "twin"])
-@pytest.mark.parametrize("case", LTX.golden_names)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("case", "golden"), GOLDENS, ids=str)
 def test_goldens_through_captured_graphs(
-    device: SimulatedCuda, engines: Path, ltx_checkpoint: Path, case: str, layout: str
+    device: SimulatedCuda,
+    engines_of: Callable[[FamilyCase], Path],
+    case: FamilyCase,
+    golden: str,
+    layout: str,
 ) -> None:
-    pipeline = VideoPipeline.from_pretrained(ltx_checkpoint, engines=engines, layout=layout)
-    expected = load_file(ltx_checkpoint / f"{case}.safetensors")
+    pipeline = VideoPipeline.from_pretrained(case.goldens, engines=engines_of(case), layout=layout)
+    expected = load_file(case.goldens / f"{golden}.safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for i, latents in enumerate(every_step(pipeline, **arguments(case, ltx_checkpoint))):
-            assert (latents - expected[f"expected_step_{i:02d}"]).abs().max() <= 1e-4, f"step {i}"
-    assert len(device.graphs) == 1
-    steps = json.loads((ltx_checkpoint / f"{case}.json").read_text())["num_inference_steps"]
-    # One replay is the check against the plain run.
-    assert device.graphs[0].replays == steps + 1
+        steps = every_step(pipeline, **arguments(golden, case.goldens))
+    for i, latents in enumerate(steps):
+        assert (latents - expected[f"expected_step_{i:02d}"]).abs().max() <= 1e-4, f"step {i}"
+    # Steps that use the predictions before them are another graph than the first.
+    assert len(device.graphs) <= 2
+    # One replay of each is the check against the plain run.
+    assert sum(graph.replays for graph in device.graphs) == len(steps) + len(device.graphs)
 
 
 def test_one_graph_per_guidance_state(device: SimulatedCuda, engines: Path, ltx_checkpoint: Path) -> None:

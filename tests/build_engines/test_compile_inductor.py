@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from stg_trt.segment import TEXT, Segment
 from stg_trt.tensor_spec import ROWS, TensorSpec
 from tests.build_engines.frozen_segments import BranchesOnRows, ViewsTwoRows
 from tests.cli import assert_one_line_error, contents, run
-from tests.family_cases import LTX
+from tests.family_cases import CASES, LTX, FamilyCase
 
 X = TensorSpec("x", "float32", (ROWS, 4, 6))
 Y = TensorSpec("y", "float32", (ROWS, 4, 6))
@@ -86,8 +87,14 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def compiler_of(checkpoint: Path, output: Path, precision: str, target: str = "cpu") -> InductorCompiler:
-    workload = Workload(**LTX.sizes, precision=precision)
+def compiler_of(
+    checkpoint: Path,
+    output: Path,
+    precision: str,
+    target: str = "cpu",
+    sizes: Mapping[str, int] = LTX.sizes,
+) -> InductorCompiler:
+    workload = Workload(**sizes, precision=precision)
     options = BuildOptions(
         checkpoint=Checkpoint.open(checkpoint),
         output=output,
@@ -115,24 +122,26 @@ def test_frozen_rows_are_named(module: SegmentModule, specs: tuple[TensorSpec, .
         trace("seg", module, specs, (X,), max_rows)
 
 
-def test_a_segment_is_the_chain_of_its_pieces(ltx_checkpoint: Path, tmp_path: Path) -> None:
-    """Run one after the other they are the segment, whatever is perturbed in it."""
-    compiler = compiler_of(ltx_checkpoint, tmp_path, "fp32")
-    checkpoint, workload = compiler.options.checkpoint, compiler.options.workload
-    family, transformer = checkpoint.family, checkpoint.load_transformer()
-    assert compiler.pieces(TEXT) == (TEXT,)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_segment_is_the_chain_of_its_pieces(case: FamilyCase, tmp_path: Path) -> None:
+    """Run one after the other they are the segment, whatever is perturbed in it; rows stay free in each."""
+    compiler = compiler_of(case.goldens, tmp_path, "fp32", sizes=case.sizes)
+    family, transformer = case.family, case.checkpoint.load_transformer()
+    last = family.num_blocks
     for segment, count in (
+        *([(TEXT, 1)] if family.has_text_segment else []),
         (Segment("front", 0, 3, front=True), 4),
         (Segment("front", 0, 0, front=True), 1),
         (Segment("block_2", 2, 3, keep_input=True), 1),
-        (Segment("back", 3, 5, back=True), 3),
-        (Segment("skipped", 0, 5, True, True, skipped=Perturbation("stg-r", (1, 2))), 5),
-        (SKIPPED, 5),
+        (Segment("back", last - 2, last, back=True), 3),
+        (Segment("skipped", 0, last, True, True, skipped=Perturbation("stg-r", (1, 2))), last),
+        (Segment("skipped", 0, last, True, True, skipped=Perturbation("stg-r", tuple(range(last)))), 1),
+        (Segment("skipped", 0, last, True, True, skipped=Perturbation("stg-a", (2,))), last + 2),
     ):
         pieces = compiler.pieces(segment)
         assert len(pieces) == count
         module = family.module(transformer, segment, expand_masks=False)
-        inputs = family.trace_inputs(segment, workload, 2)
+        inputs = family.trace_inputs(segment, case.workload, 2)
         state = dict(zip(module.inputs, inputs, strict=True))
         with torch.no_grad():
             wanted = dict(zip(module.outputs, module(*inputs), strict=True))
@@ -140,6 +149,8 @@ def test_a_segment_is_the_chain_of_its_pieces(ltx_checkpoint: Path, tmp_path: Pa
                 part = family.module(transformer, piece, expand_masks=False)
                 results = part(*(state[name] for name in part.inputs))
                 state |= dict(zip(part.outputs, results, strict=True))
+                borders = family.inputs(piece, case.workload), family.outputs(piece, case.workload)
+                assert trace(piece.name, part, *borders, 6).graph_signature.parameters
         assert all(torch.equal(state[name], tensor) for name, tensor in wanted.items())
 
 
