@@ -7,7 +7,7 @@ from torch import Tensor
 
 from stg_trt.checkpoint import Checkpoint
 from stg_trt.errors import GateMissed
-from stg_trt.families.base import KEEP_ATTENTION, SegmentModule, TextCondition, Workload
+from stg_trt.families.base import KEEP_ATTENTION, SegmentModule, Workload
 from stg_trt.segment import Segment
 
 from .memory import release
@@ -88,17 +88,14 @@ class Reference:
         return [float(timestep) for timestep in scheduler.timesteps]
 
     def _start(self, timestep: float, rows: int) -> State:
-        """Random latents and text; the last quarter of the text is padding."""
+        """Random latents and text."""
         generator = torch.Generator().manual_seed(int(timestep))
-        specs = self.family.tensors(self.workload)
-        embeds = torch.randn(specs["prompt_embeds"].with_rows(rows), generator=generator)
-        mask = torch.ones(embeds.shape[:2])
-        mask[:, embeds.shape[1] - embeds.shape[1] // 4 :] = 0
-        text = TextCondition(embeds, mask)
+        text = self.family.random_text(self.workload, rows, generator)
         constants = self.family.constants(text, self.workload, self.family.defaults.frame_rate)
+        latents = self.family.tensors(self.workload)["latents"].with_rows(rows)
         return {
             **constants,
-            "latents": torch.randn(specs["latents"].with_rows(rows), generator=generator),
+            "latents": torch.randn(latents, generator=generator),
             "timestep": torch.full((rows,), timestep),
             # The last row skips its attention, so that both branches of the switch are compared.
             KEEP_ATTENTION: torch.arange(rows) != rows - 1,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from stg_trt.segment import Segment
 from stg_trt.tensor_spec import ROWS, TensorSpec
 
 KEEP_ATTENTION = "keep_attention"
+POOLED = "pooled_prompt_embeds"
 _PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -69,23 +70,40 @@ class Defaults:
     num_inference_steps: int
     frame_rate: float
     text_length: int
+    embedded_guidance: float | None = None
 
 
 @dataclass(frozen=True)
 class TextCondition:
-    """Prompt embeddings (videos, tokens, width) and mask (videos, tokens), 1 for a real token."""
+    """Prompt embeddings (videos, tokens, width) and mask (videos, tokens), 1 for a real token.
+
+    Where the family takes them, also `pooled` embeddings (videos, width) and the embedded `guidance` (videos,),
+    of which None is the family's default.
+    """
 
     embeds: Tensor
     mask: Tensor
+    pooled: Tensor | None = None
+    guidance: Tensor | None = None
 
     @classmethod
     def stacked(cls, texts: Sequence[TextCondition]) -> TextCondition:
         """The videos of all, in order."""
-        return cls(torch.cat([text.embeds for text in texts]), torch.cat([text.mask for text in texts]))
+        columns = {field.name: [getattr(text, field.name) for text in texts] for field in fields(cls)}
+        return cls(**{name: None if rows[0] is None else torch.cat(rows) for name, rows in columns.items()})
 
     def repeated(self, times: int) -> TextCondition:
         """Every video `times` times, next to each other."""
-        return TextCondition(self.embeds.repeat_interleave(times, 0), self.mask.repeat_interleave(times, 0))
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TextCondition(
+            **{name: None if x is None else x.repeat_interleave(times, 0) for name, x in columns.items()}
+        )
+
+    def guided(self, embedded_guidance: float | None) -> TextCondition:
+        """The same with an embedded guidance; None is the family's default."""
+        if embedded_guidance is None:
+            return self
+        return replace(self, guidance=torch.full((len(self.embeds),), embedded_guidance))
 
 
 class SegmentModule(nn.Module):
@@ -140,6 +158,11 @@ class ModelFamily(ABC):
     @abstractmethod
     def num_blocks(self) -> int:
         """Blocks that can be perturbed, numbered from 0."""
+
+    @property
+    def embedded_guidance(self) -> float | None:
+        """The default of the guidance that the model takes as an input; None where it takes none."""
+        return self.defaults.embedded_guidance
 
     @abstractmethod
     def block_of(self, weight_name: str) -> int | None:
@@ -222,6 +245,17 @@ class ModelFamily(ABC):
         """The segment's output specs, in order."""
         tensors = self.tensors(workload)
         return [tensors[name] for name in self.borders(segment)[1]]
+
+    def random_text(self, workload: Workload, rows: int, generator: torch.Generator) -> TextCondition:
+        """Standard normal embeddings; the last quarter is padding, as prompts are shorter than the text length."""
+        specs = self.tensors(workload)
+        embeds = torch.randn(specs["prompt_embeds"].with_rows(rows), generator=generator)
+        mask = torch.ones(embeds.shape[:2])
+        mask[:, embeds.shape[1] - embeds.shape[1] // 4 :] = 0
+        pooled = specs.get(POOLED)
+        return TextCondition(
+            embeds, mask, None if pooled is None else torch.randn(pooled.with_rows(rows), generator=generator)
+        )
 
     def trace_inputs(self, segment: Segment, workload: Workload, rows: int) -> list[Tensor]:
         """Random tensors to trace a segment with."""

@@ -33,10 +33,14 @@ class QKV(NamedTuple):
 class JointAttentionDiT(DiT):
     """Borders and costs; a subclass adds its own tensors and writes its blocks out."""
 
-    # What the front reads beside latents and timestep: for the text stream, and for temb.
+    # What the front reads beside latents and timestep for the text stream.
     text_constants: ClassVar[tuple[str, ...]]
-    temb_constants: ClassVar[tuple[str, ...]] = ()
     text_borders: ClassVar[tuple[tuple[str, ...], tuple[str, ...]]] = (("prompt_embeds",), ("text",))
+
+    @property
+    def temb_constants(self) -> tuple[str, ...]:
+        """What the front reads beside the timestep to make temb."""
+        return ()
 
     @abstractmethod
     def text_flops(self, workload: Workload) -> int:
