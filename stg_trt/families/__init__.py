@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 # transformer class in diffusers -> (module here, class in it); imported when first asked for
 _FAMILIES = {
+    "HunyuanVideoTransformer3DModel": ("hunyuan_video", "HunyuanVideo"),
     "LTXVideoTransformer3DModel": ("ltx_video", "LTXVideo"),
     "WanTransformer3DModel": ("wan", "Wan"),
 }

@@ -1,0 +1,373 @@
+"""HunyuanVideo text-to-video: a joint-attention DiT with two kinds of blocks, over patches of 1x2x2 latents.
+
+Reproduces diffusers' HunyuanVideoTransformer3DModel and HunyuanVideoPipeline. Blocks are numbered in one row:
+first those with weights for each stream (double), then those with one set of weights for both (single). What
+crosses a cut: both streams and `temb`, made of timestep, embedded guidance and pooled prompt. The text is
+refined by layers of its own that take the timestep, so it is no constant; its mean over the real tokens, the
+mask and the RoPE tables are.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stg_trt.errors import InvalidRequest
+from stg_trt.families.base import POOLED, Defaults, TextCondition, Workload, positive_integer
+from stg_trt.families.dit import State, rms_norm, rotate
+from stg_trt.families.joint_attention import QKV, JointAttentionDiT, JointAttentionSegment
+from stg_trt.segment import Segment
+from stg_trt.tensor_spec import ROWS, TensorSpec
+
+_VIDEO = ("to_q", "to_k", "to_v", "norm_q", "norm_k")
+_TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
+
+
+class HunyuanVideoSegment(JointAttentionSegment):
+    """Double and single blocks; modulation and norms in float32, the rest in the compute dtype."""
+
+    def take_embedding(self, transformer: Any) -> None:
+        self.x_embedder, self.context_embedder = transformer.x_embedder, transformer.context_embedder
+        self.time_text_embed = transformer.time_text_embed
+
+    def take_head(self, transformer: Any) -> None:
+        self.norm_out, self.proj_out = transformer.norm_out, transformer.proj_out
+
+    def embed(self, state: State) -> State:
+        temb, _ = self.time_text_embed(state["timestep"], state[POOLED], state.get("guidance"))
+        embedded = {"hidden_states": self.x_embedder(state["latents"]), "temb": temb}
+        if "prompt_embeds" in state:
+            embedded["encoder_hidden_states"] = self.refined(state)
+        return embedded
+
+    def refined(self, state: State) -> Tensor:
+        """The text after self-attention layers of its own, modulated by the timestep."""
+        embedder = self.context_embedder
+        temb = embedder.time_text_embed(state["timestep"], state["text_mean"])
+        text: Tensor = embedder.proj_in(state["prompt_embeds"])
+        bias = state["key_bias"][..., -text.shape[1] :]
+        for block in embedder.token_refiner.refiner_blocks:
+            gate, gate_ff = modulation(block.norm_out, temb, 2)
+            query, key, value = split_heads(block.attn, block.norm1(text.float()).to(text.dtype), _VIDEO[:3])
+            attended = self.attend(query, key, value, bias).transpose(1, 2).flatten(2)
+            text = gated(text, block.attn.to_out[0](attended), gate)
+            text = gated(text, block.ff(block.norm2(text.float()).to(text.dtype)), gate_ff)
+        return text
+
+    def block(self, block: Any, state: State, perturbed: bool) -> State:
+        single = hasattr(block, "proj_mlp")
+        return (self.single if single else self.double)(block, state, perturbed)
+
+    def double(self, block: Any, state: State, perturbed: bool) -> State:
+        """A block with weights for each stream."""
+        video, text = state["hidden_states"], state["encoder_hidden_states"]
+        shift, scale, gate, *video_ff = modulation(block.norm1, state["temb"], 6)
+        text_shift, text_scale, text_gate, *text_ff = modulation(block.norm1_context, state["temb"], 6)
+        normed = modulated(block.norm1.norm, video, shift, scale)
+        normed_text = modulated(block.norm1_context.norm, text, text_shift, text_scale)
+        attended, attended_text = self.joint_attention(
+            rotated(normed_qkv(block.attn, normed, _VIDEO), state, video.dtype),
+            QKV(*(x.to(text.dtype) for x in normed_qkv(block.attn, normed_text, _TEXT))),
+            state,
+            perturbed,
+        )
+        video = gated(video, block.attn.to_out[0](attended), gate)
+        text = gated(text, block.attn.to_add_out(attended_text), text_gate)
+        return {
+            "hidden_states": feed_forward(block.norm2, block.ff, video, *video_ff),
+            "encoder_hidden_states": feed_forward(block.norm2_context, block.ff_context, text, *text_ff),
+        }
+
+    def single(self, block: Any, state: State, perturbed: bool) -> State:
+        """A block with one set of weights, attention and feed-forward side by side."""
+        tokens = state["hidden_states"].shape[1]
+        both = torch.cat([state["hidden_states"], state["encoder_hidden_states"]], 1)
+        shift, scale, gate = modulation(block.norm, state["temb"], 3)
+        normed = modulated(block.norm.norm, both, shift, scale)
+        qkv = normed_qkv(block.attn, normed, _VIDEO)
+        attended = self.joint_attention(
+            rotated(QKV(*(x[:, :, :tokens] for x in qkv)), state, both.dtype),
+            QKV(*(x[:, :, tokens:].to(both.dtype) for x in qkv)),
+            state,
+            perturbed,
+        )
+        wide = torch.cat([torch.cat(attended, 1), block.act_mlp(block.proj_mlp(normed))], 2)
+        both = gated(both, block.proj_out(wide), gate)
+        return {"hidden_states": both[:, :tokens], "encoder_hidden_states": both[:, tokens:]}
+
+    def head(self, state: State) -> Tensor:
+        scale, shift = modulation(self.norm_out, state["temb"], 2)
+        pred: Tensor = self.proj_out(modulated(self.norm_out.norm, state["hidden_states"], shift, scale))
+        return pred
+
+    def unpatch(self, pred: Tensor, grid: tuple[int, ...]) -> Tensor:
+        patches = pred.unflatten(2, (-1, *self.patch)).unflatten(1, grid)
+        # (rows, tokens in time, height, width, channels, latents in time, height, width)
+        latents_first = patches.permute(0, 4, 1, 5, 2, 6, 3, 7)
+        latents: Tensor = latents_first.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        return latents
+
+
+def modulation(norm: Any, temb: Tensor, count: int) -> Sequence[Tensor]:
+    """Shifts, scales and gates (rows, 1, channels) from a norm's projection of temb, in float32."""
+    made = norm.linear(F.silu(temb).to(norm.linear.weight.dtype))
+    return made.float().unsqueeze(1).chunk(count, dim=2)  # type: ignore[no-any-return]
+
+
+def modulated(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """norm(x) * (1 + scale) + shift, in float32."""
+    return (norm(x.float()) * (1 + scale) + shift).to(x.dtype)
+
+
+def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+    """x + gate * update, in float32."""
+    return (x.float() + update.float() * gate).to(x.dtype)
+
+
+def feed_forward(norm: Any, ff: Any, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+    """The modulated feed-forward of one stream."""
+    return gated(x, ff(modulated(norm, x, shift, scale)), gate)
+
+
+def split_heads(attn: Any, x: Tensor, names: Sequence[str]) -> list[Tensor]:
+    """Projections of (rows, tokens, channels) as (rows, heads, tokens, head size)."""
+    return [getattr(attn, name)(x).unflatten(2, (attn.heads, -1)).transpose(1, 2) for name in names]
+
+
+def normed_qkv(attn: Any, x: Tensor, names: Sequence[str]) -> QKV:
+    """Queries and keys of one stream, RMS-normed per head in float32, and its values."""
+    query, key, value = split_heads(attn, x, names[:3])
+    return QKV(rms_norm(getattr(attn, names[3]), query), rms_norm(getattr(attn, names[4]), key), value)
+
+
+def rotated(qkv: QKV, state: State, dtype: torch.dtype) -> QKV:
+    """Queries and keys rotated by their positions, in float32, then in `dtype`."""
+    rope = state["rope_cos"], state["rope_sin"]
+    return QKV(rotate(qkv.query, *rope).to(dtype), rotate(qkv.key, *rope).to(dtype), qkv.value)
+
+
+class HunyuanVideo(JointAttentionDiT):
+    """HunyuanVideo text-to-video as diffusers has it (Tencent, arXiv 2412.03603)."""
+
+    name = "hunyuan-video"
+    transformer_class = "HunyuanVideoTransformer3DModel"
+    pipeline_class = "HunyuanVideoPipeline"
+    has_text_segment = False
+    block_counts = ("num_layers", "num_single_layers")
+    text_constants = ("prompt_embeds", "text_mean", "key_bias")
+    block_constants = ("key_bias", "rope_cos", "rope_sin")
+    # What embeds timestep, guidance and pooled text, and norms, which are applied in float32.
+    float32_islands = r"time_text_embed\.|norm\w*\.(weight|bias)$"
+    segment_class = HunyuanVideoSegment
+    # Every published model has these.
+    timestep_channels = 256
+    defaults = Defaults(
+        stg_mode="stg-r",
+        stg_blocks=(2,),
+        stg_scale=2.0,
+        guidance_scale=1.0,
+        rescale=0.0,
+        num_inference_steps=50,
+        frame_rate=24.0,
+        text_length=256,
+        embedded_guidance=6.0,
+    )
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(self.integer(name) for name in self.block_counts)
+
+    @property
+    def feed_forward_width(self) -> int:
+        return int(self.width * self.config["mlp_ratio"])
+
+    @property
+    def text_channels(self) -> int:
+        return self.integer("text_embed_dim")
+
+    @property
+    def compression(self) -> tuple[int, int]:
+        vae = self.vae_config or {}
+        temporal, spatial = (
+            positive_integer(vae.get(name, published), name, "vae/config.json")
+            for name, published in (("temporal_compression_ratio", 4), ("spatial_compression_ratio", 8))
+        )
+        return temporal, spatial
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        size = self.integer("patch_size")
+        return self.integer("patch_size_t"), size, size
+
+    @property
+    def embedded_guidance(self) -> float | None:
+        return self.defaults.embedded_guidance if self.config["guidance_embeds"] else None
+
+    @property
+    def temb_constants(self) -> tuple[str, ...]:
+        return (POOLED,) if self.embedded_guidance is None else ("guidance", POOLED)
+
+    def block_of(self, weight_name: str) -> int | None:
+        match = re.match(r"(single_)?transformer_blocks\.(\d+)\.", weight_name)
+        if match is None:
+            return None
+        return int(match[2]) + (self.integer("num_layers") if match[1] else 0)
+
+    def blocks(self, transformer: Any) -> Sequence[nn.Module]:
+        return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
+    def check(self, workload: Workload) -> None:
+        self._check_text_to_video()
+        for name, published in (("patch_size_t", 1), ("qk_norm", "rms_norm")):
+            if self.config[name] != published:
+                raise InvalidRequest(
+                    f"checkpoint: expected {name} {published} in transformer/config.json, as in every "
+                    f"published HunyuanVideo, got {self.config[name]}: use such a checkpoint"
+                )
+        ratio, axes = self.config["mlp_ratio"], self.config["rope_axes_dim"]
+        if type(ratio) not in (int, float) or ratio <= 0:
+            raise InvalidRequest(
+                f"checkpoint: expected mlp_ratio in transformer/config.json as a positive number, got {ratio!r}: "
+                "download the checkpoint again"
+            )
+        whole = isinstance(axes, list | tuple) and all(type(size) is int and size > 0 for size in axes)
+        if not whole or len(axes) != 3 or sum(axes) != self.integer("attention_head_dim"):
+            raise InvalidRequest(
+                "checkpoint: expected rope_axes_dim in transformer/config.json as three sizes that add up to "
+                f"attention_head_dim, got {axes!r}: download the checkpoint again"
+            )
+        super().check(workload)
+
+    def check_pipeline(self, model_index: Mapping[str, Any]) -> None:
+        for name in ("image_processor", "image_encoder"):
+            if model_index.get(name) not in (None, [None, None]):
+                raise InvalidRequest(
+                    f"checkpoint: expected HunyuanVideo without {name}, got {name} {model_index[name]} in "
+                    "model_index.json: image-to-video is not supported, use a text-to-video checkpoint"
+                )
+
+    def own_tensors(self, workload: Workload) -> tuple[TensorSpec, ...]:
+        channels, *latents = self.latent_shape(workload)
+        dtype, length, tokens = workload.dtype, workload.text_length, self.tokens(workload)
+        table = (tokens, self.integer("attention_head_dim"))
+        guided = self.embedded_guidance is not None
+        return (
+            TensorSpec("latents", dtype, (ROWS, channels, *latents)),
+            *((TensorSpec("guidance", "float32", (ROWS,)),) if guided else ()),
+            TensorSpec(POOLED, "float32", (ROWS, self.integer("pooled_projection_dim"))),
+            TensorSpec("text_mean", "float32", (ROWS, self.text_channels)),
+            TensorSpec("hidden_states", dtype, (ROWS, *self.grid(workload), self.width)),
+            TensorSpec("encoder_hidden_states", dtype, (ROWS, length, self.width)),
+            TensorSpec("temb", "float32", (ROWS, self.width)),
+            TensorSpec("key_bias", dtype, (ROWS, 1, 1, tokens + length)),
+            TensorSpec("rope_cos", "float32", table),
+            TensorSpec("rope_sin", "float32", table),
+            TensorSpec("pred", dtype, (ROWS, channels, *latents)),
+        )
+
+    def text_flops(self, workload: Workload) -> int:
+        return 0
+
+    def front_flops(self, workload: Workload) -> int:
+        length, width = workload.text_length, self.width
+        patches = 2 * self.tokens(workload) * width * math.prod(self.patch) * self.integer("in_channels")
+        # Two layers each: timestep, pooled prompt and guidance, and the refiner's timestep and mean text.
+        embedded = [self.timestep_channels] * 2 + [self.integer("pooled_projection_dim"), self.text_channels]
+        if self.embedded_guidance is not None:
+            embedded.append(self.timestep_channels)
+        temb = sum(2 * width * (channels + width) for channels in embedded)
+        refiner_layer = 2 * length * 12 * width**2 + 4 * length**2 * width + 2 * 2 * width**2
+        text = 2 * length * self.text_channels * width + self.integer("num_refiner_layers") * refiner_layer
+        return patches + temb + text
+
+    def block_flops(self, block: int, workload: Workload) -> int:
+        tokens, width, wide = self.tokens(workload) + workload.text_length, self.width, self.feed_forward_width
+        if block < self.integer("num_layers"):
+            return 2 * tokens * (4 * width**2 + 2 * width * wide) + 2 * 12 * width**2
+        return 2 * tokens * (3 * width**2 + width * wide + (width + wide) * width) + 2 * 3 * width**2
+
+    def back_flops(self, workload: Workload) -> int:
+        channels = math.prod(self.patch) * self.integer("out_channels")
+        return 2 * self.tokens(workload) * self.width * channels + 2 * 2 * self.width**2
+
+    def attentions(self, segment: Segment) -> int:
+        refines = "prompt_embeds" in self.borders(segment)[0]
+        return super().attentions(segment) + (self.integer("num_refiner_layers") if refines else 0)
+
+    def constants(self, text: TextCondition, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
+        """Embeddings, their masks and means, guidance and position tables, which know no frame rate."""
+        from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoRotaryPosEmbed
+
+        assert text.pooled is not None
+        mask, (patch_t, patch, _) = text.mask.float(), self.patch
+        rope = HunyuanVideoRotaryPosEmbed(
+            patch, patch_t, self.config["rope_axes_dim"], self.config["rope_theta"]
+        )
+        cos, sin = rope(torch.zeros(1, *self.latent_shape(workload)))
+        every = torch.cat([mask.new_ones(len(mask), self.tokens(workload)), mask], 1)
+        constants = {
+            "prompt_embeds": text.embeds,
+            "text_mean": (text.embeds.float() * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True),
+            POOLED: text.pooled,
+            "key_bias": ((1 - every) * -10000.0)[:, None, None],
+            "rope_cos": cos,
+            "rope_sin": sin,
+        }
+        if self.embedded_guidance is not None:
+            default = torch.full((len(mask),), self.embedded_guidance)
+            constants["guidance"] = 1000.0 * (default if text.guidance is None else text.guidance)
+        return constants
+
+    def set_timesteps(self, scheduler: Any, num_inference_steps: int, workload: Workload) -> None:
+        if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
+            scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1])
+        else:
+            scheduler.set_timesteps(num_inference_steps)
+
+    def text_tokens(self, pipeline: Any, prompt: str) -> int:
+        from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+
+        templated = DEFAULT_PROMPT_TEMPLATE["template"].format(prompt)
+        return len(pipeline.tokenizer(templated).input_ids) - DEFAULT_PROMPT_TEMPLATE["crop_start"]
+
+    def encode_prompt(self, pipeline: Any, prompts: list[str], workload: Workload) -> TextCondition:
+        embeds, pooled, mask = pipeline.encode_prompt(
+            prompts, max_sequence_length=workload.text_length, device=pipeline.text_encoder.device
+        )
+        return TextCondition(embeds, mask, pooled)
+
+    def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:
+        vae = pipeline.vae
+        scaled = latents.to(vae.dtype) / vae.config.scaling_factor
+        video: Tensor = vae.decode(scaled, return_dict=False)[0]
+        return video
+
+    def _check_text_to_video(self) -> None:
+        """Refuses image-to-video checkpoints, which have the same class."""
+        kind = self.config.get("image_condition_type")
+        if kind is not None:
+            raise InvalidRequest(
+                f"checkpoint: expected no image_condition_type in transformer/config.json, got {kind}: "
+                "image-to-video is not supported, use a text-to-video checkpoint"
+            )
+        channels, out_channels = self.integer("in_channels"), self.integer("out_channels")
+        if channels != out_channels:
+            raise InvalidRequest(
+                f"checkpoint: expected in_channels {out_channels} in transformer/config.json, as "
+                f"out_channels, got {channels}: image-to-video is not supported, use a text-to-video "
+                "checkpoint"
+            )
+        latent_channels = (self.vae_config or {}).get("latent_channels", channels)
+        if latent_channels != channels:
+            raise InvalidRequest(
+                f"checkpoint: expected latent_channels {channels} in vae/config.json, as the transformer's "
+                f"in_channels, got {latent_channels}: the folder mixes two models, download it again"
+            )
