@@ -53,7 +53,13 @@ def build(
     stg_blocks: Annotated[
         str | None, typer.Option(help="Perturbable blocks. [default: the family's]")
     ] = None,
+    stg_modes: Annotated[
+        str | None, typer.Option(help="Modes to build, such as stg-r,stg-a. [default: the family's]")
+    ] = None,
     layouts: Annotated[str, typer.Option(help="Layouts to build.")] = "segmented,twin",
+    blocks: Annotated[
+        str | None, typer.Option(help="How many blocks, one number per list of them. [default: all]")
+    ] = None,
     backend: Annotated[str, typer.Option(help="What compiles.")] = "tensorrt-rtx",
     target: Annotated[str, typer.Option(help="Compute capabilities.")] = "sm_120,sm_89",
     verify_timesteps: Annotated[int, typer.Option(help="Timesteps compared with eager float32.")] = 1,
@@ -71,6 +77,8 @@ def build(
         num_frames=num_frames,
         text_length=text_length,
         stg_blocks=None if stg_blocks is None else tuple(parse_blocks(stg_blocks)),
+        stg_modes=(None,) if stg_modes is None else _modes(stg_modes),
+        blocks=None if blocks is None else tuple(parse_blocks(blocks, "blocks", "3")),
         layouts=_layouts(layouts),
         backend=backend,
         target=target,
@@ -253,6 +261,16 @@ def _elements(text: str) -> tuple[int, ...]:
             f"elements: expected numbers above 1 separated by commas, got {text!r}: write 675840,67108864"
         )
     return tuple(map(int, words))
+
+
+def _modes(text: str) -> tuple[str, ...]:
+    """Modes separated by commas; raises InvalidRequest for an unknown one."""
+    from stg_trt.perturbation import check_mode
+
+    modes = tuple(text.split(","))
+    for mode in modes:
+        check_mode(mode)
+    return modes
 
 
 def _layouts(text: str) -> tuple[Any, ...]:

@@ -52,6 +52,7 @@ def build(
     backend: str = "onnxruntime",
     target: str | None = None,
     random_weights: bool = False,
+    blocks: Sequence[int] | None = None,
     verify_timesteps: int = 3,
     keep_onnx: bool = False,
     progress: Progress | None = None,
@@ -59,12 +60,15 @@ def build(
     """Builds engines below `output` and returns the build folders, one per target.
 
     `backend` may be auto: the best that this machine can run. `target` may name several, separated by commas;
-    it and `precision` default to the backend's, `text_length` to the family's. Finished segments of an
-    interrupted build are re-used.
+    it and `precision` default to the backend's, `text_length` to the family's. `blocks` keeps so many
+    blocks of a model with random weights, one number per list of them. Finished segments of an interrupted
+    build are re-used.
 
     Raises InvalidRequest for options that cannot be used and GateMissed for a segment that fails a check.
     """
     opened = Checkpoint.open(checkpoint, random_weights=random_weights)
+    if blocks is not None:
+        opened = opened.shortened(blocks)
     progress = progress or Silent()
     if backend == AUTO:
         choice = choose_backend(find_gpu())
