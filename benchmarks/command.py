@@ -22,8 +22,7 @@ Checkpoint = Annotated[
 Height = Annotated[int, typer.Option(help="Pixels.")]
 Width = Annotated[int, typer.Option(help="Pixels.")]
 Frames = Annotated[int, typer.Option(help="Frames.")]
-TextLength = Annotated[int, typer.Option(help="Text tokens.")]
-FamilyTextLength = Annotated[int | None, typer.Option(help="Text tokens. [default: the family's]")]
+TextLength = Annotated[int | None, typer.Option(help="Text tokens. [default: the family's]")]
 Mode = Annotated[str, typer.Option(help="stg-a or stg-r.")]
 Blocks = Annotated[
     str | None, typer.Option(help="Perturbed blocks, such as 19. [default: 8, or the family's]")
@@ -49,7 +48,7 @@ def build(
     height: Height,
     width: Width,
     num_frames: Frames,
-    text_length: FamilyTextLength = None,
+    text_length: TextLength = None,
     stg_blocks: Annotated[
         str | None, typer.Option(help="Perturbable blocks. [default: the family's]")
     ] = None,
@@ -93,7 +92,7 @@ def step(
     height: Height = 512,
     width: Width = 512,
     num_frames: Frames = 25,
-    text_length: TextLength = 128,
+    text_length: TextLength = None,
     stg_mode: Mode = "stg-a",
     stg_blocks: Blocks = None,
     backend: BackendName = "onnxruntime",
@@ -117,7 +116,7 @@ def sample(
     height: Height = 512,
     width: Width = 512,
     num_frames: Frames = 25,
-    text_length: TextLength = 128,
+    text_length: TextLength = None,
     stg_mode: Mode = "stg-a",
     stg_blocks: Blocks = None,
     backend: BackendName = "onnxruntime",
@@ -145,7 +144,7 @@ def peers(
     height: Height = 512,
     width: Width = 512,
     num_frames: Frames = 25,
-    text_length: TextLength = 128,
+    text_length: TextLength = None,
     stg_mode: Mode = "stg-a",
     stg_blocks: Blocks = None,
     backend: BackendName = "onnxruntime",
@@ -232,7 +231,7 @@ def report(
 
 def _setting(
     checkpoint: str | None,
-    size: tuple[int, int, int, int],
+    size: tuple[int, int, int, int | None],
     stg_mode: str,
     stg_blocks: str | None,
     backend: str,
