@@ -213,7 +213,7 @@ def _builds(results: Sequence[Row]) -> str:
 
 def _model(result: Row) -> str:
     kept = result.get("blocks")
-    blocks = f", {' + '.join(map(str, kept))} blocks" if kept else ""
+    blocks = f", {' + '.join(map(str, kept))} of its blocks" if kept else ""
     return f"{result['model']}{blocks}" + ("" if result.get("complete", True) else " (cut off)")
 
 

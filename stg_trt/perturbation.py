@@ -37,7 +37,7 @@ def check_blocks(blocks: tuple[int, ...], num_blocks: int) -> None:
     if wrong:
         raise InvalidRequest(
             f"stg_blocks: expected block numbers from 0 to {num_blocks - 1}, got {wrong}: "
-            f"name blocks that the model has, such as {num_blocks // 2}"
+            f"name blocks that the model has, such as --stg-blocks {num_blocks // 2}"
         )
     if len(set(blocks)) != len(blocks):
         raise InvalidRequest(f"stg_blocks: expected distinct block numbers, got {list(blocks)}: drop repeats")

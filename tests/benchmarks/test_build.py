@@ -27,7 +27,7 @@ def test_records_every_mode_and_fills_the_table(tmp_path: Path) -> None:
     write_report([output], tmp_path / "report.md", None)
     rows = [line for line in (tmp_path / "report.md").read_text().splitlines() if "stg-" in line]
     assert len(rows) == 2
-    assert "128x2, 1 blocks | 64x64x9 fp32, 8 text tokens | stg-a 0 | segmented | cpu | " in rows[1]
+    assert "128x2, 1 of its blocks | 64x64x9 fp32, 8 text tokens | stg-a 0 | segmented | cpu | " in rows[1]
     assert " | 2 of 2 | " in rows[1]
 
 
