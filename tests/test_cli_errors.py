@@ -220,7 +220,7 @@ def test_build_arguments(case: str, tmp_path: Path, ltx_checkpoint: Path) -> Non
         (("--blocks=2",), "blocks: expected random weights, .*: add --random-weights or leave --blocks out"),
         (
             ("--random-weights", "--blocks=2", "--stg-blocks=3"),
-            r"stg_blocks: expected block numbers from 0 to 1, got \[3\]: name blocks .* such as --stg-blocks 1",
+            r"stg_blocks: expected block numbers from 0 to 1, got \[3\]: name .* such as --stg-blocks 1",
         ),
     ],
     ids=["none", "too many", "two lists", "no number", "real weights", "perturbed one is gone"],
