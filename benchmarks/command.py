@@ -75,9 +75,9 @@ def build(
         width=width,
         num_frames=num_frames,
         text_length=text_length,
-        stg_blocks=None if stg_blocks is None else tuple(parse_blocks(stg_blocks)),
+        stg_blocks=parse_blocks(stg_blocks),
         stg_modes=(None,) if stg_modes is None else _modes(stg_modes),
-        blocks=None if blocks is None else tuple(parse_blocks(blocks, "blocks", "3")),
+        blocks=parse_blocks(blocks, "blocks", "3"),
         layouts=_layouts(layouts),
         backend=backend,
         target=target,
@@ -244,7 +244,7 @@ def _setting(
     # What can be refused without torch is refused before the seconds that its import takes.
     check_mode(stg_mode)
     backend_for(backend)
-    blocks = None if stg_blocks is None else tuple(parse_blocks(stg_blocks))
+    blocks = parse_blocks(stg_blocks)
     from .setting import Setting
 
     return Setting(checkpoint, *size, stg_mode=stg_mode, stg_blocks=blocks, backend=backend, target=target)

@@ -66,14 +66,10 @@ def build(
 
     Raises InvalidRequest for options that cannot be used and GateMissed for a segment that fails a check.
     """
-    opened = Checkpoint.open(checkpoint, random_weights=random_weights)
-    if blocks is not None:
-        opened = opened.shortened(blocks)
+    opened = Checkpoint.open(checkpoint, random_weights=random_weights).shortened(blocks)
     progress = progress or Silent()
     if backend == AUTO:
-        choice = choose_backend(find_gpu())
-        progress.choose(str(choice))
-        backend, target = choice.backend, target or choice.target
+        backend, target = _choose(target, progress)
     chosen = backend_for(backend)
     targets = tuple((target or chosen.targets[0].name).split(","))
     defaults = opened.family.defaults
@@ -97,6 +93,13 @@ def build(
         keep_onnx=keep_onnx,
     )
     return _Builder(options, progress).run()
+
+
+def _choose(target: str | None, progress: Progress) -> tuple[str, str]:
+    """The best backend for this machine, said aloud, and its target unless one was given."""
+    choice = choose_backend(find_gpu())
+    progress.choose(str(choice))
+    return choice.backend, target or choice.target
 
 
 class _Builder:

@@ -33,21 +33,15 @@ def build(
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Seeded random weights, for benchmarks.")
     ] = False,
-    blocks: Annotated[
-        str | None,
-        typer.Option(help="With random weights: how many blocks, one number per list. [default: all]"),
-    ] = None,
-    verify_timesteps: Annotated[
-        int, typer.Option(help="Timesteps compared with eager float32: 3 is first, middle, last; 0 is none.")
-    ] = 3,
+    blocks: Annotated[str | None, typer.Option(help="With random weights: how many, as 3 or 2,2.")] = None,
+    verify_timesteps: Annotated[int, typer.Option(help="To verify: 3 is first, middle, last; 0 is none.")] = 3,
     keep_onnx: Annotated[bool, typer.Option("--keep-onnx", help="Keep the exported graphs.")] = False,
 ) -> None:
     """Build verified engines from a checkpoint."""
     from stg_trt.perturbation import parse_blocks
 
     # What can be refused without torch is refused before the seconds that its import takes.
-    perturbed = None if stg_blocks is None else parse_blocks(stg_blocks)
-    kept = None if blocks is None else parse_blocks(blocks, "blocks", "3")
+    perturbed, kept = parse_blocks(stg_blocks), parse_blocks(blocks, "blocks", "3")
     _check(checkpoint, random_weights, layout, stg_mode, backend, target, precision)
     from .build import build as build_engines
     from .display import BuildDisplay

@@ -74,11 +74,13 @@ class Checkpoint:
                 _weight_shapes(path)
         return opened
 
-    def shortened(self, counts: Sequence[int]) -> Checkpoint:
-        """The same with fewer blocks: one number for each entry of the family's `block_counts`.
+    def shortened(self, counts: Sequence[int] | None) -> Checkpoint:
+        """The same with fewer blocks: one number per entry of the family's `block_counts`; None keeps all.
 
         Raises InvalidRequest where the weights are not random, and for numbers that the model has not.
         """
+        if counts is None:
+            return self
         names = self.family.block_counts
         most = [self.family.integer(name) for name in names]
         if self.folder is not None:

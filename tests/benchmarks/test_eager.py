@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -12,60 +10,36 @@ from torch import Tensor
 
 from stg_trt.benchmarks.eager import EagerStep, lower_precision, perturbed_skip_row
 from stg_trt.benchmarks.setting import Setting
-from stg_trt.families.base import TextCondition
+from stg_trt.benchmarks.uncut import _UNCUT
 from tests.eager_reference import perturbed
+from tests.family_cases import CASES, TIMESTEP, FamilyCase
 
-Row = Callable[[Any, Tensor, TextCondition, Tensor], Tensor]
-
-
-def ltx_row(model: Any, latents: Tensor, text: TextCondition, timestep: Tensor) -> Tensor:
-    pred: Tensor = model(
-        latents,
-        text.embeds,
-        timestep,
-        text.mask,
-        num_frames=2,
-        height=2,
-        width=2,
-        rope_interpolation_scale=(8 / 25, 32, 32),
-        return_dict=False,
-    )[0]
-    return pred
-
-
-def wan_row(model: Any, latents: Tensor, text: TextCondition, timestep: Tensor) -> Tensor:
-    embeds = text.embeds * text.mask[:, :, None]
-    pred: Tensor = model(latents, timestep, embeds, return_dict=False)[0]
-    return pred
-
-
-@pytest.fixture(params=[("setting", ltx_row), ("wan_setting", wan_row)], ids=["ltx", "wan"])
-def case(request: pytest.FixtureRequest) -> tuple[Setting, Row]:
-    name, row = request.param
-    return request.getfixturevalue(name), row
+COMPARED = [case for case in CASES if case.family.name in _UNCUT]
 
 
 @pytest.mark.parametrize("mode", ["stg-a", "stg-r"])
 @pytest.mark.parametrize("blocks", [(1,), (0, 1)])
+@pytest.mark.parametrize("case", COMPARED, ids=str)
 @torch.no_grad()
-def test_rows_equal_passes_of_their_own(
-    case: tuple[Setting, Row], mode: str, blocks: tuple[int, ...]
-) -> None:
-    given, row = case
-    setting = replace(given, stg_mode=mode, stg_blocks=blocks)
+def test_rows_equal_passes_of_their_own(case: FamilyCase, mode: str, blocks: tuple[int, ...]) -> None:
+    setting = Setting(
+        str(case.goldens), **case.sizes, stg_mode=mode, stg_blocks=blocks, backend="onnxruntime"
+    )
     model, inputs = setting.opened.load_transformer(), setting.inputs(4)
-    timestep = torch.tensor([inputs.solver.timesteps[1]])
+    same_timestep = replace(inputs.solver, timesteps=(TIMESTEP,) * 4)
+    inputs = replace(inputs, solver=same_timestep)
+    texts = {"uncond": inputs.uncond, "cond": inputs.cond, "skip": inputs.cond}
     latents = inputs.noise * inputs.solver.input_scale[1]
-    expected = [row(model, latents, text, timestep) for text in (inputs.uncond, inputs.cond)]
+    expected = {name: case.uncut(model, latents, texts[name]) for name in setting.passes[:-1]}
     with perturbed(model, mode, blocks):
-        expected.append(row(model, latents, inputs.cond, timestep))
+        expected["skip"] = case.uncut(model, latents, texts["skip"])
     eager = EagerStep(setting, model, inputs, torch.float32, "cpu")
     with perturbed_skip_row(setting, model):
         preds = eager.preds(inputs.noise, 1)
-    torch.testing.assert_close(preds, torch.cat(expected), rtol=0, atol=1e-5)
-    assert (preds[2] - preds[1]).abs().max() > 1e-3
+    torch.testing.assert_close(preds, torch.cat([*expected.values()]), rtol=0, atol=1e-5)
+    assert (preds[-1] - preds[-2]).abs().max() > 1e-3
     restored = eager.preds(inputs.noise, 1)
-    torch.testing.assert_close(restored[2], restored[1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(restored[-1], restored[-2], rtol=0, atol=1e-5)
 
 
 class TwoStreams(torch.nn.Module):
