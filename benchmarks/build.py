@@ -6,6 +6,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from . import record
 
 @dataclass(frozen=True)
 class BuildBenchmark:
-    """Builds every layout for every target; each layout exports once and compiles per target."""
+    """Builds every mode and layout for every target; each exports once and compiles per target.
+
+    None is the family's own mode, blocks or text length; `blocks` shortens the model.
+    """
 
     checkpoint: str
     height: int
@@ -26,19 +30,22 @@ class BuildBenchmark:
     num_frames: int
     text_length: int | None
     stg_blocks: tuple[int, ...] | None
+    stg_modes: tuple[str | None, ...]
+    blocks: tuple[int, ...] | None
     layouts: tuple[str, ...]
     backend: str
     target: str
     verify_timesteps: int
 
     def run(self, output: Path, engines: Path | None) -> None:
-        """Builds, prints the tables and writes the JSON; what is done is kept after each layout."""
-        results = record.Record(output, "build", model=self.checkpoint, builds=[])
+        """Builds, prints the tables and writes the JSON; what is done is kept after each."""
+        blocks = None if self.blocks is None else list(self.blocks)
+        results = record.Record(output, "build", model=self.checkpoint, blocks=blocks, builds=[])
         with ExitStack() as stack:
             root = engines or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            for layout in self.layouts:
+            for mode, layout in product(self.stg_modes, self.layouts):
                 start = time.perf_counter()
-                folders = self._build(layout, root)
+                folders = self._build(mode, layout, root)
                 wall = round(time.perf_counter() - start, 1)
                 done = results.result["builds"]
                 for folder in folders:
@@ -48,7 +55,7 @@ class BuildBenchmark:
                 results.add()
             results.finish()
 
-    def _build(self, layout: str, root: Path) -> list[Path]:
+    def _build(self, stg_mode: str | None, layout: str, root: Path) -> list[Path]:
         with BuildDisplay() as display:
             folders: list[Path] = build(
                 self.checkpoint,
@@ -58,10 +65,12 @@ class BuildBenchmark:
                 num_frames=self.num_frames,
                 text_length=self.text_length,
                 stg_blocks=self.stg_blocks,
+                stg_mode=stg_mode,
                 layout=layout,
                 backend=self.backend,
                 target=self.target,
                 random_weights=True,
+                blocks=self.blocks,
                 verify_timesteps=self.verify_timesteps,
                 progress=display,
             )

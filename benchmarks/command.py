@@ -22,8 +22,7 @@ Checkpoint = Annotated[
 Height = Annotated[int, typer.Option(help="Pixels.")]
 Width = Annotated[int, typer.Option(help="Pixels.")]
 Frames = Annotated[int, typer.Option(help="Frames.")]
-TextLength = Annotated[int, typer.Option(help="Text tokens.")]
-FamilyTextLength = Annotated[int | None, typer.Option(help="Text tokens. [default: the family's]")]
+TextLength = Annotated[int | None, typer.Option(help="Text tokens. [default: the family's]")]
 Mode = Annotated[str, typer.Option(help="stg-a or stg-r.")]
 Blocks = Annotated[
     str | None, typer.Option(help="Perturbed blocks, such as 19. [default: 8, or the family's]")
@@ -49,11 +48,17 @@ def build(
     height: Height,
     width: Width,
     num_frames: Frames,
-    text_length: FamilyTextLength = None,
+    text_length: TextLength = None,
     stg_blocks: Annotated[
         str | None, typer.Option(help="Perturbable blocks. [default: the family's]")
     ] = None,
+    stg_modes: Annotated[
+        str | None, typer.Option(help="Modes to build, such as stg-r,stg-a. [default: the family's]")
+    ] = None,
     layouts: Annotated[str, typer.Option(help="Layouts to build.")] = "segmented,twin",
+    blocks: Annotated[
+        str | None, typer.Option(help="How many blocks, one number per list of them. [default: all]")
+    ] = None,
     backend: Annotated[str, typer.Option(help="What compiles.")] = "tensorrt-rtx",
     target: Annotated[str, typer.Option(help="Compute capabilities.")] = "sm_120,sm_89",
     verify_timesteps: Annotated[int, typer.Option(help="Timesteps compared with eager float32.")] = 1,
@@ -70,7 +75,9 @@ def build(
         width=width,
         num_frames=num_frames,
         text_length=text_length,
-        stg_blocks=None if stg_blocks is None else tuple(parse_blocks(stg_blocks)),
+        stg_blocks=parse_blocks(stg_blocks),
+        stg_modes=(None,) if stg_modes is None else _modes(stg_modes),
+        blocks=parse_blocks(blocks, "blocks", "3"),
         layouts=_layouts(layouts),
         backend=backend,
         target=target,
@@ -85,7 +92,7 @@ def step(
     height: Height = 512,
     width: Width = 512,
     num_frames: Frames = 25,
-    text_length: TextLength = 128,
+    text_length: TextLength = None,
     stg_mode: Mode = "stg-a",
     stg_blocks: Blocks = None,
     backend: BackendName = "onnxruntime",
@@ -109,7 +116,7 @@ def sample(
     height: Height = 512,
     width: Width = 512,
     num_frames: Frames = 25,
-    text_length: TextLength = 128,
+    text_length: TextLength = None,
     stg_mode: Mode = "stg-a",
     stg_blocks: Blocks = None,
     backend: BackendName = "onnxruntime",
@@ -137,7 +144,7 @@ def peers(
     height: Height = 512,
     width: Width = 512,
     num_frames: Frames = 25,
-    text_length: TextLength = 128,
+    text_length: TextLength = None,
     stg_mode: Mode = "stg-a",
     stg_blocks: Blocks = None,
     backend: BackendName = "onnxruntime",
@@ -224,7 +231,7 @@ def report(
 
 def _setting(
     checkpoint: str | None,
-    size: tuple[int, int, int, int],
+    size: tuple[int, int, int, int | None],
     stg_mode: str,
     stg_blocks: str | None,
     backend: str,
@@ -237,7 +244,7 @@ def _setting(
     # What can be refused without torch is refused before the seconds that its import takes.
     check_mode(stg_mode)
     backend_for(backend)
-    blocks = None if stg_blocks is None else tuple(parse_blocks(stg_blocks))
+    blocks = parse_blocks(stg_blocks)
     from .setting import Setting
 
     return Setting(checkpoint, *size, stg_mode=stg_mode, stg_blocks=blocks, backend=backend, target=target)
@@ -253,6 +260,16 @@ def _elements(text: str) -> tuple[int, ...]:
             f"elements: expected numbers above 1 separated by commas, got {text!r}: write 675840,67108864"
         )
     return tuple(map(int, words))
+
+
+def _modes(text: str) -> tuple[str, ...]:
+    """Modes separated by commas; raises InvalidRequest for an unknown one."""
+    from stg_trt.perturbation import check_mode
+
+    modes = tuple(text.split(","))
+    for mode in modes:
+        check_mode(mode)
+    return modes
 
 
 def _layouts(text: str) -> tuple[Any, ...]:

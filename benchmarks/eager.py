@@ -9,117 +9,107 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stg_trt.families.base import Workload
-from stg_trt.guidance import Guidance, combined
-from stg_trt.perturbation import Perturbation
-from stg_trt.step_plan import GROUPS
+from stg_trt.families.base import TextCondition
+from stg_trt.guidance import combined
 
 from .setting import Inputs, Setting
+from .uncut import uncut_model
 
 Forward = Callable[..., Any]
 
-
-class ValuesOnlyInSkipRow:
-    """stg-a as an attention processor: the stock one for the other rows, to_out(V) for the last."""
-
-    def __init__(self, stock: Any) -> None:
-        self.stock = stock
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        assert encoder_hidden_states is None and attention_mask is None and image_rotary_emb is not None
-        cos, sin = image_rotary_emb
-        attended = self.stock(attn, hidden_states[:-1], image_rotary_emb=(cos[:-1], sin[:-1]))
-        values = attn.to_out[0](attn.to_v(hidden_states[-1:]))
-        return torch.cat([attended, values])
+# As diffusers' transformers name them, in the order of the blocks' numbers.
+_BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks", "blocks")
 
 
 @contextmanager
-def perturbed_skip_row(model: Any, perturbation: Perturbation) -> Iterator[None]:
+def perturbed_skip_row(setting: Setting, model: Any) -> Iterator[None]:
     """The last row of the batch perturbed; the model is restored afterwards."""
-    blocks = [model.transformer_blocks[block] for block in perturbation.blocks]
-    processors = [block.attn1.processor for block in blocks]
+    uncut, perturbation = uncut_model(setting.family), setting.perturbation
+    every = [block for name in _BLOCK_LISTS for block in getattr(model, name, ())]
+    blocks = [every[block] for block in perturbation.blocks]
+    attentions = [getattr(block, uncut.attention) for block in blocks]
+    processors = [attention.processor for attention in attentions]
     try:
-        for block, processor in zip(blocks, processors, strict=True):
+        for block, attention in zip(blocks, attentions, strict=True):
             if perturbation.mode == "stg-r":
                 block.forward = _keeping_skip_row(block.forward)
             else:
-                block.attn1.set_processor(ValuesOnlyInSkipRow(processor))
+                attention.set_processor(uncut.skipping(attention.processor))
         yield
     finally:
-        for block, processor in zip(blocks, processors, strict=True):
+        for block, attention, processor in zip(blocks, attentions, processors, strict=True):
             vars(block).pop("forward", None)
-            block.attn1.set_processor(processor)
+            attention.set_processor(processor)
 
 
 def _keeping_skip_row(forward: Forward) -> Forward:
-    """stg-r: the block runs for all rows, then the last row is put back as it was."""
+    """stg-r: the block runs for all rows, then the last row of every stream is put back as it was."""
 
-    def run(hidden_states: Tensor, *others: Any, **options: Any) -> Tensor:
-        return torch.cat([forward(hidden_states, *others, **options)[:-1], hidden_states[-1:]])
+    def run(hidden_states: Tensor, encoder_hidden_states: Tensor, *others: Any, **options: Any) -> Any:
+        after = forward(hidden_states, encoder_hidden_states, *others, **options)
+        if isinstance(after, Tensor):
+            return torch.cat([after[:-1], hidden_states[-1:]])
+        streams = zip(after, (hidden_states, encoder_hidden_states), strict=True)
+        return tuple(torch.cat([new[:-1], old[-1:]]) for new, old in streams)
 
     return run
 
 
-def _ltx_video_options(family: Any, workload: Workload, frame_rate: float) -> dict[str, Any]:
-    _, frames, height, width = family.latent_shape(workload)
-    temporal, spatial = family.compression
-    return {
-        "num_frames": frames,
-        "height": height,
-        "width": width,
-        "rope_interpolation_scale": (temporal / frame_rate, spatial, spatial),
-        "return_dict": False,
-    }
-
-
-# family -> how its diffusers transformer is called, beside the four tensors
-_OPTIONS = {"ltx-video": _ltx_video_options}
+def lower_precision(model: Any, dtype: torch.dtype) -> Any:
+    """The model with its weights in `dtype`, but for those that diffusers keeps in float32 when it loads."""
+    wide = set(model._keep_in_fp32_modules or ())
+    for name, parameter in model.named_parameters():
+        if wide.isdisjoint(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+    return model
 
 
 class EagerStep:
-    """A CFG+STG step on the uncut model: uncond, cond and skip rows in one batch of three.
+    """A step on the uncut model, its passes in one batch of a row each.
 
     `model` is a diffusers transformer of the setting, or what torch.compile makes of it; the caller
     perturbs its skip row.
     """
 
     def __init__(self, setting: Setting, model: Any, inputs: Inputs, dtype: torch.dtype, device: Any) -> None:
-        family = setting.family
         self._model = model
         self._dtype = dtype
-        texts = (inputs.uncond, inputs.cond, inputs.cond)
-        self._embeds = torch.cat([text.embeds for text in texts]).to(device, dtype)
-        self._mask = torch.cat([text.mask for text in texts]).to(device)
-        self._options = _OPTIONS[family.name](family, setting.workload, inputs.frame_rate)
+        self._passes = setting.passes
+        self._solver = inputs.solver
+        self._guidance = setting.guidance(inputs.solver)
+        self._initial = inputs.noise.to(device)
+        self._timesteps = torch.tensor(inputs.solver.timesteps, device=device)
+        texts = [inputs.uncond if name == "uncond" else inputs.cond for name in self._passes]
+        text = TextCondition(
+            torch.cat([text.embeds for text in texts]).to(device, dtype),
+            torch.cat([text.mask for text in texts]).to(device),
+        )
+        family = setting.family
+        self._arguments = uncut_model(family).arguments(family, text, setting.workload, inputs.frame_rate)
 
     @torch.no_grad()
-    def preds(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        """Predictions (3, tokens, channels) of uncond, cond, skip; latents (1, tokens, channels) float32."""
-        rows = latents.expand(len(GROUPS), -1, -1).to(self._dtype)
+    def preds(self, latents: Tensor, step: int) -> Tensor:
+        """Predictions of a step, one row per pass, from its latents (1, ...) in float32."""
+        scaled = latents * self._solver.input_scale[step]
+        rows = scaled.expand(len(self._passes), *latents.shape[1:]).to(self._dtype)
+        timestep = self._timesteps[step].expand(len(rows))
         pred: Tensor = self._model(
-            rows, self._embeds, timestep.expand(len(GROUPS)), self._mask, **self._options
+            hidden_states=rows, timestep=timestep, **self._arguments, return_dict=False
         )[0]
         return pred
 
-    def step(self, latents: Tensor, timestep: Tensor, guidance: Guidance, inputs: Inputs, i: int) -> Tensor:
-        """The latents after step `i` of a two-term solver."""
-        uncond, cond, skip = self.preds(latents, timestep).float().split(1)
+    def step(self, latents: Tensor, step: int, preds: list[Tensor]) -> Tensor:
+        """The latents after a step; its guided prediction is added to those of the steps before it."""
+        rows = dict(zip(self._passes, self.preds(latents, step).float().split(1), strict=True))
+        guidance = self._guidance
         pred = combined(
-            cond,
-            uncond,
-            skip if guidance.stg_scale[i] != 0 else None,
-            cfg_scale=guidance.cfg_scale[i],
-            stg_scale=guidance.stg_scale[i],
-            rescale=guidance.rescale[i],
+            rows["cond"],
+            rows.get("uncond"),
+            rows["skip"] if guidance.stg_scale[step] != 0 else None,
+            cfg_scale=guidance.cfg_scale[step],
+            stg_scale=guidance.stg_scale[step],
+            rescale=guidance.rescale[step] or None,
             cfg_zero_star=guidance.cfg_zero_star,
         )
-        factors = inputs.solver.two_term[i]
-        assert factors is not None
-        return latents * factors[0] + pred * factors[1]
+        preds.append(pred)
+        return self._solver.advance(step, latents, preds, self._initial)

@@ -1,4 +1,4 @@
-"""The step beside what users have today: diffusers, eager and compiled, with three rows in one batch."""
+"""The step beside what users have today: diffusers, eager and compiled, with all passes in one batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.table import Table
 from stg_trt.device import Device
 from stg_trt.errors import InvalidRequest
 from stg_trt.segment import Segment
-from stg_trt.step_plan import GROUPS, plan_step
+from stg_trt.step_plan import plan_step
 
 from . import record
 from .clock import Times, Work, alternate, paired_ratio, settle
@@ -54,7 +54,9 @@ class Race:
     def enter_ours(self, subject: Subject) -> None:
         """The engines, captured where the device can; raises GateMissed where their predictions are off."""
         setting = self.setting
-        program: Any = subject.program(plan_step(subject.sampler.segments, GROUPS, setting.perturbation))
+        program: Any = subject.program(
+            plan_step(subject.sampler.segments, setting.passes, setting.perturbation)
+        )
         if self.device.captures:
             program = subject.captured(program)
         subject.weigh()
@@ -65,18 +67,17 @@ class Race:
     def enter_peer(self, name: str, model: Any, loaded_bytes: int) -> None:
         """A diffusers transformer with its skip row perturbed; its first run may compile."""
         setting, inputs, device = self.setting, self.inputs, self.device
-        guidance, place = setting.guidance(inputs.solver), device.torch_device
+        place = device.torch_device
         with device.scope():
             eager = EagerStep(setting, model, inputs, getattr(torch, setting.workload.dtype), place)
-            latents = inputs.noise.to(place) * inputs.solver.input_scale[inputs.middle]
-            timestep = torch.tensor([inputs.solver.timesteps[inputs.middle]], device=place)
-            preds = by_group(eager.preds(latents, timestep).float(), GROUPS)
+            latents, earlier = inputs.noise.to(place), inputs.earlier.to(place)
+            preds = by_group(eager.preds(latents, inputs.middle).float(), setting.passes)
         self.errors[name] = self.reference.check(name, preds)
         whole = Segment("normal", 0, setting.family.num_blocks, front=True, back=True)
-        flops = len(GROUPS) * setting.family.segment_flops(whole, setting.workload)
+        flops = len(setting.passes) * setting.family.segment_flops(whole, setting.workload)
 
         def run() -> None:
-            eager.step(latents, timestep, guidance, inputs, inputs.middle)
+            eager.step(latents, inputs.middle, [*earlier])
 
         self.entrants[name] = Entrant(Work(run), flops, loaded_bytes)
 
@@ -119,7 +120,7 @@ class PeersBenchmark:
             model = load_model(setting, device)
             reference = Reference.of_step(setting, model, inputs, device)
             model_bytes = max(0, memory_in_use(device) - before)
-            stack.enter_context(perturbed_skip_row(model, setting.perturbation))
+            stack.enter_context(perturbed_skip_row(setting, model))
             race = Race(setting, inputs, device, reference)
             race.enter_ours(Subject(setting, build, inputs, device))
             results.add(gemm=floor.to_json(), verification_limits=reference.limits)
@@ -164,7 +165,7 @@ def _ratios(times: dict[str, Times]) -> dict[str, float]:
 
 
 def _print(result: dict[str, Any]) -> None:
-    table = Table(title=f"{result['model']}, one STG step, three rows in one batch", title_justify="left")
+    table = Table(title=f"{result['model']}, one STG step, all passes in one batch", title_justify="left")
     for column in ("", "median ms", "p10", "p90", "of the floor", "x ours", "peak MB"):
         table.add_column(column, justify="right" if column else "left")
     for name, row in result["timings"].items():

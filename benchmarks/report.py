@@ -15,20 +15,23 @@ from .targets import outcomes
 
 Row = dict[str, Any]
 
+# All of them share one table; every other result has a section of its own.
+_BUILD = "build"
+
 
 def write_report(paths: Sequence[Path], output: Path, reasons: Path | None) -> list[Path]:
-    """Writes `output` (.md) and beside it the plot (.png); raises InvalidRequest for what is no result."""
+    """Writes `output` (.md) and a plot of timings beside it; raises InvalidRequest for what is no result."""
     if output.suffix != ".md":
         raise InvalidRequest(f"output: expected a name ending in .md, got {output}: rename it")
     check_output(output)
     results = [_read(path) for path in paths]
     why = _read_reasons(reasons) if reasons else {}
-    _check_plotting()
-    from .plot import save_plot
-
     written = [output]
     plotted = [result for result in results if result.get("timings")]
     if plotted:
+        _check_plotting()
+        from .plot import save_plot
+
         written.append(output.with_suffix(".png"))
         save_plot(plotted, written[-1])
     text = _text(results, why, written[-1].name if plotted else None)
@@ -41,7 +44,7 @@ def _read(path: Path) -> Row:
         result = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise InvalidRequest(f"report: expected a JSON result, got {path} ({error}): check it") from error
-    if not isinstance(result, dict) or result.get("benchmark") not in SECTIONS:
+    if not isinstance(result, dict) or result.get("benchmark") not in (_BUILD, *SECTIONS):
         raise InvalidRequest(
             f"report: expected a result of stg-trt bench, got {path}: leave it out or measure again"
         )
@@ -75,7 +78,12 @@ def _text(results: Sequence[Row], reasons: dict[str, str], plot: str | None) -> 
     parts = ["# Benchmarks", _targets(results, reasons)]
     if plot:
         parts.append(f"![Milliseconds of a step, with the floor of its operations]({plot})")
+    builds = [result for result in results if result["benchmark"] == _BUILD]
+    if builds:
+        parts.append(_builds(builds))
     for result in results:
+        if result["benchmark"] == _BUILD:
+            continue
         parts += [f"## {_title(result)}", _measured_on(result), SECTIONS[result["benchmark"]](result)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -189,19 +197,47 @@ def _kernels(result: Row) -> str:
     return _table(["kernel", "", "elements", "median ms", "GB/s", "copy GB/s", "of a copy"], rows)
 
 
-def _builds(result: Row) -> str:
-    rows = [
-        [
-            build["layout"],
-            build["target"],
-            f"{build['wall_s_all_targets']:.1f}",
-            f"{build['engine_bytes'] / 1e6:,.0f}",
-            f"{build['peak_bytes'] / 2**30:.1f}",
-            str(build["fused_attentions"]),
-        ]
-        for build in result["builds"]
+def _builds(results: Sequence[Row]) -> str:
+    """One row per model, mode and layout: its targets share the export. Then where each was measured."""
+    rows = []
+    for result in results:
+        alike: dict[tuple[str, ...], list[Row]] = {}
+        for build in result["builds"]:
+            alike.setdefault((_size(build), _stg(build), build["layout"]), []).append(build)
+        rows += [[_model(result), *key, *_build_cells(builds)] for key, builds in alike.items()]
+    words = ["model", "size", "STG", "layout", "targets"]
+    numbers = ["s, all targets", "peak GiB", "engine MB", "fused attentions", "relative L2"]
+    machines = [f"- {_model(result)}: {_measured_on(result)}" for result in results]
+    return "\n\n".join(["## build", _table([*words, *numbers], rows, len(words)), "\n".join(machines)])
+
+
+def _model(result: Row) -> str:
+    kept = result.get("blocks")
+    blocks = f", {' + '.join(map(str, kept))} of its blocks" if kept else ""
+    return f"{result['model']}{blocks}" + ("" if result.get("complete", True) else " (cut off)")
+
+
+def _size(build: Row) -> str:
+    size = build["workload"]
+    return f"{size['size']} {size['precision']}, {build['text_length']} text tokens"
+
+
+def _stg(build: Row) -> str:
+    return f"{build['stg_mode']} {','.join(map(str, build['stg_blocks']))}"
+
+
+def _build_cells(builds: Sequence[Row]) -> list[str]:
+    """What the targets of one export took: the most where they differ, and the fewest fused attentions."""
+    checks = [check for build in builds for part in build["segments"] for check in part["verification"]]
+    wanted = sum(segment["attentions"] for segment in builds[0]["segments"])
+    return [
+        ", ".join(build["target"] for build in builds),
+        f"{builds[0]['wall_s_all_targets']:,.0f}",
+        f"{max(build['peak_bytes'] for build in builds) / 2**30:.1f}",
+        f"{max(build['engine_bytes'] for build in builds) / 1e6:,.0f}",
+        f"{min(build['fused_attentions'] for build in builds)} of {wanted}",
+        f"{max(check['relative_l2'] for check in checks):.0e}" if checks else "",
     ]
-    return _table(["layout", "target", "s, all targets", "engine MB", "peak GiB", "fused attentions"], rows)
 
 
 def _foreign_engine(result: Row) -> str:
@@ -214,8 +250,9 @@ def _gpu_parts(result: Row) -> str:
     return _table(["part", "ended", "s"], rows)
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
+    """Markdown; the first `words` columns are text, the others numbers."""
+    lines = [header, ["---"] * words + ["---:"] * (len(header) - words), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -224,7 +261,6 @@ SECTIONS: dict[str, Callable[[Row], str]] = {
     "peers": _timings,
     "sample": _sample,
     "kernels": _kernels,
-    "build": _builds,
     "foreign-engine": _foreign_engine,
     "gpu": _gpu_parts,
 }

@@ -25,7 +25,7 @@ from stg_trt.step_program import StepKey
 
 from . import record
 from .clock import Work, alternate, mark, settle
-from .eager import EagerStep, perturbed_skip_row
+from .eager import EagerStep, lower_precision, perturbed_skip_row
 from .setting import Inputs, Setting
 from .subject import Subject
 from .verify import allowed, distance, load_model
@@ -106,18 +106,17 @@ def _eager_latents(setting: Setting, inputs: Inputs, device: Device) -> tuple[Te
     dtype = getattr(torch, setting.workload.dtype)
     if dtype == torch.float32:
         return exact, allowed(None)
-    lowered = _eager_loop(setting, model.to(dtype), inputs, dtype, device)
+    lowered = _eager_loop(setting, lower_precision(model, dtype), inputs, dtype, device)
     return exact, allowed(distance(lowered, exact))
 
 
 def _eager_loop(setting: Setting, model: Any, inputs: Inputs, dtype: torch.dtype, device: Device) -> Tensor:
-    guidance, place = setting.guidance(inputs.solver), device.torch_device
-    with device.scope(), perturbed_skip_row(model, setting.perturbation):
-        eager = EagerStep(setting, model, inputs, dtype, place)
-        latents = inputs.noise.to(place)
+    preds: list[Tensor] = []
+    with device.scope(), perturbed_skip_row(setting, model):
+        eager = EagerStep(setting, model, inputs, dtype, device.torch_device)
+        latents = inputs.noise.to(device.torch_device)
         for i in range(min(_VERIFIED_STEPS, len(inputs.solver.timesteps))):
-            timestep = torch.tensor([inputs.solver.timesteps[i]], device=place)
-            latents = eager.step(latents, timestep, guidance, inputs, i)
+            latents = eager.step(latents, i, preds)
         return latents
 
 

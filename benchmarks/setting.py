@@ -22,6 +22,9 @@ from stg_trt.guidance import Guidance
 from stg_trt.manifest import load
 from stg_trt.perturbation import Perturbation, check_blocks
 from stg_trt.solver import SolverTable
+from stg_trt.step_plan import GROUPS
+
+from .uncut import uncut_model
 
 SMALL_MODEL = Path(__file__).parent / "models" / "ltx-video-512x12"
 _SMALL_BLOCKS = (8,)
@@ -29,13 +32,13 @@ _SMALL_BLOCKS = (8,)
 
 @dataclass(frozen=True)
 class Setting:
-    """The options that step, sample and peers share; None is the small model, or the family's blocks."""
+    """The options that step, sample and peers share; None is the small model, or the family's own."""
 
     checkpoint: str | None
     height: int
     width: int
     num_frames: int
-    text_length: int
+    text_length: int | None
     stg_mode: str
     stg_blocks: tuple[int, ...] | None
     backend: str
@@ -43,6 +46,7 @@ class Setting:
 
     def check(self) -> None:
         """Raises InvalidRequest or BackendUnavailable for what cannot be measured, before a build."""
+        uncut_model(self.family)
         self.family.check(self.workload)
         check_blocks(self.perturbation.blocks, self.family.num_blocks)
         if not self.perturbation.blocks:
@@ -67,13 +71,19 @@ class Setting:
     @property
     def workload(self) -> Workload:
         """The sizes, in the target's own precision."""
-        return Workload(self.height, self.width, self.num_frames, self.text_length, self._place[1])
+        text = self.family.defaults.text_length if self.text_length is None else self.text_length
+        return Workload(self.height, self.width, self.num_frames, text, self._place[1])
 
     @property
     def perturbation(self) -> Perturbation:
         """What the skip rows change."""
         default = self.family.defaults.stg_blocks if self.checkpoint else _SMALL_BLOCKS
         return Perturbation(self.stg_mode, default if self.stg_blocks is None else self.stg_blocks)
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """Those of a step with STG; the family may have no unconditional one."""
+        return GROUPS if self.family.defaults.guidance_scale != 1 else GROUPS[1:]
 
     @property
     def _place(self) -> tuple[str, str]:
@@ -95,7 +105,7 @@ class Setting:
                 height=self.height,
                 width=self.width,
                 num_frames=self.num_frames,
-                text_length=self.text_length,
+                text_length=self.workload.text_length,
                 stg_blocks=self.perturbation.blocks,
                 stg_mode=self.stg_mode,
                 layout=layout,
@@ -119,18 +129,15 @@ class Setting:
         scheduler = self.opened.scheduler()
         family.set_timesteps(scheduler, steps or family.defaults.num_inference_steps, workload)
         solver = SolverTable.from_scheduler(scheduler)
-        if None in solver.two_term:
-            raise InvalidRequest(
-                f"checkpoint: expected a single-step scheduler (flow Euler, DDIM), got "
-                f"{self.opened.scheduler_config.get('_class_name')}: measure with one of those"
-            )
         noise = torch.randn(specs["latents"].with_rows(1), generator=generator)
+        middle = len(solver.timesteps) // 2
         return Inputs(
             noise=noise * solver.noise_scale,
             uncond=TextCondition(embeds[:1], mask[:1]),
             cond=TextCondition(embeds[1:], mask[1:]),
             solver=solver,
             frame_rate=family.defaults.frame_rate,
+            earlier=torch.randn(middle, *noise.shape, generator=generator),
         )
 
     def guidance(self, solver: SolverTable, *, stg: bool = True) -> Guidance:
@@ -153,7 +160,7 @@ class Setting:
             "backend": self.backend,
             "target": self.target or "default",
             "workload": asdict(self.workload),
-            "tokens": self.family.tensors(self.workload)["latents"].shape[1],
+            "tokens": self.family.tokens(self.workload),
             "stg_mode": self.stg_mode,
             "stg_blocks": list(self.perturbation.blocks),
         }
@@ -161,15 +168,19 @@ class Setting:
 
 @dataclass(frozen=True)
 class Inputs:
-    """One video's request on the CPU: packed noise (1, tokens, channels), texts, steps."""
+    """One video's request on the CPU: packed noise (1, ...), texts, steps.
+
+    `earlier` are the predictions (steps, 1, ...) before the middle step, for solvers that read them.
+    """
 
     noise: Tensor
     uncond: TextCondition
     cond: TextCondition
     solver: SolverTable
     frame_rate: float
+    earlier: Tensor
 
     @property
     def middle(self) -> int:
         """The step that single steps are measured at."""
-        return len(self.solver.timesteps) // 2
+        return len(self.earlier)

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from stg_trt.device import Device
 from stg_trt.errors import GateMissed
-from stg_trt.perturbation import Perturbation
 from stg_trt.segment import Segment
 from stg_trt.step_graph import StepGraph
-from stg_trt.step_plan import GROUPS, StepPlan, full_plan, plan_step
+from stg_trt.step_plan import StepPlan, full_plan, plan_step
 from stg_trt.step_program import StepProgram
 
 from . import record
@@ -73,7 +72,7 @@ class StepBenchmark:
             root = engines or Path(stack.enter_context(tempfile.TemporaryDirectory()))
             for layout in self.layouts:
                 build = setting.build(layout, root)
-                added = _variants(Subject(setting, build, inputs, device), setting.perturbation, device)
+                added = _variants(Subject(setting, build, inputs, device), setting, device)
                 results.add(**_verified(added, reference, results.result))
                 variants |= added
                 times = alternate(
@@ -85,20 +84,21 @@ class StepBenchmark:
         _print(results.result)
 
 
-def _plans(layout: str, segments: Sequence[Segment], perturbation: Perturbation) -> dict[str, StepPlan]:
-    """The plans of a layout by name."""
-    cfg = plan_step(segments, GROUPS[:2], None)
-    stg = plan_step(segments, GROUPS, perturbation)
+def _plans(layout: str, segments: Sequence[Segment], setting: Setting) -> dict[str, StepPlan]:
+    """The plans of a layout by name; cfg is what is left without the skip pass."""
+    passes, perturbation = setting.passes, setting.perturbation
+    cfg = plan_step(segments, passes[:-1], None)
+    stg = plan_step(segments, passes, perturbation)
     if layout == "twin":
         return {"twin": stg, "twin cfg": cfg}
-    return {"shared": stg, "full": full_plan(segments, GROUPS, perturbation), "cfg": cfg}
+    return {"shared": stg, "full": full_plan(segments, passes, perturbation), "cfg": cfg}
 
 
-def _variants(subject: Subject, perturbation: Perturbation, device: Device) -> dict[str, Variant]:
+def _variants(subject: Subject, setting: Setting, device: Device) -> dict[str, Variant]:
     """Every plan of a layout; where the device captures, as a graph and again without one."""
     layout = subject.build.manifest.layout
     variants = {}
-    for name, plan in _plans(layout, subject.sampler.segments, perturbation).items():
+    for name, plan in _plans(layout, subject.sampler.segments, setting).items():
         program = subject.program(plan)
         if device.captures:
             variants[name] = Variant(subject, subject.captured(program))
@@ -129,7 +129,7 @@ def _compared(shared: dict[str, Tensor], full: dict[str, Tensor], limits: dict[s
                 f"step: expected {group} of the shared plan within a relative L2 of {limit:.1e} of the full "
                 f"one, got {error:.1e}: do not trust timings of these engines"
             )
-    return max(float((shared[group] - full[group]).abs().max()) for group in GROUPS)
+    return max(float((shared[group] - full[group]).abs().max()) for group in limits)
 
 
 def _timings(variants: dict[str, Variant], times: dict[str, Times], floor: Floor) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class Subject:
         self.state = self.sampler.prepare(
             inputs.noise, inputs.cond, inputs.uncond, self.guidance, inputs.solver, inputs.frame_rate
         )
+        self._earlier = inputs.earlier.to(device.torch_device)
         self.loaded_bytes = 0
         self.weigh()
 
@@ -71,6 +72,8 @@ class Subject:
     def reset(self) -> None:
         """Back to before the middle step."""
         self.state.start(self._inputs.noise)
+        if self.state.history is not None:
+            self.state.history[: len(self._earlier)].copy_(self._earlier)
         self.state.table.counter.fill_(self._inputs.middle)
 
     def preds(self, program: StepProgram | StepGraph) -> dict[str, Tensor]:

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from stg_trt.device import Device
 from stg_trt.errors import GateMissed
-from stg_trt.step_plan import GROUPS
 
-from .eager import EagerStep, perturbed_skip_row
+from .eager import EagerStep, lower_precision, perturbed_skip_row
 from .setting import Inputs, Setting
 
 # Float32 against float32: what is left is the order of summation.
@@ -24,7 +23,7 @@ _SLACK = 1.5
 
 @dataclass(frozen=True)
 class Reference:
-    """Eager float32 predictions (1, tokens, channels) of each row, and the distance that is allowed."""
+    """Eager float32 predictions (1, ...) of each pass, and the distance that is allowed."""
 
     preds: dict[str, Tensor]
     limits: dict[str, float]
@@ -34,16 +33,16 @@ class Reference:
         """Runs the float32 `model` at the middle step; leaves it in the engines' precision."""
         dtype = getattr(torch, setting.workload.dtype)
         exact = _preds(setting, model, inputs, device, torch.float32)
-        limits = dict.fromkeys(GROUPS, allowed(None))
+        limits = dict.fromkeys(exact, allowed(None))
         if dtype != torch.float32:
-            lowered = _preds(setting, model.to(dtype), inputs, device, dtype)
-            limits = {group: allowed(distance(lowered[group], exact[group])) for group in GROUPS}
+            lowered = _preds(setting, lower_precision(model, dtype), inputs, device, dtype)
+            limits = {group: allowed(distance(lowered[group], exact[group])) for group in exact}
         reference = cls(exact, limits)
         reference._check_perturbed()
         return reference
 
     def check(self, name: str, preds: dict[str, Tensor]) -> dict[str, float]:
-        """Relative L2 of each row; raises GateMissed, naming what was run, where one is too far off."""
+        """Relative L2 of each pass; raises GateMissed, naming what was run, where one is too far off."""
         found = {group: distance(pred, self.preds[group]) for group, pred in preds.items()}
         for group, error in found.items():
             if not error <= self.limits[group]:
@@ -89,8 +88,7 @@ def by_group(preds: Tensor, groups: Sequence[str]) -> dict[str, Tensor]:
 def _preds(
     setting: Setting, model: Any, inputs: Inputs, device: Device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    with device.scope(), perturbed_skip_row(model, setting.perturbation):
+    with device.scope(), perturbed_skip_row(setting, model):
         eager = EagerStep(setting, model, inputs, dtype, device.torch_device)
-        timestep = torch.tensor([inputs.solver.timesteps[inputs.middle]], device=device.torch_device)
-        latents = inputs.noise.to(device.torch_device) * inputs.solver.input_scale[inputs.middle]
-        return by_group(eager.preds(latents, timestep), GROUPS)
+        latents = inputs.noise.to(device.torch_device)
+        return by_group(eager.preds(latents, inputs.middle), setting.passes)

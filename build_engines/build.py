@@ -52,6 +52,7 @@ def build(
     backend: str = "onnxruntime",
     target: str | None = None,
     random_weights: bool = False,
+    blocks: Sequence[int] | None = None,
     verify_timesteps: int = 3,
     keep_onnx: bool = False,
     plugins: Sequence[str] = (),
@@ -59,18 +60,17 @@ def build(
 ) -> list[Path]:
     """Builds engines below `output` and returns the build folders, one per target.
 
+    A model with random weights may be shortened: `blocks` has one number per list of blocks.
     `backend` may be auto: the best that this machine can run. `target` may name several, separated by commas;
     it and `precision` default to the backend's, `text_length` to the family's. Finished segments of an
     interrupted build are re-used. `plugins` are our own kernels inside TensorRT engines, by name.
 
     Raises InvalidRequest for options that cannot be used and GateMissed for a segment that fails a check.
     """
-    opened = Checkpoint.open(checkpoint, random_weights=random_weights)
+    opened = Checkpoint.open(checkpoint, random_weights=random_weights).shortened(blocks)
     progress = progress or Silent()
     if backend == AUTO:
-        choice = choose_backend(find_gpu())
-        progress.choose(str(choice))
-        backend, target = choice.backend, target or choice.target
+        backend, target = _choose(target, progress)
     chosen = backend_for(backend)
     targets = tuple((target or chosen.targets[0].name).split(","))
     defaults = opened.family.defaults
@@ -95,6 +95,13 @@ def build(
         plugins=tuple(sorted(set(plugins))),
     )
     return _Builder(options, progress).run()
+
+
+def _choose(target: str | None, progress: Progress) -> tuple[str, str]:
+    """The best backend for this machine, said aloud, and its target unless one was given."""
+    choice = choose_backend(find_gpu())
+    progress.choose(str(choice))
+    return choice.backend, target or choice.target
 
 
 class _Builder:

@@ -36,8 +36,9 @@ def build(
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Seeded random weights, for benchmarks.")
     ] = False,
+    blocks: Annotated[str | None, typer.Option(help="With random weights: how many, as 3 or 2,2.")] = None,
     verify_timesteps: Annotated[
-        int, typer.Option(help="Timesteps compared with eager float32: 3 is first, middle, last; 0 is none.")
+        int, typer.Option(help="To verify: 3 is first, middle, last; 0 is none.")
     ] = 3,
     keep_onnx: Annotated[bool, typer.Option("--keep-onnx", help="Keep the exported graphs.")] = False,
     plugins: Plugins = "",
@@ -46,7 +47,7 @@ def build(
     from stg_trt.perturbation import parse_blocks
 
     # What can be refused without torch is refused before the seconds that its import takes.
-    blocks = None if stg_blocks is None else parse_blocks(stg_blocks)
+    perturbed, kept = parse_blocks(stg_blocks), parse_blocks(blocks, "blocks", "3")
     _check(checkpoint, random_weights, layout, stg_mode, backend, target, precision)
     from .build import build as build_engines
     from .display import BuildDisplay
@@ -59,7 +60,7 @@ def build(
             width=width,
             num_frames=num_frames,
             text_length=text_length,
-            stg_blocks=blocks,
+            stg_blocks=perturbed,
             stg_mode=stg_mode,
             layout=layout,
             precision=precision,
@@ -67,6 +68,7 @@ def build(
             backend=backend,
             target=target,
             random_weights=random_weights,
+            blocks=kept,
             verify_timesteps=verify_timesteps,
             keep_onnx=keep_onnx,
             plugins=[name for name in plugins.split(",") if name],

@@ -55,7 +55,7 @@ def generate(
     # What can be refused without the models is refused before the seconds that diffusers' import takes.
     _check_output(output)
     opened = _open_checkpoint(checkpoint, decodes=output.suffix == ".mp4" or bool(prompt))
-    blocks = None if stg_blocks is None else parse_blocks(stg_blocks)
+    blocks = parse_blocks(stg_blocks)
     scales = _scales(guidance_scale=guidance_scale, stg_scale=stg_scale, rescale=rescale)
     size = {"height": height, "width": width, "num_frames": num_frames}
     kind: dict[str, Any] = {"layout": layout, "backend": backend}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ class Checkpoint:
     transformer_config: dict[str, Any]
     vae_config: dict[str, Any] | None
     scheduler_config: dict[str, Any]
+    model_index: dict[str, Any] | None = None
 
     @classmethod
     def open(cls, checkpoint: str | Path, *, random_weights: bool = False) -> Checkpoint:
@@ -63,12 +65,39 @@ class Checkpoint:
         scheduler = _read_config(folder / "scheduler" / "scheduler_config.json")
         vae_file = folder / "vae" / "config.json"
         vae = _read_config(vae_file) if vae_file.exists() else None
+        index_file = folder / "model_index.json"
+        index = _read_config(index_file) if index_file.exists() else None
         check_class(transformer)
-        opened = cls(folder.name, None if random_weights else folder, transformer, vae, scheduler)
+        opened = cls(folder.name, None if random_weights else folder, transformer, vae, scheduler, index)
         if not random_weights:
             for path in opened._weight_files():
                 _weight_shapes(path)
         return opened
+
+    def shortened(self, counts: Sequence[int] | None) -> Checkpoint:
+        """The same with fewer blocks: one number per entry of the family's `block_counts`; None keeps all.
+
+        Raises InvalidRequest where the weights are not random, and for numbers that the model has not.
+        """
+        if counts is None:
+            return self
+        names = self.family.block_counts
+        most = [self.family.integer(name) for name in names]
+        if self.folder is not None:
+            raise InvalidRequest(
+                "blocks: expected random weights, got a checkpoint that needs all of its blocks: add "
+                "--random-weights or leave --blocks out"
+            )
+        counted = len(counts) == len(names)
+        if not counted or any(not 1 <= n <= limit for n, limit in zip(counts, most, strict=True)):
+            ranges = ", ".join(f"{name} 1 to {limit}" for name, limit in zip(names, most, strict=True))
+            raise InvalidRequest(
+                f"blocks: expected {ranges}, got {','.join(map(str, counts)) or 'none'}: write --blocks "
+                f"{','.join(str(min(2, limit)) for limit in most)}"
+            )
+        config = copy.copy(self.transformer_config)
+        config.update(zip(names, counts, strict=True))
+        return replace(self, transformer_config=config)
 
     @property
     def family(self) -> ModelFamily:
@@ -78,7 +107,7 @@ class Checkpoint:
     @property
     def has_pipeline(self) -> bool:
         """Whether text encoder, tokenizer and VAE are there, so that a prompt can become a video."""
-        return self.folder is not None and (self.folder / "model_index.json").exists()
+        return self.folder is not None and self.model_index is not None
 
     def check_pipeline(self) -> None:
         """Raises InvalidRequest where text encoder, tokenizer and VAE are not there."""
@@ -106,8 +135,8 @@ class Checkpoint:
     def check(self) -> None:
         """Raises InvalidRequest unless scheduler and weights are usable; reads only the files' headers."""
         self.scheduler()
-        if self.folder is not None and self.has_pipeline:
-            self.family.check_pipeline(_read_config(self.folder / "model_index.json"))
+        if self.model_index is not None:
+            self.family.check_pipeline(self.model_index)
         if self.folder is not None:
             self._check_weights(self._empty_transformer().state_dict())
 

@@ -37,17 +37,19 @@ def check_blocks(blocks: tuple[int, ...], num_blocks: int) -> None:
     if wrong:
         raise InvalidRequest(
             f"stg_blocks: expected block numbers from 0 to {num_blocks - 1}, got {wrong}: "
-            "name blocks that the model has"
+            f"name blocks that the model has, such as --stg-blocks {num_blocks // 2}"
         )
     if len(set(blocks)) != len(blocks):
         raise InvalidRequest(f"stg_blocks: expected distinct block numbers, got {list(blocks)}: drop repeats")
 
 
-def parse_blocks(text: str) -> list[int]:
-    """Block numbers from "14,19"; raises InvalidRequest for anything else."""
+def parse_blocks(
+    text: str | None, option: str = "stg_blocks", example: str = "14,19"
+) -> tuple[int, ...] | None:
+    """Numbers from "14,19", None from None; raises InvalidRequest, naming the option, for anything else."""
     try:
-        return [int(block) for block in text.split(",") if block.strip()]
+        return None if text is None else tuple(int(block) for block in text.split(",") if block.strip())
     except ValueError as error:
         raise InvalidRequest(
-            f"stg_blocks: expected numbers separated by commas, got {text!r}: write 14,19"
+            f"{option}: expected numbers separated by commas, got {text!r}: write {example}"
         ) from error

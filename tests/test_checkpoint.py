@@ -146,6 +146,48 @@ def test_published_configurations_open() -> None:
             Checkpoint.open(name)
 
 
+def test_a_shortened_model_is_the_first_blocks(ltx_checkpoint: Path) -> None:
+    whole = Checkpoint.open(ltx_checkpoint, random_weights=True)
+    short = whole.shortened([2])
+    assert short.family.num_blocks == 2 and whole.family.num_blocks == 5
+    assert short.fingerprint() != whole.fingerprint()
+    kept, every = weights(short), weights(whole)
+    assert {name.split(".")[1] for name in kept if name.startswith("transformer_blocks")} == {"0", "1"}
+    assert all(torch.equal(tensor, every[name]) for name, tensor in kept.items())
+    (short.transformer_config).pop("norm_eps")
+    with pytest.raises(InvalidRequest, match=r"expected norm_eps in .*/transformer/config.json, got no such"):
+        short.transformer_config["norm_eps"]
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ([0], r"blocks: expected num_layers 1 to 5, got 0: write --blocks 2$"),
+        ([6], r"blocks: expected num_layers 1 to 5, got 6: write --blocks 2$"),
+        ([], r"blocks: expected num_layers 1 to 5, got none: write --blocks 2$"),
+        ([2, 2], r"blocks: expected num_layers 1 to 5, got 2,2: write --blocks 2$"),
+    ],
+)
+def test_blocks_that_a_model_has_not(ltx_checkpoint: Path, counts: list[int], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        Checkpoint.open(ltx_checkpoint, random_weights=True).shortened(counts)
+
+
+def test_every_list_of_blocks_has_its_number(ltx_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in families with two kinds of blocks, one after the other."""
+    whole = Checkpoint.open(ltx_checkpoint, random_weights=True)
+    monkeypatch.setattr(type(whole.family), "block_counts", ("num_layers", "num_attention_heads"))
+    heads = whole.family.integer("num_attention_heads")
+    assert whole.shortened([3, 1]).transformer_config["num_attention_heads"] == 1
+    with pytest.raises(InvalidRequest, match=f"num_layers 1 to 5, num_attention_heads 1 to {heads}, got 3: "):
+        whole.shortened([3])
+
+
+def test_real_weights_are_not_shortened(ltx_checkpoint: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"blocks: expected random weights, .*: add --random-weights"):
+        Checkpoint.open(ltx_checkpoint).shortened([2])
+
+
 def test_a_scheduler_is_new_each_time(ltx_checkpoint: Path) -> None:
     checkpoint = Checkpoint.open(ltx_checkpoint)
     first = checkpoint.scheduler()

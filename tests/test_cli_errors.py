@@ -210,6 +210,37 @@ def test_build_arguments(case: str, tmp_path: Path, ltx_checkpoint: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("flags", "pattern"),
+    [
+        (("--random-weights", "--blocks=0"), "blocks: expected num_layers 1 to 5, got 0: write --blocks 2"),
+        (("--random-weights", "--blocks=6"), "blocks: expected num_layers 1 to 5, got 6: write --blocks 2"),
+        (("--random-weights", "--blocks=2,2"), "blocks: expected num_layers 1 to 5, got 2,2: write"),
+        (("--random-weights", "--blocks=two"), "blocks: expected numbers .*, got 'two': write 3"),
+        (("--blocks=2",), "blocks: expected random weights, .*: add --random-weights or leave --blocks out"),
+        (
+            ("--random-weights", "--blocks=2", "--stg-blocks=3"),
+            r"stg_blocks: expected block numbers from 0 to 1, got \[3\]: name .* such as --stg-blocks 1",
+        ),
+    ],
+    ids=["none", "too many", "two lists", "no number", "real weights", "perturbed one is gone"],
+)
+def test_fewer_blocks(tmp_path: Path, ltx_checkpoint: Path, flags: tuple[str, ...], pattern: str) -> None:
+    result = run("build", ltx_checkpoint, "--output", tmp_path / "out", *SMALL, *flags)
+    assert_one_line_error(result, pattern)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_shortened_model_builds_with_a_key_of_its_own(tmp_path: Path, ltx_checkpoint: Path) -> None:
+    flags = (*SMALL, "--verify-timesteps=0", "--random-weights", "--output", tmp_path / "out")
+    for blocks in (1, 2):
+        result = run("build", ltx_checkpoint, *flags, f"--blocks={blocks}")
+        assert result.returncode == 0, result.stderr
+    store = EngineStore.open(tmp_path / "out")
+    stops = {build.manifest.segments[-1].segment.stop: build.manifest.weights for build in store.builds}
+    assert stops.keys() == {1, 2} and len(set(stops.values())) == 2
+
+
 @pytest.mark.parametrize("case", CHECKPOINTS)
 def test_checkpoints(case: str, tmp_path: Path, checkpoint: Path) -> None:
     damage, pattern = CHECKPOINTS[case]

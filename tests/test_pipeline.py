@@ -116,16 +116,17 @@ def test_parts_have_their_dtypes_on_a_gpu(case: FamilyCase, checkpoint: Path) ->
     assert components._pipeline.text_encoder.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("random_weights", [False, True])
 @pytest.mark.parametrize(
     ("one", "index", "message"),
     [(one, *refused) for one in CASES for refused in one.refused_indexes],
     ids=str,
 )
 def test_a_folder_of_another_pipeline_is_refused(
-    tmp_path: Path, one: FamilyCase, index: dict[str, Any], message: str
+    tmp_path: Path, one: FamilyCase, index: dict[str, Any], message: str, random_weights: bool
 ) -> None:
     shutil.copytree(one.goldens, tmp_path / "model")
     (tmp_path / "model" / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(InvalidRequest) as refused:
-        Checkpoint.open(tmp_path / "model").check()
+        Checkpoint.open(tmp_path / "model", random_weights=random_weights).check()
     assert message in str(refused.value)

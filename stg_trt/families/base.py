@@ -143,6 +143,8 @@ class ModelFamily(ABC):
     has_text_segment: ClassVar[bool]
     # False where the pipeline in diffusers takes embeddings without a mask; padding is zeros there.
     has_text_mask: ClassVar[bool] = True
+    # The entries of the transformer's config.json that count blocks, in the order of their numbers.
+    block_counts: ClassVar[tuple[str, ...]] = ("num_layers",)
     # Parts of the pipeline that diffusers' documentation wants in float32 on a GPU too.
     float32_components: ClassVar[frozenset[str]] = frozenset()
     decode_options: ClassVar[frozenset[str]] = frozenset()
@@ -175,6 +177,10 @@ class ModelFamily(ABC):
     def check_pipeline(self, model_index: Mapping[str, Any]) -> None:
         """Raises InvalidRequest where model_index.json is that of a variant which is not the family's."""
         return
+
+    @abstractmethod
+    def tokens(self, workload: Workload) -> int:
+        """Video tokens."""
 
     @abstractmethod
     def tensors(self, workload: Workload) -> dict[str, TensorSpec]:

@@ -1,4 +1,4 @@
-"""A model of two blocks whose engines all benchmarks share."""
+"""Models whose engines all benchmarks share: two blocks of LTX-Video, and the tiny Wan of the goldens."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 
 from stg_trt.benchmarks.setting import Setting
 from tests.cli import ROOT
+from tests.family_cases import WAN
 
 MODEL = ROOT / "benchmarks/models/ltx-video-128x2"
 
@@ -25,7 +26,20 @@ def tiny(engines: Path) -> tuple[str, ...]:
     return (f"--checkpoint={MODEL}", *size, "--stg-blocks=1", f"--engines={engines}")
 
 
+@pytest.fixture(scope="session")
+def tiny_wan(engines: Path) -> tuple[str, ...]:
+    """The same of a family with a multi-step solver and latents that are not packed."""
+    size = [f"--{name.replace('_', '-')}={value}" for name, value in WAN.sizes.items()]
+    return (f"--checkpoint={WAN.goldens}", *size, "--stg-blocks=2", f"--engines={engines}")
+
+
 @pytest.fixture
 def setting() -> Setting:
-    """The same model and size in Python."""
+    """The LTX-Video model and size in Python."""
     return Setting(str(MODEL), 64, 64, 9, 8, stg_mode="stg-a", stg_blocks=(1,), backend="onnxruntime")
+
+
+@pytest.fixture
+def wan_setting() -> Setting:
+    """The Wan model and size in Python."""
+    return Setting(str(WAN.goldens), **WAN.sizes, stg_mode="stg-a", stg_blocks=(2,), backend="onnxruntime")

@@ -29,6 +29,14 @@ def test_measures_eager_and_says_what_is_left_out(tmp_path: Path, tiny: tuple[st
         assert row["share_of_floor"] > 0 and row["peak_bytes"] >= 0
 
 
+def test_measures_a_family_with_a_multi_step_solver(tmp_path: Path, tiny_wan: tuple[str, ...]) -> None:
+    output = tmp_path / "peers.json"
+    answer = run("bench", "peers", *tiny_wan, "--peers=eager", "--rounds=2", f"--output={output}")
+    assert answer.returncode == 0, answer.stderr
+    result = json.loads(output.read_text())
+    assert result["complete"] and max(result["verification"]["eager"].values()) <= 1e-4
+
+
 def test_torch_compile_is_one_of_them(
     tmp_path: Path, engines: Path, setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:

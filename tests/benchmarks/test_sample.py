@@ -34,6 +34,12 @@ def test_measures_calls_and_their_steps(tmp_path: Path, tiny: tuple[str, ...]) -
     assert "loop overhead" in answer.stdout
 
 
+def test_a_multi_step_solver(tmp_path: Path, engines: Path, wan_setting: Setting) -> None:
+    SampleBenchmark(wan_setting, "segmented", 4, 1).run(tmp_path / "sample.json", engines)
+    result = json.loads((tmp_path / "sample.json").read_text())
+    assert result["complete"] and result["verification"]["relative_l2"] <= 1e-4
+
+
 def test_a_broken_plan_is_not_timed(
     tmp_path: Path, engines: Path, setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,6 +51,16 @@ def test_measures_every_plan(tmp_path: Path, tiny: tuple[str, ...]) -> None:
     assert result["verification"].keys() == PLANS.keys()
 
 
+def test_measures_a_family_with_a_multi_step_solver(tmp_path: Path, tiny_wan: tuple[str, ...]) -> None:
+    output = tmp_path / "step.json"
+    answer = run("bench", "step", *tiny_wan, "--layouts=segmented", "--rounds=2", "--output", output)
+    assert answer.returncode == 0, answer.stderr
+    result = read(output)
+    assert result["complete"] and result["tokens"] == 36
+    assert result["verification"].keys() == {"shared", "full", "cfg"}
+    assert max(max(errors.values()) for errors in result["verification"].values()) <= 1e-4
+
+
 def test_the_segmented_layout_holds_its_weights_once(tmp_path: Path, engines: Path, setting: Setting) -> None:
     StepBenchmark(setting, ("segmented", "twin"), 1).run(tmp_path / "step.json", engines)
     result = read(tmp_path / "step.json")
