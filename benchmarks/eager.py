@@ -80,9 +80,11 @@ class EagerStep:
         self._initial = inputs.noise.to(device)
         self._timesteps = torch.tensor(inputs.solver.timesteps, device=device)
         texts = [inputs.uncond if name == "uncond" else inputs.cond for name in self._passes]
+        text = TextCondition.stacked(texts)
         text = TextCondition(
-            torch.cat([text.embeds for text in texts]).to(device, dtype),
-            torch.cat([text.mask for text in texts]).to(device),
+            text.embeds.to(device, dtype),
+            text.mask.to(device),
+            None if text.pooled is None else text.pooled.to(device, dtype),
         )
         family = setting.family
         self._arguments = uncut_model(family).arguments(family, text, setting.workload, inputs.frame_rate)

@@ -121,20 +121,16 @@ class Setting:
         """A request's inputs at random, for `steps` steps of the family's schedule (default: its own)."""
         family, workload = self.family, self.workload
         generator = torch.Generator().manual_seed(0)
-        specs = family.tensors(workload)
-        embeds = torch.randn(specs["prompt_embeds"].with_rows(2), generator=generator)
-        mask = torch.ones(embeds.shape[:2])
-        # The last quarter is padding, as prompts are shorter than the text length.
-        mask[:, embeds.shape[1] - embeds.shape[1] // 4 :] = 0
+        uncond, cond = (family.random_text(workload, 1, generator) for _ in range(2))
         scheduler = self.opened.scheduler()
         family.set_timesteps(scheduler, steps or family.defaults.num_inference_steps, workload)
         solver = SolverTable.from_scheduler(scheduler)
-        noise = torch.randn(specs["latents"].with_rows(1), generator=generator)
+        noise = torch.randn(family.tensors(workload)["latents"].with_rows(1), generator=generator)
         middle = len(solver.timesteps) // 2
         return Inputs(
             noise=noise * solver.noise_scale,
-            uncond=TextCondition(embeds[:1], mask[:1]),
-            cond=TextCondition(embeds[1:], mask[1:]),
+            uncond=uncond,
+            cond=cond,
             solver=solver,
             frame_rate=family.defaults.frame_rate,
             earlier=torch.randn(middle, *noise.shape, generator=generator),

@@ -51,6 +51,35 @@ class ValuesOnlyInSkipRow:
         return torch.cat([attended, values])
 
 
+class SelfAndTextInSkipRow:
+    """stg-a of a joint attention: the stock processor, in the last row under a mask over all pairs of tokens.
+
+    Video tokens see themselves and the text there, no other video token; text sees everything.
+    """
+
+    def __init__(self, stock: Any) -> None:
+        self.stock = stock
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        video, mask = hidden_states.shape[1], attention_mask
+        tokens = video + encoder_hidden_states.shape[1]
+        seen = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device)
+        seen[:video, :video] = torch.eye(video, dtype=torch.bool, device=mask.device)
+        plain = self.stock(attn, hidden_states[:-1], encoder_hidden_states[:-1], mask[:-1], image_rotary_emb)
+        skipped = self.stock(
+            attn, hidden_states[-1:], encoder_hidden_states[-1:], mask[-1:] & seen, image_rotary_emb
+        )
+        video_out, text_out = (torch.cat(pair) for pair in zip(plain, skipped, strict=True))
+        return video_out, text_out
+
+
 def _without_last_row(given: Any, rows: int) -> Any:
     """Arguments without the last row of the tensors that have one; a table for all rows stays."""
     if isinstance(given, Tensor):
@@ -80,7 +109,19 @@ def _wan_arguments(family: Any, text: TextCondition, workload: Workload, frame_r
     return {"encoder_hidden_states": text.embeds * text.mask[:, :, None].to(text.embeds)}
 
 
+def _hunyuan_video_arguments(
+    family: Any, text: TextCondition, workload: Workload, frame_rate: float
+) -> dict[str, Any]:
+    return {
+        "encoder_hidden_states": text.embeds,
+        "encoder_attention_mask": text.mask,
+        "pooled_projections": text.pooled,
+        "guidance": text.mask.new_full((len(text.mask),), 1000.0 * family.embedded_guidance),
+    }
+
+
 _UNCUT = {
+    "hunyuan-video": UncutModel(_hunyuan_video_arguments, "attn", SelfAndTextInSkipRow),
     "ltx-video": UncutModel(_ltx_video_arguments, "attn1", ValuesOnlyInSkipRow),
     "wan2.1": UncutModel(_wan_arguments, "attn1", ValuesOnlyInSkipRow),
 }

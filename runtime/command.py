@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 _EMBEDS = (
     "prompt_embeds",
     "prompt_attention_mask",
+    "pooled_prompt_embeds",
     "negative_prompt_embeds",
     "negative_prompt_attention_mask",
+    "negative_pooled_prompt_embeds",
     "latents",
 )
 
@@ -38,6 +40,9 @@ def generate(
     frame_rate: Annotated[float | None, typer.Option(help="Frames per second.")] = None,
     num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance_scale: Annotated[str | None, typer.Option(help="CFG: a number, or one per step: 3,3,1.")] = None,
+    embedded_guidance: Annotated[
+        float | None, typer.Option(help="Distilled models have it, not CFG.")
+    ] = None,
     stg_scale: Annotated[str | None, typer.Option(help="STG: a number, or one per step: 0,1,1.")] = None,
     stg_mode: Annotated[str | None, typer.Option(help="stg-a or stg-r. [default: the engines']")] = None,
     stg_blocks: Annotated[str | None, typer.Option(help="Such as 14,19. [default: the engines']")] = None,
@@ -55,7 +60,7 @@ def generate(
     # What can be refused without the models is refused before the seconds that diffusers' import takes.
     _check_output(output)
     opened = _open_checkpoint(checkpoint, decodes=output.suffix == ".mp4" or bool(prompt))
-    blocks = parse_blocks(stg_blocks)
+    perturbed = {"stg_mode": stg_mode, "stg_blocks": parse_blocks(stg_blocks), "preset": preset}
     scales = _scales(guidance_scale=guidance_scale, stg_scale=stg_scale, rescale=rescale)
     size = {"height": height, "width": width, "num_frames": num_frames}
     kind: dict[str, Any] = {"layout": layout, "backend": backend}
@@ -73,9 +78,8 @@ def generate(
         frame_rate=frame_rate,
         num_inference_steps=num_inference_steps,
         **scales,
-        stg_mode=stg_mode,
-        stg_blocks=blocks,
-        preset=preset,
+        embedded_guidance=embedded_guidance,
+        **perturbed,
         num_videos_per_prompt=num_videos_per_prompt,
         generator=_generator(seed),
         output_type="np" if output.suffix == ".mp4" else "latent",

@@ -1,4 +1,4 @@
-"""The checkpoint's text encoder, tokenizer and VAE, on the device where the engines run."""
+"""The checkpoint's text encoders, tokenizers and VAE, on the device where the engines run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stg_trt.families.base import TextCondition, Workload, load_class
 class Components:
     """The diffusers pipeline of a checkpoint without its transformer; loaded when first asked for.
 
-    With `offload` the text encoder and the VAE are on the device only while they work, which frees their
+    With `offload` the text encoders and the VAE are on the device only while they work, which frees their
     memory for the engines and costs a copy per call.
     """
 
@@ -55,7 +55,8 @@ class Components:
                     f"prompt: expected at most {workload.text_length} tokens, got {tokens}: "
                     f"shorten it or rebuild with --text-length {tokens}"
                 )
-        with self._on(device, "text_encoder"):
+        encoders = [name for name in self._pipeline.components if name.startswith("text_encoder")]
+        with self._on(device, *encoders):
             return self._family.encode_prompt(self._pipeline, prompts, workload)
 
     def decode(
@@ -75,11 +76,13 @@ class Components:
         return {"default": torch.bfloat16, **wide}
 
     @contextmanager
-    def _on(self, device: torch.device, name: str) -> Iterator[None]:
-        module = getattr(self._pipeline, name)
-        module.to(device)
+    def _on(self, device: torch.device, *names: str) -> Iterator[None]:
+        modules = [getattr(self._pipeline, name) for name in names]
+        for module in modules:
+            module.to(device)
         try:
             yield
         finally:
             if self._offload:
-                module.to("cpu")
+                for module in modules:
+                    module.to("cpu")

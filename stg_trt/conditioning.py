@@ -2,39 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 from torch.nn.functional import pad
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.families.base import TextCondition
+from stg_trt.families.base import POOLED, TextCondition
 from stg_trt.tensor_spec import TensorSpec
 
 Encode = Callable[[list[str]], TextCondition]
 
 
 @dataclass(frozen=True)
+class Embeddings:
+    """What may be given instead of a text; only some models take pooled embeddings."""
+
+    embeds: Tensor | None
+    mask: Tensor | None
+    pooled: Tensor | None
+
+
+@dataclass(frozen=True)
 class Prompts:
-    """Exactly one of `prompt` and `embeds`; raises InvalidRequest otherwise."""
+    """Exactly one of `prompt` and `given.embeds`; raises InvalidRequest otherwise."""
 
     prompt: str | list[str] | None
     negative_prompt: str | list[str] | None
-    embeds: Tensor | None
-    mask: Tensor | None
-    negative_embeds: Tensor | None
-    negative_mask: Tensor | None
+    given: Embeddings
+    negative: Embeddings
     videos_per_prompt: int
 
     def __post_init__(self) -> None:
-        if (self.prompt is None) == (self.embeds is None):
+        embeds = self.given.embeds
+        if (self.prompt is None) == (embeds is None):
             got = "neither" if self.prompt is None else "both"
             raise InvalidRequest(f"prompt: expected prompt or prompt_embeds, got {got}: give one of them")
-        if self.embeds is not None and self.embeds.ndim != 3:
+        if embeds is not None and embeds.ndim != 3:
             raise InvalidRequest(
-                f"prompt_embeds: expected (videos, tokens, width), got {tuple(self.embeds.shape)}: "
+                f"prompt_embeds: expected (videos, tokens, width), got {tuple(embeds.shape)}: "
                 "pass one row per video"
+            )
+        if embeds is None and self.given.pooled is not None:
+            raise InvalidRequest(
+                f"{POOLED}: expected it beside prompt_embeds, got it beside a prompt: give one of them"
             )
         if self.videos_per_prompt < 1:
             raise InvalidRequest(
@@ -51,29 +63,30 @@ class Prompts:
     @property
     def videos(self) -> int:
         """Videos to generate."""
-        return (len(self.texts) if self.embeds is None else len(self.embeds)) * self.videos_per_prompt
+        embeds = self.given.embeds
+        return (len(self.texts) if embeds is None else len(embeds)) * self.videos_per_prompt
 
     def conditions(
-        self, encode: Encode, spec: TensorSpec, needs_uncond: bool, needs_mask: bool
+        self, encode: Encode, specs: Mapping[str, TensorSpec], needs_uncond: bool, needs_mask: bool
     ) -> tuple[TextCondition, TextCondition | None]:
         """Conditions of the cond rows and, where a step computes them, of the uncond rows.
 
-        `spec` is that of prompt_embeds in the engines: (rows, text length, width). Without `needs_mask`,
-        embeddings given without a mask are all real tokens.
+        `specs` are those of the engines; prompt_embeds is (rows, text length, width) there. Without
+        `needs_mask`, embeddings given without a mask are all real tokens.
         """
-        if self.embeds is not None:
-            cond = _checked("prompt_embeds", self.embeds, self.mask, spec, needs_mask)
+        if self.given.embeds is not None:
+            cond = _checked("", self.given, specs, needs_mask)
         else:
             cond = encode(self.texts)
-        uncond = self._uncond(encode, spec, needs_mask, len(cond.embeds)) if needs_uncond else None
+        uncond = self._uncond(encode, specs, needs_mask, len(cond.embeds)) if needs_uncond else None
         times = self.videos_per_prompt
         return cond.repeated(times), uncond.repeated(times) if uncond is not None else None
 
-    def _uncond(self, encode: Encode, spec: TensorSpec, needs_mask: bool, count: int) -> TextCondition:
-        if self.embeds is not None:
-            return _checked(
-                "negative_prompt_embeds", self.negative_embeds, self.negative_mask, spec, needs_mask, count
-            )
+    def _uncond(
+        self, encode: Encode, specs: Mapping[str, TensorSpec], needs_mask: bool, count: int
+    ) -> TextCondition:
+        if self.given.embeds is not None:
+            return _checked("negative_", self.negative, specs, needs_mask, count)
         negative = self.negative_prompt
         texts = list(negative) if isinstance(negative, list) else [negative or ""] * count
         if len(texts) != count:
@@ -84,24 +97,19 @@ class Prompts:
 
 
 def _checked(
-    name: str,
-    embeds: Tensor | None,
-    mask: Tensor | None,
-    spec: TensorSpec,
+    prefix: str,
+    given: Embeddings,
+    specs: Mapping[str, TensorSpec],
     needs_mask: bool,
     count: int | None = None,
 ) -> TextCondition:
     """Embeddings with their mask, padded to the engines' text length."""
-    mask_name = name.replace("embeds", "attention_mask")
+    name, mask_name = f"{prefix}prompt_embeds", f"{prefix}prompt_attention_mask"
+    embeds, mask = given.embeds, given.mask
     if mask is None and not needs_mask and embeds is not None:
         mask = embeds.new_ones(embeds.shape[:2])
-    for tensor_name, tensor in ((name, embeds), (mask_name, mask)):
-        if tensor is None:
-            raise InvalidRequest(
-                f"{tensor_name}: expected a tensor beside prompt_embeds, got None: pass it too"
-            )
-    assert embeds is not None and mask is not None
-    _, length, width = spec.shape
+    embeds, mask = _needed(name, embeds), _needed(mask_name, mask)
+    _, length, width = specs["prompt_embeds"].shape
     assert isinstance(length, int)
     fits = embeds.ndim == 3 and embeds.shape[1] <= length and embeds.shape[2] == width
     if not fits or (count is not None and len(embeds) != count):
@@ -113,5 +121,27 @@ def _checked(
         raise InvalidRequest(
             f"{mask_name}: expected {tuple(embeds.shape[:2])}, got {tuple(mask.shape)}: one entry per token"
         )
+    pooled = _checked_pooled(f"{prefix}{POOLED}", given.pooled, specs.get(POOLED), len(embeds))
     missing = length - embeds.shape[1]
-    return TextCondition(pad(embeds, (0, 0, 0, missing)), pad(mask.float(), (0, missing)))
+    return TextCondition(pad(embeds, (0, 0, 0, missing)), pad(mask.float(), (0, missing)), pooled)
+
+
+def _checked_pooled(name: str, pooled: Tensor | None, spec: TensorSpec | None, count: int) -> Tensor | None:
+    """Pooled embeddings of a model that takes them; None for one that does not."""
+    if spec is None:
+        if pooled is not None:
+            raise InvalidRequest(f"{name}: expected none for this model, got a tensor: leave it out")
+        return None
+    pooled = _needed(name, pooled)
+    if tuple(pooled.shape) != spec.with_rows(count):
+        raise InvalidRequest(
+            f"{name}: expected {spec.with_rows(count)}, got {tuple(pooled.shape)}: pass pooled embeddings of "
+            "this model's second text encoder, one row per video"
+        )
+    return pooled
+
+
+def _needed(name: str, tensor: Tensor | None) -> Tensor:
+    if tensor is None:
+        raise InvalidRequest(f"{name}: expected a tensor beside prompt_embeds, got None: pass it too")
+    return tensor

@@ -154,7 +154,10 @@ def load_preset(name: str) -> Preset:
 
 @dataclass(frozen=True)
 class Guidance:
-    """Scales, rescale and perturbed blocks of every step; off is cfg 1, stg 0, rescale 0, no blocks."""
+    """Scales, rescale and perturbed blocks of every step; off is cfg 1, stg 0, rescale 0, no blocks.
+
+    `embedded` is what a distilled model takes as an input on all steps; None is its family's default.
+    """
 
     cfg_scale: tuple[float, ...]
     stg_scale: tuple[float, ...]
@@ -162,6 +165,7 @@ class Guidance:
     blocks: tuple[Blocks, ...]
     mode: str = "stg-a"
     cfg_zero_star: bool = False
+    embedded: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("stg_scale", "rescale", "blocks"):
@@ -169,6 +173,10 @@ class Guidance:
         _check_values("guidance_scale", self.cfg_scale, -math.inf, math.inf)
         _check_values("stg_scale", self.stg_scale, 0, math.inf)
         _check_values("rescale", self.rescale, 0, 1)
+        if self.embedded is not None and not math.isfinite(self.embedded):
+            raise InvalidRequest(
+                f"embedded_guidance: expected a number that is finite, got {self.embedded}: correct the value"
+            )
         if self.mode not in ("stg-a", "stg-r"):
             raise InvalidRequest(
                 f"stg_mode: expected 'stg-a' or 'stg-r', got {self.mode!r}: choose one of the two"
@@ -192,6 +200,7 @@ class Guidance:
         stg_range: tuple[int, int] | None = None,
         preset: str | None = None,
         cfg_zero_star: bool | None = None,
+        embedded_guidance: float | None = None,
     ) -> Guidance:
         """Tables for the steps at `sigmas` (in 0..1 where bins read them).
 
@@ -210,6 +219,7 @@ class Guidance:
             blocks=_blocks_per_step(given.stg_blocks if stg_blocks is None else stg_blocks, sigmas),
             mode=given.stg_mode if stg_mode is None else stg_mode,
             cfg_zero_star=given.cfg_zero_star if cfg_zero_star is None else cfg_zero_star,
+            embedded=embedded_guidance,
         )
         for i, (scale, blocks) in enumerate(zip(guidance.stg_scale, guidance.blocks, strict=True)):
             if scale != 0 and not blocks:

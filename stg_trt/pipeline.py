@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from torch import Tensor
 from stg_trt.backends import backend_for
 from stg_trt.checkpoint import Checkpoint, published
 from stg_trt.components import Components
-from stg_trt.conditioning import Prompts
+from stg_trt.conditioning import Embeddings, Prompts
 from stg_trt.device import Device, open_device
 from stg_trt.engine_store import Build, EngineRequest, EngineStore, find_possible
 from stg_trt.errors import InvalidRequest, OutOfDeviceMemory
@@ -74,6 +75,7 @@ class VideoPipeline:
         self.scheduler = checkpoint.scheduler()
         self.interrupt = False
         self.num_timesteps = 0
+        self._warned = False
         self._base = EngineRequest(
             weights=checkpoint.fingerprint(), layout=layout, backend=backend, machine=this_machine()
         )
@@ -119,6 +121,7 @@ class VideoPipeline:
         frame_rate: float | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: Scale | None = None,
+        embedded_guidance: float | None = None,
         stg_scale: Scale | None = None,
         stg_mode: str | None = None,
         stg_blocks: BlockSets | None = None,
@@ -131,8 +134,10 @@ class VideoPipeline:
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         prompt_attention_mask: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         negative_prompt_attention_mask: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
         **decode_options: Any,
@@ -143,19 +148,18 @@ class VideoPipeline:
         tables. `decode_options` are the family's own (such as decode_timestep). Raises InvalidRequest for
         arguments that cannot be used and EngineRejected where no engine fits them.
         """
-        self._check_options(output_type, decode_options)
+        self._check_options(output_type, embedded_guidance, decode_options)
         prompts = Prompts(
             prompt,
             negative_prompt,
-            prompt_embeds,
-            prompt_attention_mask,
-            negative_prompt_embeds,
-            negative_prompt_attention_mask,
+            Embeddings(prompt_embeds, prompt_attention_mask, pooled_prompt_embeds),
+            Embeddings(negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds),
             num_videos_per_prompt,
         )
         scales = {"guidance_scale": guidance_scale, "stg_scale": stg_scale, "rescale": rescale}
         perturbed = {"stg_mode": stg_mode, "stg_blocks": stg_blocks, "stg_range": stg_range}
-        given = {**scales, **perturbed, "cfg_zero_star": cfg_zero_star, "preset": preset}
+        other = {"embedded_guidance": embedded_guidance, "cfg_zero_star": cfg_zero_star, "preset": preset}
+        given = {**scales, **perturbed, **other}
         size = {"height": height, "width": width, "num_frames": num_frames, "videos": prompts.videos}
         schedule = self._schedule(size, num_inference_steps, given)
         if output_type != "latent":
@@ -173,6 +177,7 @@ class VideoPipeline:
         preset = load_preset(given["preset"]) if given["preset"] is not None else None
         solver, sigmas = self._solve(first.workload, steps, preset)
         guidance = Guidance.for_steps(sigmas, **self._with_defaults(given, first))
+        self._warn_of_second_guidance(guidance)
         perturbations = frozenset(filter(None, map(guidance.perturbation, range(len(sigmas)))))
         exact = {name: getattr(first.workload, name) for name in ("height", "width", "num_frames")}
         request = replace(self._base, **size | exact, perturbations=perturbations)
@@ -186,7 +191,7 @@ class VideoPipeline:
         device = self._device_for(schedule.build).torch_device
         cond, uncond = prompts.conditions(
             lambda texts: self.components.encode(texts, workload, device),
-            self.family.tensors(workload)["prompt_embeds"],
+            self.family.tensors(workload),
             any("uncond" in guidance.passes(i) for i in range(self.num_timesteps)),
             self.family.has_text_mask,
         )
@@ -262,6 +267,19 @@ class VideoPipeline:
         }
         return given | {name: value for name, value in fallback.items() if given[name] is None}
 
+    def _warn_of_second_guidance(self, guidance: Guidance) -> None:
+        """Once: CFG on top of the guidance that a distilled model takes as an input."""
+        scale = next((scale for scale in guidance.cfg_scale if scale != 1), None)
+        if scale is None or self.family.embedded_guidance is None or self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            f"guidance_scale: expected 1 for {self.family.name}, which is distilled and takes "
+            f"embedded_guidance instead, got {scale}: CFG on top of it doubles the work with one more pass "
+            "per step; leave guidance_scale out to save it",
+            stacklevel=4,
+        )
+
     def _noise(
         self, schedule: Schedule, videos: int, generator: Generators | None, latents: Tensor | None
     ) -> Tensor:
@@ -285,10 +303,17 @@ class VideoPipeline:
         noise = self.family.pack(latents) if tuple(latents.shape) == shape else latents
         return noise.float() * schedule.solver.noise_scale
 
-    def _check_options(self, output_type: str, decode_options: dict[str, Any]) -> None:
+    def _check_options(
+        self, output_type: str, embedded_guidance: float | None, decode_options: dict[str, Any]
+    ) -> None:
         if output_type not in _OUTPUT_TYPES:
             raise InvalidRequest(
                 f"output_type: expected one of {', '.join(_OUTPUT_TYPES)}, got {output_type!r}: choose one"
+            )
+        if embedded_guidance is not None and self.family.embedded_guidance is None:
+            raise InvalidRequest(
+                f"embedded_guidance: expected none for {self.family.name}, which takes no guidance as an "
+                f"input, got {embedded_guidance}: use guidance_scale"
             )
         unknown = decode_options.keys() - self.family.decode_options
         if unknown:

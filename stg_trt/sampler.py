@@ -105,7 +105,8 @@ class Sampler:
         """Writes a run's start, tables and constants into the static memory, as `steps` does."""
         with self._device.scope():
             state = self._prepared(latents, guidance, solver)
-            self._write_constants(state.buffers, cond, uncond, frame_rate)
+            text = TextCondition.stacked((uncond or cond, cond, cond)).guided(guidance.embedded)
+            self._write_constants(state.buffers, text, frame_rate)
         return state
 
     def program(self, key: StepKey, state: StepState) -> StepProgram | StepGraph:
@@ -158,11 +159,8 @@ class Sampler:
             context.bind(name, buffers.view(name))
         return context
 
-    def _write_constants(
-        self, buffers: StepBuffers, cond: TextCondition, uncond: TextCondition | None, frame_rate: float
-    ) -> None:
+    def _write_constants(self, buffers: StepBuffers, text: TextCondition, frame_rate: float) -> None:
         """Text, masks and position tables of the whole run; the skip rows have the prompt of cond."""
-        text = TextCondition.stacked((uncond or cond, cond, cond))
         for name, tensor in self.family.constants(text, self.workload, frame_rate).items():
             buffers.view(name).copy_(tensor)
         if self._text is not None:

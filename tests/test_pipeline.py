@@ -50,7 +50,8 @@ def pipeline(case: FamilyCase, checkpoint: Path, tmp_path_factory: pytest.TempPa
 def of_diffusers(case: FamilyCase, checkpoint: Path, scheduler: Any, output_type: str, **given: Any) -> Any:
     own = case.pipeline_class.from_pretrained(checkpoint, scheduler=scheduler)
     own.set_progress_bar_config(disable=True)
-    return own(**given, max_sequence_length=TEXT_LENGTH, output_type=output_type).frames
+    theirs = {case.names.get(name, name): value for name, value in given.items()}
+    return own(**theirs, max_sequence_length=TEXT_LENGTH, output_type=output_type).frames
 
 
 def call(case: FamilyCase, pipeline: VideoPipeline, prompts: list[str]) -> dict[str, Any]:
@@ -65,6 +66,7 @@ def call(case: FamilyCase, pipeline: VideoPipeline, prompts: list[str]) -> dict[
         "num_frames": case.workload.num_frames,
         "num_inference_steps": STEPS,
         "guidance_scale": 4.0,
+        **({"embedded_guidance": 5.0} if "embedded_guidance" in case.names else {}),
         "latents": noise,
     }
 

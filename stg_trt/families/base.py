@@ -77,8 +77,8 @@ class Defaults:
 class TextCondition:
     """Prompt embeddings (videos, tokens, width) and mask (videos, tokens), 1 for a real token.
 
-    Where the family takes them, also `pooled` embeddings (videos, width) and the embedded `guidance` (videos,),
-    of which None is the family's default.
+    Where the family takes them, also `pooled` embeddings (videos, width) and the embedded `guidance`
+    (videos,), of which None is the family's default.
     """
 
     embeds: Tensor
@@ -89,15 +89,19 @@ class TextCondition:
     @classmethod
     def stacked(cls, texts: Sequence[TextCondition]) -> TextCondition:
         """The videos of all, in order."""
-        columns = {field.name: [getattr(text, field.name) for text in texts] for field in fields(cls)}
-        return cls(**{name: None if rows[0] is None else torch.cat(rows) for name, rows in columns.items()})
+        rows: dict[str, Any] = {}
+        for field in fields(cls):
+            tensors = [getattr(text, field.name) for text in texts]
+            rows[field.name] = None if tensors[0] is None else torch.cat(tensors)
+        return cls(**rows)
 
     def repeated(self, times: int) -> TextCondition:
         """Every video `times` times, next to each other."""
-        columns = {field.name: getattr(self, field.name) for field in fields(self)}
-        return TextCondition(
-            **{name: None if x is None else x.repeat_interleave(times, 0) for name, x in columns.items()}
-        )
+        rows: dict[str, Any] = {}
+        for field in fields(self):
+            tensor = getattr(self, field.name)
+            rows[field.name] = None if tensor is None else tensor.repeat_interleave(times, 0)
+        return TextCondition(**rows)
 
     def guided(self, embedded_guidance: float | None) -> TextCondition:
         """The same with an embedded guidance; None is the family's default."""
@@ -253,7 +257,7 @@ class ModelFamily(ABC):
         return [tensors[name] for name in self.borders(segment)[1]]
 
     def random_text(self, workload: Workload, rows: int, generator: torch.Generator) -> TextCondition:
-        """Standard normal embeddings; the last quarter is padding, as prompts are shorter than the text length."""
+        """Random embeddings; the last quarter is padding, as prompts are shorter than the text length."""
         specs = self.tensors(workload)
         embeds = torch.randn(specs["prompt_embeds"].with_rows(rows), generator=generator)
         mask = torch.ones(embeds.shape[:2])

@@ -64,9 +64,9 @@ class HunyuanVideoSegment(JointAttentionSegment):
 
     def block(self, block: Any, state: State, perturbed: bool) -> State:
         single = hasattr(block, "proj_mlp")
-        return (self.single if single else self.double)(block, state, perturbed)
+        return (self.single_block if single else self.double_block)(block, state, perturbed)
 
-    def double(self, block: Any, state: State, perturbed: bool) -> State:
+    def double_block(self, block: Any, state: State, perturbed: bool) -> State:
         """A block with weights for each stream."""
         video, text = state["hidden_states"], state["encoder_hidden_states"]
         shift, scale, gate, *video_ff = modulation(block.norm1, state["temb"], 6)
@@ -86,7 +86,7 @@ class HunyuanVideoSegment(JointAttentionSegment):
             "encoder_hidden_states": feed_forward(block.norm2_context, block.ff_context, text, *text_ff),
         }
 
-    def single(self, block: Any, state: State, perturbed: bool) -> State:
+    def single_block(self, block: Any, state: State, perturbed: bool) -> State:
         """A block with one set of weights, attention and feed-forward side by side."""
         tokens = state["hidden_states"].shape[1]
         both = torch.cat([state["hidden_states"], state["encoder_hidden_states"]], 1)
@@ -119,12 +119,14 @@ class HunyuanVideoSegment(JointAttentionSegment):
 def modulation(norm: Any, temb: Tensor, count: int) -> Sequence[Tensor]:
     """Shifts, scales and gates (rows, 1, channels) from a norm's projection of temb, in float32."""
     made = norm.linear(F.silu(temb).to(norm.linear.weight.dtype))
-    return made.float().unsqueeze(1).chunk(count, dim=2)  # type: ignore[no-any-return]
+    chunks: Sequence[Tensor] = made.float().unsqueeze(1).chunk(count, dim=2)
+    return chunks
 
 
 def modulated(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """norm(x) * (1 + scale) + shift, in float32."""
-    return (norm(x.float()) * (1 + scale) + shift).to(x.dtype)
+    result: Tensor = norm(x.float()) * (1 + scale) + shift
+    return result.to(x.dtype)
 
 
 def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
@@ -235,8 +237,8 @@ class HunyuanVideo(JointAttentionDiT):
         ratio, axes = self.config["mlp_ratio"], self.config["rope_axes_dim"]
         if type(ratio) not in (int, float) or ratio <= 0:
             raise InvalidRequest(
-                f"checkpoint: expected mlp_ratio in transformer/config.json as a positive number, got {ratio!r}: "
-                "download the checkpoint again"
+                "checkpoint: expected mlp_ratio in transformer/config.json as a positive number, "
+                f"got {ratio!r}: download the checkpoint again"
             )
         whole = isinstance(axes, list | tuple) and all(type(size) is int and size > 0 for size in axes)
         if not whole or len(axes) != 3 or sum(axes) != self.integer("attention_head_dim"):
@@ -289,7 +291,8 @@ class HunyuanVideo(JointAttentionDiT):
         return patches + temb + text
 
     def block_flops(self, block: int, workload: Workload) -> int:
-        tokens, width, wide = self.tokens(workload) + workload.text_length, self.width, self.feed_forward_width
+        tokens = self.tokens(workload) + workload.text_length
+        width, wide = self.width, self.feed_forward_width
         if block < self.integer("num_layers"):
             return 2 * tokens * (4 * width**2 + 2 * width * wide) + 2 * 12 * width**2
         return 2 * tokens * (3 * width**2 + width * wide + (width + wide) * width) + 2 * 3 * width**2
@@ -336,7 +339,8 @@ class HunyuanVideo(JointAttentionDiT):
         from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 
         templated = DEFAULT_PROMPT_TEMPLATE["template"].format(prompt)
-        return len(pipeline.tokenizer(templated).input_ids) - DEFAULT_PROMPT_TEMPLATE["crop_start"]
+        template = int(DEFAULT_PROMPT_TEMPLATE["crop_start"])
+        return len(pipeline.tokenizer(templated).input_ids) - template
 
     def encode_prompt(self, pipeline: Any, prompts: list[str], workload: Workload) -> TextCondition:
         embeds, pooled, mask = pipeline.encode_prompt(

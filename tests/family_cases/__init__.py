@@ -1,9 +1,10 @@
 """The table of families that the tests go through."""
 
 from tests.family_cases.case import TIMESTEP, FamilyCase, Published
+from tests.family_cases.hunyuan_video import HUNYUAN_VIDEO
 from tests.family_cases.ltx import LTX
 from tests.family_cases.wan import WAN
 
-__all__ = ["CASES", "LTX", "TIMESTEP", "WAN", "FamilyCase", "Published"]
+__all__ = ["CASES", "HUNYUAN_VIDEO", "LTX", "TIMESTEP", "WAN", "FamilyCase", "Published"]
 
-CASES = (LTX, WAN)
+CASES = (LTX, WAN, HUNYUAN_VIDEO)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -46,7 +46,8 @@ class FamilyCase:
     what becomes of text tokens that are none: masked by the constant `mask_name`, zeroed, or kept as text.
     `cut_at` and `twins`, (mode, blocks), are what the goldens perturb. `wide` words are in the names of
     weights that stay float32, `narrow` ones are modules of others. `refused` are changes to the
-    configurations of transformer and VAE, and what is said of them.
+    configurations of transformer and VAE, and what is said of them. `names` are arguments of ours that have
+    others in diffusers' pipeline.
     """
 
     goldens: Path
@@ -71,6 +72,7 @@ class FamilyCase:
     save_pipeline: Callable[[Path], None]
     schedulers: tuple[Any, ...]
     mask_name: str = ""
+    names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def workload(self) -> Workload:
@@ -95,9 +97,9 @@ class FamilyCase:
     def text(self, rows: int, seed: int = 0) -> TextCondition:
         """Embeddings of which each row has another number of real tokens."""
         generator = torch.Generator().manual_seed(seed)
-        shape = self.family.tensors(self.workload)["prompt_embeds"].with_rows(rows)
-        mask = (torch.arange(shape[1]) < torch.arange(3, 3 + rows)[:, None]).float()
-        return TextCondition(torch.randn(shape, generator=generator), mask)
+        text = self.family.random_text(self.workload, rows, generator)
+        real = torch.arange(self.workload.text_length) < torch.arange(3, 3 + rows)[:, None]
+        return replace(text, mask=real.float())
 
     def __str__(self) -> str:
         return self.goldens.name
