@@ -277,7 +277,7 @@ class VideoPipeline:
             f"guidance_scale: expected 1 for {self.family.name}, which is distilled and takes "
             f"embedded_guidance instead, got {scale}: CFG on top of it doubles the work with one more pass "
             "per step; leave guidance_scale out to save it",
-            stacklevel=4,
+            stacklevel=5,
         )
 
     def _noise(

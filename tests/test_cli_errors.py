@@ -120,6 +120,10 @@ GENERATE: dict[str, tuple[tuple[str, ...], str]] = {
     "layout": (("--layout", "triple"), "layout: expected one of segmented, twin, got 'triple': choose"),
     "backend": (("--backend", "openvino"), "backend: expected one of onnxruntime, .*got 'openvino': choose"),
     "no number": (("--guidance-scale", "3,high"), "guidance_scale: expected a number, .*'3,high': correct"),
+    "embedded guidance": (
+        ("--embedded-guidance", "6"),
+        "embedded_guidance: expected none for ltx-video, .*got 6.0: use guidance_scale",
+    ),
     "blocks": (("--stg-blocks", "1;3"), "stg_blocks: expected numbers .*got '1;3': write 14,19"),
     "size": (("--height", "64"), "built for height 128, the request is 64: rebuild with --height 64"),
     "frames": (("--num-frames", "16"), r"num_frames: expected 8k\+1, got 16: use 17"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,69 @@ def test_stg_changes_the_frames(case: FamilyCase, pipeline: VideoPipeline) -> No
     with_stg, without = (pipeline(**given, stg_scale=scale, output_type="np").frames for scale in (1.0, 0.0))
     assert with_stg.shape == (1, case.workload.num_frames, case.workload.height, case.workload.width, 3)
     assert np.abs(with_stg - without).max() > 1e-3
+
+
+def test_embedded_guidance(case: FamilyCase, pipeline: VideoPipeline) -> None:
+    """Where the model takes one; elsewhere it is refused."""
+    default = pipeline.family.embedded_guidance
+    given = call(case, pipeline, PROMPTS[:1]) | {
+        "guidance_scale": 1.0,
+        "stg_scale": 0.0,
+        "num_inference_steps": 1,
+    }
+    if default is None:
+        with pytest.raises(
+            InvalidRequest, match=r"embedded_guidance: expected none for .*, got 6.0: use guid"
+        ):
+            pipeline(**given, embedded_guidance=6.0)
+        return
+    same, by_default, other = (
+        pipeline(**given | {"embedded_guidance": scale}, output_type="latent").frames
+        for scale in (default, None, 1.0)
+    )
+    assert torch.equal(same, by_default) and (same - other).abs().max() > 1e-4
+
+
+def test_guidance_on_top_of_the_embedded_is_warned_of_once(case: FamilyCase, pipeline: VideoPipeline) -> None:
+    fresh = VideoPipeline(pipeline.checkpoint, pipeline.store)
+    given = call(case, fresh, PROMPTS[:1]) | {"num_inference_steps": 1, "output_type": "latent"}
+    told = []
+    for scale in (1.0, 4.0, 4.0):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fresh(**given | {"guidance_scale": scale})
+        told.append([str(warning.message) for warning in caught if warning.category is UserWarning])
+    distilled = case.family.embedded_guidance is not None
+    assert [len(messages) for messages in told] == [0, int(distilled), 0]
+    assert not distilled or "got 4.0: CFG on top of it doubles the work" in told[1][0]
+
+
+def test_text_tokens_are_those_that_the_pipeline_takes(
+    case: FamilyCase, pipeline: VideoPipeline, checkpoint: Path
+) -> None:
+    components = pipeline.components
+    workload = replace(case.workload, text_length=TEXT_LENGTH)
+    condition = components.encode(PROMPTS, workload, torch.device("cpu"))
+    counted = [pipeline.family.text_tokens(components._pipeline, prompt) for prompt in PROMPTS]
+    assert condition.mask.sum(1).tolist() == counted
+    assert condition.mask[:, 0].all() and condition.embeds.shape[:2] == (2, TEXT_LENGTH)
+
+
+def test_every_text_encoder_comes_and_goes(
+    case: FamilyCase, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    components, device = (
+        Components(Checkpoint.open(checkpoint), dtype=None, offload=True),
+        torch.device("cpu"),
+    )
+    components.load(device)
+    moved: list[str] = []
+    for name, part in components._pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            monkeypatch.setattr(part, "to", lambda place, name=name: moved.append(name))
+    components.encode(PROMPTS, replace(case.workload, text_length=TEXT_LENGTH), device)
+    encoders = [name for name in components._pipeline.components if name.startswith("text_encoder")]
+    assert moved == encoders * 2 and encoders
 
 
 def test_a_prompt_that_is_too_long_is_refused(case: FamilyCase, pipeline: VideoPipeline) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -306,6 +308,22 @@ def test_variants_that_are_not_the_family(
         (whole,) = cut("segmented", changed.num_blocks, "stg-r", ())
         changed.segment_flops(whole, one.workload)
     assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("one", "changes"), [(one, changes) for one in CASES for changes in one.variants], ids=str
+)
+def test_variants_that_are_the_family(one: FamilyCase, changes: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copytree(one.goldens / "scheduler", tmp_path / "scheduler")
+    torch.manual_seed(0)
+    config = one.model_class.load_config(one.goldens, subfolder="transformer") | changes
+    model = one.model_class.from_config(config).eval().requires_grad_(False)
+    model.save_pretrained(tmp_path / "transformer")
+    variant = replace(one, goldens=tmp_path)
+    segments = segments_of(variant.family, "segmented", "stg-a", (0, 2))
+    got = chained(variant, variant.checkpoint.load_transformer(), segments, variant.text(3))
+    assert (got - uncut(variant, model, 3, variant.text(3))).abs().max() <= 1e-6
+    assert variant.family.segment_flops(segments[0], one.workload) > 0
 
 
 @pytest.mark.parametrize(

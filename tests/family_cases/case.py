@@ -47,7 +47,7 @@ class FamilyCase:
     `cut_at` and `twins`, (mode, blocks), are what the goldens perturb. `wide` words are in the names of
     weights that stay float32, `narrow` ones are modules of others. `refused` are changes to the
     configurations of transformer and VAE, and what is said of them. `names` are arguments of ours that have
-    others in diffusers' pipeline.
+    others in diffusers' pipeline. `variants` are changes to the transformer's configuration that work too.
     """
 
     goldens: Path
@@ -73,6 +73,7 @@ class FamilyCase:
     schedulers: tuple[Any, ...]
     mask_name: str = ""
     names: Mapping[str, str] = field(default_factory=dict)
+    variants: tuple[dict[str, Any], ...] = ()
 
     @property
     def workload(self) -> Workload:

@@ -226,5 +226,6 @@ HUNYUAN_VIDEO = FamilyCase(
     pipeline_class=HunyuanVideoPipeline,
     save_pipeline=save_pipeline,
     schedulers=(FlowMatchEulerDiscreteScheduler(shift=7.0),),
+    variants=({"guidance_embeds": False},),
     names={"guidance_scale": "true_cfg_scale", "embedded_guidance": "guidance_scale"},
 )
