@@ -87,7 +87,9 @@ def _states(build: Build) -> dict[str, dict[str, Any]]:
 
     whole = [segment for segment in segments if not segment.skipped]
     states = {}
-    for name, passes in (("cond", GROUPS[1:2]), ("cfg", GROUPS[:2]), ("cfg+stg", GROUPS)):
+    usual = {"cond": GROUPS[1:2], "cfg": GROUPS[:2], "cfg+stg": GROUPS}
+    distilled = {"cond": GROUPS[1:2], "stg": GROUPS[1:]}
+    for name, passes in (usual if family.embedded_guidance is None else distilled).items():
         if "skip" in passes and not manifest.stg_blocks:
             continue
         plan = plan_step(segments, passes, manifest.perturbation if "skip" in passes else None)
@@ -116,7 +118,8 @@ def _print(console: Any, build: dict[str, Any]) -> None:
         + ("" if build["complete"] else " [red](not finished)[/red]")
     )
     table = Table()
-    for column in ("segment", "rows cond / cfg / cfg+stg", "GFLOP per row", "attentions", "MB", "L2", "key"):
+    rows = f"rows {' / '.join(build['guidance_states'])}"
+    for column in ("segment", rows, "GFLOP per row", "attentions", "MB", "L2", "key"):
         table.add_column(column, justify="left" if column in ("segment", "key") else "right")
     for segment in build["segments"]:
         error = segment["relative_l2"]
