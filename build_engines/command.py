@@ -34,7 +34,9 @@ def build(
         bool, typer.Option("--random-weights", help="Seeded random weights, for benchmarks.")
     ] = False,
     blocks: Annotated[str | None, typer.Option(help="With random weights: how many, as 3 or 2,2.")] = None,
-    verify_timesteps: Annotated[int, typer.Option(help="Timesteps: 3 is first, middle, last; 0 none.")] = 3,
+    verify_timesteps: Annotated[
+        int, typer.Option(help="To verify: 3 is first, middle, last; 0 is none.")
+    ] = 3,
     keep_onnx: Annotated[bool, typer.Option("--keep-onnx", help="Keep the exported graphs.")] = False,
 ) -> None:
     """Build verified engines from a checkpoint."""
