@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stg_trt import VideoPipeline
+from stg_trt.engine_store import EngineStore
+from stg_trt.inspect_command import describe
 from stg_trt.segment import LAYOUTS
 from tests.family_cases import CASES, FamilyCase
 
@@ -113,3 +115,17 @@ def test_layouts_agree(golden_engines: Engines, case: FamilyCase, golden: str) -
         for layout in LAYOUTS
     ]
     assert (results[0] - results[1]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_inspect_shows_the_states_that_the_model_is_used_in(
+    golden_engines: Engines, layout: str, case: FamilyCase
+) -> None:
+    builds = EngineStore.open(golden_engines(case)).builds
+    described = describe(next(build for build in builds if build.manifest.layout == layout))
+    states = described["guidance_states"]
+    distilled = case.family.embedded_guidance is not None
+    assert list(states) == (["cond", "stg"] if distilled else ["cond", "cfg", "cfg+stg"])
+    with_stg = states["stg" if distilled else "cfg+stg"]
+    assert with_stg["flops"] < with_stg["flops_full"]
+    assert all(set(segment["rows"]) == set(states) for segment in described["segments"])
