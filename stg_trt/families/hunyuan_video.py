@@ -41,7 +41,8 @@ class HunyuanVideoSegment(JointAttentionSegment):
         self.time_text_embed = transformer.time_text_embed
         # Made here: an engine's own exponential, a bit off, would turn the guidance by up to 4e-4 rad.
         half = transformer.time_text_embed.time_proj.num_channels // 2
-        exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32) / half
+        steps = torch.arange(half, dtype=torch.float32, device=self.x_embedder.proj.weight.device)
+        exponents = -math.log(10000) * steps / half
         self.register_buffer("frequencies", exponents.exp(), persistent=False)
 
     def take_head(self, transformer: Any) -> None:
@@ -198,6 +199,10 @@ class HunyuanVideo(JointAttentionDiT):
         embedded_guidance=6.0,
     )
 
+    def __init__(self, config: Mapping[str, Any], vae_config: Mapping[str, Any] | None = None) -> None:
+        super().__init__(config, vae_config)
+        self.temb_constants = (POOLED,) if self.embedded_guidance is None else ("guidance", POOLED)
+
     @property
     def num_blocks(self) -> int:
         return sum(self.integer(name) for name in self.block_counts)
@@ -227,10 +232,6 @@ class HunyuanVideo(JointAttentionDiT):
     @property
     def embedded_guidance(self) -> float | None:
         return self.defaults.embedded_guidance if self.config["guidance_embeds"] else None
-
-    @property
-    def temb_constants(self) -> tuple[str, ...]:
-        return (POOLED,) if self.embedded_guidance is None else ("guidance", POOLED)
 
     def block_of(self, weight_name: str) -> int | None:
         match = re.match(r"(single_)?transformer_blocks\.(\d+)\.", weight_name)
@@ -326,6 +327,11 @@ class HunyuanVideo(JointAttentionDiT):
 
         assert text.pooled is not None
         mask, (patch_t, patch, _) = text.mask.float(), self.patch
+        if not mask.any(1).all():
+            raise InvalidRequest(
+                "prompt_attention_mask: expected a real token in every row, got a row without: embed an "
+                "empty prompt instead"
+            )
         rope = HunyuanVideoRotaryPosEmbed(
             patch, patch_t, self.config["rope_axes_dim"], self.config["rope_theta"]
         )

@@ -33,14 +33,10 @@ class QKV(NamedTuple):
 class JointAttentionDiT(DiT):
     """Borders and costs; a subclass adds its own tensors and writes its blocks out."""
 
-    # What the front reads beside latents and timestep for the text stream.
+    # What the front reads beside latents and timestep: for the text stream, and for temb.
     text_constants: ClassVar[tuple[str, ...]]
+    temb_constants: tuple[str, ...] = ()
     text_borders: ClassVar[tuple[tuple[str, ...], tuple[str, ...]]] = (("prompt_embeds",), ("text",))
-
-    @property
-    def temb_constants(self) -> tuple[str, ...]:
-        """What the front reads beside the timestep to make temb."""
-        return ()
 
     @abstractmethod
     def text_flops(self, workload: Workload) -> int:
@@ -82,7 +78,8 @@ class JointAttentionDiT(DiT):
         tokens, text = self.tokens(workload), workload.text_length
         full = 4 * (tokens + text) ** 2 * self.width
         on_text = 4 * text * (tokens + text) * self.width
-        self_and_text = 4 * tokens * (text + 1) * self.width
+        # A token's products with its own key and value are no matrix products.
+        self_and_text = 4 * tokens * text * self.width
         total = 0
         for block in self._running(segment):
             total += self.block_flops(block, workload)

@@ -268,6 +268,17 @@ def test_position_tables_are_those_of_diffusers(
             assert torch.equal(constants[name], table), name
 
 
+def test_a_prompt_without_a_token(case: FamilyCase) -> None:
+    """Its mean is nothing where a family reads that; elsewhere it is padding only."""
+    empty = replace(case.text(2), mask=torch.zeros(2, case.workload.text_length))
+    try:
+        constants = case.family.constants(empty, case.workload, FRAME_RATE)
+    except InvalidRequest as refused:
+        assert "prompt_attention_mask: expected a real token in every row" in str(refused)
+    else:
+        assert all(tensor.isfinite().all() for tensor in constants.values())
+
+
 def test_what_becomes_of_padding(case: FamilyCase) -> None:
     """Masked additively over keys, of which the text's are the last; or zeros; or text as any other."""
     condition = case.text(2)
