@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import _thread
 import json
+import os
+import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -270,17 +271,18 @@ def test_an_event_cancels_the_compiler(arguments: dict[str, Any]) -> None:
     assert [path.name for path in arguments["graph"].parent.iterdir()] == ["normal.onnx"]
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_stops_the_compiler_at_once(arguments: dict[str, Any]) -> None:
     interrupted = threading.Event()
 
     def interrupt(phase: str) -> None:
         if not interrupted.is_set():
             interrupted.set()
-            _thread.interrupt_main()
+            os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         compile_tensorrt(**arguments, on_progress=interrupt)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("compile")]
+    assert not [thread for thread in threading.enumerate() if thread.name == "interruptible"]
     assert [path.name for path in arguments["graph"].parent.iterdir()] == ["normal.onnx"]
 
 
