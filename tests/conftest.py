@@ -79,7 +79,7 @@ def golden_engines(built_once: BuiltOnce) -> Callable[[FamilyCase], Path]:
 
 @pytest.fixture
 def interrupts() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt, also where a shell started the tests to ignore it, as a background job."""
+    """Ctrl-C raises KeyboardInterrupt, also in tests that a shell started as a background job."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
