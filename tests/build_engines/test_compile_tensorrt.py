@@ -20,6 +20,7 @@ from stg_trt import manifest as manifests
 from stg_trt.backends.tensorrt_library import library_version, load_library
 from stg_trt.build_engines import build
 from stg_trt.build_engines.compile_tensorrt import Cancelled, _compile, compile_tensorrt
+from stg_trt.build_engines.progress import Silent
 from stg_trt.checkpoint import Checkpoint
 from stg_trt.engine_key import digest
 from stg_trt.engine_store import check_file
@@ -44,14 +45,11 @@ ATTENTIONS = {
 
 
 @dataclass
-class Recorder:
+class Recorder(Silent):
     """The progress of a build."""
 
     finished: list[tuple[str, bool]] = field(default_factory=list)
     stages: list[str] = field(default_factory=list)
-
-    def start(self, build: str, segments: tuple[Segment, ...]) -> None:
-        pass
 
     def stage(self, segment: Segment, stage: str) -> None:
         self.stages.append(stage)
