@@ -30,6 +30,13 @@ class QKV(NamedTuple):
     value: Tensor
 
 
+class KV(NamedTuple):
+    """Keys and values of a stream that does not attend itself, as in QKV."""
+
+    key: Tensor
+    value: Tensor
+
+
 class JointAttentionDiT(DiT):
     """Borders and costs; a subclass adds its own tensors and writes its blocks out."""
 
@@ -82,7 +89,8 @@ class JointAttentionDiT(DiT):
         tokens, text = self.tokens(workload), workload.text_length
         by_video = 4 * tokens * (tokens + text) * self.width
         by_text = 4 * text * (tokens + text) * self.width
-        self_and_text = 4 * tokens * (text + 1) * self.width
+        # A token's products with its own key and value are no matrix products.
+        self_and_text = 4 * tokens * text * self.width
         total = 0
         for block in self._running(segment):
             total += self.block_flops(block, workload)
@@ -133,7 +141,7 @@ class JointAttentionSegment(DiTSegment):
             video_out, text_out = _kept(out[:, :, :tokens], video, text, state), out[:, :, tokens:]
         return _merged(video_out), _merged(text_out)
 
-    def video_attention(self, video: QKV, text: QKV, state: State, perturbed: bool) -> Tensor:
+    def video_attention(self, video: QKV, text: QKV | KV, state: State, perturbed: bool) -> Tensor:
         """The video's half of joint_attention, for a block that leaves the text stream as it is."""
         if perturbed:
             return _merged(_perturbed(video, text, state))
@@ -152,20 +160,20 @@ def _merged(heads: Tensor) -> Tensor:
     return heads.transpose(1, 2).flatten(2)
 
 
-def _kept(attended: Tensor, video: QKV, text: QKV, state: State) -> Tensor:
+def _kept(attended: Tensor, video: QKV, text: QKV | KV, state: State) -> Tensor:
     """The video's attention, but the perturbed one in rows without keep_attention."""
     if KEEP_ATTENTION not in state:
         return attended
     return torch.where(state[KEEP_ATTENTION][:, None, None, None], attended, _perturbed(video, text, state))
 
 
-def _perturbed(video: QKV, text: QKV, state: State) -> Tensor:
+def _perturbed(video: QKV, text: QKV | KV, state: State) -> Tensor:
     """The video's attention under stg-a, with the part of `key_bias` that is the text's."""
     bias = state.get("key_bias")
     return self_and_text(video, text, None if bias is None else bias[..., video.query.shape[2] :])
 
 
-def self_and_text(video: QKV, text: QKV, bias: Tensor | None) -> Tensor:
+def self_and_text(video: QKV, text: QKV | KV, bias: Tensor | None) -> Tensor:
     """softmax([q.k_self, q.K_text + bias]) [v_self, V_text] per video token, in float32 and in O(N*T)."""
     key, value = text.key.float().transpose(-1, -2), text.value.float()
     outputs = []

@@ -1,9 +1,9 @@
 """Mochi 1: blocks that attend over video and text together, each stream with a width of its own.
 
 Reproduces diffusers' MochiTransformer3DModel and MochiPipeline. What crosses a cut: both streams, and the
-embedded timestep `temb` with the pooled prompt in it. Constant over the steps: projected and pooled prompt, its
-mask, and the positions of the tokens. Each segment makes its RoPE tables of them: every head has its own, too
-large to be kept.
+embedded timestep `temb` with the pooled prompt in it. Constant over the steps: the projected and the pooled
+prompt, its mask, and the positions of the tokens. Each segment makes its RoPE tables of them: every head has
+its own, too large to be kept.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from stg_trt.errors import InvalidRequest
 from stg_trt.families.base import Defaults, SegmentModule, TextCondition, Workload, positive_integer
 from stg_trt.families.dit import State, rms_norm, unpatched
-from stg_trt.families.joint_attention import QKV, JointAttentionDiT, JointAttentionSegment
+from stg_trt.families.joint_attention import KV, QKV, JointAttentionDiT, JointAttentionSegment
 from stg_trt.segment import Segment
 from stg_trt.tensor_spec import ROWS, TensorSpec
 
@@ -91,11 +91,13 @@ class MochiSegment(JointAttentionSegment):
         video_qkv = self.video_qkv(attn, normed, state)
         if block.context_pre_only:
             scale = modulation(block.norm1_context.linear_1, temb)
-            text_qkv = self.text_qkv(attn, scaled_norm(block.norm1_context.norm.norm, text, 1 + scale))
-            attended = self.video_attention(video_qkv, text_qkv, state, perturbed)
+            text_kv = self.text_kv(attn, scaled_norm(block.norm1_context.norm.norm, text, 1 + scale))
+            attended = self.video_attention(video_qkv, text_kv, state, perturbed)
             return {"hidden_states": self.after_attention(block, "", hidden, attn.to_out[0](attended), gates)}
         scale, *text_gates = modulation(block.norm1_context.linear, temb).chunk(4, -1)
-        text_qkv = self.text_qkv(attn, scaled_norm(block.norm1_context.norm, text, 1 + scale))
+        normed = scaled_norm(block.norm1_context.norm, text, 1 + scale)
+        text_query = rms_norm(attn.norm_added_q, split_heads(attn, attn.add_q_proj, normed)).to(text.dtype)
+        text_qkv = QKV(text_query, *self.text_kv(attn, normed))
         attended, attended_text = self.joint_attention(video_qkv, text_qkv, state, perturbed)
         attended, attended_text = attn.to_out[0](attended), attn.to_add_out(attended_text)
         return {
@@ -106,17 +108,15 @@ class MochiSegment(JointAttentionSegment):
     def video_qkv(self, attn: Any, x: Tensor, state: State) -> QKV:
         """Queries and keys normed and rotated in float32."""
         query, key, value = (split_heads(attn, linear, x) for linear in (attn.to_q, attn.to_k, attn.to_v))
-        cos, sin = state["rope_cos"].transpose(0, 1), state["rope_sin"].transpose(0, 1)
+        cos, sin = state["rope_cos"], state["rope_sin"]
         query = rotate_pairs(rms_norm(attn.norm_q, query), cos, sin)
         key = rotate_pairs(rms_norm(attn.norm_k, key), cos, sin)
         return QKV(query.to(x.dtype), key.to(x.dtype), value)
 
-    def text_qkv(self, attn: Any, x: Tensor) -> QKV:
-        """Queries and keys normed in float32; text has no positions."""
-        linears = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
-        query, key, value = (split_heads(attn, linear, x) for linear in linears)
-        query, key = rms_norm(attn.norm_added_q, query), rms_norm(attn.norm_added_k, key)
-        return QKV(query.to(x.dtype), key.to(x.dtype), value)
+    def text_kv(self, attn: Any, x: Tensor) -> KV:
+        """Keys normed in float32; text has no positions."""
+        key, value = (split_heads(attn, linear, x) for linear in (attn.add_k_proj, attn.add_v_proj))
+        return KV(rms_norm(attn.norm_added_k, key).to(x.dtype), value)
 
     def after_attention(
         self, block: Any, stream: str, hidden: Tensor, attended: Tensor, gates: list[Tensor]
@@ -140,11 +140,11 @@ class MochiSegment(JointAttentionSegment):
 
 
 def rope_tables(positions: Tensor, frequencies: Tensor) -> State:
-    """cos and sin of positions (tokens, 3) times frequencies (3, heads, half a head), summed over the axes.
+    """cos and sin of positions (tokens, 3) times frequencies (3, heads, half a head): (heads, tokens, half).
 
-    Without a matrix product, which GPUs may round to 10 bits.
+    Not as a matrix product, whose factors a GPU may round to 10 bits.
     """
-    time, height, width = (positions[:, i, None, None] * frequencies[i] for i in range(3))
+    time, height, width = (positions[:, i, None] * frequencies[i, :, None] for i in range(3))
     angles = time + height + width
     return {"rope_cos": angles.cos(), "rope_sin": angles.sin()}
 
@@ -157,19 +157,20 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def split_heads(attn: Any, linear: nn.Module, x: Tensor) -> Tensor:
     """A projection of (rows, tokens, channels) as (rows, heads, tokens, head size)."""
-    projected: Tensor = linear(x)
-    return projected.unflatten(2, (attn.heads, -1)).transpose(1, 2)
+    heads: Tensor = linear(x).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+    return heads
 
 
 def modulation(linear: Any, temb: Tensor) -> Tensor:
-    """(rows, 1, channels) in float32; the projection in its own dtype, as it holds a quarter of the weights."""
+    """(rows, 1, channels) in float32, projected in the compute dtype: a quarter of the weights are here."""
     projected: Tensor = linear(F.silu(temb).to(linear.weight.dtype))
     return projected.float().unsqueeze(1)
 
 
 def scaled_norm(norm: Any, x: Tensor, scale: Tensor) -> Tensor:
     """RMS norm times a scale in float32, back in the dtype of `x`."""
-    return (rms_norm(norm, x) * scale).to(x.dtype)
+    normed: Tensor = (rms_norm(norm, x) * scale).to(x.dtype)
+    return normed
 
 
 class Mochi(JointAttentionDiT):
@@ -262,7 +263,7 @@ class Mochi(JointAttentionDiT):
 
     def text_flops(self, workload: Workload) -> int:
         text, channels = workload.text_length, self.text_channels
-        pooling = (text + 1) * (2 * channels**2 + 2 * channels) + channels**2 + channels * self.width
+        pooling = (text + 1) * 2 * channels**2 + channels**2 + channels * self.width
         return 2 * (text * channels * self.text_width + pooling)
 
     def front_flops(self, workload: Workload) -> int:

@@ -46,8 +46,8 @@ class FamilyCase:
     what becomes of text tokens that are none: masked by the constant `mask_name`, zeroed, or kept as text.
     `cut_at` and `twins`, (mode, blocks), are what the goldens perturb. `wide` words are in the names of
     weights that stay float32, `narrow` ones are modules of others. `refused` are changes to the
-    configurations of transformer and VAE, and what is said of them. `rounding` is how far float32 lets the cut
-    model be from the uncut one.
+    configurations of transformer and VAE, and what is said of them. `rounding` is how far float32 lets the
+    cut model be from the uncut one.
     """
 
     goldens: Path

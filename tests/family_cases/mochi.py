@@ -95,12 +95,24 @@ MOCHI = FamilyCase(
         ({"text_length": 10}, "text_length: expected at most 9 tokens, got 10: use 9"),
     ),
     refused=(
-        ({"activation_fn": "gelu"}, {}, "activation_fn swiglu in transformer/config.json, as every published"),
-        ({"out_channels": 24}, {}, "out_channels 12 in transformer/config.json, as every published Mochi has"),
-        ({}, {"latent_channels": 16}, "latent_channels 12 in vae/config.json, as every published Mochi has"),
+        (
+            {"activation_fn": "gelu"},
+            {},
+            "activation_fn swiglu in transformer/config.json, as every",
+        ),
+        (
+            {"out_channels": 24},
+            {},
+            "out_channels 12 in transformer/config.json, as every published",
+        ),
+        ({}, {"latent_channels": 16}, "latent_channels 12 in vae/config.json, as every published"),
         ({}, {"temporal_expansions": 6}, "temporal_expansions in vae/config.json as a list, got 6: download"),
         ({}, {"spatial_expansions": [2, "2"]}, "spatial_expansions in vae/config.json as a positive integer"),
-        ({"patch_size": [1, 2, 2]}, {}, "expected patch_size in transformer/config.json as a positive integer"),
+        (
+            {"patch_size": [1, 2, 2]},
+            {},
+            "patch_size in transformer/config.json as a positive integer",
+        ),
         ({"pooled_projection_dim": 0}, {}, "pooled_projection_dim in transformer/config.json as a positive"),
     ),
     refused_indexes=(),
