@@ -255,6 +255,13 @@ def test_padded_text_changes_nothing(case: FamilyCase, cut_model: Any) -> None:
     assert not torch.allclose(chained(case, cut_model, segments, real), plain)
 
 
+def test_a_row_without_text(case: FamilyCase, cut_model: Any, uncut_model: Any) -> None:
+    condition = case.text(2)
+    condition.mask[1] = 0
+    got = chained(case, cut_model, segments_of(case.family, "segmented", "stg-r", (2,)), condition)
+    assert (got - uncut(case, uncut_model, 2, condition)).abs().max() <= case.rounding
+
+
 @pytest.mark.parametrize("frame_rate", [1.0, 24.0, 25.0, 30.0])
 def test_position_tables_are_those_of_diffusers(
     case: FamilyCase, uncut_model: Any, frame_rate: float
