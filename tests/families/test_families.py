@@ -316,6 +316,17 @@ def test_variants_that_are_not_the_family(
 
 
 @pytest.mark.parametrize(
+    ("one", "scheduler", "steps", "message"),
+    [(one, *refused) for one in CASES for refused in one.refused_steps],
+    ids=str,
+)
+def test_steps_that_a_family_cannot_take(one: FamilyCase, scheduler: Any, steps: int, message: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        one.family.set_timesteps(scheduler, steps, one.workload)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
     ("one", "index", "message"),
     [(one, *refused) for one in CASES for refused in one.refused_indexes],
     ids=str,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKLMochi,
+    DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     MochiPipeline,
     MochiTransformer3DModel,
@@ -116,6 +117,10 @@ MOCHI = FamilyCase(
         ({"pooled_projection_dim": 0}, {}, "pooled_projection_dim in transformer/config.json as a positive"),
     ),
     refused_indexes=(),
+    refused_steps=(
+        (FlowMatchEulerDiscreteScheduler(), 1, "num_inference_steps: expected at least 2, a linear and"),
+        (DDIMScheduler(), 4, "scheduler: expected one that takes sigmas, as Mochi's pipeline gives them"),
+    ),
     published=(
         Published(
             "mochi-1-preview",
