@@ -2,8 +2,9 @@
 
 from tests.family_cases.case import TIMESTEP, FamilyCase, Published
 from tests.family_cases.ltx import LTX
+from tests.family_cases.mochi import MOCHI
 from tests.family_cases.wan import WAN
 
-__all__ = ["CASES", "LTX", "TIMESTEP", "WAN", "FamilyCase", "Published"]
+__all__ = ["CASES", "LTX", "MOCHI", "TIMESTEP", "WAN", "FamilyCase", "Published"]
 
-CASES = (LTX, WAN)
+CASES = (LTX, WAN, MOCHI)
