@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.families.base import ModelFamily, TextCondition, Workload
@@ -44,18 +46,14 @@ class ValuesOnlyInSkipRow:
         self.stock = stock
 
     def __call__(self, attn: Any, hidden_states: Tensor, *others: Any, **options: Any) -> Tensor:
-        rows = len(hidden_states)
-        others, options = _without_last_row((others, options), rows)
+        others, options = _chosen_rows((others, options), len(hidden_states), _ALL_BUT_LAST)
         attended = self.stock(attn, hidden_states[:-1], *others, **options)
         values = attn.to_out[0](attn.to_v(hidden_states[-1:]))
         return torch.cat([attended, values])
 
 
-class SelfAndTextInSkipRow:
-    """stg-a of a joint attention: the stock processor, in the last row under a mask over all pairs of tokens.
-
-    Video tokens see themselves and the text there, no other video token; text sees everything.
-    """
+class MaskedVideoInSkipRow:
+    """VideoSeesTextInSkipRow of a processor that takes a mask of its own."""
 
     def __init__(self, stock: Any) -> None:
         self.stock = stock
@@ -80,13 +78,55 @@ class SelfAndTextInSkipRow:
         return video_out, text_out
 
 
-def _without_last_row(given: Any, rows: int) -> Any:
-    """Arguments without the last row of the tensors that have one; a table for all rows stays."""
+class VideoSeesTextInSkipRow:
+    """stg-a of a joint attention, as a processor: the stock one, in the last row under a mask over all pairs.
+
+    There, video tokens see themselves and the text, which comes after them, and no other video token.
+    """
+
+    def __init__(self, stock: Any) -> None:
+        self.stock = stock
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, *others: Any, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        def attended(rows: slice) -> tuple[Tensor, Tensor]:
+            arguments, named = _chosen_rows((others, options), len(hidden_states), rows)
+            streams: tuple[Tensor, Tensor] = self.stock(attn, hidden_states[rows], *arguments, **named)
+            return streams
+
+        plain = attended(_ALL_BUT_LAST)
+        with _MaskedVideo(hidden_states.shape[1]):
+            skipped = attended(slice(-1, None))
+        return torch.cat([plain[0], skipped[0]]), torch.cat([plain[1], skipped[1]])
+
+
+class _MaskedVideo(TorchFunctionMode):
+    """Attention inside the context: the first `tokens` see themselves and all that come after them."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        query = args[0]
+        seen = torch.ones(2 * (query.shape[2],), dtype=torch.bool, device=query.device)
+        seen[: self.tokens, : self.tokens] = torch.eye(self.tokens, dtype=torch.bool, device=query.device)
+        return func(*args, **{**(kwargs or {}), "attn_mask": seen})
+
+
+_ALL_BUT_LAST = slice(None, -1)
+
+
+def _chosen_rows(given: Any, rows: int, chosen: slice) -> Any:
+    """Arguments with some rows of the tensors that have `rows`; a table for all rows stays."""
     if isinstance(given, Tensor):
-        return given[:-1] if len(given) == rows else given
+        return given[chosen] if len(given) == rows else given
     if isinstance(given, dict):
-        return {name: _without_last_row(value, rows) for name, value in given.items()}
-    return tuple(_without_last_row(value, rows) for value in given) if isinstance(given, tuple) else given
+        return {name: _chosen_rows(value, rows, chosen) for name, value in given.items()}
+    return tuple(_chosen_rows(value, rows, chosen) for value in given) if isinstance(given, tuple) else given
 
 
 def _ltx_video_arguments(
@@ -120,8 +160,15 @@ def _hunyuan_video_arguments(
     }
 
 
+def _mochi_arguments(
+    family: Any, text: TextCondition, workload: Workload, frame_rate: float
+) -> dict[str, Any]:
+    return {"encoder_hidden_states": text.embeds, "encoder_attention_mask": text.mask}
+
+
 _UNCUT = {
-    "hunyuan-video": UncutModel(_hunyuan_video_arguments, "attn", SelfAndTextInSkipRow),
+    "hunyuan-video": UncutModel(_hunyuan_video_arguments, "attn", MaskedVideoInSkipRow),
     "ltx-video": UncutModel(_ltx_video_arguments, "attn1", ValuesOnlyInSkipRow),
+    "mochi": UncutModel(_mochi_arguments, "attn1", VideoSeesTextInSkipRow),
     "wan2.1": UncutModel(_wan_arguments, "attn1", ValuesOnlyInSkipRow),
 }

@@ -86,6 +86,18 @@ def test_cfg_is_that_of_diffusers(
         assert np.abs(np.asarray(got) - np.asarray(expected)).max() <= 1e-4
 
 
+def test_the_negative_prompt_that_is_not_given(
+    case: FamilyCase, checkpoint: Path, pipeline: VideoPipeline
+) -> None:
+    scheduler = pipeline.scheduler = case.schedulers[0]
+    given = call(case, pipeline, PROMPTS) | {"negative_prompt": None}
+    # Where CFG has a name of its own in diffusers, it is off there without a negative prompt.
+    theirs = given | ({"negative_prompt": [""] * len(PROMPTS)} if "guidance_scale" in case.names else {})
+    expected = of_diffusers(case, checkpoint, scheduler, "latent", **theirs)
+    got = pipeline(**given, stg_scale=0.0, rescale=0.0, output_type="latent").frames
+    assert (got - expected).abs().max() <= 1e-4
+
+
 def test_noise_is_drawn_as_diffusers_draws_it(
     case: FamilyCase, checkpoint: Path, pipeline: VideoPipeline
 ) -> None:

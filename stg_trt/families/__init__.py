@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _FAMILIES = {
     "HunyuanVideoTransformer3DModel": ("hunyuan_video", "HunyuanVideo"),
     "LTXVideoTransformer3DModel": ("ltx_video", "LTXVideo"),
+    "MochiTransformer3DModel": ("mochi", "Mochi"),
     "WanTransformer3DModel": ("wan", "Wan"),
 }
 
