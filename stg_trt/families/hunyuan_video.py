@@ -251,16 +251,16 @@ class HunyuanVideo(JointAttentionDiT):
                     f"published HunyuanVideo, got {self.config[name]}: use such a checkpoint"
                 )
         ratio, axes = self.config["mlp_ratio"], self.config["rope_axes_dim"]
-        if type(ratio) not in (int, float) or ratio <= 0:
+        if type(ratio) not in (int, float) or not 0 < ratio < math.inf:
             raise InvalidRequest(
                 "checkpoint: expected mlp_ratio in transformer/config.json as a positive number, "
                 f"got {ratio!r}: download the checkpoint again"
             )
-        whole = isinstance(axes, list | tuple) and all(type(size) is int and size > 0 for size in axes)
-        if not whole or len(axes) != 3 or sum(axes) != self.integer("attention_head_dim"):
+        pairs = isinstance(axes, list | tuple) and all(type(n) is int and n > 0 and n % 2 == 0 for n in axes)
+        if not pairs or len(axes) != 3 or sum(axes) != self.integer("attention_head_dim"):
             raise InvalidRequest(
-                "checkpoint: expected rope_axes_dim in transformer/config.json as three sizes that add up to "
-                f"attention_head_dim, got {axes!r}: download the checkpoint again"
+                "checkpoint: expected rope_axes_dim in transformer/config.json as three even sizes that add up "
+                f"to attention_head_dim, got {axes!r}: download the checkpoint again"
             )
         super().check(workload)
 
