@@ -259,7 +259,7 @@ class HunyuanVideo(JointAttentionDiT):
         pairs = isinstance(axes, list | tuple) and all(type(n) is int and n > 0 and n % 2 == 0 for n in axes)
         if not pairs or len(axes) != 3 or sum(axes) != self.integer("attention_head_dim"):
             raise InvalidRequest(
-                "checkpoint: expected rope_axes_dim in transformer/config.json as three even sizes that add up "
+                "checkpoint: expected rope_axes_dim in transformer/config.json as three even sizes that sum "
                 f"to attention_head_dim, got {axes!r}: download the checkpoint again"
             )
         super().check(workload)

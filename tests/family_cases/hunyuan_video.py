@@ -188,9 +188,9 @@ HUNYUAN_VIDEO = FamilyCase(
         (
             {"rope_axes_dim": [4, 6]},
             {},
-            "three even sizes that add up to attention_head_dim, got [4, 6]: down",
+            "three even sizes that sum to attention_head_dim, got [4, 6]: down",
         ),
-        ({"rope_axes_dim": 16}, {}, "three even sizes that add up to attention_head_dim, got 16: download"),
+        ({"rope_axes_dim": 16}, {}, "three even sizes that sum to attention_head_dim, got 16: download"),
         (
             {"num_single_layers": -1},
             {},
