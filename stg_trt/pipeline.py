@@ -269,7 +269,7 @@ class VideoPipeline:
         from diffusers.utils.torch_utils import randn_tensor
 
         workload = schedule.workload
-        shape = (videos, *self.family.latent_shape(workload))
+        shape = (videos, *self.family.noise_shape(workload))
         packed = self.family.tensors(workload)["latents"].with_rows(videos)
         if latents is None:
             if isinstance(generator, list) and len(generator) != videos:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _FAMILIES = {
     "LTXVideoTransformer3DModel": ("ltx_video", "LTXVideo"),
     "WanTransformer3DModel": ("wan", "Wan"),
+    "CogVideoXTransformer3DModel": ("cogvideox", "CogVideoX"),
 }
 
 

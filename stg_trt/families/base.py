@@ -207,8 +207,12 @@ class ModelFamily(ABC):
     def latent_shape(self, workload: Workload) -> tuple[int, int, int, int]:
         """(channels, frames, height, width) of a video's latents before packing."""
 
+    def noise_shape(self, workload: Workload) -> tuple[int, ...]:
+        """The shape in which diffusers' pipeline draws a video's noise."""
+        return self.latent_shape(workload)
+
     def pack(self, latents: Tensor) -> Tensor:
-        """(videos, channels, frames, height, width) to the layout the transformer takes."""
+        """(videos, *noise_shape) to the layout the transformer takes."""
         return latents
 
     @abstractmethod

@@ -132,7 +132,7 @@ def test_the_cut_chain_is_the_uncut_model(
     for perturbable in ((), blocks):
         segments = segments_of(case.family, "segmented", mode, perturbable)
         difference = chained(case, cut_model, segments, case.text(3)) - expected
-        assert difference.abs().max() <= 1e-6
+        assert difference.abs().max() <= 2e-6
     assert expected.std() > 0.1
 
 

@@ -1,9 +1,10 @@
 """The table of families that the tests go through."""
 
 from tests.family_cases.case import TIMESTEP, FamilyCase, Published
+from tests.family_cases.cogvideox import COGVIDEOX
 from tests.family_cases.ltx import LTX
 from tests.family_cases.wan import WAN
 
 __all__ = ["CASES", "LTX", "TIMESTEP", "WAN", "FamilyCase", "Published"]
 
-CASES = (LTX, WAN)
+CASES = (LTX, WAN, *COGVIDEOX)
