@@ -23,11 +23,11 @@ from stg_trt.families.base import Workload
 from stg_trt.gpu import this_machine
 from stg_trt.guidance import BlockSets, Guidance, Preset, Scale, load_preset
 from stg_trt.manifest import Manifest
+from stg_trt.noise import Generators, draw
 from stg_trt.sampler import SampledStep, Sampler
 from stg_trt.solver import SolverTable
 
 StepCallback = Callable[["VideoPipeline", int, float, dict[str, Tensor]], dict[str, Tensor] | None]
-Generators = torch.Generator | list[torch.Generator]
 _GIB = 1 << 30
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -163,7 +163,7 @@ class VideoPipeline:
             self.components.load(self._device_for(schedule.build).torch_device)
         noise = self._noise(schedule, prompts.videos, generator, latents)
         with _memory_explained(schedule.build.manifest):
-            steps = self._steps(schedule, prompts, noise, frame_rate)
+            steps = self._steps(schedule, prompts, noise, frame_rate, generator)
             result = self._drain(steps, noise, callback_on_step_end)
             return self._output(result, schedule, output_type, generator=generator, **decode_options)
 
@@ -180,7 +180,12 @@ class VideoPipeline:
         return Schedule(self.store.find(request), guidance, solver)
 
     def _steps(
-        self, schedule: Schedule, prompts: Prompts, noise: Tensor, frame_rate: float | None
+        self,
+        schedule: Schedule,
+        prompts: Prompts,
+        noise: Tensor,
+        frame_rate: float | None,
+        generator: Generators | None,
     ) -> Iterator[SampledStep]:
         workload, guidance = schedule.workload, schedule.guidance
         device = self._device_for(schedule.build).torch_device
@@ -193,7 +198,8 @@ class VideoPipeline:
         rate = self.family.defaults.frame_rate if frame_rate is None else frame_rate
         if not 0 < rate < math.inf:
             raise InvalidRequest(f"frame_rate: expected frames per second above 0, got {rate}: use 25")
-        return self._sampler(schedule.build).steps(noise, cond, uncond, guidance, schedule.solver, rate)
+        sampler, solver = self._sampler(schedule.build), schedule.solver
+        return sampler.steps(noise, cond, uncond, guidance, solver, rate, generator)
 
     def _output(
         self, latents: Tensor, schedule: Schedule, output_type: str, **decode_options: Any
@@ -266,17 +272,15 @@ class VideoPipeline:
         self, schedule: Schedule, videos: int, generator: Generators | None, latents: Tensor | None
     ) -> Tensor:
         """Packed float32 noise at the solver's scale: drawn as diffusers draws it, or given."""
-        from diffusers.utils.torch_utils import randn_tensor
-
         workload = schedule.workload
         shape = (videos, *self.family.noise_shape(workload))
         packed = self.family.tensors(workload)["latents"].with_rows(videos)
+        if isinstance(generator, list) and len(generator) != videos:
+            raise InvalidRequest(
+                f"generator: expected one or {videos}, got {len(generator)}: give one per video"
+            )
         if latents is None:
-            if isinstance(generator, list) and len(generator) != videos:
-                raise InvalidRequest(
-                    f"generator: expected one or {videos}, got {len(generator)}: give one per video"
-                )
-            latents = randn_tensor(shape, generator=generator, dtype=torch.float32)
+            latents = draw(shape, generator)
         if tuple(latents.shape) not in (packed, shape):
             raise InvalidRequest(
                 f"latents: expected {packed} or {shape} for {workload}, got {tuple(latents.shape)}: "
