@@ -51,6 +51,35 @@ class ValuesOnlyInSkipRow:
         return torch.cat([attended, values])
 
 
+class TextFirstInSkipRow:
+    """stg-a of a joint attention whose text comes first: the stock processor, in the last row under a mask.
+
+    Video tokens see themselves and the text there, no other video token; text sees everything.
+    """
+
+    def __init__(self, stock: Any) -> None:
+        self.stock = stock
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        assert attention_mask is None
+        text, tokens = encoder_hidden_states.shape[1], hidden_states.shape[1]
+        seen = torch.ones(1, text + tokens, text + tokens, dtype=torch.bool, device=hidden_states.device)
+        seen[:, text:, text:] = torch.eye(tokens, dtype=torch.bool, device=hidden_states.device)
+        rows = [
+            self.stock(attn, hidden_states[chosen], encoder_hidden_states[chosen], mask, image_rotary_emb)
+            for chosen, mask in ((slice(None, -1), None), (slice(-1, None), seen))
+        ]
+        video, text_out = (torch.cat(streams) for streams in zip(*rows, strict=True))
+        return video, text_out
+
+
 def _without_last_row(given: Any, rows: int) -> Any:
     """Arguments without the last row of the tensors that have one; a table for all rows stays."""
     if isinstance(given, Tensor):
@@ -80,7 +109,16 @@ def _wan_arguments(family: Any, text: TextCondition, workload: Workload, frame_r
     return {"encoder_hidden_states": text.embeds * text.mask[:, :, None].to(text.embeds)}
 
 
+def _cogvideox_arguments(
+    family: Any, text: TextCondition, workload: Workload, frame_rate: float
+) -> dict[str, Any]:
+    tables = family.constants(text, workload, frame_rate)
+    rope = tuple(tables[name].to(text.embeds.device) for name in ("rope_cos", "rope_sin") if name in tables)
+    return {"encoder_hidden_states": text.embeds, "image_rotary_emb": rope or None}
+
+
 _UNCUT = {
+    "cogvideox": UncutModel(_cogvideox_arguments, "attn1", TextFirstInSkipRow),
     "ltx-video": UncutModel(_ltx_video_arguments, "attn1", ValuesOnlyInSkipRow),
     "wan2.1": UncutModel(_wan_arguments, "attn1", ValuesOnlyInSkipRow),
 }

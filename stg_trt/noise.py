@@ -22,9 +22,7 @@ def draw(shape: Sequence[int], generator: Generators | None) -> Tensor:
     return noise
 
 
-def draw_for(
-    solver: SolverTable, steps: int, shape: Sequence[int], generator: Generators | None
-) -> Tensor:
+def draw_for(solver: SolverTable, steps: int, shape: Sequence[int], generator: Generators | None) -> Tensor:
     """What the first steps of a solver add, (draws that are used, *shape), drawn in the scheduler's order."""
     used = solver.used_draws(steps)
     noise = torch.empty(len(used), *shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from stg_trt.engine_store import Build, EngineRequest, EngineStore, find_possibl
 from stg_trt.errors import InvalidRequest, OutOfDeviceMemory
 from stg_trt.families.base import Workload
 from stg_trt.gpu import this_machine
-from stg_trt.guidance import BlockSets, Guidance, Preset, Scale, load_preset
+from stg_trt.guidance import BlockSets, Guidance, Preset, Scale, dynamic_cfg, load_preset
 from stg_trt.manifest import Manifest
 from stg_trt.noise import Generators, draw
 from stg_trt.sampler import SampledStep, Sampler
@@ -126,6 +126,7 @@ class VideoPipeline:
         rescale: Scale | None = None,
         cfg_zero_star: bool | None = None,
         preset: str | None = None,
+        use_dynamic_cfg: bool = False,
         num_videos_per_prompt: int = 1,
         generator: Generators | None = None,
         latents: Tensor | None = None,
@@ -140,8 +141,9 @@ class VideoPipeline:
         """Generates videos; what is None comes from the engines (sizes, blocks) or the family's defaults.
 
         Scales are numbers, lists with one entry per step, or TimestepBins; `preset` names published
-        tables. `decode_options` are the family's own (such as decode_timestep). Raises InvalidRequest for
-        arguments that cannot be used and EngineRejected where no engine fits them.
+        tables; `use_dynamic_cfg` is CogVideoXPipeline's. `generator` draws the first noise, then what the
+        solver adds. `decode_options` are the family's own (such as decode_timestep). Raises InvalidRequest
+        for arguments that cannot be used and EngineRejected where no engine fits them.
         """
         self._check_options(output_type, decode_options)
         prompts = Prompts(
@@ -155,7 +157,8 @@ class VideoPipeline:
         )
         scales = {"guidance_scale": guidance_scale, "stg_scale": stg_scale, "rescale": rescale}
         perturbed = {"stg_mode": stg_mode, "stg_blocks": stg_blocks, "stg_range": stg_range}
-        given = {**scales, **perturbed, "cfg_zero_star": cfg_zero_star, "preset": preset}
+        switches = {"cfg_zero_star": cfg_zero_star, "preset": preset, "use_dynamic_cfg": use_dynamic_cfg}
+        given = {**scales, **perturbed, **switches}
         size = {"height": height, "width": width, "num_frames": num_frames, "videos": prompts.videos}
         schedule = self._schedule(size, num_inference_steps, given)
         if output_type != "latent":
@@ -172,7 +175,10 @@ class VideoPipeline:
         first = find_possible(self.store, replace(self._base, **size), self.family).manifest
         preset = load_preset(given["preset"]) if given["preset"] is not None else None
         solver, sigmas = self._solve(first.workload, steps, preset)
-        guidance = Guidance.for_steps(sigmas, **self._with_defaults(given, first))
+        given = self._with_defaults(given, first)
+        if given.pop("use_dynamic_cfg"):
+            given["guidance_scale"] = _swinging(given["guidance_scale"], solver.timesteps[: len(sigmas)])
+        guidance = Guidance.for_steps(sigmas, **given)
         perturbations = frozenset(filter(None, map(guidance.perturbation, range(len(sigmas)))))
         exact = {name: getattr(first.workload, name) for name in ("height", "width", "num_frames")}
         request = replace(self._base, **size | exact, perturbations=perturbations)
@@ -195,6 +201,8 @@ class VideoPipeline:
             any("uncond" in guidance.passes(i) for i in range(self.num_timesteps)),
             self.family.has_text_mask,
         )
+        for text in filter(None, (cond, uncond)):
+            self.family.check_text(text)
         rate = self.family.defaults.frame_rate if frame_rate is None else frame_rate
         if not 0 < rate < math.inf:
             raise InvalidRequest(f"frame_rate: expected frames per second above 0, got {rate}: use 25")
@@ -300,6 +308,16 @@ class VideoPipeline:
                 f"arguments: expected those of VideoPipeline, got {', '.join(sorted(unknown))}: "
                 "check the spelling"
             )
+
+
+def _swinging(scale: Scale | None, timesteps: Sequence[float]) -> list[float]:
+    """The scales of use_dynamic_cfg; below 1 there is no guidance that could change."""
+    if not isinstance(scale, int | float) or scale <= 1:
+        raise InvalidRequest(
+            f"use_dynamic_cfg: expected guidance_scale as one number above 1, got {scale}: give one, or turn "
+            "use_dynamic_cfg off"
+        )
+    return dynamic_cfg(scale, timesteps)
 
 
 @contextmanager

@@ -76,7 +76,8 @@ class Sampler:
     ) -> Iterator[SampledStep]:
         """Yields every step of `guidance`, from packed noise (videos, ...) times `solver.noise_scale`.
 
-        A solver that adds noise draws it from `generator`. Raises InvalidRequest where guidance is on and `uncond` is None.
+        A solver that adds noise draws it from `generator`. Raises InvalidRequest where guidance is on and
+        `uncond` is None.
         """
         steps = range(len(guidance.cfg_scale))
         for i in steps:

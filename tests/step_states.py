@@ -17,9 +17,7 @@ STEPS = 6
 SOLVERS = ("euler", "unipc", "cogvideox_dpm")
 
 
-def state_of(
-    videos: int, length: int, dtype: str, device: torch.device, solver: str = "euler"
-) -> StepState:
+def state_of(videos: int, length: int, dtype: str, device: torch.device, solver: str = "euler") -> StepState:
     """Random latents, predictions and noise in float32 and `dtype`."""
     specs = [
         TensorSpec("latents", dtype, (ROWS, length)),

@@ -187,6 +187,10 @@ class ModelFamily(ABC):
     def activation_limit(self, segment: Segment, workload: Workload, rows: int) -> int:
         """Bytes of activation memory that grow linearly with tokens; above it an S x S buffer is live."""
 
+    def check_text(self, text: TextCondition) -> None:
+        """Raises InvalidRequest for embeddings that the model has no use for."""
+        return
+
     @abstractmethod
     def constants(self, text: TextCondition, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
         """What stays the same over the steps, before the text segment: one entry per row of `text`."""

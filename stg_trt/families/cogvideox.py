@@ -1,9 +1,9 @@
 """CogVideoX text-to-video, 2B, 5B and 1.5-5B: a joint-attention DiT over patches of 1x2x2 or 2x2x2 latents.
 
-Reproduces diffusers' CogVideoXTransformer3DModel and CogVideoXPipeline, of which the latents have their frames
-before their channels. Constant over the steps: the projected text, whose padding takes part as any other token,
-and the positions, which 2B adds to the video tokens as sines and cosines; 5B and 1.5 have RoPE tables of one
-head's size.
+Reproduces diffusers' CogVideoXTransformer3DModel and CogVideoXPipeline, whose latents have frames before
+channels. Constant over the steps: the projected text, whose padding takes part as any other token, and the
+positions, which 2B adds to the video tokens as sines and cosines; 5B and 1.5 have RoPE tables, one head's for
+all heads.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class CogVideoXSegment(JointAttentionSegment):
         frames, rows, columns = self.patch
         if isinstance(self.patch_embedding, torch.nn.Conv2d):
             patches = self.patch_embedding(latents.flatten(0, 1)).unflatten(0, (-1, latents.shape[1]))
-            return patches.flatten(3).transpose(2, 3).flatten(1, 2)
+            in_frames: Tensor = patches.flatten(3).transpose(2, 3)
+            return in_frames.flatten(1, 2)
         split = latents.permute(0, 1, 3, 4, 2).unflatten(3, (-1, columns)).unflatten(2, (-1, rows))
         # (rows, tokens in time, latents in time, height, latents, width, latents, channels)
         patches = split.unflatten(1, (-1, frames)).permute(0, 1, 3, 5, 7, 2, 4, 6)
@@ -67,7 +68,10 @@ class CogVideoXSegment(JointAttentionSegment):
         of_video, of_text = self.qkv(block.attn1, normed[0], rope), self.qkv(block.attn1, normed[1], None)
         attended = self.joint_attention(of_video, of_text, state, perturbed)
         project = block.attn1.to_out[0]
-        video, text = gated(video, project(attended[0]), gates[0]), gated(text, project(attended[1]), gates[1])
+        video, text = (
+            gated(video, project(attended[0]), gates[0]),
+            gated(text, project(attended[1]), gates[1]),
+        )
         normed, gates = self.modulated(block.norm2, video, text, state["temb"])
         return {
             "hidden_states": gated(video, block.ff(normed[0]), gates[0]),
@@ -117,7 +121,6 @@ class CogVideoX(JointAttentionDiT):
     transformer_class = "CogVideoXTransformer3DModel"
     pipeline_class = "CogVideoXPipeline"
     has_text_mask = False
-    pads_text = False
     blocks_name = "transformer_blocks"
     text_constants = ("text",)
     # Timestep MLP, the head's modulation and the norms, which are applied in float32.
@@ -198,7 +201,7 @@ class CogVideoX(JointAttentionDiT):
                 )
 
     def own_tensors(self, workload: Workload) -> tuple[TensorSpec, ...]:
-        latents, tokens = (ROWS, *self.noise_shape(workload)), self.tokens(workload)
+        tokens, latents = self.tokens(workload), self.noise_shape(workload)
         text = (ROWS, workload.text_length, self.width)
         table = (tokens, self.integer("attention_head_dim"))
         positions = (
@@ -207,13 +210,13 @@ class CogVideoX(JointAttentionDiT):
             else (TensorSpec("positions", workload.dtype, (tokens, self.width)),)
         )
         return (
-            TensorSpec("latents", workload.dtype, latents),
+            TensorSpec("latents", workload.dtype, (ROWS, *latents)),
             TensorSpec("hidden_states", workload.dtype, (ROWS, *self.grid(workload), self.width)),
             TensorSpec("encoder_hidden_states", workload.dtype, text),
             TensorSpec("temb", "float32", (ROWS, self.integer("time_embed_dim"))),
             TensorSpec("text", workload.dtype, text),
             *positions,
-            TensorSpec("pred", workload.dtype, latents),
+            TensorSpec("pred", workload.dtype, (ROWS, *latents)),
         )
 
     def text_module(self, transformer: Any, *borders: Any) -> SegmentModule:
@@ -240,6 +243,14 @@ class CogVideoX(JointAttentionDiT):
     def back_flops(self, workload: Workload) -> int:
         patches = 2 * self.tokens(workload) * self.width * self._patch_values
         return patches + 2 * self.integer("time_embed_dim") * 2 * self.width
+
+    def check_text(self, text: TextCondition) -> None:
+        fewest = int(text.mask.sum(1).min())
+        if fewest < text.mask.shape[1]:
+            raise InvalidRequest(
+                f"prompt_embeds: expected {text.mask.shape[1]} tokens without a mask, of which the model "
+                f"reads every one, got {fewest}: pad the prompt before it is encoded"
+            )
 
     def text_tokens(self, pipeline: Any, prompt: str) -> int:
         return len(pipeline.tokenizer(prompt).input_ids)

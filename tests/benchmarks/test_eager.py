@@ -31,7 +31,7 @@ def test_rows_equal_passes_of_their_own(case: FamilyCase, mode: str, blocks: tup
     texts = {"uncond": inputs.uncond, "cond": inputs.cond, "skip": inputs.cond}
     latents = inputs.noise * inputs.solver.input_scale[1]
     expected = {name: case.uncut(model, latents, texts[name]) for name in setting.passes[:-1]}
-    with perturbed(model, mode, blocks):
+    with perturbed(model, mode, blocks, case.video):
         expected["skip"] = case.uncut(model, latents, texts["skip"])
     eager = EagerStep(setting, model, inputs, torch.float32, "cpu")
     with perturbed_skip_row(setting, model):

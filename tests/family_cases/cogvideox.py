@@ -1,4 +1,4 @@
-"""CogVideoX: 2B with positions added to the tokens and DDIM, 5B with RoPE and DPM, 1.5 with patches in time."""
+"""CogVideoX: 2B adds positions to its tokens, with DDIM; 5B has RoPE, with DPM; 1.5 has patches in time."""
 
 from __future__ import annotations
 
@@ -103,7 +103,11 @@ def tables(model: Any, grid: Grid, frame_rate: float) -> dict[str, Tensor]:
 
 
 IMAGE_TO_VIDEO = (
-    ({"in_channels": 8}, {}, "expected in_channels 4 in transformer/config.json, as out_channels, got 8: image-"),
+    (
+        {"in_channels": 8},
+        {},
+        "expected in_channels 4 in transformer/config.json, as out_channels, got 8: image-",
+    ),
     ({"ofs_embed_dim": 512}, {}, "expected no ofs_embed_dim in transformer/config.json, got 512: image-to-"),
     (
         {"use_rotary_positional_embeddings": True, "use_learned_positional_embeddings": True},
@@ -111,7 +115,11 @@ IMAGE_TO_VIDEO = (
         "expected no use_learned_positional_embeddings in transformer/config.json, got True: image-to-",
     ),
     ({"num_layers": 0}, {}, "expected num_layers in transformer/config.json as a positive integer, got 0"),
-    ({"patch_size": "2"}, {}, "expected patch_size in transformer/config.json as a positive integer, got '2'"),
+    (
+        {"patch_size": "2"},
+        {},
+        "expected patch_size in transformer/config.json as a positive integer, got '2'",
+    ),
     ({}, {"temporal_compression_ratio": None}, "expected temporal_compression_ratio in vae/config.json as a"),
 )
 REFUSED_SIZES: tuple[tuple[dict[str, int], str], ...] = (
@@ -127,7 +135,10 @@ def case(name: str, scheduler: Any, published: Published, **options: Any) -> Fam
     """What the three have in common; `options` are the transformer's."""
     in_time = options.get("patch_size_t", 1)
     small: dict[str, int] = {"height": 16, "width": 32, "num_frames": 1}
-    past_tables = ({"width": 176}, "width: expected at most 160, the end of the position tables, got 176: use 160")
+    past_tables = (
+        {"width": 176},
+        "width: expected at most 160, the end of the position tables, got 176: use 160",
+    )
     return FamilyCase(
         goldens=GOLDENS / name,
         sizes=SIZES,
