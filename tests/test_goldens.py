@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import CogVideoXDDIMScheduler
 from safetensors.torch import load_file
 from torch import Tensor
 
 from stg_trt import VideoPipeline
 from stg_trt.segment import LAYOUTS
-from tests.family_cases import CASES, FamilyCase
+from tests.family_cases import CASES, COGVIDEOX, FamilyCase
 
 Engines = Callable[[FamilyCase], Path]
 GOLDENS = [(case, golden) for case in CASES for golden in case.golden_names]
@@ -116,3 +117,19 @@ def test_layouts_agree(golden_engines: Engines, case: FamilyCase, golden: str) -
         for layout in LAYOUTS
     ]
     assert (results[0] - results[1]).abs().max() <= 1e-5 * results[0].abs().max().clamp_min(1)
+
+
+def test_noise_is_that_of_the_call(golden_engines: Engines, layout: str) -> None:
+    """Of a solver that adds it, after runs that add none, or more of it."""
+    case = COGVIDEOX["5b"]
+    pipeline, call = open_pipeline(case, golden_engines, layout), arguments("stg_r", case.goldens)
+    first, adding = pipeline(**call).frames, pipeline.scheduler
+    again = call | {"generator": seeded(11)}
+    assert torch.equal(pipeline(**again).frames, first)
+    pipeline.scheduler = CogVideoXDDIMScheduler.from_config(adding.config)
+    without = pipeline(**call).frames
+    assert torch.equal(pipeline(**call | {"generator": seeded(12)}).frames, without)
+    pipeline.scheduler = adding
+    pipeline(**call | {"num_inference_steps": 9})
+    assert torch.equal(pipeline(**again | {"generator": seeded(11)}).frames, first)
+    assert not torch.allclose(pipeline(**call | {"generator": seeded(12)}).frames, first, atol=0.1)

@@ -5,6 +5,6 @@ from tests.family_cases.cogvideox import COGVIDEOX
 from tests.family_cases.ltx import LTX
 from tests.family_cases.wan import WAN
 
-__all__ = ["CASES", "LTX", "TIMESTEP", "WAN", "FamilyCase", "Published"]
+__all__ = ["CASES", "COGVIDEOX", "LTX", "TIMESTEP", "WAN", "FamilyCase", "Published"]
 
-CASES = (LTX, WAN, *COGVIDEOX)
+CASES = (LTX, WAN, *COGVIDEOX.values())

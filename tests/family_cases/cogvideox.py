@@ -168,19 +168,19 @@ def case(name: str, scheduler: Any, published: Published, **options: Any) -> Fam
 
 
 SHORT = Workload(480, 720, 49, 226)
-COGVIDEOX = (
-    case(
+COGVIDEOX = {
+    "2b": case(
         "cogvideox_2b",
         DDIM,
         Published("cogvideox-2b", SHORT, (16, 13, 60, 90), (13, 16, 60, 90), teraflops=120.0),
     ),
-    case(
+    "5b": case(
         "cogvideox_5b",
         DPM,
         Published("cogvideox-5b", SHORT, (16, 13, 60, 90), (13, 16, 60, 90), teraflops=332.0),
         use_rotary_positional_embeddings=True,
     ),
-    case(
+    "1.5": case(
         "cogvideox_1_5",
         DDIM,
         Published(
@@ -194,4 +194,4 @@ COGVIDEOX = (
         patch_size_t=2,
         patch_bias=False,
     ),
-)
+}
