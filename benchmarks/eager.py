@@ -35,12 +35,12 @@ def perturbed_skip_row(setting: Setting, model: Any) -> Iterator[None]:
             if perturbation.mode == "stg-r":
                 block.forward = _keeping_skip_row(block.forward)
             else:
-                attention.set_processor(uncut.skipping(attention.processor))
+                attention.processor = uncut.skipping(attention.processor)
         yield
     finally:
         for block, attention, processor in zip(blocks, attentions, processors, strict=True):
             vars(block).pop("forward", None)
-            attention.set_processor(processor)
+            attention.processor = processor
 
 
 def _keeping_skip_row(forward: Forward) -> Forward:

@@ -143,9 +143,8 @@ class Setting:
     def guidance(self, solver: SolverTable, *, stg: bool = True) -> Guidance:
         """The family's scales on every step, with or without the skip pass."""
         defaults = self.family.defaults
-        training_steps = self.opened.scheduler_config.get("num_train_timesteps", 1000)
         return Guidance.for_steps(
-            [timestep / training_steps for timestep in solver.timesteps],
+            solver.noise_levels,
             guidance_scale=defaults.guidance_scale,
             stg_scale=defaults.stg_scale if stg else 0.0,
             rescale=defaults.rescale,

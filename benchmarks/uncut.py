@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.families.base import ModelFamily, TextCondition, Workload
@@ -44,49 +46,77 @@ class ValuesOnlyInSkipRow:
         self.stock = stock
 
     def __call__(self, attn: Any, hidden_states: Tensor, *others: Any, **options: Any) -> Tensor:
-        rows = len(hidden_states)
-        others, options = _without_last_row((others, options), rows)
+        others, options = _chosen_rows((others, options), len(hidden_states), _ALL_BUT_LAST)
         attended = self.stock(attn, hidden_states[:-1], *others, **options)
         values = attn.to_out[0](attn.to_v(hidden_states[-1:]))
         return torch.cat([attended, values])
 
 
-class TextFirstInSkipRow:
-    """stg-a of a joint attention whose text comes first: the stock processor, in the last row under a mask.
+class VideoSeesTextInSkipRow:
+    """stg-a of a joint attention, as a processor: the stock one, in the last row under a mask over all pairs.
 
-    Video tokens see themselves and the text there, no other video token; text sees everything.
+    There, video tokens see themselves and the text, and no other video token.
     """
+
+    text_first: ClassVar[bool] = False
 
     def __init__(self, stock: Any) -> None:
         self.stock = stock
 
     def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        self, attn: Any, hidden_states: Tensor, *others: Any, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        assert attention_mask is None
-        text, tokens = encoder_hidden_states.shape[1], hidden_states.shape[1]
-        seen = torch.ones(1, text + tokens, text + tokens, dtype=torch.bool, device=hidden_states.device)
-        seen[:, text:, text:] = torch.eye(tokens, dtype=torch.bool, device=hidden_states.device)
-        rows = [
-            self.stock(attn, hidden_states[chosen], encoder_hidden_states[chosen], mask, image_rotary_emb)
-            for chosen, mask in ((slice(None, -1), None), (slice(-1, None), seen))
-        ]
-        video, text_out = (torch.cat(streams) for streams in zip(*rows, strict=True))
-        return video, text_out
+        def attended(rows: slice) -> tuple[Tensor, Tensor]:
+            arguments, named = _chosen_rows((others, options), len(hidden_states), rows)
+            streams: tuple[Tensor, Tensor] = self.stock(attn, hidden_states[rows], *arguments, **named)
+            return streams
+
+        plain = attended(_ALL_BUT_LAST)
+        tokens = hidden_states.shape[1]
+        with _MaskedVideo(slice(-tokens, None) if self.text_first else slice(tokens)):
+            skipped = attended(slice(-1, None))
+        return torch.cat([plain[0], skipped[0]]), torch.cat([plain[1], skipped[1]])
 
 
-def _without_last_row(given: Any, rows: int) -> Any:
-    """Arguments without the last row of the tensors that have one; a table for all rows stays."""
+class TextFirstInSkipRow(VideoSeesTextInSkipRow):
+    """The same where the text's tokens come before the video's."""
+
+    text_first = True
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, *others: Any, image_rotary_emb: Any = None, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        # diffusers' Attention passes on only what its processor names.
+        return super().__call__(attn, hidden_states, *others, image_rotary_emb=image_rotary_emb, **options)
+
+
+class _MaskedVideo(TorchFunctionMode):
+    """Attention inside the context: the tokens of `video` see themselves and all that are not video."""
+
+    def __init__(self, video: slice) -> None:
+        super().__init__()
+        self.video = video
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        query = args[0]
+        seen = torch.ones(2 * (query.shape[2],), dtype=torch.bool, device=query.device)
+        own = seen[self.video, self.video]
+        own.copy_(torch.eye(len(own), dtype=torch.bool, device=query.device))
+        return func(*args, **{**(kwargs or {}), "attn_mask": seen})
+
+
+_ALL_BUT_LAST = slice(None, -1)
+
+
+def _chosen_rows(given: Any, rows: int, chosen: slice) -> Any:
+    """Arguments with some rows of the tensors that have `rows`; a table for all rows stays."""
     if isinstance(given, Tensor):
-        return given[:-1] if len(given) == rows else given
+        return given[chosen] if len(given) == rows else given
     if isinstance(given, dict):
-        return {name: _without_last_row(value, rows) for name, value in given.items()}
-    return tuple(_without_last_row(value, rows) for value in given) if isinstance(given, tuple) else given
+        return {name: _chosen_rows(value, rows, chosen) for name, value in given.items()}
+    return tuple(_chosen_rows(value, rows, chosen) for value in given) if isinstance(given, tuple) else given
 
 
 def _ltx_video_arguments(
@@ -117,8 +147,15 @@ def _cogvideox_arguments(
     return {"encoder_hidden_states": text.embeds, "image_rotary_emb": rope or None}
 
 
+def _mochi_arguments(
+    family: Any, text: TextCondition, workload: Workload, frame_rate: float
+) -> dict[str, Any]:
+    return {"encoder_hidden_states": text.embeds, "encoder_attention_mask": text.mask}
+
+
 _UNCUT = {
     "cogvideox": UncutModel(_cogvideox_arguments, "attn1", TextFirstInSkipRow),
     "ltx-video": UncutModel(_ltx_video_arguments, "attn1", ValuesOnlyInSkipRow),
+    "mochi": UncutModel(_mochi_arguments, "attn1", VideoSeesTextInSkipRow),
     "wan2.1": UncutModel(_wan_arguments, "attn1", ValuesOnlyInSkipRow),
 }

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 import stg_trt
 from stg_trt import manifest as manifests
@@ -18,12 +15,13 @@ from stg_trt.backends.choice import AUTO, choose_backend
 from stg_trt.checkpoint import Checkpoint
 from stg_trt.engine_key import EngineKey, code_version, digest
 from stg_trt.engine_store import check_file
-from stg_trt.errors import EngineRejected, InvalidRequest
+from stg_trt.errors import EngineRejected
 from stg_trt.families.base import Workload
 from stg_trt.gpu import find_gpu
 from stg_trt.manifest import Manifest, SegmentRecord
 from stg_trt.segment import Segment
 
+from .build_folder import fresh_folder, locked_folder
 from .compilers import compiler_for
 from .finished_files import FinishedFiles
 from .options import BuildOptions
@@ -94,7 +92,9 @@ def build(
         keep_onnx=keep_onnx,
         plugins=tuple(sorted(set(plugins))),
     )
-    return _Builder(options, progress).run()
+    opened.check()
+    with fresh_folder(options.output):
+        return _Builder(options, progress).run()
 
 
 def _choose(target: str | None, progress: Progress) -> tuple[str, str]:
@@ -110,8 +110,6 @@ class _Builder:
     def __init__(self, options: BuildOptions, progress: Progress) -> None:
         self.options = options
         self.progress = progress
-        options.checkpoint.check()
-        _make(options.output)
         self.weights = options.checkpoint.fingerprint()
         self.compiler = compiler_for(options)
         self.backend_version = self.compiler.version
@@ -122,20 +120,10 @@ class _Builder:
         with ExitStack() as locks:
             # In the order of their names, so that two builds of the same targets cannot wait for each other.
             for folder in sorted(folders.values()):
-                _make(folder)
-                locks.enter_context(self._locked(folder))
+                locks.enter_context(locked_folder(folder, self.progress.wait))
                 shutil.rmtree(folder / "work", ignore_errors=True)
             self._build(folders)
         return list(folders.values())
-
-    def _locked(self, folder: Path) -> AbstractContextManager[object]:
-        """Holds the folder's lock until the context ends; says so before it waits for another build."""
-        lock = FileLock(folder / ".lock")
-        try:
-            return lock.acquire(timeout=0)
-        except Timeout:
-            self.progress.wait(folder)
-            return lock.acquire()
 
     def _build(self, folders: dict[str, Path]) -> None:
         options = self.options
@@ -253,14 +241,3 @@ def _keep(work: Path, kept: Path) -> None:
     kept.mkdir(exist_ok=True)
     for path in work.iterdir():
         path.replace(kept / path.name)
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise InvalidRequest(
-            f"output: expected a folder that can be written, got {folder} ({error.strerror}): choose another"
-        ) from error
-    if not os.access(folder, os.W_OK):
-        raise InvalidRequest(f"output: expected a folder that can be written, got {folder}: choose another")

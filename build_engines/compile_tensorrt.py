@@ -16,6 +16,7 @@ from stg_trt.backends.tensorrt_library import (
     load_plugins,
 )
 from stg_trt.errors import GateMissed
+from stg_trt.interruptible import run_interruptibly
 from stg_trt.tensor_spec import ROWS, TensorSpec
 
 from .compiler import Compiled, Exported, Job
@@ -70,33 +71,13 @@ def compile_tensorrt(
 ) -> Compiled:
     """Compiles `graph` for rows (min, opt, max); the engine is written beside it.
 
-    The compiler runs in its own thread, so that an interrupt reaches the main thread at once and stops it.
+    An interrupt stops the compiler at the next step of its progress.
     """
     trt = load_library(backend)
-    cancel, finished = threading.Event(), threading.Event()
-    outcome: list[Compiled | BaseException] = []
-
-    def work() -> None:
-        try:
-            outcome.append(_compile(trt, graph, inputs, rows, backend, target, cancel, on_progress))
-        except BaseException as error:
-            outcome.append(error)
-        finally:
-            finished.set()
-
-    thread = threading.Thread(target=work, name=f"compile {graph.stem}")
-    thread.start()
-    try:
-        # Not Thread.join: interrupted, it takes a running thread for an ended one (CPython before 3.13).
-        while not finished.wait(0.2):
-            pass
-    finally:
-        cancel.set()
-        finished.wait()
-        thread.join()
-    if isinstance(outcome[0], BaseException):
-        raise outcome[0]
-    return outcome[0]
+    cancel = threading.Event()
+    return run_interruptibly(
+        lambda: _compile(trt, graph, inputs, rows, backend, target, cancel, on_progress), cancel.set
+    )
 
 
 def _compile(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stg_trt import manifest as manifests
+from stg_trt.backends.onnxruntime import run_session
 from stg_trt.engine_key import digest
 from stg_trt.families.base import SegmentModule
 from stg_trt.segment import Segment
@@ -62,6 +63,7 @@ def graph_runner(path: Path) -> Run:
 
     def run(inputs: dict[str, Tensor]) -> list[Tensor]:
         feed = {name: tensor.numpy() for name, tensor in inputs.items()}
-        return [torch.from_numpy(output) for output in session.run(None, feed)]
+        outputs = run_session(lambda run_options: session.run(None, feed, run_options))
+        return [torch.from_numpy(output) for output in outputs]
 
     return run

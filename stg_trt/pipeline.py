@@ -248,8 +248,8 @@ class VideoPipeline:
 
     def _solve(
         self, workload: Workload, steps: int | None, preset: Preset | None
-    ) -> tuple[SolverTable, list[float]]:
-        """The solver's table, and the sigma in 0..1 of every step that is taken."""
+    ) -> tuple[SolverTable, tuple[float, ...]]:
+        """The solver's table, and the noise level of every step that is taken."""
         given = preset.num_inference_steps if preset else self.family.defaults.num_inference_steps
         steps = given if steps is None else steps
         if steps < 1:
@@ -259,8 +259,7 @@ class VideoPipeline:
             self.scheduler.set_begin_index(preset.drop_first)
         solver = SolverTable.from_scheduler(self.scheduler)
         taken = len(solver.timesteps) - (preset.drop_last if preset else 0)
-        training_steps = self.scheduler.config.num_train_timesteps
-        return solver, [timestep / training_steps for timestep in solver.timesteps[:taken]]
+        return solver, solver.noise_levels[:taken]
 
     def _with_defaults(self, given: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
         """Fills what was not given: from the preset, else the family's scales and the engines' blocks."""

@@ -25,7 +25,8 @@ class SolverTable:
     """x_{i+1} = a_i*x_T + sum_{j<=i} b_ij*pred_j + sum_k c_ik*noise_k, read off a diffusers scheduler.
 
     x_T is the initial latents, standard normal noise times `noise_scale`. The network of step i is fed
-    `input_scale[i]*x_i` and `timesteps[i]`. `sigmas` are the scheduler's own, one per step, or empty.
+    `input_scale[i]*x_i` and `timesteps[i]`. `sigmas` are the scheduler's own, one per step, or empty;
+    `noise_levels` are the timesteps as parts of the training steps, 1 for noise whichever way they count.
     Step i draws `draws[i]` standard normal tensors of the latents' shape; noise_k counts all draws in order.
     `a` (steps,), `b` (steps, steps) and `c` (steps, all draws) are float64. `two_term[i]` is (a, b) where
     step i is x_{i+1} = a*x_i + b*pred_i, else None.
@@ -33,6 +34,7 @@ class SolverTable:
 
     timesteps: tuple[float, ...]
     sigmas: tuple[float, ...]
+    noise_levels: tuple[float, ...]
     noise_scale: float
     input_scale: tuple[float, ...]
     draws: tuple[int, ...]
@@ -62,6 +64,7 @@ class SolverTable:
         return cls(
             timesteps=tuple(float(t) for t in timesteps),
             sigmas=tuple(float(s) for s in sigmas[begin : begin + len(timesteps)]),
+            noise_levels=_noise_levels(solver, timesteps),
             noise_scale=float(getattr(solver, "init_noise_sigma", 1.0)),
             input_scale=tuple(dry.input_scale),
             draws=tuple(dry.draws),
@@ -137,6 +140,12 @@ def _remaining(solver: Any) -> tuple[int, Tensor]:
     """Where a sampling run starts and the timesteps from there on."""
     begin: int = getattr(solver, "begin_index", None) or 0
     return begin, solver.timesteps[begin:]
+
+
+def _noise_levels(solver: Any, timesteps: Tensor) -> tuple[float, ...]:
+    """The timesteps in 0..1; a scheduler with inverted sigmas counts them up from noise."""
+    parts = [float(t) / solver.config.num_train_timesteps for t in timesteps]
+    return tuple(1 - part for part in parts) if solver.config.get("invert_sigmas") else tuple(parts)
 
 
 def _stepper(solver: Any, timesteps: Tensor) -> Callable[[int, Tensor, Tensor], Tensor]:

@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from stg_trt.build_engines import build
 from tests.cli import keep_one_block
 from tests.family_cases import LTX, FamilyCase
 
+# The processes of a run take files in this order: one that takes minutes must not begin when the others end.
+LONGEST_FIRST = (
+    "build_engines/test_compile_inductor.py",
+    "test_goldens.py",
+    "build_engines/test_compile_tensorrt.py",
+    "test_cli_interrupt.py",
+    "test_cli_errors.py",
+    "plugins/test_shared_library.py",
+    "benchmarks/test_step.py",
+    "benchmarks/test_gpu.py",
+)
+
+BuiltOnce = Callable[[str, Callable[[Path], object]], Path]
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+    order = {tests / name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU, and torch finds none here")
@@ -25,17 +45,44 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+def pytest_collection_finish() -> None:
+    # A build collects garbage after every stage; what the imports made would be searched each time.
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
-def golden_engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[FamilyCase], Path]:
+def built_once(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> BuiltOnce:
+    """Fills a folder once per run, in the first of its processes that asks for that name."""
+    root = tmp_path_factory.getbasetemp()
+    # Where there are several, each has a folder of its own inside the run's.
+    shared = root.parent if hasattr(pytestconfig, "workerinput") else root
+
+    def folder_of(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, unfinished = shared / name, shared / f"{name}-unfinished"
+        with FileLock(shared / f"{name}.lock"):
+            if not folder.exists():
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir()
+                fill(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def golden_engines(built_once: BuiltOnce) -> Callable[[FamilyCase], Path]:
     """Per family: segmented stg-a engines that can perturb `cut_at`, and the twins; 2 videos."""
-    built: dict[str, Path] = {}
+    return lambda case: built_once(f"{case}-engines", lambda folder: build_goldens(case, folder))
 
-    def engines(case: FamilyCase) -> Path:
-        if str(case) not in built:
-            built[str(case)] = build_goldens(case, tmp_path_factory.mktemp(f"{case}-engines"))
-        return built[str(case)]
 
-    return engines
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, also in tests that a shell started as a background job."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")
@@ -51,10 +98,10 @@ def ltx_engines(golden_engines: Callable[[FamilyCase], Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def inductor_engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def inductor_engines(built_once: BuiltOnce) -> Path:
     """The same engines, compiled by inductor for the CPU."""
-    root = tmp_path_factory.mktemp("inductor-engines")
-    return build_goldens(LTX, root, backend="inductor", target="cpu")
+    compiled = {"backend": "inductor", "target": "cpu"}
+    return built_once("inductor-engines", lambda folder: build_goldens(LTX, folder, **compiled))
 
 
 def build_goldens(case: FamilyCase, root: Path, **options: Any) -> Path:

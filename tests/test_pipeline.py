@@ -127,6 +127,17 @@ def test_padded_embeddings_are_refused_where_padding_takes_part(
         pipeline(**given)
 
 
+def test_the_negative_prompt_that_is_not_given(
+    case: FamilyCase, checkpoint: Path, pipeline: VideoPipeline
+) -> None:
+    scheduler = pipeline.scheduler = case.schedulers[0]
+    given = call(case, pipeline, PROMPTS) | {"negative_prompt": None}
+    expected = of_diffusers(case, checkpoint, scheduler, "latent", **given, generator=seeded(5))
+    given |= {"generator": seeded(5), "stg_scale": 0.0, "rescale": 0.0}
+    got = pipeline(**given, output_type="latent").frames
+    assert (got - expected).abs().max() <= 1e-4
+
+
 def test_noise_is_drawn_as_diffusers_draws_it(
     case: FamilyCase, checkpoint: Path, pipeline: VideoPipeline
 ) -> None:

@@ -184,6 +184,18 @@ def test_flow_euler_is_x_plus_the_sigma_step_times_the_prediction() -> None:
     assert table.noise_scale == 1.0 and set(table.input_scale) == {1.0}
 
 
+@pytest.mark.parametrize("build", [of("FlowMatchEulerDiscreteScheduler", shift=3.0), inverted])
+def test_noise_levels_fall_from_noise_whichever_way_the_timesteps_count(
+    build: Callable[[int], Any],
+) -> None:
+    reference = build(10)
+    table = SolverTable.from_scheduler(reference)
+    sigmas = reference.sigmas[:-1]
+    expected = 1 - sigmas if reference.config.invert_sigmas else sigmas
+    assert table.noise_levels == pytest.approx(expected.tolist(), abs=1e-6)
+    assert table.noise_levels[0] == 1.0 and expected.diff().max() < 0
+
+
 def test_svd_scales_noise_and_input() -> None:
     table = SolverTable.from_scheduler(scheduler("EulerDiscreteScheduler", 25, **SVD))
     assert table.sigmas[0] == pytest.approx(700.0)

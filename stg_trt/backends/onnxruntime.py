@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import onnxruntime as ort
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor
 
 from stg_trt.errors import EngineRejected
+from stg_trt.interruptible import run_interruptibly
+
+Result = TypeVar("Result")
 
 _ELEMENT_TYPES = {"torch.float32": np.float32, "torch.bool": np.bool_}
 
@@ -47,7 +51,7 @@ class OnnxRuntimeContext:
 
     def enqueue(self, stream: int) -> None:
         """Runs now; a CPU has no stream."""
-        self._session.run_with_iobinding(self._binding)
+        run_session(lambda options: self._session.run_with_iobinding(self._binding, options))
 
 
 def load_all(
@@ -66,3 +70,16 @@ def _load(backend: str, path: Path) -> OnnxRuntimeEngine:
         # onnxruntime raises a dozen pybind exception classes with no common base.
         raise EngineRejected(f"{path}: {backend} cannot load it: {str(error).splitlines()[0]}") from error
     return OnnxRuntimeEngine(session)
+
+
+def run_session(call: Callable[[ort.RunOptions], Result]) -> Result:
+    """What `call` returns, which runs a session with the options that it is given.
+
+    An interrupt ends the run after the operator that it is at.
+    """
+    options = ort.RunOptions()
+
+    def terminate() -> None:
+        options.terminate = True
+
+    return run_interruptibly(lambda: call(options), terminate)

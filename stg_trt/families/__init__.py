@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 # transformer class in diffusers -> (module here, class in it); imported when first asked for
 _FAMILIES = {
     "LTXVideoTransformer3DModel": ("ltx_video", "LTXVideo"),
+    "MochiTransformer3DModel": ("mochi", "Mochi"),
     "WanTransformer3DModel": ("wan", "Wan"),
     "CogVideoXTransformer3DModel": ("cogvideox", "CogVideoX"),
 }

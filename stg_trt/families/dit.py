@@ -223,8 +223,16 @@ class DiTSegment(SegmentModule):
         return state
 
 
+def unpatched(pred: Tensor, grid: tuple[int, ...], patch: tuple[int, int, int]) -> Tensor:
+    """Tokens of (patch in time, height, width, channels) to (rows, channels, frames, height, width)."""
+    patches = pred.unflatten(2, (*patch, -1)).unflatten(1, grid)
+    # (rows, tokens in time, height, width, latents in time, height, width, channels)
+    latents: Tensor = patches.permute(0, 7, 1, 4, 2, 5, 3, 6)
+    return latents.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
 def rms_norm(norm: Any, x: Tensor) -> Tensor:
-    """RMS norm over all channels, in float32."""
+    """RMS norm over the last axis, in float32; `norm` may have no weight."""
     normed: Tensor = F.rms_norm(x.float(), (x.shape[-1],), norm.weight, norm.eps)
     return normed
 

@@ -30,6 +30,13 @@ class QKV(NamedTuple):
     value: Tensor
 
 
+class KV(NamedTuple):
+    """Keys and values of a stream that does not attend itself, as in QKV."""
+
+    key: Tensor
+    value: Tensor
+
+
 class JointAttentionDiT(DiT):
     """Borders and costs; a subclass adds its own tensors and writes its blocks out."""
 
@@ -50,6 +57,10 @@ class JointAttentionDiT(DiT):
     @abstractmethod
     def block_flops(self, block: int, workload: Workload) -> int:
         """Operations of one block for one row, all but its attention's two products."""
+
+    def reads_into_text(self, block: int) -> bool:
+        """Whether the block's text tokens attend; not where it leaves the text stream as it is."""
+        return True
 
     @abstractmethod
     def back_flops(self, workload: Workload) -> int:
@@ -77,20 +88,23 @@ class JointAttentionDiT(DiT):
         if segment.text:
             return self.text_flops(workload)
         tokens, text = self.tokens(workload), workload.text_length
-        full = 4 * (tokens + text) ** 2 * self.width
-        on_text = 4 * text * (tokens + text) * self.width
-        self_and_text = 4 * tokens * (text + 1) * self.width
+        by_video = 4 * tokens * (tokens + text) * self.width
+        by_text = 4 * text * (tokens + text) * self.width
+        # A token's products with its own key and value are no matrix products.
+        self_and_text = 4 * tokens * text * self.width
         total = 0
         for block in self._running(segment):
             total += self.block_flops(block, workload)
-            total += on_text + self_and_text if self._perturbed(segment, block) else full
+            total += by_text if self.reads_into_text(block) else 0
+            total += self_and_text if self._perturbed(segment, block) else by_video
             total += self_and_text if segment.keep_input else 0
         total += self.front_flops(workload) if segment.front else 0
         return total + (self.back_flops(workload) if segment.back else 0)
 
     def attentions(self, segment: Segment) -> int:
         # The perturbed video tokens' softmax over self and text is written out; the text's is a kernel.
-        return len(self._running(segment))
+        running = self._running(segment)
+        return sum(self.reads_into_text(b) or not self._perturbed(segment, b) for b in running)
 
     def activation_limit(self, segment: Segment, workload: Workload, rows: int) -> int:
         # Widest point: both streams' q, k, v and the feed-forward, each allowed a float32 copy.
@@ -118,23 +132,49 @@ class JointAttentionSegment(DiTSegment):
         `key_bias` of the state, (rows, 1, 1, video and text tokens), is added to the logits where it is
         there. Rows without keep_attention, or all where `perturbed`, see what stg-a lets them see.
         """
-        bias = state.get("key_bias")
-        key, value = (torch.cat(pair, 2) for pair in zip(video[1:], text[1:], strict=True))
-        tokens = video.query.shape[2]
-        text_bias = None if bias is None else bias[..., tokens:]
+        key, value = _both(video.key, text.key), _both(video.value, text.value)
+        bias, tokens = state.get("key_bias"), video.query.shape[2]
         if perturbed:
-            video_out = self_and_text(video, text, text_bias)
+            video_out = _perturbed(video, text, state)
             text_out = self.attend(text.query, key, value, bias)
         else:
-            both = self.attend(torch.cat([video.query, text.query], 2), key, value, bias)
-            video_out, text_out = both[:, :, :tokens], both[:, :, tokens:]
-            if KEEP_ATTENTION in state:
-                keep = state[KEEP_ATTENTION][:, None, None, None]
-                video_out = torch.where(keep, video_out, self_and_text(video, text, text_bias))
-        return video_out.transpose(1, 2).flatten(2), text_out.transpose(1, 2).flatten(2)
+            out = self.attend(_both(video.query, text.query), key, value, bias)
+            video_out, text_out = _kept(out[:, :, :tokens], video, text, state), out[:, :, tokens:]
+        return _merged(video_out), _merged(text_out)
+
+    def video_attention(self, video: QKV, text: QKV | KV, state: State, perturbed: bool) -> Tensor:
+        """The video's half of joint_attention, for a block that leaves the text stream as it is."""
+        if perturbed:
+            return _merged(_perturbed(video, text, state))
+        key, value = _both(video.key, text.key), _both(video.value, text.value)
+        out = self.attend(video.query, key, value, state.get("key_bias"))
+        return _merged(_kept(out, video, text, state))
 
 
-def self_and_text(video: QKV, text: QKV, bias: Tensor | None) -> Tensor:
+def _both(video: Tensor, text: Tensor) -> Tensor:
+    """The tokens of both streams, (rows, heads, tokens, head size)."""
+    return torch.cat([video, text], 2)
+
+
+def _merged(heads: Tensor) -> Tensor:
+    """(rows, heads, tokens, head size) to (rows, tokens, channels)."""
+    return heads.transpose(1, 2).flatten(2)
+
+
+def _kept(attended: Tensor, video: QKV, text: QKV | KV, state: State) -> Tensor:
+    """The video's attention, but the perturbed one in rows without keep_attention."""
+    if KEEP_ATTENTION not in state:
+        return attended
+    return torch.where(state[KEEP_ATTENTION][:, None, None, None], attended, _perturbed(video, text, state))
+
+
+def _perturbed(video: QKV, text: QKV | KV, state: State) -> Tensor:
+    """The video's attention under stg-a, with the part of `key_bias` that is the text's."""
+    bias = state.get("key_bias")
+    return self_and_text(video, text, None if bias is None else bias[..., video.query.shape[2] :])
+
+
+def self_and_text(video: QKV, text: QKV | KV, bias: Tensor | None) -> Tensor:
     """softmax([q.k_self, q.K_text + bias]) [v_self, V_text] per video token, in float32 and in O(N*T)."""
     key, value = text.key.float().transpose(-1, -2), text.value.float()
     outputs = []

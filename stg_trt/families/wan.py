@@ -21,7 +21,7 @@ from stg_trt.families.base import (
     positive_integer,
 )
 from stg_trt.families.cross_attention import CrossAttentionDiT, CrossAttentionSegment
-from stg_trt.families.dit import State, rotate
+from stg_trt.families.dit import State, rotate, unpatched
 from stg_trt.tensor_spec import ROWS, TensorSpec
 
 
@@ -70,11 +70,7 @@ class WanSegment(CrossAttentionSegment):
         return pred
 
     def unpatch(self, pred: Tensor, grid: tuple[int, ...]) -> Tensor:
-        patches = pred.unflatten(2, (*self.patch, -1)).unflatten(1, grid)
-        # (rows, tokens in time, height, width, latents in time, height, width, channels)
-        latents_first = patches.permute(0, 7, 1, 4, 2, 5, 3, 6)
-        latents: Tensor = latents_first.flatten(6, 7).flatten(4, 5).flatten(2, 3)
-        return latents
+        return unpatched(pred, grid, self.patch)
 
 
 class Wan(CrossAttentionDiT):

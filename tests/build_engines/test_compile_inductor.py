@@ -314,9 +314,11 @@ def test_the_command_line_builds_and_generates(
 
 
 def test_a_missing_compiler_is_told_in_one_line(tmp_path: Path, ltx_checkpoint: Path) -> None:
-    options = ("--output", tmp_path, "--backend=inductor", "--target=cpu", *FLAGS, "--stg-blocks=")
+    output = tmp_path / "new" / "engines"
+    options = ("--output", output, "--backend=inductor", "--target=cpu", *FLAGS, "--stg-blocks=")
     result = run("build", ltx_checkpoint, *options, env={"PATH": ""})
     assert_one_line_error(result, r"inductor: expected a C\+\+ compiler, got no g\+\+ on the PATH: install g")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_target_needs(tmp_path: Path, ltx_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

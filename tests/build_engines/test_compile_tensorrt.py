@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import _thread
 import json
+import os
+import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from stg_trt import manifest as manifests
 from stg_trt.backends.tensorrt_library import library_version, load_library
 from stg_trt.build_engines import build
 from stg_trt.build_engines.compile_tensorrt import Cancelled, _compile, compile_tensorrt
+from stg_trt.build_engines.progress import Silent
 from stg_trt.checkpoint import Checkpoint
 from stg_trt.engine_key import digest
 from stg_trt.engine_store import check_file
@@ -43,14 +45,11 @@ ATTENTIONS = {
 
 
 @dataclass
-class Recorder:
+class Recorder(Silent):
     """The progress of a build."""
 
     finished: list[tuple[str, bool]] = field(default_factory=list)
     stages: list[str] = field(default_factory=list)
-
-    def start(self, build: str, segments: tuple[Segment, ...]) -> None:
-        pass
 
     def stage(self, segment: Segment, stage: str) -> None:
         self.stages.append(stage)
@@ -270,17 +269,18 @@ def test_an_event_cancels_the_compiler(arguments: dict[str, Any]) -> None:
     assert [path.name for path in arguments["graph"].parent.iterdir()] == ["normal.onnx"]
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_stops_the_compiler_at_once(arguments: dict[str, Any]) -> None:
     interrupted = threading.Event()
 
     def interrupt(phase: str) -> None:
         if not interrupted.is_set():
             interrupted.set()
-            _thread.interrupt_main()
+            os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         compile_tensorrt(**arguments, on_progress=interrupt)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("compile")]
+    assert not [thread for thread in threading.enumerate() if thread.name == "interruptible"]
     assert [path.name for path in arguments["graph"].parent.iterdir()] == ["normal.onnx"]
 
 

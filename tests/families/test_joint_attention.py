@@ -62,8 +62,11 @@ def test_every_row_as_one_masked_attention(
     monkeypatch.setattr(joint_attention, "_CHUNK", chunk)
     bias = padding() if with_bias else torch.zeros(ROWS, 1, 1, TOKENS + TEXT)
     state = {"key_bias": bias} if with_bias else {}
-    out = torch.cat(Attention(expand_masks).joint_attention(*streams, state, perturbed), 1)
-    assert (out - masked(*streams, bias, perturbed)).abs().max() <= 2e-6
+    module, expected = Attention(expand_masks), masked(*streams, bias, perturbed)
+    out = torch.cat(module.joint_attention(*streams, state, perturbed), 1)
+    assert (out - expected).abs().max() <= 2e-6
+    video_alone = module.video_attention(*streams, state, perturbed)
+    assert (video_alone - expected[:, :TOKENS]).abs().max() <= 2e-6
 
 
 def test_keep_attention_chooses_by_row(streams: tuple[QKV, QKV]) -> None:
@@ -73,6 +76,7 @@ def test_keep_attention_chooses_by_row(streams: tuple[QKV, QKV]) -> None:
     kept, perturbed = (masked(*streams, padding(), skip) for skip in (False, True))
     expected = torch.where(keep[:, None, None], kept, perturbed)
     assert (out - expected).abs().max() <= 2e-6
+    assert torch.equal(Attention(False).video_attention(*streams, state, False), out[:, :TOKENS])
     assert (kept - perturbed)[1, :TOKENS].abs().max() > 0.1
 
 

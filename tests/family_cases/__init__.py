@@ -3,8 +3,9 @@
 from tests.family_cases.case import TIMESTEP, FamilyCase, Published
 from tests.family_cases.cogvideox import COGVIDEOX
 from tests.family_cases.ltx import LTX
+from tests.family_cases.mochi import MOCHI
 from tests.family_cases.wan import WAN
 
-__all__ = ["CASES", "COGVIDEOX", "LTX", "TIMESTEP", "WAN", "FamilyCase", "Published"]
+__all__ = ["CASES", "COGVIDEOX", "LTX", "MOCHI", "TIMESTEP", "WAN", "FamilyCase", "Published"]
 
-CASES = (LTX, WAN, *COGVIDEOX.values())
+CASES = (LTX, WAN, MOCHI, *COGVIDEOX.values())

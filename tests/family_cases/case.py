@@ -46,7 +46,9 @@ class FamilyCase:
     what becomes of text tokens that are none: masked by the constant `mask_name`, zeroed, or kept as text.
     `cut_at` and `twins`, (mode, blocks), are what the goldens perturb. `wide` words are in the names of
     weights that stay float32, `narrow` ones are modules of others. `refused` are changes to the
-    configurations of transformer and VAE, and what is said of them.
+    configurations of transformer and VAE, and what is said of them. `refused_steps` are a scheduler, a
+    number of steps, and what is said of them. `rounding` is how far float32 lets the cut model be from the
+    uncut one.
     """
 
     goldens: Path
@@ -71,6 +73,8 @@ class FamilyCase:
     save_pipeline: Callable[[Path], None]
     schedulers: tuple[Any, ...]
     mask_name: str = ""
+    refused_steps: tuple[tuple[Any, int, str], ...] = ()
+    rounding: float = 1e-6
 
     @property
     def workload(self) -> Workload:

@@ -152,6 +152,7 @@ def case(name: str, scheduler: Any, published: Published, **options: Any) -> Fam
         ),
         video=slice(SIZES["text_length"], None),
         padding="kept",
+        rounding=2e-6,
         golden_names=("cfg",) if in_time == 2 else ("stg_r",),
         cut_at=(2,),
         twins=(("stg-r", (2,)),),

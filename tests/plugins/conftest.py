@@ -10,22 +10,25 @@ import torch
 
 from stg_trt.kernels.shared_library import Kernels
 from tests.compiled_kernels import Machine, compile_host_kernels, compile_kernels
+from tests.conftest import BuiltOnce
+
+LIBRARY = "libstg_kernels.so"
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def library(built_once: BuiltOnce) -> Path:
     """The kernels compiled for one architecture; loading needs no GPU."""
     if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc")
-    return compile_kernels(tmp_path_factory.mktemp("kernels") / "libstg_kernels.so")
+    return built_once("kernels", lambda folder: compile_kernels(folder / LIBRARY)) / LIBRARY
 
 
 @pytest.fixture(scope="session")
-def host_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def host_library(built_once: BuiltOnce) -> Path:
     """The kernels' interface over host memory."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    return compile_host_kernels(tmp_path_factory.mktemp("host_kernels") / "libstg_kernels.so")
+    return built_once("host-kernels", lambda folder: compile_host_kernels(folder / LIBRARY)) / LIBRARY
 
 
 @pytest.fixture(scope="session", params=["host", pytest.param("gpu", marks=pytest.mark.gpu)])
