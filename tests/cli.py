@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,12 @@ def finish(process: subprocess.Popen[str], timeout: float = 180) -> subprocess.C
     """Waits for a started command."""
     stdout, stderr = process.communicate(timeout=timeout)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def cpu_seconds_of_ended_children() -> float:
+    """Of this process, so far; other programs on the machine do not stretch it."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def assert_one_line_error(result: subprocess.CompletedProcess[str], pattern: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pty
-import resource
 import shutil
 import signal
 import subprocess
@@ -24,7 +23,17 @@ from stg_trt.engine_store import EngineRequest, EngineStore
 from stg_trt.errors import InvalidRequest
 from stg_trt.manifest import FileRecord
 from stg_trt.video_file import save_video
-from tests.cli import PROGRAM, ROOT, SMALL, assert_one_line_error, contents, finish, run, start
+from tests.cli import (
+    PROGRAM,
+    ROOT,
+    SMALL,
+    assert_one_line_error,
+    contents,
+    cpu_seconds_of_ended_children,
+    finish,
+    run,
+    start,
+)
 from tests.endless_graph import loop_after
 
 UNVERIFIED = (*SMALL, "--verify-timesteps=0")
@@ -193,11 +202,6 @@ def interrupt_at(sign: bytes, command: Sequence[str | Path], meanwhile: Callable
     assert process.returncode == 1 and b"Traceback" not in shown
     assert b"stg-trt: interrupted: " in shown.splitlines()[-1]
     return cpu_seconds_of_ended_children() - others_s - until_then.user - until_then.system
-
-
-def cpu_seconds_of_ended_children() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
 
 
 def a_moment() -> None:
