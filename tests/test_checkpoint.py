@@ -133,6 +133,7 @@ def test_published_configurations_open() -> None:
     expected = {
         "ltx-video-13b": (48, flow_euler),
         "ltx-video-2b": (28, flow_euler),
+        "mochi-1-preview": (48, flow_euler),
         "wan2.1-t2v-1.3b": (30, unipc),
         "wan2.1-t2v-14b": (40, unipc),
     }
