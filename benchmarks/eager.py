@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stg_trt.families.base import TextCondition
 from stg_trt.guidance import combined
+from stg_trt.noise import draw
 
 from .setting import Inputs, Setting
 from .uncut import uncut_model
@@ -78,6 +79,8 @@ class EagerStep:
         self._solver = inputs.solver
         self._guidance = setting.guidance(inputs.solver)
         self._initial = inputs.noise.to(device)
+        generator, draws = inputs.generator(), sum(inputs.solver.draws)
+        self._noise = [draw(inputs.noise.shape, generator).to(device) for _ in range(draws)]
         self._timesteps = torch.tensor(inputs.solver.timesteps, device=device)
         texts = [inputs.uncond if name == "uncond" else inputs.cond for name in self._passes]
         text = TextCondition.stacked(texts)
@@ -114,4 +117,4 @@ class EagerStep:
             cfg_zero_star=guidance.cfg_zero_star,
         )
         preds.append(pred)
-        return self._solver.advance(step, latents, preds, self._initial)
+        return self._solver.advance(step, latents, preds, self._initial, self._noise)

@@ -95,7 +95,13 @@ def _sampled(subject: Subject, inputs: Inputs, guidance: Guidance, stop: int) ->
 
 def _steps(subject: Subject, inputs: Inputs, guidance: Guidance) -> Iterator[SampledStep]:
     return subject.sampler.steps(
-        inputs.noise, inputs.cond, inputs.uncond, guidance, inputs.solver, inputs.frame_rate
+        inputs.noise,
+        inputs.cond,
+        inputs.uncond,
+        guidance,
+        inputs.solver,
+        inputs.frame_rate,
+        inputs.generator(),
     )
 
 

@@ -175,6 +175,10 @@ class Inputs:
     frame_rate: float
     earlier: Tensor
 
+    def generator(self) -> torch.Generator:
+        """Of the noise that the solver adds; the same for whoever samples."""
+        return torch.Generator().manual_seed(1)
+
     @property
     def middle(self) -> int:
         """The step that single steps are measured at."""

@@ -33,7 +33,13 @@ class Subject:
         self.sampler = Sampler(setting.family, build.manifest, self._engines, device)
         self.guidance = setting.guidance(inputs.solver)
         self.state = self.sampler.prepare(
-            inputs.noise, inputs.cond, inputs.uncond, self.guidance, inputs.solver, inputs.frame_rate
+            inputs.noise,
+            inputs.cond,
+            inputs.uncond,
+            self.guidance,
+            inputs.solver,
+            inputs.frame_rate,
+            inputs.generator(),
         )
         self._earlier = inputs.earlier.to(device.torch_device)
         self.loaded_bytes = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -52,69 +52,59 @@ class ValuesOnlyInSkipRow:
         return torch.cat([attended, values])
 
 
-class MaskedVideoInSkipRow:
-    """VideoSeesTextInSkipRow of a processor that takes a mask of its own."""
-
-    def __init__(self, stock: Any) -> None:
-        self.stock = stock
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor,
-        image_rotary_emb: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        video, mask = hidden_states.shape[1], attention_mask
-        tokens = video + encoder_hidden_states.shape[1]
-        seen = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device)
-        seen[:video, :video] = torch.eye(video, dtype=torch.bool, device=mask.device)
-        plain = self.stock(attn, hidden_states[:-1], encoder_hidden_states[:-1], mask[:-1], image_rotary_emb)
-        skipped = self.stock(
-            attn, hidden_states[-1:], encoder_hidden_states[-1:], mask[-1:] & seen, image_rotary_emb
-        )
-        video_out, text_out = (torch.cat(pair) for pair in zip(plain, skipped, strict=True))
-        return video_out, text_out
-
-
 class VideoSeesTextInSkipRow:
     """stg-a of a joint attention, as a processor: the stock one, in the last row under a mask over all pairs.
 
-    There, video tokens see themselves and the text, which comes after them, and no other video token.
+    There, video tokens see themselves and the text, and no other video token.
     """
+
+    text_first: ClassVar[bool] = False
 
     def __init__(self, stock: Any) -> None:
         self.stock = stock
 
     def __call__(
-        self, attn: Any, hidden_states: Tensor, *others: Any, **options: Any
+        self, attn: Any, hidden_states: Tensor, *others: Any, image_rotary_emb: Any = None, **options: Any
     ) -> tuple[Tensor, Tensor]:
+        # Named, since diffusers' Attention passes on only what its processor names.
+        options["image_rotary_emb"] = image_rotary_emb
+
         def attended(rows: slice) -> tuple[Tensor, Tensor]:
             arguments, named = _chosen_rows((others, options), len(hidden_states), rows)
             streams: tuple[Tensor, Tensor] = self.stock(attn, hidden_states[rows], *arguments, **named)
             return streams
 
         plain = attended(_ALL_BUT_LAST)
-        with _MaskedVideo(hidden_states.shape[1]):
+        tokens = hidden_states.shape[1]
+        with _MaskedVideo(slice(-tokens, None) if self.text_first else slice(tokens)):
             skipped = attended(slice(-1, None))
         return torch.cat([plain[0], skipped[0]]), torch.cat([plain[1], skipped[1]])
 
 
-class _MaskedVideo(TorchFunctionMode):
-    """Attention inside the context: the first `tokens` see themselves and all that come after them."""
+class TextFirstInSkipRow(VideoSeesTextInSkipRow):
+    """The same where the text's tokens come before the video's."""
 
-    def __init__(self, tokens: int) -> None:
+    text_first = True
+
+
+class _MaskedVideo(TorchFunctionMode):
+    """Attention inside the context: the tokens of `video` see themselves and all that are not video."""
+
+    def __init__(self, video: slice) -> None:
         super().__init__()
-        self.tokens = tokens
+        self.video = video
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         query = args[0]
         seen = torch.ones(2 * (query.shape[2],), dtype=torch.bool, device=query.device)
-        seen[: self.tokens, : self.tokens] = torch.eye(self.tokens, dtype=torch.bool, device=query.device)
-        return func(*args, **{**(kwargs or {}), "attn_mask": seen})
+        own = seen[self.video, self.video]
+        own.copy_(torch.eye(len(own), dtype=torch.bool, device=query.device))
+        options = dict(kwargs or {})
+        if options.get("attn_mask") is not None:
+            seen = seen & options["attn_mask"]
+        return func(*args, **options | {"attn_mask": seen})
 
 
 _ALL_BUT_LAST = slice(None, -1)
@@ -160,6 +150,14 @@ def _hunyuan_video_arguments(
     }
 
 
+def _cogvideox_arguments(
+    family: Any, text: TextCondition, workload: Workload, frame_rate: float
+) -> dict[str, Any]:
+    tables = family.constants(text, workload, frame_rate)
+    rope = tuple(tables[name].to(text.embeds.device) for name in ("rope_cos", "rope_sin") if name in tables)
+    return {"encoder_hidden_states": text.embeds, "image_rotary_emb": rope or None}
+
+
 def _mochi_arguments(
     family: Any, text: TextCondition, workload: Workload, frame_rate: float
 ) -> dict[str, Any]:
@@ -167,7 +165,8 @@ def _mochi_arguments(
 
 
 _UNCUT = {
-    "hunyuan-video": UncutModel(_hunyuan_video_arguments, "attn", MaskedVideoInSkipRow),
+    "hunyuan-video": UncutModel(_hunyuan_video_arguments, "attn", VideoSeesTextInSkipRow),
+    "cogvideox": UncutModel(_cogvideox_arguments, "attn1", TextFirstInSkipRow),
     "ltx-video": UncutModel(_ltx_video_arguments, "attn1", ValuesOnlyInSkipRow),
     "mochi": UncutModel(_mochi_arguments, "attn1", VideoSeesTextInSkipRow),
     "wan2.1": UncutModel(_wan_arguments, "attn1", ValuesOnlyInSkipRow),

@@ -46,6 +46,9 @@ def generate(
     stg_blocks: Annotated[str | None, typer.Option(help="Such as 14,19. [default: the engines']")] = None,
     rescale: Annotated[str | None, typer.Option(help="0 (off) to 1; a number, or one per step.")] = None,
     preset: Annotated[str | None, typer.Option(help="Published per-step tables by name.")] = None,
+    use_dynamic_cfg: Annotated[
+        bool, typer.Option("--use-dynamic-cfg", help="CogVideoX's CFG that changes from step to step.")
+    ] = False,
     num_videos_per_prompt: Annotated[int, typer.Option(help="Videos per prompt.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the noise.", min=0, max=2**63 - 1)] = 0,
     layout: Annotated[str | None, typer.Option(help="segmented or twin. [default: what fits]")] = None,
@@ -78,6 +81,7 @@ def generate(
         **scales,
         embedded_guidance=embedded_guidance,
         **perturbed,
+        use_dynamic_cfg=use_dynamic_cfg,
         num_videos_per_prompt=num_videos_per_prompt,
         generator=_generator(seed),
         output_type="np" if output.suffix == ".mp4" else "latent",

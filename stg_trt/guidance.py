@@ -73,6 +73,17 @@ def combined(
     return pred
 
 
+def dynamic_cfg(scale: float, timesteps: Sequence[float]) -> list[float]:
+    """1 + scale*(1 - cos(pi*((N - t)/N)^5))/2 for the timesteps t of N steps, as in CogVideoXPipeline.
+
+    Its t counts training steps and its N those that are taken, so that the scale swings between 1 and
+    1 + `scale` while t is above N.
+    """
+    steps = len(timesteps)
+    parts = [((steps - timestep) / steps) ** 5 for timestep in timesteps]
+    return [1 + scale * (1 - math.cos(math.pi * part)) / 2 for part in parts]
+
+
 @dataclass(frozen=True)
 class TimestepBins(Generic[T]):
     """A table over sigma in 0..1: a step takes the first bin whose edge is <= the step's, else the last.

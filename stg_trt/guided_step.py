@@ -19,7 +19,8 @@ from stg_trt.step_table import StepTable
 class StepState:
     """Static memory of a run: rows at the engines' borders, latents in float32, and the step table.
 
-    `history` holds every prediction so far; it is None for solvers that need only the last.
+    `history` holds every prediction so far and the noise that the solver adds, as the table says; it is
+    None for solvers that need only the last prediction.
     """
 
     buffers: StepBuffers
@@ -29,15 +30,20 @@ class StepState:
     history: Tensor | None
 
     def start(self, latents: Tensor) -> None:
-        """Writes the noise of a run; nothing of the last run can be read after it."""
+        """Writes the latents that a run starts from; no prediction of the last run can be read after it."""
         self.initial.copy_(latents)
         self.latents.copy_(latents)
         if self.history is not None:
-            self.history.zero_()
+            self._preds.zero_()
+
+    def add_noise(self, noise: Tensor) -> None:
+        """Writes what the solver adds in a run, (draws, videos, ...)."""
+        assert self.history is not None
+        self.history[self.table.capacity :][: len(noise)].copy_(noise)
 
     def snapshot(self) -> tuple[Tensor, ...]:
         """What a step changes."""
-        changed = (self.latents, self.table.counter, *([] if self.history is None else [self.history]))
+        changed = (self.latents, self.table.counter, *([] if self.history is None else [self._preds]))
         return tuple(tensor.clone() for tensor in changed)
 
     def restore(self, saved: tuple[Tensor, ...]) -> None:
@@ -45,7 +51,13 @@ class StepState:
         self.latents.copy_(saved[0])
         self.table.counter.copy_(saved[1])
         if self.history is not None:
-            self.history.copy_(saved[2])
+            self._preds.copy_(saved[2])
+
+    @property
+    def _preds(self) -> Tensor:
+        """The history without the noise, which no step changes."""
+        assert self.history is not None
+        return self.history[: self.table.capacity]
 
 
 def fan_out_rows(state: StepState, passes: tuple[str, ...]) -> None:
@@ -79,7 +91,7 @@ def guided_step(
     else:
         assert state.history is not None
         initial, factors = table.history_now()
-        weighted = torch.tensordot(factors[: len(state.history)], state.history, dims=1)
+        weighted = torch.tensordot(factors, state.history, dims=1)
         stepped = state.initial * initial + weighted
     state.latents.copy_(stepped)
     table.advance()

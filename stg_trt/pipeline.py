@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,13 +22,13 @@ from stg_trt.engine_store import Build, EngineRequest, EngineStore, find_possibl
 from stg_trt.errors import InvalidRequest, OutOfDeviceMemory
 from stg_trt.families.base import Workload
 from stg_trt.gpu import this_machine
-from stg_trt.guidance import BlockSets, Guidance, Preset, Scale, load_preset
+from stg_trt.guidance import BlockSets, Guidance, Preset, Scale, dynamic_cfg, load_preset
 from stg_trt.manifest import Manifest
+from stg_trt.noise import Generators, draw
 from stg_trt.sampler import SampledStep, Sampler
 from stg_trt.solver import SolverTable
 
 StepCallback = Callable[["VideoPipeline", int, float, dict[str, Tensor]], dict[str, Tensor] | None]
-Generators = torch.Generator | list[torch.Generator]
 _GIB = 1 << 30
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -129,6 +129,7 @@ class VideoPipeline:
         rescale: Scale | None = None,
         cfg_zero_star: bool | None = None,
         preset: str | None = None,
+        use_dynamic_cfg: bool = False,
         num_videos_per_prompt: int = 1,
         generator: Generators | None = None,
         latents: Tensor | None = None,
@@ -145,8 +146,9 @@ class VideoPipeline:
         """Generates videos; what is None comes from the engines (sizes, blocks) or the family's defaults.
 
         Scales are numbers, lists with one entry per step, or TimestepBins; `preset` names published
-        tables. `decode_options` are the family's own (such as decode_timestep). Raises InvalidRequest for
-        arguments that cannot be used and EngineRejected where no engine fits them.
+        tables; `use_dynamic_cfg` is CogVideoXPipeline's. `generator` draws the first noise, then what the
+        solver adds. `decode_options` are the family's own (such as decode_timestep). Raises InvalidRequest
+        for arguments that cannot be used and EngineRejected where no engine fits them.
         """
         self._check_options(output_type, embedded_guidance, decode_options)
         prompts = Prompts(
@@ -158,8 +160,8 @@ class VideoPipeline:
         )
         scales = {"guidance_scale": guidance_scale, "stg_scale": stg_scale, "rescale": rescale}
         perturbed = {"stg_mode": stg_mode, "stg_blocks": stg_blocks, "stg_range": stg_range}
-        other = {"embedded_guidance": embedded_guidance, "cfg_zero_star": cfg_zero_star, "preset": preset}
-        given = {**scales, **perturbed, **other}
+        switches = {"cfg_zero_star": cfg_zero_star, "preset": preset, "use_dynamic_cfg": use_dynamic_cfg}
+        given = {**scales, **perturbed, **switches, "embedded_guidance": embedded_guidance}
         size = {"height": height, "width": width, "num_frames": num_frames, "videos": prompts.videos}
         schedule = self._schedule(size, num_inference_steps, given)
         if output_type != "latent":
@@ -167,7 +169,7 @@ class VideoPipeline:
             self.components.load(self._device_for(schedule.build).torch_device)
         noise = self._noise(schedule, prompts.videos, generator, latents)
         with _memory_explained(schedule.build.manifest):
-            steps = self._steps(schedule, prompts, noise, frame_rate)
+            steps = self._steps(schedule, prompts, noise, frame_rate, generator)
             result = self._drain(steps, noise, callback_on_step_end)
             return self._output(result, schedule, output_type, generator=generator, **decode_options)
 
@@ -176,7 +178,10 @@ class VideoPipeline:
         first = find_possible(self.store, replace(self._base, **size), self.family).manifest
         preset = load_preset(given["preset"]) if given["preset"] is not None else None
         solver, sigmas = self._solve(first.workload, steps, preset)
-        guidance = Guidance.for_steps(sigmas, **self._with_defaults(given, first))
+        given = self._with_defaults(given, first)
+        if given.pop("use_dynamic_cfg"):
+            given["guidance_scale"] = _swinging(given["guidance_scale"], solver.timesteps[: len(sigmas)])
+        guidance = Guidance.for_steps(sigmas, **given)
         self._warn_of_second_guidance(guidance)
         perturbations = frozenset(filter(None, map(guidance.perturbation, range(len(sigmas)))))
         exact = {name: getattr(first.workload, name) for name in ("height", "width", "num_frames")}
@@ -185,7 +190,12 @@ class VideoPipeline:
         return Schedule(self.store.find(request), guidance, solver)
 
     def _steps(
-        self, schedule: Schedule, prompts: Prompts, noise: Tensor, frame_rate: float | None
+        self,
+        schedule: Schedule,
+        prompts: Prompts,
+        noise: Tensor,
+        frame_rate: float | None,
+        generator: Generators | None,
     ) -> Iterator[SampledStep]:
         workload, guidance = schedule.workload, schedule.guidance
         device = self._device_for(schedule.build).torch_device
@@ -195,10 +205,13 @@ class VideoPipeline:
             any("uncond" in guidance.passes(i) for i in range(self.num_timesteps)),
             self.family.has_text_mask,
         )
+        for text in filter(None, (cond, uncond)):
+            self.family.check_text(text)
         rate = self.family.defaults.frame_rate if frame_rate is None else frame_rate
         if not 0 < rate < math.inf:
             raise InvalidRequest(f"frame_rate: expected frames per second above 0, got {rate}: use 25")
-        return self._sampler(schedule.build).steps(noise, cond, uncond, guidance, schedule.solver, rate)
+        sampler, solver = self._sampler(schedule.build), schedule.solver
+        return sampler.steps(noise, cond, uncond, guidance, solver, rate, generator)
 
     def _output(
         self, latents: Tensor, schedule: Schedule, output_type: str, **decode_options: Any
@@ -283,17 +296,15 @@ class VideoPipeline:
         self, schedule: Schedule, videos: int, generator: Generators | None, latents: Tensor | None
     ) -> Tensor:
         """Packed float32 noise at the solver's scale: drawn as diffusers draws it, or given."""
-        from diffusers.utils.torch_utils import randn_tensor
-
         workload = schedule.workload
-        shape = (videos, *self.family.latent_shape(workload))
+        shape = (videos, *self.family.noise_shape(workload))
         packed = self.family.tensors(workload)["latents"].with_rows(videos)
+        if isinstance(generator, list) and len(generator) != videos:
+            raise InvalidRequest(
+                f"generator: expected one or {videos}, got {len(generator)}: give one per video"
+            )
         if latents is None:
-            if isinstance(generator, list) and len(generator) != videos:
-                raise InvalidRequest(
-                    f"generator: expected one or {videos}, got {len(generator)}: give one per video"
-                )
-            latents = randn_tensor(shape, generator=generator, dtype=torch.float32)
+            latents = draw(shape, generator)
         if tuple(latents.shape) not in (packed, shape):
             raise InvalidRequest(
                 f"latents: expected {packed} or {shape} for {workload}, got {tuple(latents.shape)}: "
@@ -320,6 +331,16 @@ class VideoPipeline:
                 f"arguments: expected those of VideoPipeline, got {', '.join(sorted(unknown))}: "
                 "check the spelling"
             )
+
+
+def _swinging(scale: Scale | None, timesteps: Sequence[float]) -> list[float]:
+    """The scales of use_dynamic_cfg; below 1 there is no guidance that could change."""
+    if not isinstance(scale, int | float) or scale <= 1:
+        raise InvalidRequest(
+            f"use_dynamic_cfg: expected guidance_scale as one number above 1, got {scale}: give one, or turn "
+            "use_dynamic_cfg off"
+        )
+    return dynamic_cfg(scale, timesteps)
 
 
 @contextmanager

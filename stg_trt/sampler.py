@@ -14,6 +14,7 @@ from stg_trt.families.base import ModelFamily, TextCondition
 from stg_trt.guidance import Guidance
 from stg_trt.guided_step import StepState
 from stg_trt.manifest import Manifest
+from stg_trt.noise import Generators, draw_for
 from stg_trt.segment import TEXT, Segment
 from stg_trt.solver import SolverTable
 from stg_trt.step_graph import StepGraph
@@ -71,10 +72,12 @@ class Sampler:
         guidance: Guidance,
         solver: SolverTable,
         frame_rate: float,
+        generator: Generators | None = None,
     ) -> Iterator[SampledStep]:
         """Yields every step of `guidance`, from packed noise (videos, ...) times `solver.noise_scale`.
 
-        Raises InvalidRequest where guidance is on and `uncond` is None.
+        A solver that adds noise draws it from `generator`. Raises InvalidRequest where guidance is on and
+        `uncond` is None.
         """
         steps = range(len(guidance.cfg_scale))
         for i in steps:
@@ -83,7 +86,7 @@ class Sampler:
                     f"negative_prompt_embeds: expected embeddings for guidance_scale {guidance.cfg_scale[i]} "
                     f"at step {i}, got none: give them or set guidance_scale to 1"
                 )
-        state = self.prepare(latents, cond, uncond, guidance, solver, frame_rate)
+        state = self.prepare(latents, cond, uncond, guidance, solver, frame_rate, generator)
         for i in steps:
             with self._device.scope():
                 program = self.program(StepKey.of(guidance, solver, i), state)
@@ -101,11 +104,14 @@ class Sampler:
         guidance: Guidance,
         solver: SolverTable,
         frame_rate: float,
+        generator: Generators | None = None,
     ) -> StepState:
         """Writes a run's start, tables and constants into the static memory, as `steps` does."""
         with self._device.scope():
             state = self._prepared(latents, guidance, solver)
             text = TextCondition.stacked((uncond or cond, cond, cond)).guided(guidance.embedded)
+            if None in solver.two_term:
+                state.add_noise(draw_for(solver, len(guidance.cfg_scale), latents.shape, generator))
             self._write_constants(state.buffers, text, frame_rate)
         return state
 
@@ -122,21 +128,23 @@ class Sampler:
     def _prepared(self, latents: Tensor, guidance: Guidance, solver: SolverTable) -> StepState:
         """The static memory with a run's start written into it; allocated again only where it must grow."""
         steps, multistep = len(guidance.cfg_scale), None in solver.two_term
+        noises = len(solver.used_draws(steps))
         state = self._state
         if (
             state is None
             or state.buffers.videos != len(latents)
             or state.table.capacity < steps
             or (multistep and state.history is None)
+            or state.table.slots - state.table.capacity < noises
         ):
-            state = self._state = self._allocate(latents, max(steps, _MIN_CAPACITY), multistep)
+            state = self._state = self._allocate(latents, max(steps, _MIN_CAPACITY), multistep, noises)
             self._programs.clear()
             self._text = self._bound_text(state.buffers) if self.family.has_text_segment else None
         state.table.load(guidance, solver)
         state.start(latents)
         return state
 
-    def _allocate(self, latents: Tensor, capacity: int, multistep: bool) -> StepState:
+    def _allocate(self, latents: Tensor, capacity: int, multistep: bool, noises: int) -> StepState:
         specs = list(self.family.tensors(self.workload).values())
         both = two_sided(self.segments, self.family.borders)
         device = self._device.torch_device
@@ -144,12 +152,13 @@ class Sampler:
         def empty(*leading: int) -> Tensor:
             return torch.zeros(*leading, *latents.shape, device=device)
 
+        table = StepTable(capacity, device, noises)
         return StepState(
             buffers=StepBuffers(specs, both, len(latents), device),
-            table=StepTable(capacity, device),
+            table=table,
             latents=empty(),
             initial=empty(),
-            history=empty(capacity) if multistep else None,
+            history=empty(table.slots) if multistep else None,
         )
 
     def _bound_text(self, buffers: StepBuffers) -> Context:

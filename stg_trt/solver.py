@@ -74,6 +74,10 @@ class SolverTable:
             two_term=tuple(_two_term_rows(rows)),
         )
 
+    def used_draws(self, steps: int) -> tuple[int, ...]:
+        """The draws of the first steps that are added to the latents; the scheduler discards the others."""
+        return tuple(k for k in range(sum(self.draws[:steps])) if self.c[:steps, k].any())
+
     def advance(
         self,
         step: int,

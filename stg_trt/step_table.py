@@ -21,15 +21,17 @@ class StepTable:
     """Per-step values for up to `capacity` steps, at fixed addresses; `counter` is the step to run next.
 
     Two-term solvers use x' = latents_factor*x + pred_factor*pred; the others use the rows
-    x' = initial_factor*x_T + sum_j history_factors_j*pred_j.
+    x' = initial_factor*x_T + sum_j history_factors_j*history_j, whose history is `slots` tensors: the
+    predictions of `capacity` steps, then `noises` of noise.
     """
 
-    def __init__(self, capacity: int, device: torch.device) -> None:
+    def __init__(self, capacity: int, device: torch.device, noises: int = 0) -> None:
         self.capacity = capacity
+        self.slots = capacity + noises
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
         self._scalars = torch.zeros(len(_SCALARS), capacity, device=device)
         self._initial_factor = torch.zeros(capacity, device=device)
-        self._history_factors = torch.zeros(capacity, capacity, device=device)
+        self._history_factors = torch.zeros(capacity, self.slots, device=device)
 
     def load(self, guidance: Guidance, solver: SolverTable) -> None:
         """Writes the tables of a run and starts at step 0."""
@@ -47,6 +49,10 @@ class StepTable:
         self._scalars[:, :steps].copy_(torch.tensor(columns))
         self._initial_factor[:steps].copy_(solver.a[:steps])
         self._history_factors[:steps, :steps].copy_(solver.b[:steps, :steps])
+        used = solver.used_draws(steps)
+        of_noise = self._history_factors[:steps, self.capacity :]
+        of_noise[:, : len(used)].copy_(solver.c[:steps, list(used)])
+        of_noise[:, len(used) :].zero_()
         self.counter.zero_()
 
     def now(self, name: str) -> Tensor:
@@ -54,7 +60,7 @@ class StepTable:
         return self._scalars[_SCALARS.index(name)].index_select(0, self.counter)
 
     def history_now(self) -> tuple[Tensor, Tensor]:
-        """The current step's factors of x_T (1,) and of the predictions so far (capacity,)."""
+        """The current step's factors of x_T (1,) and of the history (slots,)."""
         initial = self._initial_factor.index_select(0, self.counter)
         return initial, self._history_factors.index_select(0, self.counter)[0]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.guidance import Guidance, TimestepBins, combine, load_preset
+from stg_trt.guidance import Guidance, TimestepBins, combine, dynamic_cfg, load_preset
 from stg_trt.perturbation import Perturbation
 
 FIRST, SECOND = "ltx-video-13b-0.9.8-dev", "ltx-video-13b-0.9.8-dev-second-pass"
@@ -271,3 +271,10 @@ def test_bins_are_checked(edges: tuple[float, ...], values: tuple[float, ...], m
 def test_tables_given_directly_are_checked() -> None:
     with pytest.raises(InvalidRequest, match="rescale: expected 2 entries, one per step, got 1"):
         Guidance((1.0, 1.0), (0.0, 0.0), (0.0,), ((), ()))
+
+
+def test_dynamic_cfg_rises_from_one_where_timesteps_count_the_steps() -> None:
+    scales = dynamic_cfg(6.0, [4.0, 3.0, 2.0, 1.0])
+    assert scales[0] == 1.0 and scales == sorted(scales)
+    assert scales[2] == pytest.approx(1 + 6 * (1 - math.cos(math.pi / 32)) / 2)
+    assert all(1 <= scale <= 7 for scale in dynamic_cfg(6.0, [999.0, 500.0, 3.0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import warnings
@@ -56,6 +57,10 @@ def of_diffusers(case: FamilyCase, checkpoint: Path, scheduler: Any, output_type
     return own(**theirs, max_sequence_length=TEXT_LENGTH, output_type=output_type).frames
 
 
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def call(case: FamilyCase, pipeline: VideoPipeline, prompts: list[str]) -> dict[str, Any]:
     """Arguments that both take."""
     spec = pipeline.family.tensors(case.workload)["latents"]
@@ -80,10 +85,50 @@ def test_cfg_is_that_of_diffusers(
     given = call(case, pipeline, PROMPTS)
     for scheduler in case.schedulers:
         pipeline.scheduler = scheduler
-        expected = of_diffusers(case, checkpoint, scheduler, output_type, **given)
-        got = pipeline(**given, stg_scale=0.0, rescale=0.0, output_type=output_type).frames
+        # A solver may add noise.
+        noise = [[seeded(1), seeded(2)] for _ in range(2)]
+        expected = of_diffusers(case, checkpoint, scheduler, output_type, **given, generator=noise[0])
+        scales = {"stg_scale": 0.0, "rescale": 0.0}
+        got = pipeline(**given, **scales, output_type=output_type, generator=noise[1]).frames
         assert got.shape == expected.shape and np.std(np.asarray(expected)) > 0.01
         assert np.abs(np.asarray(got) - np.asarray(expected)).max() <= 1e-4
+
+
+def test_dynamic_cfg_is_that_of_diffusers(
+    case: FamilyCase, checkpoint: Path, pipeline: VideoPipeline
+) -> None:
+    if "use_dynamic_cfg" not in inspect.signature(case.pipeline_class.__call__).parameters:
+        pytest.skip("its pipeline has no dynamic CFG")
+    scheduler = pipeline.scheduler = case.schedulers[0]
+    given = call(case, pipeline, PROMPTS[:1])
+    plain, expected = (
+        of_diffusers(case, checkpoint, scheduler, "latent", **given, generator=seeded(5), use_dynamic_cfg=on)
+        for on in (False, True)
+    )
+    given |= {"generator": seeded(5), "stg_scale": 0.0, "use_dynamic_cfg": True}
+    got = pipeline(**given, output_type="latent").frames
+    assert (got - expected).abs().max() <= 1e-4 and (plain - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("scale", [1.0, [3.0] * STEPS])
+def test_dynamic_cfg_wants_one_scale_to_change(pipeline: VideoPipeline, case: FamilyCase, scale: Any) -> None:
+    given = call(case, pipeline, PROMPTS[:1]) | {"guidance_scale": scale}
+    with pytest.raises(
+        InvalidRequest, match="use_dynamic_cfg: expected guidance_scale as one number above 1"
+    ):
+        pipeline(**given, use_dynamic_cfg=True)
+
+
+def test_padded_embeddings_are_refused_where_padding_takes_part(
+    case: FamilyCase, pipeline: VideoPipeline
+) -> None:
+    if case.padding != "kept":
+        pytest.skip("padding is masked or zeros")
+    width = pipeline.family.tensors(case.workload)["prompt_embeds"].shape[-1]
+    embeds = {name: torch.randn(1, 5, width) for name in ("prompt_embeds", "negative_prompt_embeds")}
+    given = call(case, pipeline, PROMPTS[:1]) | {"prompt": None, "negative_prompt": None} | embeds
+    with pytest.raises(InvalidRequest, match=f"prompt_embeds: expected {TEXT_LENGTH} tokens .*got 5: pad"):
+        pipeline(**given)
 
 
 def test_the_negative_prompt_that_is_not_given(
@@ -93,8 +138,9 @@ def test_the_negative_prompt_that_is_not_given(
     given = call(case, pipeline, PROMPTS) | {"negative_prompt": None}
     # Where CFG has a name of its own in diffusers, it is off there without a negative prompt.
     theirs = given | ({"negative_prompt": [""] * len(PROMPTS)} if "guidance_scale" in case.names else {})
-    expected = of_diffusers(case, checkpoint, scheduler, "latent", **theirs)
-    got = pipeline(**given, stg_scale=0.0, rescale=0.0, output_type="latent").frames
+    expected = of_diffusers(case, checkpoint, scheduler, "latent", **theirs, generator=seeded(5))
+    given |= {"generator": seeded(5), "stg_scale": 0.0, "rescale": 0.0}
+    got = pipeline(**given, output_type="latent").frames
     assert (got - expected).abs().max() <= 1e-4
 
 
@@ -103,16 +149,17 @@ def test_noise_is_drawn_as_diffusers_draws_it(
 ) -> None:
     scheduler = pipeline.scheduler = case.schedulers[0]
     given = call(case, pipeline, PROMPTS[:1]) | {"latents": None}
-    expected = of_diffusers(
-        case, checkpoint, scheduler, "latent", **given, generator=torch.Generator().manual_seed(5)
-    )
-    given |= {"generator": torch.Generator().manual_seed(5), "stg_scale": 0.0, "rescale": 0.0}
+    expected = of_diffusers(case, checkpoint, scheduler, "latent", **given, generator=seeded(5))
+    given |= {"generator": seeded(5), "stg_scale": 0.0, "rescale": 0.0}
     assert (pipeline(**given, output_type="latent").frames - expected).abs().max() <= 1e-4
 
 
 def test_stg_changes_the_frames(case: FamilyCase, pipeline: VideoPipeline) -> None:
     given = call(case, pipeline, PROMPTS[:1])
-    with_stg, without = (pipeline(**given, stg_scale=scale, output_type="np").frames for scale in (1.0, 0.0))
+    with_stg, without = (
+        pipeline(**given, stg_scale=scale, output_type="np", generator=seeded(1)).frames
+        for scale in (1.0, 0.0)
+    )
     assert with_stg.shape == (1, case.workload.num_frames, case.workload.height, case.workload.width, 3)
     assert np.abs(with_stg - without).max() > 1e-3
 

@@ -111,22 +111,30 @@ __device__ float factor_of_video(const StgGuidedStep& p, StepScalars s, Moments*
   return factor;
 }
 
-// x' = initial_factor*x_T + sum over the predictions so far, the newest of which is `pred`.
+// next += sum of factors[j]*history[j] for j from `first` to before `last`.
+template <bool kAligned>
+__device__ __forceinline__ void add_history(const StgGuidedStep& p, const float* factors, int64_t first,
+                                            int64_t last, int64_t at, int64_t left, float (&next)[kVector]) {
+  for (int64_t j = first; j < last; ++j) {
+    if (factors[j] == 0.0f) continue;
+    float value[kVector];
+    stg::load<kAligned>(p.history + j * p.videos * p.length + at, left, value);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) next[i] = fmaf(factors[j], value[i], next[i]);
+  }
+}
+
+// x' = initial_factor*x_T + sum over the noise and the predictions so far, the newest of which is `pred`.
 template <bool kAligned>
 __device__ void multi_step(const StgGuidedStep& p, int64_t step, int64_t at, int64_t left,
                            const float (&pred)[kVector], float (&next)[kVector]) {
-  const float* factors = p.history_factors + step * p.capacity;
-  const int64_t size = p.videos * p.length;
+  const float* factors = p.history_factors + step * p.slots;
   float value[kVector];
   stg::load<kAligned>(p.initial + at, left, value);
 #pragma unroll
   for (int i = 0; i < kVector; ++i) next[i] = p.initial_factor[step] * value[i] + factors[step] * pred[i];
-  for (int64_t j = 0; j < step; ++j) {
-    if (factors[j] == 0.0f) continue;
-    stg::load<kAligned>(p.history + j * size + at, left, value);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) next[i] = fmaf(factors[j], value[i], next[i]);
-  }
+  add_history<kAligned>(p, factors, 0, step, at, left, next);
+  add_history<kAligned>(p, factors, p.capacity, p.slots, at, left, next);
 }
 
 template <class T, bool kAligned>

@@ -15,12 +15,14 @@ struct StgGuidedStep {
   const float* rescale;
   const float* latents_factor;
   const float* pred_factor;
-  // Multi-step solvers: predictions so far (capacity, videos, length), x_T, and their factors; else null.
+  // Multi-step solvers: predictions so far, then the noise that is added, (slots, videos, length), of which
+  // the predictions take `capacity`; x_T; and their factors; else null.
   float* history;
   const float* initial;
   const float* initial_factor;   // (capacity)
-  const float* history_factors;  // (capacity, capacity)
+  const float* history_factors;  // (capacity, slots)
   int64_t capacity;
+  int64_t slots;
   int64_t* counter;     // the step to run; advanced by one
   unsigned* finished;   // one zero, left at zero
   void* workspace;      // stg_guided_step_workspace(videos) bytes

@@ -16,6 +16,7 @@ _FAMILIES = {
     "LTXVideoTransformer3DModel": ("ltx_video", "LTXVideo"),
     "MochiTransformer3DModel": ("mochi", "Mochi"),
     "WanTransformer3DModel": ("wan", "Wan"),
+    "CogVideoXTransformer3DModel": ("cogvideox", "CogVideoX"),
 }
 
 

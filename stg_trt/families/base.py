@@ -214,6 +214,10 @@ class ModelFamily(ABC):
     def activation_limit(self, segment: Segment, workload: Workload, rows: int) -> int:
         """Bytes of activation memory that grow linearly with tokens; above it an S x S buffer is live."""
 
+    def check_text(self, text: TextCondition) -> None:
+        """Raises InvalidRequest for embeddings that the model has no use for."""
+        return
+
     @abstractmethod
     def constants(self, text: TextCondition, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
         """What stays the same over the steps, before the text segment: one entry per row of `text`."""
@@ -234,8 +238,12 @@ class ModelFamily(ABC):
     def latent_shape(self, workload: Workload) -> tuple[int, int, int, int]:
         """(channels, frames, height, width) of a video's latents before packing."""
 
+    def noise_shape(self, workload: Workload) -> tuple[int, ...]:
+        """The shape in which diffusers' pipeline draws a video's noise."""
+        return self.latent_shape(workload)
+
     def pack(self, latents: Tensor) -> Tensor:
-        """(videos, channels, frames, height, width) to the layout the transformer takes."""
+        """(videos, *noise_shape) to the layout the transformer takes."""
         return latents
 
     @abstractmethod

@@ -31,7 +31,7 @@ class DiT(ModelFamily):
     # The transformer's list of blocks; what every block reads and no step changes; the weights that stay
     # float32, as a regular expression.
     blocks_name: ClassVar[str]
-    block_constants: ClassVar[tuple[str, ...]]
+    block_constants: tuple[str, ...]
     float32_islands: ClassVar[str]
     segment_class: ClassVar[type[DiTSegment]]
 

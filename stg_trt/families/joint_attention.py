@@ -40,7 +40,8 @@ class KV(NamedTuple):
 class JointAttentionDiT(DiT):
     """Borders and costs; a subclass adds its own tensors and writes its blocks out."""
 
-    # What the front reads beside latents and timestep: for the text stream, and for temb.
+    # What the front reads beside latents and timestep: for the video stream, the text stream, and temb.
+    video_constants: tuple[str, ...] = ()
     text_constants: ClassVar[tuple[str, ...]]
     temb_constants: tuple[str, ...] = ()
     text_borders: ClassVar[tuple[tuple[str, ...], tuple[str, ...]]] = (("prompt_embeds",), ("text",))
@@ -72,7 +73,7 @@ class JointAttentionDiT(DiT):
         if segment.front:
             # Without a block to read it, the text stream of a whole model is not made.
             text = self.text_constants if self._running(segment) or not segment.back else ()
-            made = (*text, *self.temb_constants, *constants)
+            made = (*self.video_constants, *text, *self.temb_constants, *constants)
             inputs = ("latents", "timestep", *dict.fromkeys(made))
         else:
             streams = _STREAMS if segment.blocks else _STREAMS[:1]

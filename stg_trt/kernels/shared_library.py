@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stg_trt.errors import BackendUnavailable
 
-ABI = 2
+ABI = 3
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _LIBRARY = Path(__file__).parents[1] / "lib" / "libstg_kernels.so"
 _KERNELS = ("stg_copy_rows", "stg_fan_out_rows", "stg_guided_step", "stg_qk_norm_rope")

@@ -12,6 +12,7 @@ from stg_trt.benchmarks.setting import Setting
 from stg_trt.errors import GateMissed
 from tests.benchmarks.broken_plan import unperturbed
 from tests.cli import run
+from tests.family_cases import COGVIDEOX, WAN, FamilyCase
 
 CFG, STG = "uncond+cond, rescaled", "uncond+cond+skip, rescaled"
 
@@ -34,8 +35,13 @@ def test_measures_calls_and_their_steps(tmp_path: Path, tiny: tuple[str, ...]) -
     assert "loop overhead" in answer.stdout
 
 
-def test_a_multi_step_solver(tmp_path: Path, engines: Path, wan_setting: Setting) -> None:
-    SampleBenchmark(wan_setting, "segmented", 4, 1).run(tmp_path / "sample.json", engines)
+@pytest.mark.parametrize("case", [WAN, COGVIDEOX["5b"]], ids=str)
+def test_a_multi_step_solver(tmp_path: Path, engines: Path, case: FamilyCase) -> None:
+    """Of which one adds noise."""
+    setting = Setting(
+        str(case.goldens), **case.sizes, stg_mode="stg-a", stg_blocks=(2,), backend="onnxruntime"
+    )
+    SampleBenchmark(setting, "segmented", 4, 1).run(tmp_path / "sample.json", engines)
     result = json.loads((tmp_path / "sample.json").read_text())
     assert result["complete"] and result["verification"]["relative_l2"] <= 1e-4
 

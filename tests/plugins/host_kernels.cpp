@@ -102,7 +102,9 @@ void guided_step(const StgGuidedStep& p) {
         continue;
       }
       float next = p.initial_factor[step] * p.initial[at];
-      for (int64_t j = 0; j <= step; ++j) next += p.history_factors[step * p.capacity + j] * p.history[j * size + at];
+      const float* factors = p.history_factors + step * p.slots;
+      for (int64_t j = 0; j <= step; ++j) next += factors[j] * p.history[j * size + at];
+      for (int64_t j = p.capacity; j < p.slots; ++j) next += factors[j] * p.history[j * size + at];
       p.latents[at] = next;
     }
   }

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from stg_trt.guidance import combine
 from stg_trt.guided_step import guided_step
 from stg_trt.kernels.guided_step import GuidedStepKernel
 from tests.compiled_kernels import Machine
-from tests.step_states import STEPS, state_of, tables
+from tests.step_states import SOLVERS, STEPS, state_of, tables
 
 
 @pytest.mark.parametrize(
@@ -16,19 +17,44 @@ from tests.step_states import STEPS, state_of, tables
 )
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("length", [2, 7, 4096, 100_001])
-@pytest.mark.parametrize("multistep", [False, True])
+@pytest.mark.parametrize("name", SOLVERS)
 def test_kernel_equals_the_reference(
-    machine: Machine, passes: tuple[str, ...], dtype: str, length: int, multistep: bool
+    machine: Machine, passes: tuple[str, ...], dtype: str, length: int, name: str
 ) -> None:
-    guidance, solver = tables(multistep)
-    expected, got = (state_of(2, length, dtype, machine.device, multistep) for _ in range(2))
+    guidance, solver = tables(name)
+    two_terms = [pair is not None for pair in solver.two_term]
+    expected, got = (state_of(2, length, dtype, machine.device, name) for _ in range(2))
     for group in {"uncond", "cond", "skip"} - set(passes):
         got.buffers.view("pred", (group,)).fill_(float("nan"))
     for state in (expected, got):
         state.table.load(guidance, solver)
-    kernel = GuidedStepKernel(machine.kernels, got, passes, rescaled=True, two_term=not multistep)
-    for step in range(STEPS):
-        guided_step(expected, passes, rescaled=True, two_term=not multistep, cfg_zero_star=False)
-        machine.enqueue(kernel)
+    kernels = {
+        two_term: GuidedStepKernel(machine.kernels, got, passes, rescaled=True, two_term=two_term)
+        for two_term in set(two_terms)
+    }
+    for step, two_term in enumerate(two_terms):
+        guided_step(expected, passes, rescaled=True, two_term=two_term, cfg_zero_star=False)
+        machine.enqueue(kernels[two_term])
         assert int(got.table.counter) == step + 1
         torch.testing.assert_close(got.latents, expected.latents, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_the_reference_steps_as_the_solver_does(name: str) -> None:
+    guidance, solver = tables(name)
+    state = state_of(2, 5, "float32", torch.device("cpu"), name)
+    state.table.load(guidance, solver)
+    latents, initial = state.latents.clone(), state.latents.clone()
+    noise = torch.full((sum(solver.draws), 2, 5), torch.nan)
+    if name == "cogvideox_dpm":
+        noise[list(solver.used_draws(STEPS))] = state.history[8:]
+    preds: list[torch.Tensor] = []
+    for step, pair in enumerate(solver.two_term):
+        uncond, cond, skip = state.buffers.view("pred").split(2)
+        preds.append(
+            combine(cond, uncond, skip, cfg_scale=3.0, stg_scale=1.0, rescale=guidance.rescale[step])
+        )
+        latents = solver.advance(step, latents, preds, initial, noise)
+        passes = ("uncond", "cond", "skip")
+        guided_step(state, passes, rescaled=True, two_term=pair is not None, cfg_zero_star=False)
+        torch.testing.assert_close(state.latents, latents, rtol=2e-5, atol=2e-5)
