@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, LTXVideoTransformer3DModel, UniPCMultistepScheduler
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LTXVideoTransformer3DModel,
+    UniPCMultistepScheduler,
+)
 from safetensors.torch import load_file, save_file
 
 from stg_trt.checkpoint import Checkpoint, published
@@ -131,6 +137,9 @@ def test_a_fingerprint_reads_every_shard(sharded: Path) -> None:
 def test_published_configurations_open() -> None:
     flow_euler, unipc = FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
     expected = {
+        "cogvideox-1.5-5b": (42, CogVideoXDPMScheduler),
+        "cogvideox-2b": (30, CogVideoXDDIMScheduler),
+        "cogvideox-5b": (42, CogVideoXDPMScheduler),
         "hunyuan-video": (60, flow_euler),
         "ltx-video-13b": (48, flow_euler),
         "ltx-video-2b": (28, flow_euler),
