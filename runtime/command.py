@@ -43,9 +43,7 @@ def generate(
     stg_blocks: Annotated[str | None, typer.Option(help="Such as 14,19. [default: the engines']")] = None,
     rescale: Annotated[str | None, typer.Option(help="0 (off) to 1; a number, or one per step.")] = None,
     preset: Annotated[str | None, typer.Option(help="Published per-step tables by name.")] = None,
-    use_dynamic_cfg: Annotated[
-        bool, typer.Option("--use-dynamic-cfg", help="CogVideoX's CFG that changes from step to step.")
-    ] = False,
+    use_dynamic_cfg: Annotated[bool, typer.Option("--use-dynamic-cfg", help="CogVideoX's.")] = False,
     num_videos_per_prompt: Annotated[int, typer.Option(help="Videos per prompt.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the noise.", min=0, max=2**63 - 1)] = 0,
     layout: Annotated[str | None, typer.Option(help="segmented or twin. [default: what fits]")] = None,
@@ -58,7 +56,7 @@ def generate(
     # What can be refused without the models is refused before the seconds that diffusers' import takes.
     _check_output(output)
     opened = _open_checkpoint(checkpoint, decodes=output.suffix == ".mp4" or bool(prompt))
-    blocks = parse_blocks(stg_blocks)
+    perturbed = {"stg_mode": stg_mode, "stg_blocks": parse_blocks(stg_blocks), "preset": preset}
     scales = _scales(guidance_scale=guidance_scale, stg_scale=stg_scale, rescale=rescale)
     size = {"height": height, "width": width, "num_frames": num_frames}
     kind: dict[str, Any] = {"layout": layout, "backend": backend}
@@ -76,9 +74,7 @@ def generate(
         frame_rate=frame_rate,
         num_inference_steps=num_inference_steps,
         **scales,
-        stg_mode=stg_mode,
-        stg_blocks=blocks,
-        preset=preset,
+        **perturbed,
         use_dynamic_cfg=use_dynamic_cfg,
         num_videos_per_prompt=num_videos_per_prompt,
         generator=_generator(seed),
