@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, LTXVideoTransformer3DModel, UniPCMultistepScheduler
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LTXVideoTransformer3DModel,
+    UniPCMultistepScheduler,
+)
 from safetensors.torch import load_file, save_file
 
 from stg_trt.checkpoint import Checkpoint, published
@@ -131,6 +137,10 @@ def test_a_fingerprint_reads_every_shard(sharded: Path) -> None:
 def test_published_configurations_open() -> None:
     flow_euler, unipc = FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
     expected = {
+        "cogvideox-1.5-5b": (42, CogVideoXDPMScheduler),
+        "cogvideox-2b": (30, CogVideoXDDIMScheduler),
+        "cogvideox-5b": (42, CogVideoXDPMScheduler),
+        "hunyuan-video": (60, flow_euler),
         "ltx-video-13b": (48, flow_euler),
         "ltx-video-2b": (28, flow_euler),
         "mochi-1-preview": (48, flow_euler),
@@ -200,7 +210,7 @@ def test_a_scheduler_is_new_each_time(ltx_checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: shutil.rmtree(f), "expected a diffusers folder or one of ltx-.* check the path"),
+        (lambda f: shutil.rmtree(f), "expected a diffusers folder or one of .*ltx-.* check the path"),
         (lambda f: (f / CONFIG).unlink(), "expected a diffusers folder with transformer/config.json"),
         (lambda f: (f / CONFIG).write_text("{"), "expected JSON in .*config.json"),
         (lambda f: (f / CONFIG).write_text("[]"), "expected an object in .*config.json, got list"),

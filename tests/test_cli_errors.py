@@ -56,7 +56,7 @@ BUILD_ARGUMENTS = {
     ),
 }
 CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no folder": (shutil.rmtree, "expected a diffusers folder or one of ltx.*got .*neither: check the path"),
+    "no folder": (shutil.rmtree, "expected a diffusers folder or one of .*ltx.*got .*neither: check"),
     "no transformer": (
         lambda c: shutil.rmtree(c / "transformer"),
         "expected a diffusers folder with transformer/config.json, got none in .*: give the folder",
