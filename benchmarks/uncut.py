@@ -97,11 +97,11 @@ class _MaskedVideo(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        query = args[0]
+        options = dict(kwargs or {})
+        query = args[0] if args else options["query"]
         seen = torch.ones(2 * (query.shape[2],), dtype=torch.bool, device=query.device)
         own = seen[self.video, self.video]
         own.copy_(torch.eye(len(own), dtype=torch.bool, device=query.device))
-        options = dict(kwargs or {})
         if options.get("attn_mask") is not None:
             seen = seen & options["attn_mask"]
         return func(*args, **options | {"attn_mask": seen})

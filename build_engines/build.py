@@ -58,10 +58,9 @@ def build(
 ) -> list[Path]:
     """Builds engines below `output` and returns the build folders, one per target.
 
-    A model with random weights may be shortened: `blocks` has one number per list of blocks.
     `backend` may be auto: the best that this machine can run. `target` may name several, separated by commas;
-    it and `precision` default to the backend's, `text_length` to the family's. Finished segments of an
-    interrupted build are re-used. `plugins` are our own kernels inside TensorRT engines, by name.
+    it and `precision` default to the backend's, `text_length` to the family's. `blocks` keeps so many of each
+    list, with random weights; `plugins` are our own kernels. An interrupted build's segments are re-used.
 
     Raises InvalidRequest for options that cannot be used and GateMissed for a segment that fails a check.
     """

@@ -25,15 +25,18 @@ _EMBEDS = (
 )
 
 
+Embeds = Annotated[
+    Path | None, typer.Option(help=f"Instead of a prompt: safetensors with {', '.join(_EMBEDS)}.")
+]
+
+
 def generate(
     checkpoint: Annotated[str, typer.Argument(help="The checkpoint that the engines were built from.")],
     engines: Annotated[Path, typer.Option(help="A folder made by stg-trt build.")],
     output: Annotated[Path, typer.Option(help="video.mp4, or latents.safetensors.")],
     prompt: Annotated[list[str] | None, typer.Option(help="Repeat it for several videos.")] = None,
     negative_prompt: Annotated[str, typer.Option(help="What guidance moves away from.")] = "",
-    embeds: Annotated[
-        Path | None, typer.Option(help=f"Instead of a prompt: safetensors with {', '.join(_EMBEDS)}.")
-    ] = None,
+    embeds: Embeds = None,
     height: Annotated[int | None, typer.Option(help="Pixels. [default: the engines']")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels. [default: the engines']")] = None,
     num_frames: Annotated[int | None, typer.Option(help="Frames. [default: the engines']")] = None,
@@ -46,9 +49,7 @@ def generate(
     stg_blocks: Annotated[str | None, typer.Option(help="Such as 14,19. [default: the engines']")] = None,
     rescale: Annotated[str | None, typer.Option(help="0 (off) to 1; a number, or one per step.")] = None,
     preset: Annotated[str | None, typer.Option(help="Published per-step tables by name.")] = None,
-    use_dynamic_cfg: Annotated[
-        bool, typer.Option("--use-dynamic-cfg", help="CogVideoX's CFG that changes from step to step.")
-    ] = False,
+    use_dynamic_cfg: Annotated[bool, typer.Option("--use-dynamic-cfg", help="CogVideoX's.")] = False,
     num_videos_per_prompt: Annotated[int, typer.Option(help="Videos per prompt.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the noise.", min=0, max=2**63 - 1)] = 0,
     layout: Annotated[str | None, typer.Option(help="segmented or twin. [default: what fits]")] = None,
@@ -78,10 +79,10 @@ def generate(
         **size,
         frame_rate=frame_rate,
         num_inference_steps=num_inference_steps,
-        **scales,
         embedded_guidance=embedded_guidance,
-        **perturbed,
         use_dynamic_cfg=use_dynamic_cfg,
+        **scales,
+        **perturbed,
         num_videos_per_prompt=num_videos_per_prompt,
         generator=_generator(seed),
         output_type="np" if output.suffix == ".mp4" else "latent",

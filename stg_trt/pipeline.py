@@ -145,10 +145,10 @@ class VideoPipeline:
     ) -> VideoPipelineOutput:
         """Generates videos; what is None comes from the engines (sizes, blocks) or the family's defaults.
 
-        Scales are numbers, lists with one entry per step, or TimestepBins; `preset` names published
-        tables; `use_dynamic_cfg` is CogVideoXPipeline's. `generator` draws the first noise, then what the
-        solver adds. `decode_options` are the family's own (such as decode_timestep). Raises InvalidRequest
-        for arguments that cannot be used and EngineRejected where no engine fits them.
+        Scales are numbers, lists with one entry per step, or TimestepBins; `preset` names published tables,
+        `use_dynamic_cfg` is CogVideoXPipeline's. `generator` draws the first noise, then the solver's;
+        `decode_options` are the family's own. Raises InvalidRequest for arguments that cannot be used and
+        EngineRejected where no engine fits them.
         """
         self._check_options(output_type, embedded_guidance, decode_options)
         prompts = Prompts(
@@ -164,8 +164,7 @@ class VideoPipeline:
         given = {**scales, **perturbed, **switches, "embedded_guidance": embedded_guidance}
         size = {"height": height, "width": width, "num_frames": num_frames, "videos": prompts.videos}
         schedule = self._schedule(size, num_inference_steps, given)
-        if output_type != "latent":
-            # A checkpoint without a VAE is refused before the sampling.
+        if output_type != "latent":  # A checkpoint without a VAE is refused before the sampling.
             self.components.load(self._device_for(schedule.build).torch_device)
         noise = self._noise(schedule, prompts.videos, generator, latents)
         with _memory_explained(schedule.build.manifest):

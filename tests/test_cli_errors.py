@@ -56,7 +56,7 @@ BUILD_ARGUMENTS = {
     ),
 }
 CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no folder": (shutil.rmtree, "expected a diffusers folder or one of .*got .*neither: check the path"),
+    "no folder": (shutil.rmtree, "expected a diffusers folder or one of .*ltx.*got .*neither: check"),
     "no transformer": (
         lambda c: shutil.rmtree(c / "transformer"),
         "expected a diffusers folder with transformer/config.json, got none in .*: give the folder",
@@ -79,7 +79,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "other class": (
         lambda c: edit(c, _class_name="UNet3DConditionModel"),
-        "expected a transformer of class .*LTXVideo.*, got UNet3DConditionModel: convert it",
+        "expected a transformer of class LTXVideo.*, got UNet3DConditionModel: convert it",
     ),
     "entry missing": (
         lambda c: edit(c, num_layers=None),
