@@ -79,7 +79,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "other class": (
         lambda c: edit(c, _class_name="UNet3DConditionModel"),
-        "expected a transformer of class LTXVideo.*, got UNet3DConditionModel: convert it",
+        "expected a transformer of class CogVideoX.*, WanTransformer3DModel, got UNet3DCondition",
     ),
     "entry missing": (
         lambda c: edit(c, num_layers=None),

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 # transformer class in diffusers -> (module here, class in it); imported when first asked for
 _FAMILIES = {
+    "CogVideoXTransformer3DModel": ("cogvideox", "CogVideoX"),
     "HunyuanVideoTransformer3DModel": ("hunyuan_video", "HunyuanVideo"),
     "LTXVideoTransformer3DModel": ("ltx_video", "LTXVideo"),
     "MochiTransformer3DModel": ("mochi", "Mochi"),
     "WanTransformer3DModel": ("wan", "Wan"),
-    "CogVideoXTransformer3DModel": ("cogvideox", "CogVideoX"),
 }
 
 

@@ -13,6 +13,7 @@ from stg_trt.benchmarks.report import write_report
 from stg_trt.errors import BackendUnavailable, InvalidRequest
 from tests.cli import assert_one_line_error, run
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 GPU = {"name": "NVIDIA Example", "driver": "580.1", "cuda": "13.0", "sm": "sm_90"}
 MACHINE = {
     "date": "2026-01-02",
@@ -128,3 +129,8 @@ def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(BackendUnavailable, match=r"expected matplotlib .* pip install 'stg-trt.benchmarks.'"):
         write_report(save(tmp_path, step=STEP), tmp_path / "report.md", None)
     assert not (tmp_path / "report.md").exists()
+
+
+def test_the_published_table_of_builds_is_that_of_its_results(tmp_path: Path) -> None:
+    write_report(sorted(RESULTS.glob("build-*.json")), tmp_path / "builds.md", None)
+    assert (tmp_path / "builds.md").read_text() == (RESULTS / "builds.md").read_text()
