@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.families.base import Defaults, SegmentModule, TextCondition, Workload, positive_integer
+from stg_trt.families.base import Defaults, SegmentModule, TextCondition, Workload
 from stg_trt.families.dit import State, TextProjection, rotate
 from stg_trt.families.joint_attention import QKV, JointAttentionDiT, JointAttentionSegment
 from stg_trt.tensor_spec import ROWS, TensorSpec
@@ -157,11 +157,8 @@ class CogVideoX(JointAttentionDiT):
 
     @property
     def compression(self) -> tuple[int, int]:
-        vae = self.vae_config or {}
-        temporal = positive_integer(
-            vae.get("temporal_compression_ratio", 4), "temporal_compression_ratio", "vae/config.json"
-        )
-        return temporal, 2 ** (len(vae.get("block_out_channels", _VAE_CHANNELS)) - 1)
+        channels = (self.vae_config or {}).get("block_out_channels", _VAE_CHANNELS)
+        return self.vae_integer("temporal_compression_ratio", 4), 2 ** (len(channels) - 1)
 
     @property
     def patch(self) -> tuple[int, int, int]:

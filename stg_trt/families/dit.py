@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.families.base import ModelFamily, SegmentModule, Workload, keep_attention_spec
+from stg_trt.families.base import (
+    ModelFamily,
+    SegmentModule,
+    Workload,
+    keep_attention_spec,
+    positive_integer,
+)
 from stg_trt.segment import Segment
 from stg_trt.tensor_spec import ROWS, TensorSpec
 
@@ -63,6 +69,10 @@ class DiT(ModelFamily):
     @abstractmethod
     def compression(self) -> tuple[int, int]:
         """Pixels per latent in time and in space, from the VAE's configuration or the published VAE's."""
+
+    def vae_integer(self, name: str, published: int) -> int:
+        """A positive integer of the VAE's configuration; without one or the entry, the published VAE's."""
+        return positive_integer((self.vae_config or {}).get(name, published), name, "vae/config.json")
 
     @property
     @abstractmethod

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.families.base import POOLED, Defaults, TextCondition, Workload, positive_integer
+from stg_trt.families.base import POOLED, Defaults, TextCondition, Workload
 from stg_trt.families.dit import State, rms_norm, rotate
 from stg_trt.families.joint_attention import QKV, JointAttentionDiT, JointAttentionSegment
 from stg_trt.segment import Segment
@@ -217,12 +217,9 @@ class HunyuanVideo(JointAttentionDiT):
 
     @property
     def compression(self) -> tuple[int, int]:
-        vae = self.vae_config or {}
-        temporal, spatial = (
-            positive_integer(vae.get(name, published), name, "vae/config.json")
-            for name, published in (("temporal_compression_ratio", 4), ("spatial_compression_ratio", 8))
+        return self.vae_integer("temporal_compression_ratio", 4), self.vae_integer(
+            "spatial_compression_ratio", 8
         )
-        return temporal, spatial
 
     @property
     def patch(self) -> tuple[int, int, int]:

@@ -18,7 +18,6 @@ from stg_trt.families.base import (
     Defaults,
     TextCondition,
     Workload,
-    positive_integer,
 )
 from stg_trt.families.cross_attention import CrossAttentionDiT, CrossAttentionSegment
 from stg_trt.families.dit import State, rotate, unpatched
@@ -113,12 +112,7 @@ class Wan(CrossAttentionDiT):
 
     @property
     def compression(self) -> tuple[int, int]:
-        vae = self.vae_config or {}
-        temporal, spatial = (
-            positive_integer(vae.get(name, published), name, "vae/config.json")
-            for name, published in (("scale_factor_temporal", 4), ("scale_factor_spatial", 8))
-        )
-        return temporal, spatial
+        return self.vae_integer("scale_factor_temporal", 4), self.vae_integer("scale_factor_spatial", 8)
 
     @property
     def patch(self) -> tuple[int, int, int]:
