@@ -116,6 +116,15 @@ class Checkpoint:
                 f"checkpoint: expected a text encoder and a VAE (model_index.json), got only a transformer "
                 f"in {self.name}: pass prompt_embeds and output_type='latent'"
             )
+        assert self.folder is not None and self.model_index is not None
+        for name, part in self.model_index.items():
+            # (library, class), or nulls where there is none. transformers makes an empty tokenizer of no folder.
+            named = isinstance(part, list) and part[:1] not in ([], [None])
+            if named and not (self.folder / name).is_dir():
+                raise InvalidRequest(
+                    f"checkpoint: expected a whole {self.family.pipeline_class} folder, got no {name}/ in "
+                    f"{self.folder}: download it again"
+                )
 
     def scheduler(self) -> Any:
         """A new scheduler of the checkpoint's class and configuration."""

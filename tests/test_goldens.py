@@ -116,6 +116,25 @@ def test_a_call_leaves_nothing_behind(golden_engines: Engines, layout: str, case
     assert torch.equal(pipeline(**first | {"generator": seeded(1)}).frames, plain)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_stg_on_a_range_of_steps(golden_engines: Engines, layout: str, case: FamilyCase) -> None:
+    """By range or by one scale per step; the other steps are those without."""
+    pipeline = open_pipeline(case, golden_engines, layout)
+    mode, blocks = case.twins[0]
+    call = arguments(case.golden_names[-1], case.goldens)
+    call |= {"stg_scale": 1.0, "stg_mode": mode, "stg_blocks": blocks}
+    steps = len(every_step(pipeline, **call | {"generator": seeded(1)}))
+    listed = [float(1 <= i < 3) for i in range(steps)]
+    settings = {"range": {"stg_range": (1, 3)}, "list": {"stg_scale": listed}, "off": {"stg_scale": 0.0}}
+    taken = {
+        name: every_step(pipeline, **call | given | {"generator": seeded(1)})
+        for name, given in settings.items()
+    }
+    assert all(torch.equal(a, b) for a, b in zip(taken["range"], taken["list"], strict=True))
+    assert torch.equal(taken["range"][0], taken["off"][0])
+    assert not torch.allclose(taken["range"][1], taken["off"][1], atol=1e-4)
+
+
 @pytest.mark.parametrize(("case", "golden"), GOLDENS, ids=str)
 def test_layouts_agree(golden_engines: Engines, case: FamilyCase, golden: str) -> None:
     results = [

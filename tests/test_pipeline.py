@@ -244,6 +244,20 @@ def test_parts_have_their_dtypes_on_a_gpu(case: FamilyCase, checkpoint: Path) ->
     assert components._pipeline.text_encoder.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer"])
+def test_a_folder_without_a_part_is_refused(
+    case: FamilyCase, checkpoint: Path, part: str, tmp_path: Path
+) -> None:
+    shutil.copytree(checkpoint, tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / part)
+    components = Components(Checkpoint.open(tmp_path / "model"), dtype=None, offload=False)
+    with pytest.raises(InvalidRequest) as refused:
+        components.load(torch.device("cpu"))
+    message = str(refused.value)
+    assert f"checkpoint: expected a whole {case.family.pipeline_class} folder, got " in message
+    assert message.endswith(": download it again") and "\n" not in message
+
+
 @pytest.mark.parametrize("random_weights", [False, True])
 @pytest.mark.parametrize(
     ("one", "index", "message"),
