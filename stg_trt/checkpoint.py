@@ -118,7 +118,7 @@ class Checkpoint:
             )
         assert self.folder is not None and self.model_index is not None
         for name, part in self.model_index.items():
-            # (library, class), or nulls where there is none. transformers makes an empty tokenizer of no folder.
+            # (library, class), or nulls for none. Of no folder transformers makes an empty tokenizer.
             named = isinstance(part, list) and part[:1] not in ([], [None])
             if named and not (self.folder / name).is_dir():
                 raise InvalidRequest(
