@@ -226,9 +226,9 @@ class ModelFamily(ABC):
         """Calls the scheduler's set_timesteps as the family's diffusers pipeline does."""
         scheduler.set_timesteps(num_inference_steps)
 
-    @abstractmethod
     def text_tokens(self, pipeline: Any, prompt: str) -> int:
         """How many text tokens the prompt takes."""
+        return len(pipeline.tokenizer(prompt).input_ids)
 
     @abstractmethod
     def encode_prompt(self, pipeline: Any, prompts: list[str], workload: Workload) -> TextCondition:

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.families.base import Defaults, SegmentModule, TextCondition, Workload
-from stg_trt.families.dit import State, TextProjection, rotate
-from stg_trt.families.joint_attention import QKV, JointAttentionDiT, JointAttentionSegment
+from stg_trt.families.dit import State, TextProjection, gated, rotate
+from stg_trt.families.joint_attention import QKV, JointAttentionDiT, JointAttentionSegment, modulation
 from stg_trt.tensor_spec import ROWS, TensorSpec
 
 _ROPE = ("rope_cos", "rope_sin")
@@ -82,8 +82,8 @@ class CogVideoXSegment(JointAttentionSegment):
         self, norm: Any, video: Tensor, text: Tensor, temb: Tensor
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Both streams normed, shifted and scaled in float32, in the compute dtype again, and their gates."""
-        made = norm.linear(F.silu(temb).to(video.dtype)).float().unsqueeze(1)
-        shift, scale, gate, text_shift, text_scale, text_gate = made.chunk(6, dim=2)
+        made = modulation(norm.linear, temb).chunk(6, -1)
+        shift, scale, gate, text_shift, text_scale, text_gate = made
         normed_video = layer_norm(norm.norm, video) * (1 + scale) + shift
         normed_text = layer_norm(norm.norm, text) * (1 + text_scale) + text_shift
         return (normed_video.to(video.dtype), normed_text.to(text.dtype)), (gate, text_gate)
@@ -100,8 +100,7 @@ class CogVideoXSegment(JointAttentionSegment):
 
     def head(self, state: State) -> Tensor:
         hidden = state["hidden_states"]
-        made = self.norm_out.linear(F.silu(state["temb"])).unsqueeze(1)
-        shift, scale = made.chunk(2, dim=2)
+        shift, scale = modulation(self.norm_out.linear, state["temb"]).chunk(2, -1)
         normed = layer_norm(self.norm_out.norm, layer_norm(self.norm_final, hidden)) * (1 + scale) + shift
         pred: Tensor = self.proj_out(normed.to(hidden.dtype))
         return pred
@@ -249,9 +248,6 @@ class CogVideoX(JointAttentionDiT):
                 f"reads every one, got {fewest}: pad the prompt before it is encoded"
             )
 
-    def text_tokens(self, pipeline: Any, prompt: str) -> int:
-        return len(pipeline.tokenizer(prompt).input_ids)
-
     def encode_prompt(self, pipeline: Any, prompts: list[str], workload: Workload) -> TextCondition:
         embeds, _ = pipeline.encode_prompt(
             prompts,
@@ -307,19 +303,7 @@ class CogVideoX(JointAttentionDiT):
 
     def _check_text_to_video(self) -> None:
         """Refuses image-to-video checkpoints, which have the same class."""
-        channels, out_channels = self.integer("in_channels"), self.integer("out_channels")
-        if channels != out_channels:
-            raise InvalidRequest(
-                f"checkpoint: expected in_channels {out_channels} in transformer/config.json, as "
-                f"out_channels, got {channels}: image-to-video is not supported, use a text-to-video "
-                "checkpoint"
-            )
-        if self.config.get("ofs_embed_dim") is not None:
-            raise InvalidRequest(
-                "checkpoint: expected no ofs_embed_dim in transformer/config.json, got "
-                f"{self.config['ofs_embed_dim']}: image-to-video is not supported, use a text-to-video "
-                "checkpoint"
-            )
+        self.refuse_image_to_video("ofs_embed_dim")
         if self.config.get("use_learned_positional_embeddings"):
             raise InvalidRequest(
                 "checkpoint: expected no use_learned_positional_embeddings in transformer/config.json, got "
@@ -330,8 +314,3 @@ class CogVideoX(JointAttentionDiT):
 def layer_norm(norm: Any, x: Tensor) -> Tensor:
     """Layer norm over the last dimension, in float32."""
     return F.layer_norm(x.float(), (x.shape[-1],), norm.weight, norm.bias, norm.eps)
-
-
-def gated(stream: Tensor, added: Tensor, gate: Tensor) -> Tensor:
-    """stream + gate*added, in float32 and back."""
-    return (stream.float() + added.float() * gate).to(stream.dtype)

@@ -18,12 +18,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.families.base import POOLED, Defaults, TextCondition, Workload
-from stg_trt.families.dit import State, rms_norm, rotate
-from stg_trt.families.joint_attention import QKV, JointAttentionDiT, JointAttentionSegment
+from stg_trt.families.dit import State, gated, rms_norm, rotate
+from stg_trt.families.joint_attention import (
+    QKV,
+    JointAttentionDiT,
+    JointAttentionSegment,
+    modulation,
+    split_heads,
+)
 from stg_trt.segment import Segment
 from stg_trt.tensor_spec import ROWS, TensorSpec
 
@@ -71,8 +76,8 @@ class HunyuanVideoSegment(JointAttentionSegment):
         text: Tensor = embedder.proj_in(state["prompt_embeds"])
         bias = state["key_bias"][..., -text.shape[1] :]
         for block in embedder.token_refiner.refiner_blocks:
-            gate, gate_ff = modulation(block.norm_out, temb, 2)
-            query, key, value = split_heads(block.attn, block.norm1(text.float()).to(text.dtype), _VIDEO[:3])
+            gate, gate_ff = modulation(block.norm_out.linear, temb).chunk(2, -1)
+            query, key, value = projected(block.attn, block.norm1(text.float()).to(text.dtype), _VIDEO)
             attended = self.attend(query, key, value, bias).transpose(1, 2).flatten(2)
             text = gated(text, block.attn.to_out[0](attended), gate)
             text = gated(text, block.ff(block.norm2(text.float()).to(text.dtype)), gate_ff)
@@ -85,8 +90,10 @@ class HunyuanVideoSegment(JointAttentionSegment):
     def double_block(self, block: Any, state: State, perturbed: bool) -> State:
         """A block with weights for each stream."""
         video, text = state["hidden_states"], state["encoder_hidden_states"]
-        shift, scale, gate, *video_ff = modulation(block.norm1, state["temb"], 6)
-        text_shift, text_scale, text_gate, *text_ff = modulation(block.norm1_context, state["temb"], 6)
+        shift, scale, gate, *video_ff = modulation(block.norm1.linear, state["temb"]).chunk(6, -1)
+        text_shift, text_scale, text_gate, *text_ff = modulation(
+            block.norm1_context.linear, state["temb"]
+        ).chunk(6, -1)
         normed = modulated(block.norm1.norm, video, shift, scale)
         normed_text = modulated(block.norm1_context.norm, text, text_shift, text_scale)
         attended, attended_text = self.joint_attention(
@@ -106,7 +113,7 @@ class HunyuanVideoSegment(JointAttentionSegment):
         """A block with one set of weights, attention and feed-forward side by side."""
         tokens = state["hidden_states"].shape[1]
         both = torch.cat([state["hidden_states"], state["encoder_hidden_states"]], 1)
-        shift, scale, gate = modulation(block.norm, state["temb"], 3)
+        shift, scale, gate = modulation(block.norm.linear, state["temb"]).chunk(3, -1)
         normed = modulated(block.norm.norm, both, shift, scale)
         qkv = normed_qkv(block.attn, normed, _VIDEO)
         attended = self.joint_attention(
@@ -120,7 +127,7 @@ class HunyuanVideoSegment(JointAttentionSegment):
         return {"hidden_states": both[:, :tokens], "encoder_hidden_states": both[:, tokens:]}
 
     def head(self, state: State) -> Tensor:
-        scale, shift = modulation(self.norm_out, state["temb"], 2)
+        scale, shift = modulation(self.norm_out.linear, state["temb"]).chunk(2, -1)
         pred: Tensor = self.proj_out(modulated(self.norm_out.norm, state["hidden_states"], shift, scale))
         return pred
 
@@ -132,22 +139,10 @@ class HunyuanVideoSegment(JointAttentionSegment):
         return latents
 
 
-def modulation(norm: Any, temb: Tensor, count: int) -> Sequence[Tensor]:
-    """Shifts, scales and gates (rows, 1, channels) from a norm's projection of temb, in float32."""
-    made = norm.linear(F.silu(temb).to(norm.linear.weight.dtype))
-    chunks: Sequence[Tensor] = made.float().unsqueeze(1).chunk(count, dim=2)
-    return chunks
-
-
 def modulated(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """norm(x) * (1 + scale) + shift, in float32."""
     result: Tensor = norm(x.float()) * (1 + scale) + shift
     return result.to(x.dtype)
-
-
-def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    """x + gate * update, in float32."""
-    return (x.float() + update.float() * gate).to(x.dtype)
 
 
 def feed_forward(norm: Any, ff: Any, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
@@ -155,14 +150,14 @@ def feed_forward(norm: Any, ff: Any, x: Tensor, shift: Tensor, scale: Tensor, ga
     return gated(x, ff(modulated(norm, x, shift, scale)), gate)
 
 
-def split_heads(attn: Any, x: Tensor, names: Sequence[str]) -> list[Tensor]:
-    """Projections of (rows, tokens, channels) as (rows, heads, tokens, head size)."""
-    return [getattr(attn, name)(x).unflatten(2, (attn.heads, -1)).transpose(1, 2) for name in names]
+def projected(attn: Any, x: Tensor, names: Sequence[str]) -> list[Tensor]:
+    """Heads of one stream's queries, keys and values."""
+    return [split_heads(attn, getattr(attn, name), x) for name in names[:3]]
 
 
 def normed_qkv(attn: Any, x: Tensor, names: Sequence[str]) -> QKV:
     """Queries and keys of one stream, RMS-normed per head in float32, and its values."""
-    query, key, value = split_heads(attn, x, names[:3])
+    query, key, value = projected(attn, x, names)
     return QKV(rms_norm(getattr(attn, names[3]), query), rms_norm(getattr(attn, names[4]), key), value)
 
 
@@ -333,12 +328,11 @@ class HunyuanVideo(JointAttentionDiT):
             patch, patch_t, self.config["rope_axes_dim"], self.config["rope_theta"]
         )
         cos, sin = rope(torch.zeros(1, *self.latent_shape(workload)))
-        every = torch.cat([mask.new_ones(len(mask), self.tokens(workload)), mask], 1)
         constants = {
             "prompt_embeds": text.embeds,
             "text_mean": (text.embeds.float() * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True),
             POOLED: text.pooled,
-            "key_bias": ((1 - every) * -10000.0)[:, None, None],
+            "key_bias": self.key_bias(mask, workload),
             "rope_cos": cos,
             "rope_sin": sin,
         }
@@ -374,19 +368,8 @@ class HunyuanVideo(JointAttentionDiT):
 
     def _check_text_to_video(self) -> None:
         """Refuses image-to-video checkpoints, which have the same class."""
-        kind = self.config.get("image_condition_type")
-        if kind is not None:
-            raise InvalidRequest(
-                f"checkpoint: expected no image_condition_type in transformer/config.json, got {kind}: "
-                "image-to-video is not supported, use a text-to-video checkpoint"
-            )
-        channels, out_channels = self.integer("in_channels"), self.integer("out_channels")
-        if channels != out_channels:
-            raise InvalidRequest(
-                f"checkpoint: expected in_channels {out_channels} in transformer/config.json, as "
-                f"out_channels, got {channels}: image-to-video is not supported, use a text-to-video "
-                "checkpoint"
-            )
+        self.refuse_image_to_video("image_condition_type")
+        channels = self.integer("in_channels")
         latent_channels = (self.vae_config or {}).get("latent_channels", channels)
         if latent_channels != channels:
             raise InvalidRequest(

@@ -8,10 +8,11 @@ everything.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from stg_trt.families.base import KEEP_ATTENTION, Workload
 from stg_trt.families.dit import DiT, DiTSegment, State
@@ -19,6 +20,8 @@ from stg_trt.segment import Segment
 
 # Queries of the perturbed attention whose logits to the text are in memory at once.
 _CHUNK = 2048
+# Added to the logits of a text token that is padding.
+MASKED = -10000.0
 _STREAMS = ("hidden_states", "encoder_hidden_states")
 
 
@@ -101,6 +104,10 @@ class JointAttentionDiT(DiT):
         total += self.front_flops(workload) if segment.front else 0
         return total + (self.back_flops(workload) if segment.back else 0)
 
+    def key_bias(self, mask: Tensor, workload: Workload) -> Tensor:
+        """(rows, 1, 1, video and text tokens), 0 but for padding, of the text's mask (rows, tokens)."""
+        return F.pad((1 - mask) * MASKED, (self.tokens(workload), 0))[:, None, None, :]
+
     def attentions(self, segment: Segment) -> int:
         # The perturbed video tokens' softmax over self and text is written out; the text's is a kernel.
         running = self._running(segment)
@@ -149,6 +156,18 @@ class JointAttentionSegment(DiTSegment):
         key, value = _both(video.key, text.key), _both(video.value, text.value)
         out = self.attend(video.query, key, value, state.get("key_bias"))
         return _merged(_kept(out, video, text, state))
+
+
+def modulation(linear: Any, temb: Tensor) -> Tensor:
+    """(rows, 1, channels) in float32, projected in the dtype of the weights, which are many."""
+    projected: Tensor = linear(F.silu(temb).to(linear.weight.dtype))
+    return projected.float().unsqueeze(1)
+
+
+def split_heads(attn: Any, linear: nn.Module, x: Tensor) -> Tensor:
+    """A projection of (rows, tokens, channels) as (rows, heads, tokens, head size)."""
+    heads: Tensor = linear(x).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+    return heads
 
 
 def _both(video: Tensor, text: Tensor) -> Tensor:

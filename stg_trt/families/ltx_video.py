@@ -176,9 +176,6 @@ class LTXVideo(CrossAttentionDiT):
         sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
         scheduler.set_timesteps(sigmas=sigmas, mu=mu)
 
-    def text_tokens(self, pipeline: Any, prompt: str) -> int:
-        return len(pipeline.tokenizer(prompt).input_ids)
-
     def encode_prompt(self, pipeline: Any, prompts: list[str], workload: Workload) -> TextCondition:
         embeds, mask, _, _ = pipeline.encode_prompt(
             prompts,

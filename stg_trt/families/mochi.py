@@ -19,11 +19,18 @@ from torch.nn import functional as F
 from stg_trt.errors import InvalidRequest
 from stg_trt.families.base import Defaults, SegmentModule, TextCondition, Workload, positive_integer
 from stg_trt.families.dit import State, rms_norm, unpatched
-from stg_trt.families.joint_attention import KV, QKV, JointAttentionDiT, JointAttentionSegment
+from stg_trt.families.joint_attention import (
+    KV,
+    MASKED,
+    QKV,
+    JointAttentionDiT,
+    JointAttentionSegment,
+    modulation,
+    split_heads,
+)
 from stg_trt.segment import Segment
 from stg_trt.tensor_spec import ROWS, TensorSpec
 
-_MASKED = -10000.0
 # Of MochiPipeline's sigmas: half of the steps are linear, and go this far.
 _THRESHOLD_NOISE = 0.025
 
@@ -51,7 +58,7 @@ class MochiText(SegmentModule):
         query = self.pooler.to_q(mean).unflatten(2, (heads, -1)).float()
         key_value = self.pooler.to_kv(torch.cat([mean, embeds], 1))
         key, value = key_value.unflatten(2, (2, heads, -1)).float().unbind(2)
-        bias = F.pad((1 - mask) * _MASKED, (1, 0))
+        bias = F.pad((1 - mask) * MASKED, (1, 0))
         logits = (query * key).sum(-1) * query.shape[-1] ** -0.5 + bias[:, :, None]
         attended = (logits.softmax(1)[..., None] * value).sum(1).flatten(1)
         out: Tensor = self.pooler.to_out(attended.to(dtype))
@@ -153,18 +160,6 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """(a, b) -> (a*cos - b*sin, a*sin + b*cos) of neighbours, with one entry of the tables per pair."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
-
-
-def split_heads(attn: Any, linear: nn.Module, x: Tensor) -> Tensor:
-    """A projection of (rows, tokens, channels) as (rows, heads, tokens, head size)."""
-    heads: Tensor = linear(x).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-    return heads
-
-
-def modulation(linear: Any, temb: Tensor) -> Tensor:
-    """(rows, 1, channels) in float32, projected in the compute dtype: a quarter of the weights are here."""
-    projected: Tensor = linear(F.silu(temb).to(linear.weight.dtype))
-    return projected.float().unsqueeze(1)
 
 
 def scaled_norm(norm: Any, x: Tensor, scale: Tensor) -> Tensor:
@@ -290,11 +285,10 @@ class Mochi(JointAttentionDiT):
         from diffusers.models.transformers.transformer_mochi import MochiRoPE
 
         mask = text.mask.float()
-        bias = F.pad((1 - mask) * _MASKED, (self.tokens(workload), 0))
         return {
             "prompt_embeds": text.embeds,
             "text_mask": mask,
-            "key_bias": bias[:, None, None, :],
+            "key_bias": self.key_bias(mask, workload),
             "positions": MochiRoPE()._get_positions(*self.grid(workload), dtype=torch.float32),
         }
 
@@ -312,9 +306,6 @@ class Mochi(JointAttentionDiT):
                 f"{num_inference_steps}: use {self.defaults.num_inference_steps}"
             )
         scheduler.set_timesteps(sigmas=linear_quadratic_schedule(num_inference_steps, _THRESHOLD_NOISE))
-
-    def text_tokens(self, pipeline: Any, prompt: str) -> int:
-        return len(pipeline.tokenizer(prompt).input_ids)
 
     def encode_prompt(self, pipeline: Any, prompts: list[str], workload: Workload) -> TextCondition:
         # One by one: where empty prompts become zeros, diffusers looks only at the last of several.

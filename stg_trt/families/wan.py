@@ -20,7 +20,7 @@ from stg_trt.families.base import (
     Workload,
 )
 from stg_trt.families.cross_attention import CrossAttentionDiT, CrossAttentionSegment
-from stg_trt.families.dit import State, rotate, unpatched
+from stg_trt.families.dit import State, gated, rotate, unpatched
 from stg_trt.tensor_spec import ROWS, TensorSpec
 
 
@@ -52,11 +52,11 @@ class WanSegment(CrossAttentionSegment):
         shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=1)
         normed = (block.norm1(hidden.float()) * (1 + scale) + shift).to(dtype)
         attended = self.self_attention(block.attn1, normed, state, perturbed)
-        hidden = (hidden.float() + attended.float() * gate).to(dtype)
+        hidden = gated(hidden, attended, gate)
         normed = block.norm2(hidden.float()).to(dtype)
         hidden = hidden + self.cross_attention(block.attn2, normed, state["text"])
         normed = (block.norm3(hidden.float()) * (1 + scale_ff) + shift_ff).to(dtype)
-        return {"hidden_states": (hidden.float() + block.ffn(normed).float() * gate_ff).to(dtype)}
+        return {"hidden_states": gated(hidden, block.ffn(normed), gate_ff)}
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return rotate(x.unflatten(2, (-1, cos.shape[-1])), cos[:, None], sin[:, None]).flatten(2)
@@ -211,19 +211,8 @@ class Wan(CrossAttentionDiT):
 
     def _check_text_to_video(self) -> None:
         """Refuses image-to-video and Wan 2.2 checkpoints, which have the same class."""
-        for name in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
-            if self.config.get(name) is not None:
-                raise InvalidRequest(
-                    f"checkpoint: expected no {name} in transformer/config.json, got {self.config[name]}: "
-                    "image-to-video is not supported, use a text-to-video checkpoint"
-                )
-        channels, out_channels = self.integer("in_channels"), self.integer("out_channels")
-        if channels != out_channels:
-            raise InvalidRequest(
-                f"checkpoint: expected in_channels {out_channels} in transformer/config.json, as "
-                f"out_channels, got {channels}: image-to-video is not supported, use a text-to-video "
-                "checkpoint"
-            )
+        self.refuse_image_to_video("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
+        channels = self.integer("in_channels")
         vae = self.vae_config or {}
         if vae.get("is_residual") or vae.get("patch_size"):
             raise InvalidRequest(
