@@ -55,7 +55,8 @@ class Checkpoint:
                 )
             text = (resources.files("stg_trt") / "published" / f"{checkpoint}.json").read_text("utf-8")
             data = json.loads(text)
-            return cls(str(checkpoint), None, data["transformer"], data["vae"], data["scheduler"])
+            transformer, vae, scheduler = data["transformer"], data["vae"], data["scheduler"]
+            return cls(str(checkpoint), None, transformer, vae, scheduler, data.get("model_index"))
         if not folder.is_dir():
             raise InvalidRequest(
                 f"checkpoint: expected a diffusers folder or one of {', '.join(published())}, "
@@ -102,7 +103,7 @@ class Checkpoint:
     @property
     def family(self) -> ModelFamily:
         """The model family of the transformer."""
-        return family_for(self.transformer_config, self.vae_config)
+        return family_for(self.transformer_config, self.vae_config, self.model_index)
 
     @property
     def has_pipeline(self) -> bool:
@@ -144,8 +145,7 @@ class Checkpoint:
     def check(self) -> None:
         """Raises InvalidRequest unless scheduler and weights are usable; reads only the files' headers."""
         self.scheduler()
-        if self.model_index is not None:
-            self.family.check_pipeline(self.model_index)
+        self.family.check_pipeline()
         if self.folder is not None:
             self._check_weights(self._empty_transformer().state_dict())
 

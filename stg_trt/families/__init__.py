@@ -30,9 +30,13 @@ def check_class(config: dict[str, Any]) -> None:
         )
 
 
-def family_for(config: dict[str, Any], vae_config: dict[str, Any] | None = None) -> ModelFamily:
+def family_for(
+    config: dict[str, Any],
+    vae_config: dict[str, Any] | None = None,
+    model_index: dict[str, Any] | None = None,
+) -> ModelFamily:
     """The family of a transformer's config.json; raises InvalidRequest for an unknown class."""
     check_class(config)
     module, name = _FAMILIES[config["_class_name"]]
     family: type[ModelFamily] = getattr(importlib.import_module(f"stg_trt.families.{module}"), name)
-    return family(config, vae_config)
+    return family(config, vae_config, model_index)

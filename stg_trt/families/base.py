@@ -142,7 +142,7 @@ class ModelFamily(ABC):
 
     name: ClassVar[str]
     transformer_class: ClassVar[str]
-    pipeline_class: ClassVar[str]
+    pipeline_class: str
     defaults: ClassVar[Defaults]
     has_text_segment: ClassVar[bool]
     # False where the pipeline in diffusers takes embeddings without a mask; padding is zeros there.
@@ -155,10 +155,16 @@ class ModelFamily(ABC):
     # TensorRT plugins that can replace a part of the blocks.
     plugins: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(self, config: Mapping[str, Any], vae_config: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        vae_config: Mapping[str, Any] | None = None,
+        model_index: Mapping[str, Any] | None = None,
+    ) -> None:
         # Not copied: a checkpoint's configuration says which file lacks an entry.
         self.config = config
         self.vae_config = vae_config
+        self.model_index = model_index or {}
 
     @property
     @abstractmethod
@@ -178,7 +184,7 @@ class ModelFamily(ABC):
     def check(self, workload: Workload) -> None:
         """Raises InvalidRequest for a configuration that is not the family's or sizes it cannot have."""
 
-    def check_pipeline(self, model_index: Mapping[str, Any]) -> None:
+    def check_pipeline(self) -> None:
         """Raises InvalidRequest where model_index.json is that of a variant which is not the family's."""
         return
 

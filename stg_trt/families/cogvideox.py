@@ -8,7 +8,6 @@ all heads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -136,9 +135,9 @@ class CogVideoX(JointAttentionDiT):
         text_length=226,
     )
 
-    def __init__(self, config: Mapping[str, Any], vae_config: Mapping[str, Any] | None = None) -> None:
-        super().__init__(config, vae_config)
-        self.rotary = bool(config.get("use_rotary_positional_embeddings"))
+    def __init__(self, *configs: Any) -> None:
+        super().__init__(*configs)
+        self.rotary = bool(self.config.get("use_rotary_positional_embeddings"))
         self.block_constants = _ROPE if self.rotary else ()
         self.video_constants = () if self.rotary else ("positions",)
 

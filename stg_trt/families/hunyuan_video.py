@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -194,8 +194,8 @@ class HunyuanVideo(JointAttentionDiT):
         embedded_guidance=6.0,
     )
 
-    def __init__(self, config: Mapping[str, Any], vae_config: Mapping[str, Any] | None = None) -> None:
-        super().__init__(config, vae_config)
+    def __init__(self, *configs: Any) -> None:
+        super().__init__(*configs)
         self.temb_constants = (POOLED,) if self.embedded_guidance is None else ("guidance", POOLED)
 
     @property
@@ -256,11 +256,12 @@ class HunyuanVideo(JointAttentionDiT):
             )
         super().check(workload)
 
-    def check_pipeline(self, model_index: Mapping[str, Any]) -> None:
+    def check_pipeline(self) -> None:
         for name in ("image_processor", "image_encoder"):
-            if model_index.get(name) not in (None, [None, None]):
+            given = self.model_index.get(name)
+            if given not in (None, [None, None]):
                 raise InvalidRequest(
-                    f"checkpoint: expected HunyuanVideo without {name}, got {name} {model_index[name]} in "
+                    f"checkpoint: expected HunyuanVideo without {name}, got {name} {given} in "
                     "model_index.json: image-to-video is not supported, use a text-to-video checkpoint"
                 )
 

@@ -1,8 +1,9 @@
 """LTX-Video 2B and 13B: a DiT with self-attention, cross-attention and feed-forward in every block.
 
-Reproduces diffusers' LTXVideoTransformer3DModel and LTXPipeline. What crosses a cut: the hidden states, the
-timestep modulation `temb`, and the embedded timestep that the head reads. Constant over the steps: the
-projected text, its mask, and the RoPE tables.
+Reproduces diffusers' LTXVideoTransformer3DModel, and LTXPipeline or, for checkpoints that name it (0.9.7 and
+later), LTXConditionPipeline without conditions. What crosses a cut: the hidden states, the timestep
+modulation `temb`, and the embedded timestep that the head reads. Constant over the steps: the projected text,
+its mask, and the RoPE tables.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from stg_trt.families.base import Defaults, TextCondition, Workload, load_class
 from stg_trt.families.cross_attention import CrossAttentionDiT, CrossAttentionSegment
 from stg_trt.families.dit import State, rms_norm, rotate
 from stg_trt.tensor_spec import ROWS, TensorSpec
+
+_CONDITION_PIPELINE = "LTXConditionPipeline"
 
 
 class LTXSegment(CrossAttentionSegment):
@@ -93,6 +96,13 @@ class LTXVideo(CrossAttentionDiT):
         text_length=128,
     )
 
+    def __init__(self, *configs: Any) -> None:
+        super().__init__(*configs)
+        # That pipeline has other positions in time and other sigmas, and masks its text encoder's padding.
+        self._conditioned = self.model_index.get("_class_name") == _CONDITION_PIPELINE
+        if self._conditioned:
+            self.pipeline_class = _CONDITION_PIPELINE
+
     @property
     def feed_forward_width(self) -> int:
         return 4 * self.width
@@ -138,8 +148,6 @@ class LTXVideo(CrossAttentionDiT):
     def constants(self, text: TextCondition, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
         from diffusers.models.transformers.transformer_ltx import LTXVideoRotaryPosEmbed
 
-        temporal, spatial = self.compression
-        _, frames, height, width = self.latent_shape(workload)
         rope = LTXVideoRotaryPosEmbed(
             dim=self.width,
             base_num_frames=20,
@@ -147,8 +155,7 @@ class LTXVideo(CrossAttentionDiT):
             base_width=2048,
             theta=10000.0,
         )
-        scale = (temporal / frame_rate, spatial, spatial)
-        cos, sin = rope(torch.zeros(1, 1), frames, height, width, scale)
+        cos, sin = rope(torch.zeros(1, 1), **self._positions(workload, frame_rate))
         bias = (1 - text.mask.float()) * -10000.0
         return {
             "prompt_embeds": text.embeds,
@@ -157,14 +164,42 @@ class LTXVideo(CrossAttentionDiT):
             "rope_sin": sin[0],
         }
 
+    def _positions(self, workload: Workload, frame_rate: float) -> dict[str, Any]:
+        """What the pipeline tells RoPE of the tokens' places, in seconds and pixels."""
+        temporal, spatial = self.compression
+        _, frames, height, width = self.latent_shape(workload)
+        if not self._conditioned:
+            scale = (temporal / frame_rate, spatial, spatial)
+            return {
+                "num_frames": frames,
+                "height": height,
+                "width": width,
+                "rope_interpolation_scale": scale,
+            }
+        # The VAE is causal: the first latent is one frame, and each of the others `temporal` of them.
+        pipeline = load_class(self.pipeline_class)
+        tokens = pipeline._prepare_video_ids(1, frames, height, width)
+        places = pipeline._scale_video_ids(tokens, spatial, temporal).float()
+        places[:, 0] *= 1.0 / frame_rate
+        return {"video_coords": places}
+
     def set_timesteps(self, scheduler: Any, num_inference_steps: int, workload: Workload) -> None:
         import numpy as np
         from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
+        from diffusers.pipelines.ltx.pipeline_ltx_condition import linear_quadratic_schedule
 
         config = scheduler.config
-        if not {"sigmas", "mu"} <= inspect.signature(scheduler.set_timesteps).parameters.keys():
-            # LTXPipeline's own timesteps need both; any other scheduler makes its own.
+        takes = inspect.signature(scheduler.set_timesteps).parameters.keys()
+        wanted = {"timesteps"} if self._conditioned else {"sigmas", "mu"}
+        if not wanted <= takes:
+            # The pipeline's own timesteps need these; any other scheduler makes its own.
             scheduler.set_timesteps(num_inference_steps)
+            return
+        if self._conditioned:
+            timesteps = (linear_quadratic_schedule(num_inference_steps) * 1000).numpy()
+            # The sigmas are those that the scheduler makes of the timesteps; given too, it does not warn.
+            given = {"sigmas": timesteps / config["num_train_timesteps"]} if "sigmas" in takes else {}
+            scheduler.set_timesteps(timesteps=timesteps, **given)
             return
         mu = calculate_shift(
             self.tokens(workload),

@@ -7,7 +7,6 @@ projected text, of which padding is zeros and not masked, and the RoPE tables, o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -142,7 +141,7 @@ class Wan(CrossAttentionDiT):
                     f"got {getattr(workload, side)}: use {largest}"
                 )
 
-    def check_pipeline(self, model_index: Mapping[str, Any]) -> None:
+    def check_pipeline(self) -> None:
         # As diffusers writes the options of Wan 2.2 that are off.
         off: dict[str, tuple[Any, ...]] = {
             "expand_timesteps": (None, False),
@@ -150,7 +149,7 @@ class Wan(CrossAttentionDiT):
             "transformer_2": (None, [None, None]),
         }
         for name, values in off.items():
-            given = model_index.get(name)
+            given = self.model_index.get(name)
             if given not in values:
                 raise InvalidRequest(
                     f"checkpoint: expected Wan 2.1, which has no {name}, got {name} {given} in "

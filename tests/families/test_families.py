@@ -324,7 +324,7 @@ def test_steps_that_a_family_cannot_take(one: FamilyCase, scheduler: Any, steps:
 )
 def test_pipelines_that_are_not_the_family(one: FamilyCase, index: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        one.family.check_pipeline(index)
+        replace(one.checkpoint, model_index=index).family.check_pipeline()
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
