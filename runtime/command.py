@@ -55,6 +55,7 @@ def generate(
     layout: Annotated[str | None, typer.Option(help="segmented or twin. [default: what fits]")] = None,
     backend: Annotated[str | None, typer.Option(help="[default: what fits]")] = None,
     offload: Annotated[bool, typer.Option("--offload", help="Text encoder and VAE leave the GPU.")] = False,
+    vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in tiles: less memory.")] = False,
 ) -> None:
     """Generate videos with compiled engines."""
     from stg_trt.perturbation import parse_blocks
@@ -68,10 +69,7 @@ def generate(
     kind: dict[str, Any] = {"layout": layout, "backend": backend}
     _check_engines(opened, engines, stg_mode, size, kind)
     given = _read_embeds(embeds) if embeds is not None else {}
-    from stg_trt.pipeline import VideoPipeline
-
-    _quiet_libraries()
-    pipeline = VideoPipeline.from_pretrained(checkpoint, engines, **kind, offload=offload)
+    pipeline = _open_pipeline(checkpoint, engines, **kind, offload=offload, vae_tiling=vae_tiling)
     frames = _sample(
         pipeline,
         prompt=prompt or None,
@@ -131,6 +129,13 @@ def _check_engines(
         check_mode(stg_mode)
     request = EngineRequest(**kind, **size, machine=this_machine())
     find_possible(EngineStore.open(engines), request, checkpoint.family)
+
+
+def _open_pipeline(checkpoint: str, engines: Path, **options: Any) -> VideoPipeline:
+    from stg_trt.pipeline import VideoPipeline
+
+    _quiet_libraries()
+    return VideoPipeline.from_pretrained(checkpoint, engines, **options)
 
 
 def _generator(seed: int) -> Generator:

@@ -18,25 +18,30 @@ class Components:
     """The diffusers pipeline of a checkpoint without its transformer; loaded when first asked for.
 
     With `offload` the text encoders and the VAE are on the device only while they work, which frees their
-    memory for the engines and costs a copy per call.
+    memory for the engines and costs a copy per call. With `vae_tiling` the VAE decodes overlapping tiles, of
+    its own default size, one after the other; frames that are no larger than a tile are decoded whole.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype | None, offload: bool) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype | None, offload: bool, vae_tiling: bool = False
+    ) -> None:
         self._checkpoint = checkpoint
         self._family = checkpoint.family
         self._dtype = dtype
         self._offload = offload
+        self.vae_tiling = vae_tiling
         self._pipeline: Any = None
 
     def load(self, device: torch.device) -> None:
-        """Raises InvalidRequest where the checkpoint has no text encoder and VAE, or not whole ones."""
+        """Raises InvalidRequest where the checkpoint has no text encoder and VAE, or not whole ones, or where
+        tiling is wanted of a VAE that has none."""
         if self._pipeline is not None:
             return
         self._checkpoint.check_pipeline()
         name = self._family.pipeline_class
         dtype = self._dtype or self._usual_dtypes(device)
         try:
-            self._pipeline = load_class(name).from_pretrained(
+            pipeline = load_class(name).from_pretrained(
                 self._checkpoint.folder, transformer=None, dtype=dtype
             )
         except (OSError, ValueError) as error:
@@ -44,6 +49,9 @@ class Components:
             raise InvalidRequest(
                 f"checkpoint: expected a whole {name} folder, got {reason}: download it again"
             ) from error
+        if self.vae_tiling:
+            _enable_tiling(pipeline.vae)
+        self._pipeline = pipeline
 
     def encode(self, prompts: list[str], workload: Workload, device: torch.device) -> TextCondition:
         """Prompts to embeddings of the workload's text length; raises InvalidRequest for a longer one."""
@@ -62,10 +70,20 @@ class Components:
     def decode(
         self, latents: Tensor, workload: Workload, device: torch.device, output_type: str, **options: Any
     ) -> Any:
-        """Packed latents to frames, as diffusers' video processor returns them for `output_type`."""
+        """Packed latents to frames, as diffusers' video processor returns them for `output_type`.
+
+        Raises InvalidRequest where the VAE's tiles do not join to frames of the workload's size.
+        """
         self.load(device)
         with self._on(device, "vae"):
             video = self._family.decode(self._pipeline, latents.to(device), workload, **options)
+        expected = (workload.num_frames, workload.height, workload.width)
+        # The configuration of a VAE may ask for tiles that begin between two latents.
+        if self.vae_tiling and video.shape[2:] != expected:
+            raise InvalidRequest(
+                f"vae_tiling: expected the VAE's tiles to join to frames, height and width {expected}, got "
+                f"{tuple(video.shape[2:])}: leave it out"
+            )
         return self._pipeline.video_processor.postprocess_video(video, output_type=output_type)
 
     def _usual_dtypes(self, device: torch.device) -> torch.dtype | dict[str, torch.dtype]:
@@ -86,3 +104,12 @@ class Components:
             if self._offload:
                 for module in modules:
                     module.to("cpu")
+
+
+def _enable_tiling(vae: Any) -> None:
+    try:
+        vae.enable_tiling()
+    except NotImplementedError as error:
+        raise InvalidRequest(
+            f"vae_tiling: expected a VAE that can decode in tiles, got {type(vae).__name__}: leave it out"
+        ) from error

@@ -31,6 +31,8 @@ from stg_trt.solver import SolverTable
 StepCallback = Callable[["VideoPipeline", int, float, dict[str, Tensor]], dict[str, Tensor] | None]
 _GIB = 1 << 30
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+_LESS_TO_SAMPLE = "fewer frames, a smaller size, fewer videos at once, the segmented layout, or --offload"
+_LESS_TO_DECODE = "fewer frames, a smaller size, or --offload"
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,11 @@ class VideoPipeline:
         backend: str | None = None,
         dtype: torch.dtype | None = None,
         offload: bool = False,
+        vae_tiling: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.family = checkpoint.family
-        self.components = Components(checkpoint, dtype, offload)
+        self.components = Components(checkpoint, dtype, offload, vae_tiling)
         self.store = store
         self.scheduler = checkpoint.scheduler()
         self.interrupt = False
@@ -92,11 +95,14 @@ class VideoPipeline:
         backend: str | None = None,
         dtype: torch.dtype | None = None,
         offload: bool = False,
+        vae_tiling: bool = False,
     ) -> VideoPipeline:
         """Opens a checkpoint and a folder of engines built from it; raises where they do not fit.
 
         `dtype` is that of text encoder and VAE (default: bfloat16 on a GPU, else float32); `offload`
-        keeps them off the GPU while they are not needed.
+        keeps them off the GPU while they are not needed. `vae_tiling` is diffusers' `vae.enable_tiling()`:
+        less memory for large frames, blended from overlapping tiles, so not exactly those of decoding them
+        whole. Either way, videos are decoded one at a time.
         """
         opened = Checkpoint.open(checkpoint, random_weights=str(checkpoint) in published())
         pipeline = cls(
@@ -106,6 +112,7 @@ class VideoPipeline:
             backend=backend,
             dtype=dtype,
             offload=offload,
+            vae_tiling=vae_tiling,
         )
         pipeline.store.find(pipeline._base)
         return pipeline
@@ -167,10 +174,10 @@ class VideoPipeline:
         if output_type != "latent":  # A checkpoint without a VAE is refused before the sampling.
             self.components.load(self._device_for(schedule.build).torch_device)
         noise = self._noise(schedule, prompts.videos, generator, latents)
-        with _memory_explained(schedule.build.manifest):
+        with _memory_explained(schedule.build.manifest, "GPU memory", _LESS_TO_SAMPLE):
             steps = self._steps(schedule, prompts, noise, frame_rate, generator)
             result = self._drain(steps, noise, callback_on_step_end)
-            return self._output(result, schedule, output_type, generator=generator, **decode_options)
+        return self._output(result, schedule, output_type, generator=generator, **decode_options)
 
     def _schedule(self, size: dict[str, Any], steps: int | None, given: dict[str, Any]) -> Schedule:
         """The build that fits the request, with its steps and their guidance."""
@@ -218,7 +225,9 @@ class VideoPipeline:
         if output_type == "latent":
             return VideoPipelineOutput(latents)
         device = self._device_for(schedule.build).torch_device
-        frames = self.components.decode(latents, schedule.workload, device, output_type, **decode_options)
+        less = _LESS_TO_DECODE if self.components.vae_tiling else f"--vae-tiling, {_LESS_TO_DECODE}"
+        with _memory_explained(schedule.build.manifest, "GPU memory of decoding", less):
+            frames = self.components.decode(latents, schedule.workload, device, output_type, **decode_options)
         return VideoPipelineOutput(frames)
 
     def _drain(self, steps: Iterator[SampledStep], latents: Tensor, callback: StepCallback | None) -> Tensor:
@@ -343,16 +352,15 @@ def _swinging(scale: Scale | None, timesteps: Sequence[float]) -> list[float]:
 
 
 @contextmanager
-def _memory_explained(manifest: Manifest) -> Iterator[None]:
-    """Turns the GPU's out-of-memory error into what the build needs and what needs less."""
+def _memory_explained(manifest: Manifest, place: str, less: str) -> Iterator[None]:
+    """Turns the GPU's out-of-memory error into what the build needs, and `less`, what needs less."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         weights = sum(file.bytes for record in manifest.segments for file in record.files)
         activations = max(record.activation_bytes or 0 for record in manifest.segments)
         raise OutOfDeviceMemory(
-            f"GPU memory: expected room for engines of {weights / _GIB:.1f} GiB, activations of "
+            f"{place}: expected room for engines of {weights / _GIB:.1f} GiB, activations of "
             f"{activations / _GIB:.1f} GiB, the text encoder and the VAE ({manifest.workload}, "
-            f"{manifest.layout}), got {str(error).splitlines()[0]} use fewer frames, a smaller size, fewer "
-            "videos at once, the segmented layout, or --offload"
+            f"{manifest.layout}), got {str(error).splitlines()[0]} use {less}"
         ) from error

@@ -14,9 +14,11 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
+from stg_trt import VideoPipeline
 from stg_trt.build_engines import build
 from tests.cli import keep_one_block
-from tests.family_cases import LTX, FamilyCase
+from tests.family_cases import CASES, LTX, FamilyCase
+from tests.whole_pipelines import TEXT_LENGTH
 
 # The processes of a run take files in this order: one that takes minutes must not begin when the others end.
 LONGEST_FIRST = (
@@ -75,6 +77,30 @@ def built_once(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Co
 def golden_engines(built_once: BuiltOnce) -> Callable[[FamilyCase], Path]:
     """Per family: segmented stg-a engines that can perturb `cut_at`, and the twins; 2 videos."""
     return lambda case: built_once(f"{case}-engines", lambda folder: build_goldens(case, folder))
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def case(request: pytest.FixtureRequest) -> FamilyCase:
+    """Every family in turn."""
+    found: FamilyCase = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def checkpoint(case: FamilyCase, built_once: BuiltOnce) -> Path:
+    """The family's whole tiny checkpoint, with text encoder and VAE."""
+    return built_once(f"{case}-whole-checkpoint", case.save_pipeline)
+
+
+@pytest.fixture(scope="module")
+def pipeline(case: FamilyCase, checkpoint: Path, built_once: BuiltOnce) -> VideoPipeline:
+    """Of the whole checkpoint; 2 videos, and block 1 can be perturbed."""
+    sizes = {**case.sizes, "text_length": TEXT_LENGTH}
+    engines = built_once(
+        f"{case}-whole-engines",
+        lambda folder: build(checkpoint, folder, **sizes, stg_blocks=[1], max_batch=2, verify_timesteps=1),
+    )
+    return VideoPipeline.from_pretrained(checkpoint, engines=engines)
 
 
 @pytest.fixture

@@ -15,67 +15,11 @@ import pytest
 import torch
 
 from stg_trt import VideoPipeline
-from stg_trt.build_engines import build
 from stg_trt.checkpoint import Checkpoint
 from stg_trt.components import Components
 from stg_trt.errors import InvalidRequest
 from tests.family_cases import CASES, FamilyCase
-
-TEXT_LENGTH = 16
-# The second is cleaned before it is tokenised where diffusers' pipeline does so.
-PROMPTS = ["a red circle moving left", "  a &amp;amp;  blue\n square "]
-NEGATIVE = "blurred"
-STEPS = 4
-
-
-@pytest.fixture(scope="module", params=CASES, ids=str)
-def case(request: pytest.FixtureRequest) -> FamilyCase:
-    found: FamilyCase = request.param
-    return found
-
-
-@pytest.fixture(scope="module")
-def checkpoint(case: FamilyCase, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(f"{case}-checkpoint")
-    case.save_pipeline(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pipeline(case: FamilyCase, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> VideoPipeline:
-    engines = tmp_path_factory.mktemp(f"{case}-engines")
-    sizes = {**case.sizes, "text_length": TEXT_LENGTH}
-    build(checkpoint, engines, **sizes, stg_blocks=[1], max_batch=2, verify_timesteps=1)
-    return VideoPipeline.from_pretrained(checkpoint, engines=engines)
-
-
-@torch.no_grad()
-def of_diffusers(case: FamilyCase, checkpoint: Path, scheduler: Any, output_type: str, **given: Any) -> Any:
-    own = case.pipeline_class.from_pretrained(checkpoint, scheduler=scheduler)
-    own.set_progress_bar_config(disable=True)
-    theirs = {case.names.get(name, name): value for name, value in given.items()}
-    return own(**theirs, max_sequence_length=TEXT_LENGTH, output_type=output_type).frames
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def call(case: FamilyCase, pipeline: VideoPipeline, prompts: list[str]) -> dict[str, Any]:
-    """Arguments that both take."""
-    spec = pipeline.family.tensors(case.workload)["latents"]
-    noise = torch.randn(spec.with_rows(len(prompts)), generator=torch.Generator().manual_seed(3))
-    return {
-        "prompt": prompts,
-        "negative_prompt": [NEGATIVE] * len(prompts),
-        "height": case.workload.height,
-        "width": case.workload.width,
-        "num_frames": case.workload.num_frames,
-        "num_inference_steps": STEPS,
-        "guidance_scale": 4.0,
-        **({"embedded_guidance": 5.0} if "embedded_guidance" in case.names else {}),
-        "latents": noise,
-    }
+from tests.whole_pipelines import PROMPTS, STEPS, TEXT_LENGTH, call, of_diffusers, seeded
 
 
 @pytest.mark.parametrize("output_type", ["latent", "np"])

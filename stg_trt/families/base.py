@@ -254,7 +254,7 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:
-        """Packed latents to the VAE's video (videos, 3, frames, height, width) in -1..1."""
+        """Packed latents to the VAE's video (videos, 3, frames, height, width) in -1..1, see `vae_video`."""
 
     def integer(self, name: str) -> int:
         """A positive integer of the configuration; raises InvalidRequest where it is anything else."""
@@ -285,6 +285,15 @@ class ModelFamily(ABC):
         """Random tensors to trace a segment with."""
         generator = torch.Generator().manual_seed(0)
         return [spec.random(rows, generator) for spec in self.inputs(segment, workload)]
+
+
+def vae_video(vae: Any, latents: Tensor, *conditions: Tensor) -> Tensor:
+    """The VAE's video of latents (videos, channels, frames, rows, columns), with a row of each condition.
+
+    One video at a time: no video reads another, and the memory of decoding several is that of one.
+    """
+    rows = zip(*(tensor.split(1) for tensor in (latents, *conditions)), strict=True)
+    return torch.cat([vae.decode(*row, return_dict=False)[0] for row in rows])
 
 
 def positive_integer(value: Any, name: str, file: str) -> int:

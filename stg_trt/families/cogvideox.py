@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.families.base import Defaults, SegmentModule, TextCondition, Workload
+from stg_trt.families.base import Defaults, SegmentModule, TextCondition, Workload, vae_video
 from stg_trt.families.dit import State, TextProjection, gated, rotate
 from stg_trt.families.joint_attention import QKV, JointAttentionDiT, JointAttentionSegment, modulation
 from stg_trt.tensor_spec import ROWS, TensorSpec
@@ -258,8 +258,9 @@ class CogVideoX(JointAttentionDiT):
 
     def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:
         _, frames, _, _ = super().latent_shape(workload)
-        video: Tensor = pipeline.decode_latents(latents[:, -frames:].to(pipeline.vae.dtype))
-        return video
+        vae = pipeline.vae
+        kept = latents[:, -frames:].to(vae.dtype).transpose(1, 2)
+        return vae_video(vae, kept / vae.config.scaling_factor)
 
     @property
     def _patch_values(self) -> int:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.families.base import POOLED, Defaults, TextCondition, Workload
+from stg_trt.families.base import POOLED, Defaults, TextCondition, Workload, vae_video
 from stg_trt.families.dit import State, gated, rms_norm, rotate
 from stg_trt.families.joint_attention import (
     QKV,
@@ -363,9 +363,7 @@ class HunyuanVideo(JointAttentionDiT):
 
     def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:
         vae = pipeline.vae
-        scaled = latents.to(vae.dtype) / vae.config.scaling_factor
-        video: Tensor = vae.decode(scaled, return_dict=False)[0]
-        return video
+        return vae_video(vae, latents.to(vae.dtype) / vae.config.scaling_factor)
 
     def _check_text_to_video(self) -> None:
         """Refuses image-to-video checkpoints, which have the same class."""

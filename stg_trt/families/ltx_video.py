@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.families.base import Defaults, TextCondition, Workload, load_class
+from stg_trt.families.base import Defaults, TextCondition, Workload, load_class, vae_video
 from stg_trt.families.cross_attention import CrossAttentionDiT, CrossAttentionSegment
 from stg_trt.families.dit import State, rms_norm, rotate
 from stg_trt.tensor_spec import ROWS, TensorSpec
@@ -234,7 +234,7 @@ class LTXVideo(CrossAttentionDiT):
         latents = pipeline._denormalize_latents(
             latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor
         ).to(vae.dtype)
-        timestep = None
+        conditions: list[Tensor] = []
         if vae.config.timestep_conditioning:
             timestep = torch.full((len(latents),), float(options.get("decode_timestep", 0.0))).to(latents)
             scale = options.get("decode_noise_scale")
@@ -244,5 +244,5 @@ class LTXVideo(CrossAttentionDiT):
                 latents.shape, generator=options.get("generator"), device=latents.device, dtype=latents.dtype
             )
             latents = (1 - scale) * latents + scale * noise
-        video: Tensor = vae.decode(latents, timestep, return_dict=False)[0]
-        return video
+            conditions.append(timestep)
+        return vae_video(vae, latents, *conditions)

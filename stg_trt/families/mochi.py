@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.families.base import Defaults, SegmentModule, TextCondition, Workload, positive_integer
+from stg_trt.families.base import (
+    Defaults,
+    SegmentModule,
+    TextCondition,
+    Workload,
+    positive_integer,
+    vae_video,
+)
 from stg_trt.families.dit import State, rms_norm, unpatched
 from stg_trt.families.joint_attention import (
     KV,
@@ -327,8 +334,7 @@ class Mochi(JointAttentionDiT):
         if None not in moments:
             mean, std = (torch.tensor(m, device=latents.device)[:, None, None, None] for m in moments)
             latents = latents * std + mean
-        video: Tensor = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-        return video
+        return vae_video(vae, latents.to(vae.dtype))
 
     def _expansion(self, name: str, published: int) -> int:
         """Pixels per latent: the product of the VAE's expansions, or the published VAE's."""

@@ -13,11 +13,7 @@ import torch
 from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.families.base import (
-    Defaults,
-    TextCondition,
-    Workload,
-)
+from stg_trt.families.base import Defaults, TextCondition, Workload, vae_video
 from stg_trt.families.cross_attention import CrossAttentionDiT, CrossAttentionSegment
 from stg_trt.families.dit import State, gated, rotate, unpatched
 from stg_trt.tensor_spec import ROWS, TensorSpec
@@ -205,8 +201,7 @@ class Wan(CrossAttentionDiT):
             torch.tensor(values, device=latents.device)[:, None, None, None]
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
-        video: Tensor = vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0]
-        return video
+        return vae_video(vae, (latents * std + mean).to(vae.dtype))
 
     def _check_text_to_video(self) -> None:
         """Refuses image-to-video and Wan 2.2 checkpoints, which have the same class."""

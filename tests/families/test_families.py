@@ -36,12 +36,6 @@ FRAME_RATE = 25.0
 VIDEOS = 2
 
 
-@pytest.fixture(scope="module", params=CASES, ids=str)
-def case(request: pytest.FixtureRequest) -> FamilyCase:
-    found: FamilyCase = request.param
-    return found
-
-
 @pytest.fixture(scope="module")
 def family(case: FamilyCase) -> ModelFamily:
     return case.family

@@ -18,6 +18,12 @@ GOLDENS = Path(__file__).parents[1] / "goldens"
 TIMESTEP = 731.0
 Sizes = dict[str, int]
 Grid = tuple[int, int, int]
+SMALL_TILES = {
+    "tile_sample_min_height": 32,
+    "tile_sample_min_width": 40,
+    "tile_sample_stride_height": 16,
+    "tile_sample_stride_width": 24,
+}
 Uncut = Callable[[Any, Tensor, TextCondition], Tensor]
 Tables = Callable[[Any, Grid, float], dict[str, Tensor]]
 
@@ -49,7 +55,9 @@ class FamilyCase:
     configurations of transformer and VAE, and what is said of them. `refused_steps` are a scheduler, a
     number of steps, and what is said of them. `rounding` is how far float32 lets the cut model be from the
     uncut one. `names` are arguments of ours that have others in diffusers' pipeline. `variants` are changes
-    to the transformer's configuration that work too.
+    to the transformer's configuration that work too. `vae_tiles` are attributes of the small pipeline's VAE
+    that make its tiles smaller than the frames of SIZES; none where its configuration does. `noisy_vae` are
+    entries of the VAE's configuration with which its decoding takes noise, and `decode_options` go with them.
     """
 
     goldens: Path
@@ -78,6 +86,9 @@ class FamilyCase:
     rounding: float = 1e-6
     names: Mapping[str, str] = field(default_factory=dict)
     variants: tuple[dict[str, Any], ...] = ()
+    vae_tiles: Mapping[str, int] = field(default_factory=dict)
+    noisy_vae: Mapping[str, Any] = field(default_factory=dict)
+    decode_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def workload(self) -> Workload:

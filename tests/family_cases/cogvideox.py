@@ -36,7 +36,10 @@ SIZES = {"height": 48, "width": 64, "num_frames": 9, "text_length": 9}
 
 
 def save_pipeline(folder: Path, scheduler: Any, **options: Any) -> None:
-    """CogVideoX: 4 pixels in time and 8 in space per latent; another trained size than that of SIZES."""
+    """CogVideoX: 4 pixels in time and 8 in space per latent; another trained size than that of SIZES.
+
+    The VAE's tiles are half of its own sample size: 48 x 40.
+    """
     torch.manual_seed(0)
     vae = AutoencoderKLCogVideoX(
         block_out_channels=(8, 8, 8, 8),
@@ -44,6 +47,8 @@ def save_pipeline(folder: Path, scheduler: Any, **options: Any) -> None:
         layers_per_block=1,
         norm_num_groups=2,
         scaling_factor=0.7,
+        sample_height=96,
+        sample_width=80,
     )
     transformer = CogVideoXTransformer3DModel(
         num_attention_heads=2,

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from stg_trt.families.base import TextCondition, Workload
-from tests.family_cases.case import GOLDENS, TIMESTEP, FamilyCase, Grid, Published
+from tests.family_cases.case import GOLDENS, SMALL_TILES, TIMESTEP, FamilyCase, Grid, Published
 from tests.family_cases.tiny_text import TEXT_WIDTH, WORDS
 
 POOLED_WIDTH = 12
@@ -230,4 +230,6 @@ HUNYUAN_VIDEO = FamilyCase(
     schedulers=(FlowMatchEulerDiscreteScheduler(shift=7.0),),
     variants=({"guidance_embeds": False},),
     names={"guidance_scale": "true_cfg_scale", "embedded_guidance": "guidance_scale"},
+    # In time too, with or without tiling.
+    vae_tiles={**SMALL_TILES, "tile_sample_min_num_frames": 8, "tile_sample_stride_num_frames": 4},
 )

@@ -115,4 +115,12 @@ LTX = FamilyCase(
     pipeline_class=LTXPipeline,
     save_pipeline=save_pipeline,
     schedulers=(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),),
+    vae_tiles={
+        "tile_sample_min_height": 96,
+        "tile_sample_min_width": 64,
+        "tile_sample_stride_height": 64,
+        "tile_sample_stride_width": 32,
+    },
+    noisy_vae={"timestep_conditioning": True},
+    decode_options={"decode_timestep": 0.05, "decode_noise_scale": 0.5},
 )

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import T5Config, T5EncoderModel
 
 from stg_trt.families.base import TextCondition, Workload
-from tests.family_cases.case import GOLDENS, TIMESTEP, FamilyCase, Grid, Published
+from tests.family_cases.case import GOLDENS, SMALL_TILES, TIMESTEP, FamilyCase, Grid, Published
 from tests.family_cases.tiny_text import TEXT_WIDTH, make_text_encoder, make_tokenizer
 
 
@@ -133,4 +133,5 @@ MOCHI = FamilyCase(
     pipeline_class=MochiPipeline,
     save_pipeline=save_pipeline,
     schedulers=(FlowMatchEulerDiscreteScheduler(invert_sigmas=True),),
+    vae_tiles=SMALL_TILES,
 )

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
 from stg_trt.families.base import TextCondition, Workload
-from tests.family_cases.case import GOLDENS, TIMESTEP, FamilyCase, Grid, Published
+from tests.family_cases.case import GOLDENS, SMALL_TILES, TIMESTEP, FamilyCase, Grid, Published
 from tests.family_cases.tiny_text import TEXT_WIDTH, make_text_encoder, make_tokenizer
 
 
@@ -148,4 +148,5 @@ WAN = FamilyCase(
         UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
         FlowMatchEulerDiscreteScheduler(shift=5.0),
     ),
+    vae_tiles=SMALL_TILES,
 )
