@@ -13,7 +13,7 @@
 #include <tuple>
 #include <utility>
 
-#include "cuda_runtime_api.h"
+#include "execution.h"
 
 #define __host__
 #define __device__
@@ -27,31 +27,11 @@
 // One block runs at a time. Thread-local memory is all of one place, so that it can be poisoned before each.
 #define __shared__ static thread_local
 
-struct uint3 {
-  unsigned x, y, z;
-};
-
-struct dim3 {
-  unsigned x, y, z;
-  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
-};
-
 struct alignas(16) float4 {
   float x, y, z, w;
 };
 
 inline float4 make_float4(float x, float y, float z, float w) { return float4{x, y, z, w}; }
-
-struct cudaLaunchConfig_t {
-  dim3 gridDim;
-  dim3 blockDim;
-  size_t dynamicSmemBytes = 0;
-  cudaStream_t stream = nullptr;
-  void* attrs = nullptr;
-  unsigned numAttrs = 0;
-};
-
-#include "execution.h"
 
 static const uint3& threadIdx = cuda_on_host::place.thread;
 static const uint3& blockIdx = cuda_on_host::place.block;

@@ -1,4 +1,4 @@
-#include "cuda_runtime.h"
+#include "execution.h"
 
 #include <link.h>
 #include <stdio.h>

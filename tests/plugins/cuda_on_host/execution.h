@@ -6,6 +6,11 @@
 // do not take part; a value from a lane that is not in the mask. Not seen: blocks that run at the same time.
 #pragma once
 
+#include <stdint.h>
+#include <string.h>
+
+#include "cuda_runtime_api.h"
+
 namespace cuda_on_host {
 
 struct Place {

@@ -1,12 +1,12 @@
 #include "fiber.h"
 
-#include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <pthread.h>
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -49,12 +49,14 @@ constexpr size_t kPage = 4096, kStackBytes = 32 * kPage;
 }  // namespace
 
 Fiber::Fiber() {
+#if defined(__SANITIZE_ADDRESS__)
   pthread_attr_t attributes;
   void* bottom = nullptr;
   pthread_getattr_np(pthread_self(), &attributes);
   pthread_attr_getstack(&attributes, &bottom, &bytes_);
   pthread_attr_destroy(&attributes);
   bottom_ = bottom;
+#endif
 }
 
 Fiber::Fiber(void (*body)()) : bytes_(kStackBytes) {

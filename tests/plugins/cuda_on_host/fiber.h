@@ -28,7 +28,7 @@ class Fiber {
 
  private:
   char* memory_ = nullptr;
-  const void* bottom_ = nullptr;
+  const void* bottom_ = nullptr;  // for the address sanitizer, which must know the stack
   size_t bytes_ = 0;
 #if defined(CUDA_ON_HOST_UCONTEXT)
   ucontext_t context_;
