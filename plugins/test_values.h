@@ -1,9 +1,10 @@
-// What the host tests share: repeatable values, and a count of failed checks.
+// What the host tests share: repeatable values, orders of the threads, and a count of failed checks.
 #pragma once
 
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <stdlib.h>
 
 #include <vector>
 
@@ -19,12 +20,19 @@ inline std::vector<float> values(int64_t count, uint32_t seed) {
   return made;
 }
 
+// In which blocks, and threads between barriers, take their turns; a race shows in one of them.
+constexpr const char* kOrders[] = {"forward", "reverse", "1"};
+
+inline void set_order(const char* order) { setenv("CUDA_ON_HOST_ORDER", order, 1); }
+
 struct Checks {
   int passed = 0, failed = 0;
 
   void expect(bool condition, const char* what, int64_t a, int64_t b) {
     ++(condition ? passed : failed);
-    if (!condition && failed < 20) printf("%s: %lld, %lld\n", what, (long long)a, (long long)b);
+    if (condition) return;
+    printf("%s: %lld, %lld\n", what, (long long)a, (long long)b);
+    if (failed == 20) exit(result());
   }
 
   int result() const {

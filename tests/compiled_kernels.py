@@ -1,4 +1,4 @@
-"""Compiles what lies in `plugins/` for the tests: the kernels with nvcc, or for host memory with g++."""
+"""Compiles what lies in `plugins/` for the tests: with nvcc, or with g++ for an emulation on the host."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from stg_trt.kernels.shared_library import Kernels
 
 ROOT = Path(__file__).parents[1]
 PLUGINS = ROOT / "plugins"
-HOST_KERNELS = ROOT / "tests" / "plugins" / "host_kernels.cpp"
+CUDA_ON_HOST = ROOT / "tests" / "plugins" / "cuda_on_host"
 
 needs_cmake = pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
@@ -43,19 +44,31 @@ def run(*command: str | Path, env: dict[str, str] | None = None) -> str:
     return result.stdout
 
 
+def kernel_sources() -> list[Path]:
+    """What the library of kernels is made of."""
+    return [PLUGINS / "interface.cpp", *sorted(PLUGINS.glob("*/*.cu"))]
+
+
 def compile_kernels(path: Path) -> Path:
     """For one architecture: that of the GPU, or sm_90."""
     native = "native" if torch.cuda.is_available() else "sm_90"
     architecture = os.environ.get("STG_TRT_TEST_ARCHITECTURE", native)
-    sources = [PLUGINS / "interface.cpp", *sorted(PLUGINS.glob("*/*.cu"))]
     options = ["-O3", "-std=c++17", f"-arch={architecture}", "-shared", "-Xcompiler", "-fPIC"]
-    run("nvcc", *options, "-I", PLUGINS, *sources, "-o", path)
+    run("nvcc", *options, "-I", PLUGINS, *kernel_sources(), "-o", path)
     return path
 
 
+def compile_on_host(*options: str | Path, sources: Sequence[Path]) -> None:
+    """With g++ and the emulation of CUDA; a vector at an address that a GPU would refuse ends the process."""
+    checks = ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
+    folders = ["-I", CUDA_ON_HOST, "-I", PLUGINS]
+    emulation = [path for path in CUDA_ON_HOST.glob("*.cpp") if not path.stem.endswith("_test")]
+    run("g++", "-O1", "-std=c++17", *checks, *folders, *options, *emulation, "-x", "c++", *sources)
+
+
 def compile_host_kernels(path: Path) -> Path:
-    """The same interface over host memory."""
-    run("g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-I", PLUGINS, HOST_KERNELS, "-o", path)
+    """The same kernels over host memory."""
+    compile_on_host("-shared", "-fPIC", "-o", path, sources=kernel_sources())
     return path
 
 

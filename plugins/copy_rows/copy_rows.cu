@@ -1,8 +1,7 @@
 #include "copy_rows/copy_rows.h"
 
-#include <cuda_runtime.h>
-
 #include "copy_rows/split.h"
+#include "launch.h"
 
 namespace {
 
@@ -19,8 +18,8 @@ int stg_copy_rows(const StgCopyRows* rows, void* stream) {
     const int64_t blocks = stg::fill_batch(rows->copies + at, rows->count - at, &batch);
     if (blocks == 0) continue;
     if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-    copy_kernel<<<static_cast<unsigned>(blocks), stg::kCopyThreads, 0, static_cast<cudaStream_t>(stream)>>>(batch);
-    const cudaError_t error = cudaGetLastError();
+    const cudaError_t error = stg::launch(copy_kernel, static_cast<unsigned>(blocks), stg::kCopyThreads,
+                                          static_cast<cudaStream_t>(stream), batch);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -1,9 +1,8 @@
 #include "fan_out_rows/fan_out_rows.h"
 
-#include <cuda_runtime.h>
-
 #include "fan_out_rows/fan_out.h"
 #include "half.cuh"
+#include "launch.h"
 
 namespace {
 
@@ -21,12 +20,8 @@ cudaError_t launch(const StgFanOutRows& p, cudaStream_t stream) {
   const int64_t work = p.size / stg::kFanOutVector + p.timesteps + 1;
   const int64_t needed = (work + kThreads - 1) / kThreads;
   const unsigned blocks = static_cast<unsigned>(needed < kMaxBlocks ? needed : kMaxBlocks);
-  if (stg::fan_out_aligned<T>(p)) {
-    fan_out_kernel<T, true><<<blocks, kThreads, 0, stream>>>(p);
-  } else {
-    fan_out_kernel<T, false><<<blocks, kThreads, 0, stream>>>(p);
-  }
-  return cudaGetLastError();
+  const auto kernel = stg::fan_out_aligned<T>(p) ? fan_out_kernel<T, true> : fan_out_kernel<T, false>;
+  return stg::launch(kernel, blocks, kThreads, stream, p);
 }
 
 }  // namespace

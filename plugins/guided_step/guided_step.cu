@@ -1,9 +1,8 @@
 #include "guided_step/guided_step.h"
 
-#include <cuda_runtime.h>
-
 #include "guided_step/arithmetic.h"
 #include "half.cuh"
+#include "launch.h"
 
 namespace {
 
@@ -12,8 +11,8 @@ using stg::StepScalars;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kBlocks = 512;  // per video: enough to fill a GPU, few enough for one block to fold
-constexpr int kVector = 4;    // values per thread and turn: 16 bytes of latents
+constexpr int64_t kMaxBlocks = 512;  // per video: enough to fill a GPU, few enough for one block to fold
+constexpr int kVector = 4;           // values per thread and turn: 16 bytes of latents
 
 // nvcc 13.0 splits a plain vector store here.
 template <bool kAligned>
@@ -186,12 +185,19 @@ bool all_aligned(const StgGuidedStep& p) {
          rows_fit<float>(p.initial, p.length);
 }
 
+unsigned blocks_per_video(int64_t length) {
+  const int64_t needed = (length + kThreads * kVector - 1) / (kThreads * kVector);
+  return static_cast<unsigned>(needed < 1 ? 1 : needed < kMaxBlocks ? needed : kMaxBlocks);
+}
+
 template <class T, bool kAligned>
 cudaError_t launch(const StgGuidedStep& p, cudaStream_t stream) {
-  const dim3 grid(kBlocks, static_cast<unsigned>(p.videos));
-  if (p.rescaled) moments_kernel<T, kAligned><<<grid, kThreads, 0, stream>>>(p);
-  apply_kernel<T, kAligned><<<grid, kThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  const dim3 grid(blocks_per_video(p.length), static_cast<unsigned>(p.videos));
+  if (p.rescaled) {
+    const cudaError_t error = stg::launch(moments_kernel<T, kAligned>, grid, kThreads, stream, p);
+    if (error != cudaSuccess) return error;
+  }
+  return stg::launch(apply_kernel<T, kAligned>, grid, kThreads, stream, p);
 }
 
 template <class T>
@@ -201,7 +207,7 @@ cudaError_t launch(const StgGuidedStep& p, cudaStream_t stream) {
 
 }  // namespace
 
-int64_t stg_guided_step_workspace(int64_t videos) { return videos * kBlocks * 2 * sizeof(Moments); }
+int64_t stg_guided_step_workspace(int64_t videos) { return videos * kMaxBlocks * 2 * sizeof(Moments); }
 
 int stg_guided_step(const StgGuidedStep* step, void* stream) {
   if (!step->two_term && step->history == nullptr) return cudaErrorInvalidValue;

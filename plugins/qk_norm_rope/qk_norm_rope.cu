@@ -1,8 +1,7 @@
 #include "qk_norm_rope/qk_norm_rope.h"
 
-#include <cuda_runtime.h>
-
 #include "half.cuh"
+#include "launch.h"
 #include "qk_norm_rope/norm_rope.h"
 
 namespace {
@@ -52,12 +51,8 @@ template <class T, bool kAligned>
 cudaError_t launch(const StgQKNormRope& p, cudaStream_t stream) {
   const stg::NormLaunch launch = stg::norm_launch(p);
   const unsigned blocks = static_cast<unsigned>(launch.blocks);
-  if (launch.lanes > 0) {
-    warp_kernel<T, kAligned><<<blocks, launch.threads, 0, stream>>>(p, launch);
-  } else {
-    block_kernel<T, kAligned><<<blocks, launch.threads, 0, stream>>>(p, launch);
-  }
-  return cudaGetLastError();
+  const auto kernel = launch.lanes > 0 ? warp_kernel<T, kAligned> : block_kernel<T, kAligned>;
+  return stg::launch(kernel, blocks, launch.threads, stream, p, launch);
 }
 
 template <class T>

@@ -25,7 +25,7 @@ def library(built_once: BuiltOnce) -> Path:
 
 @pytest.fixture(scope="session")
 def host_library(built_once: BuiltOnce) -> Path:
-    """The kernels' interface over host memory."""
+    """The same kernels over host memory, on an emulation of CUDA."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     return built_once("host-kernels", lambda folder: compile_host_kernels(folder / LIBRARY)) / LIBRARY

@@ -8,23 +8,18 @@ import torch
 from stg_trt.guidance import combine
 from stg_trt.guided_step import guided_step
 from stg_trt.kernels.guided_step import GuidedStepKernel
+from stg_trt.step_plan import GROUPS
 from tests.compiled_kernels import Machine
 from tests.step_states import SOLVERS, STEPS, state_of, tables
 
 
-@pytest.mark.parametrize(
-    "passes", [("cond",), ("uncond", "cond"), ("cond", "skip"), ("uncond", "cond", "skip")]
-)
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("length", [2, 7, 4096, 100_001])
-@pytest.mark.parametrize("name", SOLVERS)
-def test_kernel_equals_the_reference(
-    machine: Machine, passes: tuple[str, ...], dtype: str, length: int, name: str
+def check_every_step(
+    machine: Machine, passes: tuple[str, ...], dtype: str, videos: int, length: int, name: str
 ) -> None:
     guidance, solver = tables(name)
     two_terms = [pair is not None for pair in solver.two_term]
-    expected, got = (state_of(2, length, dtype, machine.device, name) for _ in range(2))
-    for group in {"uncond", "cond", "skip"} - set(passes):
+    expected, got = (state_of(videos, length, dtype, machine.device, name) for _ in range(2))
+    for group in {*GROUPS} - {*passes}:
         got.buffers.view("pred", (group,)).fill_(float("nan"))
     for state in (expected, got):
         state.table.load(guidance, solver)
@@ -37,6 +32,20 @@ def test_kernel_equals_the_reference(
         machine.enqueue(kernels[two_term])
         assert int(got.table.counter) == step + 1
         torch.testing.assert_close(got.latents, expected.latents, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("passes", [("cond",), ("uncond", "cond"), ("cond", "skip"), GROUPS])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("length", [2, 7, 4096, 5_001])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_kernel_equals_the_reference(
+    machine: Machine, passes: tuple[str, ...], dtype: str, length: int, name: str
+) -> None:
+    check_every_step(machine, passes, dtype, 2, length, name)
+
+
+def test_more_values_than_the_largest_grid_has_threads_for(machine: Machine) -> None:
+    check_every_step(machine, GROUPS, "bfloat16", 1, 600_001, "unipc")
 
 
 @pytest.mark.parametrize("name", SOLVERS)

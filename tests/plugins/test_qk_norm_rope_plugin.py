@@ -13,7 +13,7 @@ import pytest
 
 from stg_trt import manifest
 from tests.build_engines.test_plugin_nodes import WITH_PLUGIN
-from tests.compiled_kernels import HOST_KERNELS, PLUGINS, ROOT, run
+from tests.compiled_kernels import PLUGINS, ROOT, compile_on_host, run
 from tests.family_cases import FamilyCase
 
 HEADERS = Path(os.environ.get("TENSORRT_ROOT", ""), "include", "NvInfer.h")
@@ -43,9 +43,13 @@ def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_plugin_runs_what_it_was_given(tmp_path: Path) -> None:
-    plugin = PLUGINS / "qk_norm_rope" / "qk_norm_rope_plugin.cpp"
-    sources = (plugin, HOST_KERNELS, HOST_KERNELS.with_name("plugin_on_host.cpp"))
-    run("nvcc", "-std=c++17", "-I", PLUGINS, "-I", HEADERS.parent, *sources, "-o", tmp_path / "plugin")
+    folder = PLUGINS / "qk_norm_rope"
+    sources = [
+        folder / "qk_norm_rope.cu",
+        folder / "qk_norm_rope_plugin.cpp",
+        PROGRAM.with_name("plugin_on_host.cpp"),
+    ]
+    compile_on_host("-I", HEADERS.parent, "-o", tmp_path / "plugin", sources=sources)
     assert " 0 failed" in run(tmp_path / "plugin")
 
 

@@ -1,5 +1,5 @@
-// The copies, block by block and thread by thread, against a plain loop. Built as it is, and once per mutant.
-#include "copy_rows/copy_on_host.h"
+// The kernel against a plain loop. Built as it is, and once per mutant.
+#include "copy_rows/copy_rows.cu"
 
 #include <vector>
 
@@ -52,7 +52,9 @@ struct Memory {
 
 void check_copies(Checks& checks, const std::vector<int64_t>& lengths, uint32_t seed) {
   Memory memory(lengths, seed);
-  stg_test::copy_on_host({memory.copies.data(), static_cast<int64_t>(memory.copies.size())});
+  const StgCopyRows rows{memory.copies.data(), static_cast<int64_t>(memory.copies.size())};
+  stg_test::set_order(stg_test::kOrders[seed % 3]);
+  checks.expect(stg_copy_rows(&rows, nullptr) == cudaSuccess, "not launched", lengths.size(), seed);
   checks.expect(memory.got == memory.expected, "copies differ", lengths.size(), seed);
 }
 

@@ -1,0 +1,224 @@
+// The kernels, over several steps, against float64. Built as it is, and once per mutant.
+#include "guided_step/guided_step.cu"
+
+#include <cmath>
+#include <vector>
+
+#include "test_values.h"
+
+namespace {
+
+using stg_test::Checks;
+
+constexpr int64_t kSteps = 3, kCapacity = 4, kSlots = 7, kGuard = 64;
+
+struct Case {
+  int64_t videos, length;
+  float mean;
+  bool uncond, skip, rescaled, two_term;
+  int64_t shift;  // values from an aligned address
+};
+
+// One entry per step; what no step reads is not a number.
+struct Tables {
+  std::vector<float> cfg_scale{3.0f, 1.0f, 6.0f, NAN};
+  std::vector<float> stg_scale{1.0f, 0.0f, 2.0f, NAN};
+  std::vector<float> rescale{0.7f, 0.0f, 1.0f, NAN};
+  std::vector<float> latents_factor{1.0f, 0.9f, 1.1f, NAN};
+  std::vector<float> pred_factor{-0.05f, -0.3f, 0.2f, NAN};
+  std::vector<float> initial_factor{0.8f, 0.5f, 0.3f, NAN};
+  // Predictions up to the step's own, then the noise, of which the last was never drawn.
+  std::vector<float> history_factors{0.4f,  NAN,  NAN,   NAN, 0.2f,  0.0f,  0.0f,  //
+                                     -0.3f, 0.6f, NAN,   NAN, -0.1f, -0.4f, 0.0f,  //
+                                     0.0f,  0.7f, -0.2f, NAN, 0.3f,  0.5f,  0.0f,  //
+                                     NAN,   NAN,  NAN,   NAN, NAN,   NAN,   NAN};
+};
+
+std::vector<float> normal(int64_t count, uint32_t seed, float mean) {
+  std::vector<float> made = stg_test::values(count, seed);
+  for (float& value : made) value = 2.0f * value + mean;
+  return made;
+}
+
+template <class T>
+struct State {
+  std::vector<T> cond, uncond, skip;
+  std::vector<float> latents, initial, history;
+  Tables tables;
+  int64_t counter = 0;
+  unsigned finished = 0;
+  std::vector<char> workspace;
+
+  explicit State(const Case& c) : workspace(stg_guided_step_workspace(c.videos) + kGuard, -1) {
+    const int64_t size = c.shift + c.videos * c.length;
+    uint32_t seed = static_cast<uint32_t>(c.length);
+    for (std::vector<T>* rows : {&cond, &uncond, &skip}) {
+      for (float value : normal(size, ++seed, c.mean)) rows->push_back(stg::Cast<T>::from_float(value));
+    }
+    latents = normal(size, ++seed, c.mean);
+    initial = latents;
+    history.assign(c.shift + kSlots * c.videos * c.length, NAN);
+    for (int64_t j : {kCapacity, kCapacity + 1}) {
+      const std::vector<float> noise = normal(c.videos * c.length, ++seed, 0.0f);
+      std::copy(noise.begin(), noise.end(), history.begin() + c.shift + j * c.videos * c.length);
+    }
+  }
+
+  StgGuidedStep parameters(const Case& c) {
+    StgGuidedStep p{};
+    p.cond = cond.data() + c.shift;
+    if (c.uncond) p.uncond = uncond.data() + c.shift;
+    if (c.skip) p.skip = skip.data() + c.shift;
+    p.latents = latents.data() + c.shift;
+    p.cfg_scale = tables.cfg_scale.data(), p.stg_scale = tables.stg_scale.data(), p.rescale = tables.rescale.data();
+    p.latents_factor = tables.latents_factor.data(), p.pred_factor = tables.pred_factor.data();
+    p.history = history.data() + c.shift, p.initial = initial.data() + c.shift;
+    p.initial_factor = tables.initial_factor.data(), p.history_factors = tables.history_factors.data();
+    p.capacity = kCapacity, p.slots = kSlots;
+    p.counter = &counter, p.finished = &finished, p.workspace = workspace.data();
+    p.videos = c.videos, p.length = c.length;
+    p.dtype = sizeof(T) == 4 ? kStgFloat32 : kStgBfloat16;
+    p.rescaled = c.rescaled, p.two_term = c.two_term;
+    return p;
+  }
+};
+
+double standard_deviation(const double* values, int64_t count) {
+  double mean = 0, sum = 0;
+  for (int64_t i = 0; i < count; ++i) mean += values[i] / count;
+  for (int64_t i = 0; i < count; ++i) sum += (values[i] - mean) * (values[i] - mean);
+  return std::sqrt(sum / (count - 1));
+}
+
+// The equations in float64: prediction after prediction, and the latents that they lead to.
+template <class T>
+class Reference {
+ public:
+  Reference(const Case& c, const State<T>& start)
+      : c_(c), start_(start), latents(start.latents.begin() + c.shift, start.latents.end()) {}
+
+  void advance(int64_t step) {
+    preds.push_back(guided(step));
+    const Tables& t = start_.tables;
+    for (size_t i = 0; i < latents.size(); ++i) {
+      if (c_.two_term) {
+        latents[i] = double(t.latents_factor[step]) * latents[i] + double(t.pred_factor[step]) * preds[step][i];
+        continue;
+      }
+      latents[i] = double(t.initial_factor[step]) * start_.initial[c_.shift + i];
+      const float* factors = t.history_factors.data() + step * kSlots;
+      for (int64_t j = 0; j <= step; ++j) latents[i] += double(factors[j]) * preds[j][i];
+      for (int64_t j = kCapacity; j + 1 < kSlots; ++j) {
+        latents[i] += double(factors[j]) * start_.history[c_.shift + j * latents.size() + i];
+      }
+    }
+  }
+
+ private:
+  std::vector<double> guided(int64_t step) const {
+    const double cfg = start_.tables.cfg_scale[step], scale = start_.tables.stg_scale[step];
+    const double rescale = c_.rescaled ? start_.tables.rescale[step] : 0.0;
+    const auto value = [&](const std::vector<T>& rows, size_t i) {
+      return double(stg::Cast<T>::to_float(rows[c_.shift + i]));
+    };
+    std::vector<double> cond(latents.size()), pred(latents.size());
+    for (size_t i = 0; i < pred.size(); ++i) {
+      cond[i] = value(start_.cond, i);
+      const double uncond = c_.uncond ? value(start_.uncond, i) : cond[i];
+      const double skip = c_.skip ? value(start_.skip, i) : cond[i];
+      pred[i] = uncond + cfg * (cond[i] - uncond) + scale * (cond[i] - skip);
+    }
+    for (size_t at = 0; rescale != 0 && at < pred.size(); at += c_.length) {
+      const double of_cond = standard_deviation(&cond[at], c_.length);
+      const double factor = rescale * of_cond / standard_deviation(&pred[at], c_.length) + (1 - rescale);
+      for (int64_t i = 0; i < c_.length; ++i) pred[at + i] *= factor;
+    }
+    return pred;
+  }
+
+  Case c_;
+  const State<T>& start_;
+
+ public:
+  std::vector<double> latents;
+  std::vector<std::vector<double>> preds;
+};
+
+bool close(const float* got, const std::vector<double>& expected) {
+  double worst = 0, largest = 1;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const double error = std::fabs(got[i] - expected[i]);
+    worst = error > worst || error != error ? error : worst;
+    largest = std::fmax(largest, std::fabs(expected[i]));
+  }
+  return worst <= 4e-6 * largest;
+}
+
+template <class T>
+void check(Checks& checks, const Case& c, int64_t steps) {
+  const State<T> start(c);
+  State<T> state = start;
+  const StgGuidedStep p = state.parameters(c);
+  Reference<T> reference(c, start);
+  for (int64_t step = 0; step < steps; ++step) {
+    reference.advance(step);
+    checks.expect(stg_guided_step(&p, nullptr) == cudaSuccess, "not launched", c.length, step);
+    checks.expect(state.counter == step + 1 && state.finished == 0, "counter", state.counter, state.finished);
+    checks.expect(close(p.latents, reference.latents), "latents differ", c.length, step);
+    for (int64_t j = 0; j <= step; ++j) {
+      checks.expect(close(p.history + j * c.videos * c.length, reference.preds[j]), "history differs", c.length, j);
+    }
+  }
+  const std::vector<char> guard(state.workspace.end() - kGuard, state.workspace.end());
+  checks.expect(guard == std::vector<char>(kGuard, -1), "written behind the workspace", c.videos, c.length);
+}
+
+// The statistics are folded in an order of their own, whichever block or thread is first.
+void check_deterministic(Checks& checks) {
+  const Case c{2, 5000, 1.0f, true, true, true, true, 0};
+  std::vector<float> first;
+  for (const char* order : stg_test::kOrders) {
+    stg_test::set_order(order);
+    State<float> state(c);
+    const StgGuidedStep p = state.parameters(c);
+    checks.expect(stg_guided_step(&p, nullptr) == cudaSuccess, "not launched", c.length, 0);
+    if (first.empty()) first = state.latents;
+    checks.expect(state.latents == first, "another order, other bits", c.videos, c.length);
+  }
+}
+
+void check_refused(Checks& checks) {
+  const Case c{1, 4, 0.0f, true, true, true, false, 0};
+  State<float> state(c);
+  StgGuidedStep p = state.parameters(c);
+  p.history = nullptr;
+  checks.expect(stg_guided_step(&p, nullptr) == cudaErrorInvalidValue, "several steps without history", 0, 0);
+  p = state.parameters(c);
+  p.dtype = 3;
+  checks.expect(stg_guided_step(&p, nullptr) == cudaErrorInvalidValue, "a type that there is not", 0, 0);
+  p.dtype = kStgFloat32;
+  p.videos = 65536;
+  checks.expect(stg_guided_step(&p, nullptr) == cudaErrorInvalidConfiguration, "more videos than a grid has", 0, 0);
+}
+
+}  // namespace
+
+int main() {
+  Checks checks;
+  check_refused(checks);
+  check_deterministic(checks);
+  for (int64_t length : {2, 3, 4, 7, 64, 1002, 1024, 2053}) {
+    for (int options = 0; options < 8 && checks.failed == 0; ++options) {
+      const bool a = options & 1, b = options & 2, d = options & 4;
+      const Case c{1 + (length + options) % 3, length, a == b ? 100.0f : 0.0f, a, b, a || b != d, a != d, d ? 1 : 0};
+      stg_test::set_order(stg_test::kOrders[(length + options) % 3]);
+      check<float>(checks, c, kSteps);
+      if (b != d) check<__nv_bfloat16>(checks, c, kSteps);
+    }
+  }
+  // More values than the threads of the largest grid take in a turn.
+  stg_test::set_order("reverse");
+  const Case large{1, kMaxBlocks * kThreads * kVector + 1025, 1.0f, true, true, true, false, 1};
+  if (checks.failed == 0) check<float>(checks, large, 1);
+  return checks.result();
+}
