@@ -22,6 +22,7 @@ from tests.family_cases import LTX, FamilyCase
 LONGEST_FIRST = (
     "build_engines/test_compile_inductor.py",
     "test_goldens.py",
+    "build_engines/test_inductor_blocks.py",
     "build_engines/test_compile_tensorrt.py",
     "test_cli_interrupt.py",
     "test_cli_errors.py",
