@@ -29,6 +29,10 @@ Blocks = Annotated[
 ]
 BackendName = Annotated[str, typer.Option(help="What compiles and runs the engines.")]
 TargetName = Annotated[str | None, typer.Option(help="What they are compiled for. [default: the backend's]")]
+ModelBlocks = Annotated[
+    str | None, typer.Option(help="How many blocks, one number per list of them. [default: all]")
+]
+PrecisionName = Annotated[str | None, typer.Option(help="fp32 or bf16. [default: the target's first]")]
 Layout = Annotated[str, typer.Option(help="segmented or twin.")]
 Rounds = Annotated[int, typer.Option(help="Alternating rounds after the warm-up.", min=1)]
 Engines = Annotated[
@@ -56,9 +60,7 @@ def build(
         str | None, typer.Option(help="Modes to build, such as stg-r,stg-a. [default: the family's]")
     ] = None,
     layouts: Annotated[str, typer.Option(help="Layouts to build.")] = "segmented,twin",
-    blocks: Annotated[
-        str | None, typer.Option(help="How many blocks, one number per list of them. [default: all]")
-    ] = None,
+    blocks: ModelBlocks = None,
     backend: Annotated[str, typer.Option(help="What compiles.")] = "tensorrt-rtx",
     target: Annotated[str, typer.Option(help="Compute capabilities.")] = "sm_120,sm_89",
     verify_timesteps: Annotated[int, typer.Option(help="Timesteps compared with eager float32.")] = 1,
@@ -97,13 +99,15 @@ def step(
     stg_blocks: Blocks = None,
     backend: BackendName = "onnxruntime",
     target: TargetName = None,
+    blocks: ModelBlocks = None,
+    precision: PrecisionName = None,
     layouts: Annotated[str, typer.Option(help="Layouts to compare.")] = "segmented,twin",
     rounds: Rounds = 20,
     engines: Engines = None,
 ) -> None:
     """Time a CFG+STG step with the shared prefix against full passes, twins and CFG; graph on and off."""
     size = (height, width, num_frames, text_length)
-    setting = _setting(checkpoint, size, stg_mode, stg_blocks, backend, target)
+    setting = _setting(checkpoint, size, stg_mode, stg_blocks, backend, target, blocks, precision)
     from .step import StepBenchmark
 
     StepBenchmark(setting, _layouts(layouts), rounds).run(output, engines)
@@ -121,6 +125,8 @@ def sample(
     stg_blocks: Blocks = None,
     backend: BackendName = "onnxruntime",
     target: TargetName = None,
+    blocks: ModelBlocks = None,
+    precision: PrecisionName = None,
     layout: Layout = "segmented",
     num_inference_steps: Annotated[
         int | None, typer.Option(help="Denoising steps. [default: the family's]", min=2)
@@ -130,7 +136,7 @@ def sample(
 ) -> None:
     """Time whole sampling calls: in all, per step by guidance state, and what the loop adds."""
     size = (height, width, num_frames, text_length)
-    setting = _setting(checkpoint, size, stg_mode, stg_blocks, backend, target)
+    setting = _setting(checkpoint, size, stg_mode, stg_blocks, backend, target, blocks, precision)
     from .sample import SampleBenchmark
 
     _layouts(layout)
@@ -149,6 +155,8 @@ def peers(
     stg_blocks: Blocks = None,
     backend: BackendName = "onnxruntime",
     target: TargetName = None,
+    blocks: ModelBlocks = None,
+    precision: PrecisionName = None,
     layout: Layout = "segmented",
     peers: Annotated[
         str, typer.Option(help="Who takes part; the others are recorded as left out.")
@@ -159,7 +167,7 @@ def peers(
 ) -> None:
     """Time a CFG+STG step against diffusers' transformer, eager and under torch.compile."""
     size = (height, width, num_frames, text_length)
-    setting = _setting(checkpoint, size, stg_mode, stg_blocks, backend, target)
+    setting = _setting(checkpoint, size, stg_mode, stg_blocks, backend, target, blocks, precision)
     from .peers import PeersBenchmark
 
     _layouts(layout)
@@ -236,6 +244,8 @@ def _setting(
     stg_blocks: str | None,
     backend: str,
     target: str | None,
+    blocks: str | None,
+    precision: str | None,
 ) -> Setting:
     """The options that step, sample and peers share."""
     from stg_trt.backends import backend_for
@@ -244,10 +254,19 @@ def _setting(
     # What can be refused without torch is refused before the seconds that its import takes.
     check_mode(stg_mode)
     backend_for(backend)
-    blocks = parse_blocks(stg_blocks)
+    perturbed, kept = parse_blocks(stg_blocks), parse_blocks(blocks, "blocks", "3")
     from .setting import Setting
 
-    return Setting(checkpoint, *size, stg_mode=stg_mode, stg_blocks=blocks, backend=backend, target=target)
+    return Setting(
+        checkpoint,
+        *size,
+        stg_mode=stg_mode,
+        stg_blocks=perturbed,
+        backend=backend,
+        target=target,
+        blocks=kept,
+        precision=precision,
+    )
 
 
 def _elements(text: str) -> tuple[int, ...]:

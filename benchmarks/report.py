@@ -108,7 +108,7 @@ def _targets(results: Sequence[Row], reasons: dict[str, str]) -> str:
 def _title(result: Row) -> str:
     words = [result["benchmark"]]
     if "model" in result:
-        words.append(result["model"])
+        words.append(_named(result))
     if "workload" in result and "width" in result["workload"]:
         size = result["workload"]
         words.append(f"{size['width']}x{size['height']}x{size['num_frames']} {size['precision']}")
@@ -212,9 +212,12 @@ def _builds(results: Sequence[Row]) -> str:
 
 
 def _model(result: Row) -> str:
+    return _named(result) + ("" if result.get("complete", True) else " (cut off)")
+
+
+def _named(result: Row) -> str:
     kept = result.get("blocks")
-    blocks = f", {' + '.join(map(str, kept))} of its blocks" if kept else ""
-    return f"{result['model']}{blocks}" + ("" if result.get("complete", True) else " (cut off)")
+    return str(result["model"]) + (f", {' + '.join(map(str, kept))} of its blocks" if kept else "")
 
 
 def _size(build: Row) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stg_trt.backends import backend_for
+from stg_trt.backends import backend_for, check_target
 from stg_trt.build_engines.build import build
 from stg_trt.build_engines.display import BuildDisplay
 from stg_trt.checkpoint import Checkpoint
@@ -32,7 +32,10 @@ _SMALL_BLOCKS = (8,)
 
 @dataclass(frozen=True)
 class Setting:
-    """The options that step, sample and peers share; None is the small model, or the family's own."""
+    """The options that step, sample and peers share; None is the small model, or the family's own.
+
+    `blocks` shortens the model, as `build --blocks` does; `precision` is by default the target's first.
+    """
 
     checkpoint: str | None
     height: int
@@ -43,10 +46,14 @@ class Setting:
     stg_blocks: tuple[int, ...] | None
     backend: str
     target: str | None = None
+    blocks: tuple[int, ...] | None = None
+    precision: str | None = None
 
     def check(self) -> None:
         """Raises InvalidRequest or BackendUnavailable for what cannot be measured, before a build."""
         uncut_model(self.family)
+        backend = backend_for(self.backend)
+        check_target(backend, self.target or backend.targets[0].name, self.workload.precision)
         self.family.check(self.workload)
         check_blocks(self.perturbation.blocks, self.family.num_blocks)
         if not self.perturbation.blocks:
@@ -61,7 +68,7 @@ class Setting:
     @cached_property
     def opened(self) -> Checkpoint:
         """The checkpoint with random weights, the same wherever they are drawn."""
-        return Checkpoint.open(self.source, random_weights=True)
+        return Checkpoint.open(self.source, random_weights=True).shortened(self.blocks)
 
     @property
     def family(self) -> ModelFamily:
@@ -70,7 +77,7 @@ class Setting:
 
     @property
     def workload(self) -> Workload:
-        """The sizes, in the target's own precision."""
+        """The sizes, in the precision that was asked for or the target's first."""
         text = self.family.defaults.text_length if self.text_length is None else self.text_length
         return Workload(self.height, self.width, self.num_frames, text, self._place[1])
 
@@ -90,7 +97,7 @@ class Setting:
         """Where the engines run, cpu or cuda, and in which precision."""
         backend = backend_for(self.backend)
         target = backend.target(self.target or backend.targets[0].name)
-        return target.device, target.precisions[0]
+        return target.device, self.precision or target.precisions[0]
 
     def device(self) -> Device:
         """A new device of the engines' kind."""
@@ -111,7 +118,9 @@ class Setting:
                 layout=layout,
                 backend=self.backend,
                 target=self.target,
+                precision=self.workload.precision,
                 random_weights=True,
+                blocks=self.blocks,
                 verify_timesteps=0,
                 progress=display,
             )
@@ -152,6 +161,7 @@ class Setting:
         """For a result."""
         return {
             "model": Path(self.source).name,
+            "blocks": None if self.blocks is None else list(self.blocks),
             "backend": self.backend,
             "target": self.target or "default",
             "workload": asdict(self.workload),

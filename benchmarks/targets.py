@@ -24,12 +24,12 @@ class Target:
     of_model: bool = True
 
     def applies(self, result: Result) -> bool:
-        """Whether the result is of this benchmark, on a GPU, and of the model and size that are meant."""
+        """Whether the result is of this benchmark, on a GPU, and of the whole model at the size meant."""
         if result["benchmark"] != self.benchmark or result.get("gpu") is None:
             return False
         workload = result.get("workload", {})
         sized = all(workload.get(name) == value for name, value in _SIZE.items())
-        return not self.of_model or (result.get("model") == _MODEL and sized)
+        return not self.of_model or (result.get("model") == _MODEL and not result.get("blocks") and sized)
 
     def met(self, value: float) -> bool:
         """Whether a measured value is within the bound."""

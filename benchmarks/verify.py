@@ -19,6 +19,9 @@ from .setting import Inputs, Setting
 _FLOAT32_LIMIT = 1e-4
 # In a lower precision: as far as the eager model in that precision is, and half as much again.
 _SLACK = 1.5
+# How much of the exact step from cond to skip predictions have to show. Rounding, which may be longer than
+# that step, has no part along it; other perturbations have little.
+_LEAST_MOVED, _MOST_MOVED = 0.85, 1.15
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,12 @@ class Reference:
         """Runs the float32 `model` at the middle step; leaves it in the engines' precision."""
         dtype = getattr(torch, setting.workload.dtype)
         exact = _preds(setting, model, inputs, device, torch.float32)
-        limits = dict.fromkeys(exact, allowed(None))
+        limits, lowered = dict.fromkeys(exact, allowed(None)), exact
         if dtype != torch.float32:
             lowered = _preds(setting, lower_precision(model, dtype), inputs, device, dtype)
             limits = {group: allowed(distance(lowered[group], exact[group])) for group in exact}
         reference = cls(exact, limits)
-        reference._check_perturbed()
+        reference._check_perturbed(lowered)
         return reference
 
     def check(self, name: str, preds: dict[str, Tensor]) -> dict[str, float]:
@@ -50,15 +53,28 @@ class Reference:
                     f"{name}: expected {group} within a relative L2 of {self.limits[group]:.1e} of the uncut "
                     f"eager model, got {error:.1e}: do not trust timings of it"
                 )
+        if "skip" in preds and not self._moved_alike(preds):
+            raise GateMissed(
+                f"{name}: expected skip as far from cond as the uncut eager model's, and in that direction, "
+                f"got {self._moved(preds):.2f} of it: it perturbs something else; do not trust timings of it"
+            )
         return found
 
-    def _check_perturbed(self) -> None:
-        """A skip row as near to cond as the limit would let a plan pass that perturbs nothing."""
-        moved = distance(self.preds["skip"], self.preds["cond"])
-        if not moved > self.limits["skip"]:
+    def _moved(self, preds: dict[str, Tensor]) -> float:
+        """What the step from cond to skip has along the exact one, as a share of it."""
+        step, exact = (p["skip"].double() - p["cond"].double() for p in (preds, self.preds))
+        return float((step * exact).sum() / exact.square().sum())
+
+    def _moved_alike(self, preds: dict[str, Tensor]) -> bool:
+        return _LEAST_MOVED <= self._moved(preds) <= _MOST_MOVED
+
+    def _check_perturbed(self, lowered: dict[str, Tensor]) -> None:
+        """A perturbation that the eager model does not show in float32 or in the engines' precision."""
+        step, limit = distance(self.preds["skip"], self.preds["cond"]), allowed(None)
+        if not (step > limit and self._moved_alike(lowered)):
             raise GateMissed(
-                f"eager: expected a skip row further from cond than the limit {self.limits['skip']:.1e}, got "
-                f"{moved:.1e}: the check would see no difference; perturb other blocks"
+                f"eager: expected a skip row further from cond than {limit:.1e} and not lost in rounding, "
+                f"got {step:.1e}: the check would see no difference; perturb other blocks"
             )
 
 

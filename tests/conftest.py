@@ -24,6 +24,7 @@ from tests.whole_pipelines import TEXT_LENGTH
 LONGEST_FIRST = (
     "build_engines/test_compile_inductor.py",
     "test_goldens.py",
+    "build_engines/test_inductor_blocks.py",
     "build_engines/test_compile_tensorrt.py",
     "test_cli_interrupt.py",
     "test_cli_errors.py",

@@ -99,8 +99,9 @@ def test_a_missed_target_is_published_with_its_reason(tmp_path: Path) -> None:
 
 def test_targets_are_for_the_model_and_size_they_name(tmp_path: Path) -> None:
     small = {**STEP, "workload": {**LTX["workload"], "height": 704, "width": 1216}}
-    on_a_cpu = {**STEP, "gpu": None}
-    write_report(save(tmp_path, small=small, cpu=on_a_cpu), tmp_path / "report.md", None)
+    on_a_cpu, shortened = {**STEP, "gpu": None}, {**STEP, "blocks": [3]}
+    results = save(tmp_path, small=small, cpu=on_a_cpu, shortened=shortened)
+    write_report(results, tmp_path / "report.md", None)
     assert "| target |" not in (tmp_path / "report.md").read_text()
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from stg_trt.benchmarks import step
+from stg_trt.benchmarks.report import write_report
 from stg_trt.benchmarks.setting import Setting
 from stg_trt.benchmarks.step import NO_GRAPH, StepBenchmark
 from stg_trt.device import Cpu
@@ -59,6 +60,17 @@ def test_measures_a_family_with_a_multi_step_solver(tmp_path: Path, tiny_wan: tu
     assert result["complete"] and result["tokens"] == 36
     assert result["verification"].keys() == {"shared", "full", "cfg"}
     assert max(max(errors.values()) for errors in result["verification"].values()) <= 1e-4
+
+
+def test_measures_some_of_the_blocks(tmp_path: Path, tiny: tuple[str, ...]) -> None:
+    output, shortened = tmp_path / "step.json", ("--blocks=1", "--stg-blocks=0", "--layouts=segmented")
+    answer = run("bench", "step", *tiny, *shortened, "--precision=fp32", "--rounds=1", "--output", output)
+    assert answer.returncode == 0, answer.stderr
+    assert "text, front, block_0, back" in answer.stderr
+    result = read(output)
+    assert result["complete"] and result["blocks"] == [1]
+    (report,) = (p for p in write_report([output], tmp_path / "x.md", None) if p.suffix == ".md")
+    assert "128x2, 1 of its blocks, 64x64x9 fp32" in report.read_text()
 
 
 def test_the_segmented_layout_holds_its_weights_once(tmp_path: Path, engines: Path, setting: Setting) -> None:
@@ -170,6 +182,8 @@ def test_on_a_gpu_nothing_waits_for_the_host(tmp_path: Path, setting: Setting) -
         ("--stg-blocks=", "stg_blocks: expected blocks to perturb, got none"),
         ("--height=65", "height: expected a positive multiple of 32, got 65"),
         ("--layouts=segmented,double", "layout: expected one of segmented, twin"),
+        ("--blocks=3", "blocks: expected num_layers 1 to 2, got 3: write --blocks 2"),
+        ("--precision=bf16", "precision: expected fp32 for onnxruntime, got 'bf16': use --precision fp32"),
         ("--backend=cudnn", "backend: expected one of"),
         ("--backend=tensorrt", "device: expected an NVIDIA GPU, got none"),
     ],
