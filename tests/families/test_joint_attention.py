@@ -76,7 +76,9 @@ def test_keep_attention_chooses_by_row(streams: tuple[QKV, QKV]) -> None:
     kept, perturbed = (masked(*streams, padding(), skip) for skip in (False, True))
     expected = torch.where(keep[:, None, None], kept, perturbed)
     assert (out - expected).abs().max() <= 2e-6
-    assert torch.equal(Attention(False).video_attention(*streams, state, False), out[:, :TOKENS])
+    # Fewer queries at once may be summed in another order.
+    of_video = Attention(False).video_attention(*streams, state, False)
+    assert (of_video - out[:, :TOKENS]).abs().max() <= 2e-6
     assert (kept - perturbed)[1, :TOKENS].abs().max() > 0.1
 
 
