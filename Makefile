@@ -44,9 +44,11 @@ plugins: $(STAMP)
 	cmake --install build/plugins --prefix .
 
 # In the environment that is there, without a network: torch for CUDA, and this checkout installed in it.
+# ONLY=cogvideox,wan runs the parts with these words in their names.
 OUTPUT ?= benchmarks/results
+MINUTES ?= 9
 bench-gpu:
-	$(PYTHON) -m benchmarks gpu --output $(OUTPUT)
+	$(PYTHON) -m benchmarks gpu --output $(OUTPUT) --minutes $(MINUTES) $(if $(ONLY),--only $(ONLY))
 
 clean:
 	rm -rf $(VENV) dist demo build

@@ -210,6 +210,9 @@ def gpu(
     output: Annotated[Path, typer.Option(help="Folder of the JSON files.")],
     minutes: Annotated[float, typer.Option(help="Time for everything.")] = 9,
     backend: Annotated[str, typer.Option(help="What compiles and runs the engines.")] = "inductor",
+    only: Annotated[
+        str | None, typer.Option(help="Words of the parts' names: cogvideox,wan. [default: all parts]")
+    ] = None,
 ) -> None:
     """Everything that needs a GPU, most valuable first; what is done when the time is up is kept."""
     from stg_trt.backends import backend_for
@@ -219,7 +222,7 @@ def gpu(
 
     backend_for(backend)
     open_device("cuda")
-    bench_gpu(output, minutes, backend)
+    bench_gpu(output, minutes, backend, only)
 
 
 @bench.command()

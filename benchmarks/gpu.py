@@ -28,8 +28,7 @@ _LIBRARY = ROOT / "stg_trt" / "lib" / "libstg_kernels.so"
 _SMALLEST_S = 15
 _GRACE_S = 5
 _KEPT_LINES = 40
-_MODEL = "ltx-video-2b"
-_SIZES = {"704x480x121": ("480", "704"), "1216x704x121": ("704", "1216")}
+_BUILD = "kernel build"
 
 
 @dataclass(frozen=True)
@@ -41,30 +40,79 @@ class Part:
     limit_s: float
 
 
+@dataclass(frozen=True)
+class Model:
+    """A published configuration at one size, perturbed as its family's defaults say."""
+
+    name: str
+    width: int
+    height: int
+    num_frames: int
+    stg_mode: str
+    stg_block: int
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.width}x{self.height}x{self.num_frames}"
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """What `bench` calls them."""
+        size = (f"--height={self.height}", f"--width={self.width}", f"--num-frames={self.num_frames}")
+        perturbed = (f"--stg-mode={self.stg_mode}", f"--stg-blocks={self.stg_block}")
+        return (f"--checkpoint={self.name}", *size, *perturbed)
+
+
+LTX = Model("ltx-video-2b", 704, 480, 121, "stg-a", 19)
+LARGE_LTX = Model("ltx-video-2b", 1216, 704, 121, "stg-a", 19)
+COGVIDEOX = Model("cogvideox-2b", 720, 480, 49, "stg-r", 11)
+WAN = Model("wan2.1-t2v-1.3b", 832, 480, 81, "stg-r", 8)
+
+
 def planned_parts(output: Path, engines: Path, backend: str) -> list[Part]:
-    """Tests, the step, its peers, the kernels, the foreign engine, whole calls; then the large size."""
-    small, large = _SIZES
+    """Tests, the step, its peers, the kernels, the foreign engine, whole calls; then larger models."""
     tests = (sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", str(ROOT / "tests"))
 
-    def measure(workload: str, size: str, limit_s: float, *options: str) -> Part:
-        height, width = _SIZES[size]
-        sizes = (f"--height={height}", f"--width={width}", "--num-frames=121", "--stg-blocks=19")
-        places = (f"--engines={engines}", f"--output={output / f'{workload}-{_MODEL}-{size}.json'}")
-        arguments = (f"--checkpoint={_MODEL}", *sizes, f"--backend={backend}", *places, *options)
-        return Part(f"{workload} {size}", _bench(workload, *arguments), limit_s)
+    def measure(workload: str, model: Model, limit_s: float, *options: str) -> Part:
+        places = (f"--engines={engines}", f"--output={output / f'{workload}-{model}.json'}")
+        arguments = (*model.options, f"--backend={backend}", *places, *options)
+        return Part(f"{workload} {model}", _bench(workload, *arguments), limit_s)
 
     kernels = ("--device=cuda", f"--output={output / 'kernels.json'}")
+    larger = [
+        part
+        for model in (LARGE_LTX, COGVIDEOX, WAN)
+        for part in (
+            measure("step", model, 240, "--layouts=segmented", "--rounds=5"),
+            measure("peers", model, 240, "--rounds=5"),
+        )
+    ]
     return [
         Part("gpu tests", tests, 120),
         *_kernel_build(),
-        measure("step", small, 300),
-        measure("peers", small, 240),
+        measure("step", LTX, 300),
+        measure("peers", LTX, 240),
         Part("kernels", _bench("kernels", *kernels), 60),
         Part("foreign engine", _bench("foreign-engine", f"--output={output / 'foreign-engine.json'}"), 90),
-        measure("sample", small, 90, "--rounds=3"),
-        measure("step", large, 240, "--layouts=segmented"),
-        measure("peers", large, 240, "--rounds=10"),
+        measure("sample", LTX, 90, "--rounds=3"),
+        *larger,
     ]
+
+
+def chosen_parts(parts: Sequence[Part], only: str | None) -> list[Part]:
+    """Those whose names have one of the comma-separated words of `only` in them; None is all of them.
+
+    Raises InvalidRequest for a word that no name has. Without kernels to test, their build stays.
+    """
+    if only is None:
+        return [*parts]
+    words = [word.strip() for word in only.split(",")]
+    unknown = [word for word in words if not word or not any(word in part.name for part in parts)]
+    if unknown:
+        names = ", ".join(part.name for part in parts)
+        raise InvalidRequest(
+            f"only: expected words of the parts {names}, got {unknown[0]!r}: correct it or leave it out"
+        )
+    return [part for part in parts if part.name == _BUILD or any(word in part.name for word in words)]
 
 
 def _bench(*arguments: str) -> tuple[str, ...]:
@@ -79,7 +127,7 @@ def _kernel_build() -> list[Part]:
     folder = "build/kernels-native"
     configure = f"cmake -S . -B {folder} -DCMAKE_CUDA_ARCHITECTURES=native -DBUILD_TESTING=OFF"
     steps = (configure, f"cmake --build {folder} --parallel", f"cmake --install {folder} --prefix .")
-    return [Part("kernel build", ("sh", "-c", " && ".join(steps)), 90)]
+    return [Part(_BUILD, ("sh", "-c", " && ".join(steps)), 90)]
 
 
 class GpuRun:
@@ -168,10 +216,10 @@ def _stop(process: subprocess.Popen[str]) -> None:
             continue
 
 
-def bench_gpu(output: Path, minutes: float, backend: str) -> None:
-    """All parts, with engines that are thrown away afterwards."""
-    run = GpuRun(output, minutes)
+def bench_gpu(output: Path, minutes: float, backend: str, only: str | None = None) -> None:
+    """All parts, or those that `only` names, with engines that are thrown away afterwards."""
     # A part has a session of its own: it must not outlive this process.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as engines:
-        run.run(planned_parts(output.resolve(), Path(engines), backend))
+        parts = chosen_parts(planned_parts(output.resolve(), Path(engines), backend), only)
+        GpuRun(output, minutes).run(parts)

@@ -14,6 +14,7 @@ import torch
 
 from stg_trt.benchmarks import gpu
 from stg_trt.benchmarks.gpu import GpuRun, Part, planned_parts, run_part
+from stg_trt.checkpoint import Checkpoint
 from stg_trt.errors import GateMissed, InvalidRequest
 from tests.cli import assert_one_line_error, run
 
@@ -88,21 +89,46 @@ def test_the_most_valuable_part_comes_first(tmp_path: Path, monkeypatch: pytest.
     parts = planned_parts(tmp_path, tmp_path / "engines", "inductor")
     assert [part.name for part in parts[:4]] == [
         "gpu tests",
-        "step 704x480x121",
-        "peers 704x480x121",
+        "step ltx-video-2b-704x480x121",
+        "peers ltx-video-2b-704x480x121",
         "kernels",
     ]
-    assert {part.name for part in parts[4:]} == {
+    assert [part.name for part in parts[4:]] == [
         "foreign engine",
-        "sample 704x480x121",
-        "step 1216x704x121",
-        "peers 1216x704x121",
-    }
+        "sample ltx-video-2b-704x480x121",
+        *(
+            f"{workload} {model}"
+            for model in (
+                "ltx-video-2b-1216x704x121",
+                "cogvideox-2b-720x480x49",
+                "wan2.1-t2v-1.3b-832x480x81",
+            )
+            for workload in ("step", "peers")
+        ),
+    ]
+
+
+def test_models_are_perturbed_as_their_families_are() -> None:
+    for model in (gpu.LTX, gpu.LARGE_LTX, gpu.COGVIDEOX, gpu.WAN):
+        defaults = Checkpoint.open(model.name, random_weights=True).family.defaults
+        assert (model.stg_mode, (model.stg_block,)) == (defaults.stg_mode, defaults.stg_blocks)
+
+
+def test_some_parts_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [python(name, "pass") for name in ("gpu tests", "kernel build", "step a-1x1", "peers a-1x1")]
+    parts += [python("step b-1x1", "pass")]
+    assert gpu.chosen_parts(parts, None) == parts
+    names = [part.name for part in gpu.chosen_parts(parts, "b-1, peers")]
+    assert names == ["kernel build", "peers a-1x1", "step b-1x1"]
+    for wrong in ("sample", "step,", ""):
+        with pytest.raises(InvalidRequest, match=r"only: expected words of the parts gpu tests, .* got '"):
+            gpu.chosen_parts(parts, wrong)
 
 
 def test_the_planned_commands_parse(tmp_path: Path) -> None:
     """Every option of every part is known to the command; a backend that is not there ends it."""
     parts = planned_parts(tmp_path, tmp_path / "engines", "no-such-backend")
+    # The last of each kind have the most options.
     of_each_kind = {part.name.split()[0]: part for part in parts if part.name.startswith(WORKLOADS)}
     assert of_each_kind.keys() == set(WORKLOADS)
     for part in of_each_kind.values():
