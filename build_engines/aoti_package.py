@@ -7,12 +7,14 @@ import re
 import shutil
 import warnings
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch.export import ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from stg_trt.backends.cuda_toolkit import cuda_build
 from stg_trt.errors import GateMissed
 
 OPTIONS = {
@@ -30,6 +32,8 @@ _FUSED_ATTENTION = re.compile(
     r"aoti_torch_(?:cpu__scaled_dot_product_flash_attention_for_cpu"
     r"|cuda__scaled_dot_product_(?:cudnn|flash|efficient)_attention)\("
 )
+# In torch's message, a thousand characters and more.
+_COMMAND = re.compile(r"Command: .*? Output: ")
 
 
 def compile_package(program: ExportedProgram, path: Path, device: torch.device) -> Path:
@@ -45,7 +49,8 @@ def compile_package(program: ExportedProgram, path: Path, device: torch.device) 
     pick_vec_isa()
     failure: RuntimeError | None = None
     # The cache of all else lies beside the package and goes with it.
-    with warnings.catch_warnings(), fresh_cache(dir=str(path.parent)):
+    toolkit = cuda_build() if device.type == "cuda" else nullcontext()
+    with warnings.catch_warnings(), fresh_cache(dir=str(path.parent)), toolkit:
         warnings.simplefilter("ignore")
         try:
             # Attention becomes the first of these that can do it; plain arithmetic is not counted as fused.
@@ -55,8 +60,7 @@ def compile_package(program: ExportedProgram, path: Path, device: torch.device) 
             # Kept until the cache is gone, which would otherwise stay and be reported.
             failure = error
     if failure is not None:
-        reason = " ".join(str(failure).split())[:300]
-        raise GateMissed(f"{path.stem}: inductor cannot compile it: {reason}") from failure
+        raise GateMissed(f"{path.stem}: inductor cannot compile it: {_reason(failure)}") from failure
     return path
 
 
@@ -65,6 +69,11 @@ def fused_attentions(package: Path) -> int:
     with zipfile.ZipFile(package) as archive:
         sources = [name for name in archive.namelist() if name.endswith(".wrapper.cpp")]
         return sum(len(_FUSED_ATTENTION.findall(archive.read(name).decode())) for name in sources)
+
+
+def _reason(failure: RuntimeError) -> str:
+    """The beginning of its message, without the command line that stands before what the compiler says."""
+    return _COMMAND.sub("", " ".join(str(failure).split()))[:300]
 
 
 def _attention_kernels(device: torch.device) -> list[SDPBackend]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pydantic
 import torch
 
+from stg_trt.backends.cuda_toolkit import cuda_toolkit
 from stg_trt.errors import BackendUnavailable, EngineRejected
 from stg_trt.tensor_spec import TensorSpec
 
@@ -109,9 +110,9 @@ def _check_cuda() -> None:
         raise BackendUnavailable(
             "inductor: expected the Python module triton, got no such module: pip install triton"
         )
-    from torch.utils.cpp_extension import CUDA_HOME
+    if cuda_toolkit() is None:
+        from torch.utils.cpp_extension import CUDA_HOME
 
-    if CUDA_HOME is None or not (Path(CUDA_HOME) / "include" / "cuda.h").is_file():
         raise BackendUnavailable(
             f"inductor: expected the CUDA toolkit, got no include/cuda.h in {CUDA_HOME}: "
             "install it or set CUDA_HOME to it"

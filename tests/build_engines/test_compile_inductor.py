@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from stg_trt import manifest as manifests
-from stg_trt.backends import backend_for
+from stg_trt.backends import backend_for, cuda_toolkit
 from stg_trt.build_engines import aoti_package, build, compile_inductor
 from stg_trt.build_engines.aoti_package import compile_package, fused_attentions
 from stg_trt.build_engines.compile_inductor import InductorCompiler
@@ -333,10 +333,17 @@ def test_what_a_target_needs(tmp_path: Path, ltx_checkpoint: Path, monkeypatch: 
         compiler_of(ltx_checkpoint, tmp_path, "bf16", "this-gpu").version  # noqa: B018
     monkeypatch.setattr("stg_trt.backends.inductor_chain.find_spec", lambda name: name)
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(cuda_toolkit, "_USUAL_PLACE", tmp_path)
+    monkeypatch.setattr(cuda_toolkit, "_wheels", list)
     with pytest.raises(
         BackendUnavailable, match=r"CUDA toolkit, got no include/cuda\.h in .*CUDA_HOME to it"
     ):
         compiler_of(ltx_checkpoint, tmp_path, "bf16", "this-gpu").version  # noqa: B018
+
+
+def test_a_failed_compile_is_told_in_the_compilers_words() -> None:
+    said = "C++ compile error\n\nCommand:\ng++ " + 100 * "-I/include " + "\n\nOutput:\nld: cannot find -lcuda"
+    assert aoti_package._reason(RuntimeError(said)) == "C++ compile error ld: cannot find -lcuda"
 
 
 def test_the_fastest_attention_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,69 @@
+"""What compiling for a GPU needs beside a compiler: the toolkit's headers, and the driver to link with."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+_HEADERS = ("cuda.h", "cuda_runtime_api.h")
+_USUAL_PLACE = Path("/usr/local/cuda")
+
+
+def cuda_toolkit() -> Path | None:
+    """The folder with the toolkit's include/: torch's CUDA_HOME, the usual place, torch's own wheels.
+
+    torch takes the folder above the first nvcc on the PATH, which may be a script that lies elsewhere.
+    """
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    places = [Path(CUDA_HOME)] if CUDA_HOME else []
+    for place in (*places, _USUAL_PLACE, *_wheels()):
+        if all((place / "include" / header).is_file() for header in _HEADERS):
+            return place
+    return None
+
+
+@contextmanager
+def cuda_build() -> Iterator[None]:
+    """Inside it, what torch compiles finds the toolkit, and links with the driver that this process uses.
+
+    A container may have it as libcuda.so.1 alone, where no linker searches; -lcuda asks for libcuda.so.
+    """
+    toolkit, driver = cuda_toolkit(), loaded_library("libcuda.so")
+    with tempfile.TemporaryDirectory() as folder:
+        searched = os.environ.get("LIBRARY_PATH", "")
+        if driver is not None:
+            (Path(folder) / "libcuda.so").symlink_to(driver)
+            # Last, so that a toolkit's own stub stays the first choice.
+            searched = os.pathsep.join(filter(None, (searched, folder)))
+        home = None if toolkit is None else str(toolkit)
+        with (
+            patch("torch.utils.cpp_extension.CUDA_HOME", home),
+            patch.dict(os.environ, {"LIBRARY_PATH": searched} if searched else {}),
+        ):
+            yield
+
+
+def loaded_library(name: str) -> Path | None:
+    """The file of a shared library in this process whose name starts so; None where there is none."""
+    mapped = Path("/proc/self/maps")
+    if not mapped.exists():
+        return None
+    found = re.search(rf"\s(/\S*/{re.escape(name)}\S*)$", mapped.read_text(), re.MULTILINE)
+    return None if found is None else Path(found[1])
+
+
+def _wheels() -> list[Path]:
+    """Where the wheels that torch for CUDA depends on put their headers."""
+    spec, version = find_spec("nvidia"), torch.version.cuda
+    if spec is None or version is None:
+        return []
+    return [Path(place) / f"cu{version.split('.')[0]}" for place in spec.submodule_search_locations or ()]
