@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 
@@ -37,19 +36,23 @@ def cuda_build() -> Iterator[None]:
 
     A container may have it as libcuda.so.1 alone, where no linker searches; -lcuda asks for libcuda.so.
     """
+    from torch.utils import cpp_extension
+
     toolkit, driver = cuda_toolkit(), loaded_library("libcuda.so")
+    home, searched = cpp_extension.CUDA_HOME, os.environ.get("LIBRARY_PATH")
     with tempfile.TemporaryDirectory() as folder:
-        searched = os.environ.get("LIBRARY_PATH", "")
-        if driver is not None:
-            (Path(folder) / "libcuda.so").symlink_to(driver)
-            # Last, so that a toolkit's own stub stays the first choice.
-            searched = os.pathsep.join(filter(None, (searched, folder)))
-        home = None if toolkit is None else str(toolkit)
-        with (
-            patch("torch.utils.cpp_extension.CUDA_HOME", home),
-            patch.dict(os.environ, {"LIBRARY_PATH": searched} if searched else {}),
-        ):
+        try:
+            cpp_extension.CUDA_HOME = None if toolkit is None else str(toolkit)
+            if driver is not None:
+                (Path(folder) / "libcuda.so").symlink_to(driver)
+                # Last, so that a toolkit's own stub stays the first choice.
+                os.environ["LIBRARY_PATH"] = os.pathsep.join(filter(None, (searched, folder)))
             yield
+        finally:
+            cpp_extension.CUDA_HOME = home
+            os.environ.pop("LIBRARY_PATH", None)
+            if searched is not None:
+                os.environ["LIBRARY_PATH"] = searched
 
 
 def loaded_library(name: str) -> Path | None:
