@@ -87,7 +87,7 @@ def planned_parts(output: Path, engines: Path, backend: str) -> list[Part]:
         )
     ]
     return [
-        Part("gpu tests", tests, 120),
+        Part("gpu tests", tests, 180),
         *_kernel_build(),
         measure("step", LTX, 300),
         measure("peers", LTX, 240),
