@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -30,6 +31,14 @@ def reopened(case: FamilyCase, pipeline: VideoPipeline, *, vae_tiling: bool) -> 
     opened.components.load(CPU)
     shrink_tiles(opened.components._pipeline.vae, case.vae_tiles)
     return opened
+
+
+def read_video(path: Path) -> Any:
+    """Frames in 0..255."""
+    with av.open(path) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]).astype(
+            float
+        )
 
 
 def test_tiles_are_those_of_diffusers(case: FamilyCase, checkpoint: Path, pipeline: VideoPipeline) -> None:
@@ -100,13 +109,16 @@ def test_the_command_line_decodes_in_tiles(case: FamilyCase, pipeline: VideoPipe
         opened = VideoPipeline(pipeline.checkpoint, pipeline.store, vae_tiling=on)
         frames = opened(**given, generator=seeded(3), output_type="np").frames
         save_video(frames[0], tmp_path / "expected.mp4", opened.family.defaults.frame_rate)
-        videos.append((tmp_path / "expected.mp4").read_bytes())
+        videos.append(read_video(tmp_path / "expected.mp4"))
     output = tmp_path / "x.mp4"
     options = ("--engines", pipeline.store.root, "--output", output, "--prompt", PROMPTS[0], "--seed", 3)
     fixed = ("--negative-prompt", NEGATIVE, "--num-inference-steps=1", "--guidance-scale=4", "--vae-tiling")
     result = run("generate", pipeline.checkpoint.folder, *options, *fixed)
     assert result.returncode == 0, result.stderr
-    assert output.read_bytes() == videos[0] != videos[1]
+    # Rounding differs between processes, and what the codec makes of it.
+    got = read_video(output)
+    to_tiled, to_whole = (np.abs(got - video).mean() for video in videos)
+    assert to_tiled < 0.1 * to_whole and to_whole > 1
 
 
 @pytest.mark.parametrize("case", TILED_BY_CONFIGURATION, ids=str, indirect=True)
