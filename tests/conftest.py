@@ -29,6 +29,8 @@ LONGEST_FIRST = (
     "test_cli_interrupt.py",
     "test_cli_errors.py",
     "plugins/test_shared_library.py",
+    # Before test_components.py, which has its engines.
+    "test_pipeline.py",
     "benchmarks/test_step.py",
     "benchmarks/test_gpu.py",
 )
