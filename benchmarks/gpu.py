@@ -101,7 +101,8 @@ def planned_parts(output: Path, engines: Path, backend: str) -> list[Part]:
 def chosen_parts(parts: Sequence[Part], only: str | None) -> list[Part]:
     """Those whose names have one of the comma-separated words of `only` in them; None is all of them.
 
-    Raises InvalidRequest for a word that no name has. Without kernels to test, their build stays.
+    The build of the kernels, where it is planned, is always one of them: the others run with them. Raises
+    InvalidRequest for a word that no name has.
     """
     if only is None:
         return [*parts]
