@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint wheel kernels plugins bench-gpu clean
+.PHONY: demo test lint wheel in-place kernels plugins bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/moving_shapes/demo.py --output demo
@@ -14,13 +14,21 @@ TEST_PROCESSES ?= 2
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-lint: $(STAMP)
+lint: $(STAMP) in-place
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	cd $(IN_PLACE) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml
 
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel --outdir dist .
+
+# The package as a wheel has it, of links into the checkout: mypy checks that, and it runs where nothing is installed.
+IN_PLACE := build/in_place
+in-place:
+	rm -rf $(IN_PLACE)
+	mkdir -p $(IN_PLACE)/stg_trt
+	ln -s $(addprefix $(CURDIR)/,$(wildcard stg_trt/*) build_engines runtime benchmarks) $(IN_PLACE)/stg_trt/
+	ln -s $(CURDIR)/tests $(CURDIR)/examples $(IN_PLACE)/
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

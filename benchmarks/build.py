@@ -12,7 +12,7 @@ from typing import Any
 
 from stg_trt.build_engines.build import build
 from stg_trt.build_engines.display import BuildDisplay, print_summary
-from stg_trt.manifest import Manifest, SegmentRecord, load
+from stg_trt.engines.manifest import Manifest, SegmentRecord, load
 
 from . import record
 

@@ -9,15 +9,15 @@ from typing import Protocol
 
 import torch
 
-from stg_trt.device import Device
+from stg_trt.runtime.device import Device
 
 WARMUPS = 3
 
 
-class Mark(Protocol):
+class Event(Protocol):
     """A point in the order of a device's work."""
 
-    def since(self, earlier: Mark) -> float:
+    def since(self, earlier: Event) -> float:
         """Seconds between two marks, once both were reached."""
 
 
@@ -25,7 +25,7 @@ class _Instant:
     def __init__(self) -> None:
         self.at = time.perf_counter()
 
-    def since(self, earlier: Mark) -> float:
+    def since(self, earlier: Event) -> float:
         assert isinstance(earlier, _Instant)
         return self.at - earlier.at
 
@@ -35,18 +35,18 @@ class _Event:
         self.event = torch.cuda.Event(enable_timing=True)
         self.event.record()
 
-    def since(self, earlier: Mark) -> float:
+    def since(self, earlier: Event) -> float:
         assert isinstance(earlier, _Event)
         self.event.synchronize()
         return float(earlier.event.elapsed_time(self.event)) / 1e3
 
 
-def mark(device: Device) -> Mark:
+def mark(device: Device) -> Event:
     """A mark after what was enqueued so far; inside the device's scope."""
     return _Event() if device.torch_device.type == "cuda" else _Instant()
 
 
-def settle(device: Device) -> None:
+def synchronize(device: Device) -> None:
     """Waits until the device has nothing left to do."""
     if device.torch_device.type == "cuda":
         torch.cuda.synchronize()
@@ -75,10 +75,10 @@ class Times:
 def alternate(works: Mapping[str, Work], rounds: int, device: Device) -> dict[str, Times]:
     """Times every work once a round, so that drift hits all alike; the first rounds warm up."""
     times = {name: Times() for name in works}
-    settle(device)
+    synchronize(device)
     for i in range(WARMUPS + rounds):
         marks = {name: _timed(work, device) for name, work in works.items()}
-        settle(device)
+        synchronize(device)
         if i >= WARMUPS:
             for name, (start, end, host_s) in marks.items():
                 times[name].device_s.append(end.since(start))
@@ -86,7 +86,7 @@ def alternate(works: Mapping[str, Work], rounds: int, device: Device) -> dict[st
     return times
 
 
-def _timed(work: Work, device: Device) -> tuple[Mark, Mark, float]:
+def _timed(work: Work, device: Device) -> tuple[Event, Event, float]:
     with device.scope():
         work.reset()
         start, host_start = mark(device), time.perf_counter()

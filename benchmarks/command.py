@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from .setting import Setting
+    from .scenario import Scenario
 
 bench = typer.Typer(no_args_is_help=True, help="Verify, then time, then record as JSON.")
 
@@ -67,7 +67,7 @@ def build(
     engines: Annotated[Path | None, typer.Option(help="Folder to keep the engines in.")] = None,
 ) -> None:
     """Compile a model with random weights: seconds, peak memory, engine bytes, fused attentions."""
-    from stg_trt.perturbation import parse_blocks
+    from stg_trt.models.perturbation import parse_blocks
 
     from .build import BuildBenchmark
 
@@ -107,10 +107,10 @@ def step(
 ) -> None:
     """Time a CFG+STG step with the shared prefix against full passes, twins and CFG; graph on and off."""
     size = (height, width, num_frames, text_length)
-    setting = _setting(checkpoint, size, stg_mode, stg_blocks, backend, target, blocks, precision)
+    scenario = _setting(checkpoint, size, stg_mode, stg_blocks, backend, target, blocks, precision)
     from .step import StepBenchmark
 
-    StepBenchmark(setting, _layouts(layouts), rounds).run(output, engines)
+    StepBenchmark(scenario, _layouts(layouts), rounds).run(output, engines)
 
 
 @bench.command()
@@ -136,11 +136,11 @@ def sample(
 ) -> None:
     """Time whole sampling calls: in all, per step by guidance state, and what the loop adds."""
     size = (height, width, num_frames, text_length)
-    setting = _setting(checkpoint, size, stg_mode, stg_blocks, backend, target, blocks, precision)
+    scenario = _setting(checkpoint, size, stg_mode, stg_blocks, backend, target, blocks, precision)
     from .sample import SampleBenchmark
 
     _layouts(layout)
-    SampleBenchmark(setting, layout, num_inference_steps, rounds).run(output, engines)
+    SampleBenchmark(scenario, layout, num_inference_steps, rounds).run(output, engines)
 
 
 @bench.command()
@@ -167,11 +167,11 @@ def peers(
 ) -> None:
     """Time a CFG+STG step against diffusers' transformer, eager and under torch.compile."""
     size = (height, width, num_frames, text_length)
-    setting = _setting(checkpoint, size, stg_mode, stg_blocks, backend, target, blocks, precision)
+    scenario = _setting(checkpoint, size, stg_mode, stg_blocks, backend, target, blocks, precision)
     from .peers import PeersBenchmark
 
     _layouts(layout)
-    PeersBenchmark(setting, tuple(peers.split(",")), compile_mode, layout, rounds).run(output, engines)
+    PeersBenchmark(scenario, tuple(peers.split(",")), compile_mode, layout, rounds).run(output, engines)
 
 
 @bench.command()
@@ -215,8 +215,8 @@ def gpu(
     ] = None,
 ) -> None:
     """Everything that needs a GPU, most valuable first; what is done when the time is up is kept."""
-    from stg_trt.backends import backend_for
-    from stg_trt.device import open_device
+    from stg_trt.engines.backends import backend_for
+    from stg_trt.runtime.device import open_device
 
     from .gpu import bench_gpu
 
@@ -249,18 +249,18 @@ def _setting(
     target: str | None,
     blocks: str | None,
     precision: str | None,
-) -> Setting:
+) -> Scenario:
     """The options that step, sample and peers share."""
-    from stg_trt.backends import backend_for
-    from stg_trt.perturbation import check_mode, parse_blocks
+    from stg_trt.engines.backends import backend_for
+    from stg_trt.models.perturbation import check_mode, parse_blocks
 
     # What can be refused without torch is refused before the seconds that its import takes.
     check_mode(stg_mode)
     backend_for(backend)
     perturbed, kept = parse_blocks(stg_blocks), parse_blocks(blocks, "blocks", "3")
-    from .setting import Setting
+    from .scenario import Scenario
 
-    return Setting(
+    return Scenario(
         checkpoint,
         *size,
         stg_mode=stg_mode,
@@ -286,7 +286,7 @@ def _elements(text: str) -> tuple[int, ...]:
 
 def _modes(text: str) -> tuple[str, ...]:
     """Modes separated by commas; raises InvalidRequest for an unknown one."""
-    from stg_trt.perturbation import check_mode
+    from stg_trt.models.perturbation import check_mode
 
     modes = tuple(text.split(","))
     for mode in modes:
@@ -296,7 +296,7 @@ def _modes(text: str) -> tuple[str, ...]:
 
 def _layouts(text: str) -> tuple[Any, ...]:
     """Layouts separated by commas; raises InvalidRequest for an unknown one."""
-    from stg_trt.segment import check_layout
+    from stg_trt.models.segment import check_layout
 
     layouts = tuple(text.split(","))
     for layout in layouts:

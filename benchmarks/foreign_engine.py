@@ -10,20 +10,20 @@ import sys
 import tempfile
 from pathlib import Path
 
-from stg_trt.device import open_device
-from stg_trt.engine_store import Build, EngineStore
+from stg_trt.engines.store import Build, EngineStore
 from stg_trt.errors import BackendUnavailable
-from stg_trt.step_plan import GROUPS, plan_step
+from stg_trt.models.plan import GROUPS, plan_step
+from stg_trt.runtime.device import open_device
 
 from . import record
-from .setting import Setting
-from .subject import Subject
+from .loaded_build import LoadedBuild
+from .scenario import Scenario
 from .verify import Reference, load_model
 
 BACKEND = "tensorrt-rtx"
 TARGET = "sm_80"
 _MODEL = Path(__file__).parent / "models" / "ltx-video-128x2"
-_SETTING = Setting(
+_SETTING = Scenario(
     checkpoint=str(_MODEL),
     height=128,
     width=128,
@@ -79,10 +79,10 @@ def _load_and_run(root: str) -> None:
 def _run(build: Build) -> None:
     device, inputs = _SETTING.device(), _SETTING.inputs()
     reference = Reference.of_step(_SETTING, load_model(_SETTING, device), inputs, device)
-    subject = Subject(_SETTING, build, inputs, device)
+    loaded = LoadedBuild(_SETTING, build, inputs, device)
     print("run", flush=True)
-    program = subject.program(plan_step(subject.sampler.segments, GROUPS, _SETTING.perturbation))
-    preds = subject.preds(program)
+    program = loaded.program(plan_step(loaded.sampler.segments, GROUPS, _SETTING.perturbation))
+    preds = loaded.preds(program)
     print("compare", flush=True)
     errors = reference.check("foreign engine", preds)
     print(f"ran, relative L2 {max(errors.values()):.1e}", flush=True)

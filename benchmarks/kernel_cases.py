@@ -8,19 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stg_trt.device import Device
-from stg_trt.families.base import keep_attention_spec
-from stg_trt.guidance import Guidance, combined
-from stg_trt.guided_step import StepState, fan_out_rows, guided_step
-from stg_trt.kernels.fan_out_rows import FanOutRowsKernel
-from stg_trt.kernels.guided_step import GuidedStepKernel
-from stg_trt.kernels.qk_norm_rope import Norm, QKNormRopeKernel, Rope, norm_rope
-from stg_trt.kernels.shared_library import kernels_for
-from stg_trt.solver import SolverTable
-from stg_trt.step_plan import GROUPS
-from stg_trt.step_runner import StepBuffers
-from stg_trt.step_table import StepTable
-from stg_trt.tensor_spec import ROWS, TensorSpec
+from stg_trt.guidance.combine import combined
+from stg_trt.guidance.solver import SolverTable
+from stg_trt.guidance.tables import Guidance
+from stg_trt.models.families.base import keep_attention_spec
+from stg_trt.models.plan import GROUPS
+from stg_trt.models.tensor_spec import ROWS, TensorSpec
+from stg_trt.runtime.device import Device
+from stg_trt.runtime.guided_step import fan_out_rows, guided_step
+from stg_trt.runtime.kernels.fan_out_rows import FanOutRowsKernel
+from stg_trt.runtime.kernels.guided_step import GuidedStepKernel
+from stg_trt.runtime.kernels.qk_norm_rope import Norm, QKNormRopeKernel, Rope, norm_rope
+from stg_trt.runtime.kernels.shared_library import kernels_for
+from stg_trt.runtime.state import StepBuffers, StepState
+from stg_trt.runtime.table import StepTable
 
 from .clock import Work
 

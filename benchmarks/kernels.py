@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from stg_trt.device import Device, open_device
 from stg_trt.errors import GateMissed
+from stg_trt.runtime.device import Device, open_device
 
 from . import record
 from .clock import Work, alternate

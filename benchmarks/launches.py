@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from stg_trt.device import Device
+from stg_trt.runtime.device import Device
 
-from .clock import Work, settle
+from .clock import Work, synchronize
 
 _RUN = "stg_trt run"
 _COPY = re.compile(r"mem(cpy|set)", re.IGNORECASE)
@@ -42,11 +42,11 @@ def count_launches(work: Work, device: Device) -> Launches:
 
     with device.scope():
         work.reset()
-        settle(device)
+        synchronize(device)
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
             with record_function(_RUN):
                 work.run()
-            settle(device)
+            synchronize(device)
     return counted(profiler.events() or ())
 
 

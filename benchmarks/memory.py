@@ -6,9 +6,9 @@ import psutil
 import torch
 
 from stg_trt.build_engines.memory import PeakMemory, own_bytes, release
-from stg_trt.device import Device
+from stg_trt.runtime.device import Device
 
-from .clock import Work, settle
+from .clock import Work, synchronize
 
 
 def memory_in_use(device: Device) -> int:
@@ -26,7 +26,7 @@ def working_bytes(work: Work, device: Device) -> int:
     """Bytes that one run takes beyond what is there before it; 0 where all was taken beforehand."""
     with device.scope():
         work.reset()
-        settle(device)
+        synchronize(device)
         if device.torch_device.type != "cuda":
             before = own_bytes()
             with PeakMemory() as peak:
@@ -36,5 +36,5 @@ def working_bytes(work: Work, device: Device) -> int:
         before = int(torch.cuda.memory_allocated())
         torch.cuda.reset_peak_memory_stats()
         work.run()
-        settle(device)
+        synchronize(device)
         return int(torch.cuda.max_memory_allocated()) - before

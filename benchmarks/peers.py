@@ -13,18 +13,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from stg_trt.device import Device
 from stg_trt.errors import InvalidRequest
-from stg_trt.segment import Segment
-from stg_trt.step_plan import plan_step
+from stg_trt.models.plan import plan_step
+from stg_trt.models.segment import Segment
+from stg_trt.runtime.device import Device
 
 from . import record
-from .clock import Times, Work, alternate, paired_ratio, settle
-from .eager import EagerStep, perturbed_skip_row
-from .floor import Floor, measure_floor
+from .clock import Times, Work, alternate, paired_ratio, synchronize
+from .eager_step import EagerStep, perturbed_skip_row
+from .loaded_build import LoadedBuild
 from .memory import memory_in_use, working_bytes
-from .setting import Inputs, Setting
-from .subject import Subject
+from .roofline import Floor, measure_floor
+from .scenario import Inputs, Scenario
 from .verify import Reference, by_group, load_model
 
 PEERS = ("eager", "compiled")
@@ -32,7 +32,7 @@ OURS = "stg_trt"
 
 
 @dataclass(frozen=True)
-class Entrant:
+class Candidate:
     """One of those that are compared; `loaded_bytes` is what its weights and buffers take."""
 
     work: Work
@@ -41,45 +41,45 @@ class Entrant:
 
 
 @dataclass
-class Race:
+class Comparison:
     """What all entrants share: the request, the step, the reference that each must meet."""
 
-    setting: Setting
+    scenario: Scenario
     inputs: Inputs
     device: Device
     reference: Reference
-    entrants: dict[str, Entrant] = field(default_factory=dict)
+    entrants: dict[str, Candidate] = field(default_factory=dict)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def enter_ours(self, subject: Subject) -> None:
+    def enter_ours(self, loaded: LoadedBuild) -> None:
         """The engines, captured where the device can; raises GateMissed where their predictions are off."""
-        setting = self.setting
-        program: Any = subject.program(
-            plan_step(subject.sampler.segments, setting.passes, setting.perturbation)
+        scenario = self.scenario
+        program: Any = loaded.program(
+            plan_step(loaded.sampler.segments, scenario.passes, scenario.perturbation)
         )
         if self.device.captures:
-            program = subject.captured(program)
-        subject.weigh()
-        self.errors[OURS] = self.reference.check(OURS, subject.preds(program))
-        flops = program.plan.flops(lambda segment: setting.family.segment_flops(segment, setting.workload))
-        self.entrants[OURS] = Entrant(subject.work(program), flops, subject.loaded_bytes)
+            program = loaded.captured(program)
+        loaded.measure_memory()
+        self.errors[OURS] = self.reference.check(OURS, loaded.preds(program))
+        flops = program.plan.flops(lambda segment: scenario.family.segment_flops(segment, scenario.workload))
+        self.entrants[OURS] = Candidate(loaded.work(program), flops, loaded.loaded_bytes)
 
     def enter_peer(self, name: str, model: Any, loaded_bytes: int) -> None:
         """A diffusers transformer with its skip row perturbed; its first run may compile."""
-        setting, inputs, device = self.setting, self.inputs, self.device
+        scenario, inputs, device = self.scenario, self.inputs, self.device
         place = device.torch_device
         with device.scope():
-            eager = EagerStep(setting, model, inputs, getattr(torch, setting.workload.dtype), place)
+            eager = EagerStep(scenario, model, inputs, getattr(torch, scenario.workload.dtype), place)
             latents, earlier = inputs.noise.to(place), inputs.earlier.to(place)
-            preds = by_group(eager.preds(latents, inputs.middle).float(), setting.passes)
+            preds = by_group(eager.preds(latents, inputs.middle).float(), scenario.passes)
         self.errors[name] = self.reference.check(name, preds)
-        whole = Segment("normal", 0, setting.family.num_blocks, front=True, back=True)
-        flops = len(setting.passes) * setting.family.segment_flops(whole, setting.workload)
+        whole = Segment("normal", 0, scenario.family.num_blocks, front=True, back=True)
+        flops = len(scenario.passes) * scenario.family.segment_flops(whole, scenario.workload)
 
         def run() -> None:
             eager.step(latents, inputs.middle, [*earlier])
 
-        self.entrants[name] = Entrant(Work(run), flops, loaded_bytes)
+        self.entrants[name] = Candidate(Work(run), flops, loaded_bytes)
 
     def run(self, rounds: int) -> dict[str, Times]:
         """Times everybody who has entered, in turns."""
@@ -90,7 +90,7 @@ class Race:
 class PeersBenchmark:
     """A CFG+STG step of each, verified, then in alternating rounds; torch.compile comes in last."""
 
-    setting: Setting
+    scenario: Scenario
     peers: tuple[str, ...]
     compile_mode: str
     layout: str
@@ -106,28 +106,28 @@ class PeersBenchmark:
 
     def run(self, output: Path, engines: Path | None) -> None:
         """Builds, verifies, times, prints a table and writes the JSON; what is done before a cut is kept."""
-        setting = self.setting
-        setting.check()
+        scenario = self.scenario
+        scenario.check()
         facts = {"layout": self.layout, "rounds": self.rounds, "compile_mode": self.compile_mode}
         left_out = [peer for peer in PEERS if peer not in self.peers]
-        results = record.Record(output, "peers", **setting.to_json(), **facts, left_out=left_out)
-        device, inputs = setting.device(), setting.inputs()
-        floor = measure_floor(device, setting.workload.dtype)
+        results = record.Record(output, "peers", **scenario.to_json(), **facts, left_out=left_out)
+        device, inputs = scenario.device(), scenario.inputs()
+        floor = measure_floor(device, scenario.workload.dtype)
         with ExitStack() as stack:
             root = engines or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            build = setting.build(self.layout, root)
+            build = scenario.build(self.layout, root)
             before = memory_in_use(device)
-            model = load_model(setting, device)
-            reference = Reference.of_step(setting, model, inputs, device)
+            model = load_model(scenario, device)
+            reference = Reference.of_step(scenario, model, inputs, device)
             model_bytes = max(0, memory_in_use(device) - before)
-            stack.enter_context(perturbed_skip_row(setting, model))
-            race = Race(setting, inputs, device, reference)
-            race.enter_ours(Subject(setting, build, inputs, device))
+            stack.enter_context(perturbed_skip_row(scenario, model))
+            race = Comparison(scenario, inputs, device, reference)
+            race.enter_ours(LoadedBuild(scenario, build, inputs, device))
             results.add(gemm=floor.to_json(), verification_limits=reference.limits)
             for peer in (peer for peer in PEERS if peer in self.peers):
                 start = time.perf_counter()
                 race.enter_peer(peer, self._prepared(peer, model), model_bytes)
-                settle(device)
+                synchronize(device)
                 results.add(verification=race.errors, **{f"{peer}_first_run_s": time.perf_counter() - start})
                 times = race.run(self.rounds)
                 results.add(timings=_timings(race.entrants, times, floor), **_ratios(times))
@@ -141,7 +141,7 @@ class PeersBenchmark:
         return torch.compile(model, mode=self.compile_mode, dynamic=False) if peer == "compiled" else model
 
 
-def _timings(entrants: dict[str, Entrant], times: dict[str, Times], floor: Floor) -> dict[str, Any]:
+def _timings(entrants: dict[str, Candidate], times: dict[str, Times], floor: Floor) -> dict[str, Any]:
     """Percentiles of each, and its share of the floor of its own operations."""
     rows = {}
     for name, entrant in entrants.items():

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from stg_trt.manifest import write_atomically
+from stg_trt.system.files import write_atomically
 
 _OURS, _OTHERS, _FLOOR = "#2a6fbb", "#9aa5b1", "#d1495b"
 _WIDTH, _BAR_HEIGHT, _PANEL_MARGIN = 8.0, 0.32, 1.1

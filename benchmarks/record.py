@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.gpu import find_gpu
-from stg_trt.manifest import write_atomically
-from stg_trt.versions import installed_version
+from stg_trt.system.files import write_atomically
+from stg_trt.system.gpu import find_gpu
+from stg_trt.system.versions import installed_version
 
 _PACKAGES = (
     "torch",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stg_trt.errors import BackendUnavailable, InvalidRequest
-from stg_trt.manifest import write_atomically
+from stg_trt.system.files import write_atomically
 
 from .record import check_output
 from .targets import outcomes

@@ -17,17 +17,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from stg_trt.device import Device
 from stg_trt.errors import GateMissed
-from stg_trt.guidance import Guidance
-from stg_trt.sampler import SampledStep
-from stg_trt.step_program import StepKey
+from stg_trt.guidance.tables import Guidance
+from stg_trt.runtime.device import Device
+from stg_trt.runtime.sampler import SampledStep
+from stg_trt.runtime.step import StepKey
 
 from . import record
-from .clock import Work, alternate, mark, settle
-from .eager import EagerStep, lower_precision, perturbed_skip_row
-from .setting import Inputs, Setting
-from .subject import Subject
+from .clock import Work, alternate, mark, synchronize
+from .eager_step import EagerStep, lower_precision, perturbed_skip_row
+from .loaded_build import LoadedBuild
+from .scenario import Inputs, Scenario
 from .verify import allowed, distance, load_model
 
 _VERIFIED_STEPS = 2
@@ -46,29 +46,29 @@ class Call:
 class SampleBenchmark:
     """Samples latents with CFG and STG on every step, on the middle half, and with CFG alone, in turns."""
 
-    setting: Setting
+    scenario: Scenario
     layout: str
     steps: int | None
     rounds: int
 
     def run(self, output: Path, engines: Path | None) -> None:
         """Builds, verifies the first steps, times, prints a table and writes the JSON."""
-        setting = self.setting
-        setting.check()
+        scenario = self.scenario
+        scenario.check()
         facts = {"layout": self.layout, "rounds": self.rounds}
-        results = record.Record(output, "sample", **setting.to_json(), **facts)
-        device, inputs = setting.device(), setting.inputs(self.steps)
+        results = record.Record(output, "sample", **scenario.to_json(), **facts)
+        device, inputs = scenario.device(), scenario.inputs(self.steps)
         results.result["steps"] = len(inputs.solver.timesteps)
-        exact, limit = _eager_latents(setting, inputs, device)
+        exact, limit = _eager_latents(scenario, inputs, device)
         with ExitStack() as stack:
             root = engines or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            subject = Subject(setting, setting.build(self.layout, root), inputs, device)
-            results.add(verification=_verified(subject, inputs, exact, limit), memory=subject.to_json())
+            loaded = LoadedBuild(scenario, scenario.build(self.layout, root), inputs, device)
+            results.add(verification=_verified(loaded, inputs, exact, limit), memory=loaded.to_json())
             guidances = {
-                name: _guidance(setting, inputs, name) for name in ("stg", "stg in the middle", "cfg")
+                name: _guidance(scenario, inputs, name) for name in ("stg", "stg in the middle", "cfg")
             }
-            calls = _alternate(subject, inputs, guidances, self.rounds, device)
-            alone = _steps_alone(subject, inputs, guidances.values(), device)
+            calls = _alternate(loaded, inputs, guidances, self.rounds, device)
+            alone = _steps_alone(loaded, inputs, guidances.values(), device)
             results.add(
                 calls={name: _call_result(calls[name], g, inputs, alone) for name, g in guidances.items()},
                 step_alone_ms={_state(key): round(seconds * 1e3, 4) for key, seconds in alone.items()},
@@ -77,9 +77,9 @@ class SampleBenchmark:
         _print(results.result)
 
 
-def _guidance(setting: Setting, inputs: Inputs, name: str) -> Guidance:
+def _guidance(scenario: Scenario, inputs: Inputs, name: str) -> Guidance:
     """`stg` on every step, on the middle half of them, or on none."""
-    given = setting.guidance(inputs.solver, stg=name != "cfg")
+    given = scenario.guidance(inputs.solver, stg=name != "cfg")
     if name != "stg in the middle":
         return given
     count = len(given.stg_scale)
@@ -88,13 +88,13 @@ def _guidance(setting: Setting, inputs: Inputs, name: str) -> Guidance:
     return Guidance(given.cfg_scale, scales, given.rescale, given.blocks, given.mode)
 
 
-def _sampled(subject: Subject, inputs: Inputs, guidance: Guidance, stop: int) -> Tensor:
+def _sampled(loaded: LoadedBuild, inputs: Inputs, guidance: Guidance, stop: int) -> Tensor:
     """Latents after at most `stop` steps."""
-    return list(islice(_steps(subject, inputs, guidance), stop))[-1].latents
+    return list(islice(_steps(loaded, inputs, guidance), stop))[-1].latents
 
 
-def _steps(subject: Subject, inputs: Inputs, guidance: Guidance) -> Iterator[SampledStep]:
-    return subject.sampler.steps(
+def _steps(loaded: LoadedBuild, inputs: Inputs, guidance: Guidance) -> Iterator[SampledStep]:
+    return loaded.sampler.steps(
         inputs.noise,
         inputs.cond,
         inputs.uncond,
@@ -105,30 +105,30 @@ def _steps(subject: Subject, inputs: Inputs, guidance: Guidance) -> Iterator[Sam
     )
 
 
-def _eager_latents(setting: Setting, inputs: Inputs, device: Device) -> tuple[Tensor, float]:
+def _eager_latents(scenario: Scenario, inputs: Inputs, device: Device) -> tuple[Tensor, float]:
     """Float32 latents of the eager loop after the verified steps, and the distance that is allowed."""
-    model = load_model(setting, device)
-    exact = _eager_loop(setting, model, inputs, torch.float32, device)
-    dtype = getattr(torch, setting.workload.dtype)
+    model = load_model(scenario, device)
+    exact = _eager_loop(scenario, model, inputs, torch.float32, device)
+    dtype = getattr(torch, scenario.workload.dtype)
     if dtype == torch.float32:
         return exact, allowed(None)
-    lowered = _eager_loop(setting, lower_precision(model, dtype), inputs, dtype, device)
+    lowered = _eager_loop(scenario, lower_precision(model, dtype), inputs, dtype, device)
     return exact, allowed(distance(lowered, exact))
 
 
-def _eager_loop(setting: Setting, model: Any, inputs: Inputs, dtype: torch.dtype, device: Device) -> Tensor:
+def _eager_loop(scenario: Scenario, model: Any, inputs: Inputs, dtype: torch.dtype, device: Device) -> Tensor:
     preds: list[Tensor] = []
-    with device.scope(), perturbed_skip_row(setting, model):
-        eager = EagerStep(setting, model, inputs, dtype, device.torch_device)
+    with device.scope(), perturbed_skip_row(scenario, model):
+        eager = EagerStep(scenario, model, inputs, dtype, device.torch_device)
         latents = inputs.noise.to(device.torch_device)
         for i in range(min(_VERIFIED_STEPS, len(inputs.solver.timesteps))):
             latents = eager.step(latents, i, preds)
         return latents
 
 
-def _verified(subject: Subject, inputs: Inputs, exact: Tensor, limit: float) -> dict[str, float]:
+def _verified(loaded: LoadedBuild, inputs: Inputs, exact: Tensor, limit: float) -> dict[str, float]:
     """Raises GateMissed unless the sampler's latents are the eager loop's."""
-    got = _sampled(subject, inputs, subject.guidance, _VERIFIED_STEPS)
+    got = _sampled(loaded, inputs, loaded.guidance, _VERIFIED_STEPS)
     error = distance(got, exact)
     if not error <= limit:
         raise GateMissed(
@@ -139,38 +139,38 @@ def _verified(subject: Subject, inputs: Inputs, exact: Tensor, limit: float) -> 
 
 
 def _alternate(
-    subject: Subject, inputs: Inputs, guidances: dict[str, Guidance], rounds: int, device: Device
+    loaded: LoadedBuild, inputs: Inputs, guidances: dict[str, Guidance], rounds: int, device: Device
 ) -> dict[str, list[Call]]:
     """Calls in turns; the first round warms up, and captures."""
     calls: dict[str, list[Call]] = {name: [] for name in guidances}
     for i in range(1 + rounds):
         for name, guidance in guidances.items():
-            call = _timed_call(subject, inputs, guidance, device)
+            call = _timed_call(loaded, inputs, guidance, device)
             if i:
                 calls[name].append(call)
     return calls
 
 
-def _timed_call(subject: Subject, inputs: Inputs, guidance: Guidance, device: Device) -> Call:
-    settle(device)
+def _timed_call(loaded: LoadedBuild, inputs: Inputs, guidance: Guidance, device: Device) -> Call:
+    synchronize(device)
     start = time.perf_counter()
-    steps = _steps(subject, inputs, guidance)
+    steps = _steps(loaded, inputs, guidance)
     with device.scope():
         marks = [mark(device)]
         for _ in steps:
             marks.append(mark(device))
-    settle(device)
+    synchronize(device)
     total_s = time.perf_counter() - start
     return Call(total_s, [after.since(before) for before, after in pairwise(marks)])
 
 
 def _steps_alone(
-    subject: Subject, inputs: Inputs, guidances: Iterable[Guidance], device: Device
+    loaded: LoadedBuild, inputs: Inputs, guidances: Iterable[Guidance], device: Device
 ) -> dict[StepKey, float]:
     """Median seconds of every guidance state's program, run over and over with no loop around it."""
     keys = {StepKey.of(guidance, inputs.solver, i) for guidance in guidances for i in _indices(inputs)}
     works = {
-        _state(key): Work(subject.sampler.program(key, subject.state).enqueue, subject.reset) for key in keys
+        _state(key): Work(loaded.sampler.program(key, loaded.state).enqueue, loaded.reset) for key in keys
     }
     times = alternate(works, _ALONE_ROUNDS, device)
     return {key: median(times[_state(key)].device_s) for key in keys}

@@ -13,20 +13,20 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from stg_trt.device import Device
 from stg_trt.errors import GateMissed
-from stg_trt.segment import Segment
-from stg_trt.step_graph import StepGraph
-from stg_trt.step_plan import StepPlan, full_plan, plan_step
-from stg_trt.step_program import StepProgram
+from stg_trt.models.plan import StepPlan, full_plan, plan_step
+from stg_trt.models.segment import Segment
+from stg_trt.runtime.device import Device
+from stg_trt.runtime.graph import StepGraph
+from stg_trt.runtime.step import Step
 
 from . import record
 from .clock import Times, alternate, paired_ratio
-from .floor import Floor, measure_floor
 from .launches import count_launches
+from .loaded_build import LoadedBuild
 from .memory import working_bytes
-from .setting import Setting
-from .subject import Subject
+from .roofline import Floor, measure_floor
+from .scenario import Scenario
 from .verify import Reference, distance, load_model
 
 NO_GRAPH = " (no graph)"
@@ -36,13 +36,13 @@ NO_GRAPH = " (no graph)"
 class Variant:
     """One way to run the step: a plan of a layout, captured or not."""
 
-    subject: Subject
-    program: StepProgram | StepGraph
+    loaded: LoadedBuild
+    program: Step | StepGraph
 
     @property
     def flops(self) -> int:
         """Operations of the engines in one step."""
-        family, manifest = self.subject.sampler.family, self.subject.build.manifest
+        family, manifest = self.loaded.sampler.family, self.loaded.build.manifest
         return self.program.plan.flops(lambda segment: family.segment_flops(segment, manifest.workload))
 
 
@@ -50,20 +50,20 @@ class Variant:
 class StepBenchmark:
     """Times plans in alternating rounds, after comparing their predictions with the eager model's."""
 
-    setting: Setting
+    scenario: Scenario
     layouts: tuple[str, ...]
     rounds: int
 
     def run(self, output: Path, engines: Path | None) -> None:
         """Builds, verifies, times, prints a table and writes the JSON; a layout that is done is kept."""
-        setting = self.setting
-        setting.check()
-        results = record.Record(output, "step", **setting.to_json(), rounds=self.rounds)
-        device = setting.device()
-        inputs = setting.inputs()
-        floor = measure_floor(device, setting.workload.dtype)
-        model = load_model(setting, device)
-        reference = Reference.of_step(setting, model, inputs, device)
+        scenario = self.scenario
+        scenario.check()
+        results = record.Record(output, "step", **scenario.to_json(), rounds=self.rounds)
+        device = scenario.device()
+        inputs = scenario.inputs()
+        floor = measure_floor(device, scenario.workload.dtype)
+        model = load_model(scenario, device)
+        reference = Reference.of_step(scenario, model, inputs, device)
         weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         results.add(gemm=floor.to_json(), verification_limits=reference.limits, model_bytes=weights)
         del model
@@ -71,12 +71,12 @@ class StepBenchmark:
         with ExitStack() as stack:
             root = engines or Path(stack.enter_context(tempfile.TemporaryDirectory()))
             for layout in self.layouts:
-                build = setting.build(layout, root)
-                added = _variants(Subject(setting, build, inputs, device), setting, device)
+                build = scenario.build(layout, root)
+                added = _variants(LoadedBuild(scenario, build, inputs, device), scenario, device)
                 results.add(**_verified(added, reference, results.result))
                 variants |= added
                 times = alternate(
-                    {n: v.subject.work(v.program) for n, v in variants.items()}, self.rounds, device
+                    {n: v.loaded.work(v.program) for n, v in variants.items()}, self.rounds, device
                 )
                 results.add(**_timings(variants, times, floor), **_ratios(variants, times))
             _count(results, variants, device)
@@ -84,9 +84,9 @@ class StepBenchmark:
         _print(results.result)
 
 
-def _plans(layout: str, segments: Sequence[Segment], setting: Setting) -> dict[str, StepPlan]:
+def _plans(layout: str, segments: Sequence[Segment], scenario: Scenario) -> dict[str, StepPlan]:
     """The plans of a layout by name; cfg is what is left without the skip pass."""
-    passes, perturbation = setting.passes, setting.perturbation
+    passes, perturbation = scenario.passes, scenario.perturbation
     cfg = plan_step(segments, passes[:-1], None)
     stg = plan_step(segments, passes, perturbation)
     if layout == "twin":
@@ -94,17 +94,17 @@ def _plans(layout: str, segments: Sequence[Segment], setting: Setting) -> dict[s
     return {"shared": stg, "full": full_plan(segments, passes, perturbation), "cfg": cfg}
 
 
-def _variants(subject: Subject, setting: Setting, device: Device) -> dict[str, Variant]:
+def _variants(loaded: LoadedBuild, scenario: Scenario, device: Device) -> dict[str, Variant]:
     """Every plan of a layout; where the device captures, as a graph and again without one."""
-    layout = subject.build.manifest.layout
+    layout = loaded.build.manifest.layout
     variants = {}
-    for name, plan in _plans(layout, subject.sampler.segments, setting).items():
-        program = subject.program(plan)
+    for name, plan in _plans(layout, loaded.sampler.segments, scenario).items():
+        program = loaded.program(plan)
         if device.captures:
-            variants[name] = Variant(subject, subject.captured(program))
+            variants[name] = Variant(loaded, loaded.captured(program))
             name += NO_GRAPH
-        variants[name] = Variant(subject, program)
-    subject.weigh()
+        variants[name] = Variant(loaded, program)
+    loaded.measure_memory()
     return variants
 
 
@@ -112,7 +112,7 @@ def _verified(
     variants: dict[str, Variant], reference: Reference, known: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """Relative L2 of every variant's rows; raises GateMissed for one that is wrong."""
-    preds = {name: variant.subject.preds(variant.program) for name, variant in variants.items()}
+    preds = {name: variant.loaded.preds(variant.program) for name, variant in variants.items()}
     errors = {name: reference.check(name, rows) for name, rows in preds.items()}
     parts: dict[str, Any] = {"verification": {**known.get("verification", {}), **errors}}
     if "full" in preds and "shared" in preds:
@@ -144,10 +144,10 @@ def _timings(variants: dict[str, Variant], times: dict[str, Times], floor: Floor
             "gflop": round(variant.flops / 1e9, 2),
             "floor_ms": round(floor.ms(variant.flops), 4),
             "share_of_floor": round(floor.ms(variant.flops) / row["median_ms"], 4),
-            "layout": variant.subject.build.manifest.layout,
+            "layout": variant.loaded.build.manifest.layout,
             "graph_nodes": nodes,
         }
-    layouts = {v.subject.build.manifest.layout: v.subject.to_json() for v in variants.values()}
+    layouts = {v.loaded.build.manifest.layout: v.loaded.to_json() for v in variants.values()}
     return {"timings": rows, "layouts": layouts}
 
 
@@ -172,10 +172,10 @@ def _ratios(variants: dict[str, Variant], times: dict[str, Times]) -> dict[str, 
 
 def _count(results: record.Record, variants: dict[str, Variant], device: Device) -> None:
     """Memory of a run of each variant; on a GPU then its launches, since a profiler may disturb graphs."""
-    works = {name: variant.subject.work(variant.program) for name, variant in variants.items()}
+    works = {name: variant.loaded.work(variant.program) for name, variant in variants.items()}
     rows = results.result["timings"]
     for name, variant in variants.items():
-        rows[name]["peak_bytes"] = variant.subject.loaded_bytes + working_bytes(works[name], device)
+        rows[name]["peak_bytes"] = variant.loaded.loaded_bytes + working_bytes(works[name], device)
     results.add()
     if device.torch_device.type == "cuda":
         for name, work in works.items():

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stg_trt.device import Device
 from stg_trt.errors import GateMissed
+from stg_trt.runtime.device import Device
 
-from .eager import EagerStep, lower_precision, perturbed_skip_row
-from .setting import Inputs, Setting
+from .eager_step import EagerStep, lower_precision, perturbed_skip_row
+from .scenario import Inputs, Scenario
 
 # Float32 against float32: what is left is the order of summation.
 _FLOAT32_LIMIT = 1e-4
@@ -32,13 +32,13 @@ class Reference:
     limits: dict[str, float]
 
     @classmethod
-    def of_step(cls, setting: Setting, model: Any, inputs: Inputs, device: Device) -> Reference:
+    def of_step(cls, scenario: Scenario, model: Any, inputs: Inputs, device: Device) -> Reference:
         """Runs the float32 `model` at the middle step; leaves it in the engines' precision."""
-        dtype = getattr(torch, setting.workload.dtype)
-        exact = _preds(setting, model, inputs, device, torch.float32)
+        dtype = getattr(torch, scenario.workload.dtype)
+        exact = _preds(scenario, model, inputs, device, torch.float32)
         limits, lowered = dict.fromkeys(exact, allowed(None)), exact
         if dtype != torch.float32:
-            lowered = _preds(setting, lower_precision(model, dtype), inputs, device, dtype)
+            lowered = _preds(scenario, lower_precision(model, dtype), inputs, device, dtype)
             limits = {group: allowed(distance(lowered[group], exact[group])) for group in exact}
         reference = cls(exact, limits)
         reference._check_perturbed(lowered)
@@ -78,9 +78,9 @@ class Reference:
             )
 
 
-def load_model(setting: Setting, device: Device) -> Any:
+def load_model(scenario: Scenario, device: Device) -> Any:
     """The uncut diffusers transformer in float32 on the device, with the engines' random weights."""
-    return setting.opened.load_transformer().to(device.torch_device)
+    return scenario.opened.load_transformer().to(device.torch_device)
 
 
 def allowed(lowered: float | None) -> float:
@@ -102,9 +102,9 @@ def by_group(preds: Tensor, groups: Sequence[str]) -> dict[str, Tensor]:
 
 
 def _preds(
-    setting: Setting, model: Any, inputs: Inputs, device: Device, dtype: torch.dtype
+    scenario: Scenario, model: Any, inputs: Inputs, device: Device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    with device.scope(), perturbed_skip_row(setting, model):
-        eager = EagerStep(setting, model, inputs, dtype, device.torch_device)
+    with device.scope(), perturbed_skip_row(scenario, model):
+        eager = EagerStep(scenario, model, inputs, dtype, device.torch_device)
         latents = inputs.noise.to(device.torch_device)
-        return by_group(eager.preds(latents, inputs.middle), setting.passes)
+        return by_group(eager.preds(latents, inputs.middle), scenario.passes)

@@ -1,6 +1,6 @@
 """`python -m build_engines` from a checkout is `stg-trt build`."""
 
-from stg_trt.cli import run_command
+from stg_trt.cli.main import run_command
 
 from .command import build
 

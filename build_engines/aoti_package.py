@@ -14,7 +14,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stg_trt.backends.cuda_toolkit import cuda_build
+from stg_trt.engines.cuda_toolkit import cuda_build
 from stg_trt.errors import GateMissed
 
 OPTIONS = {

@@ -9,24 +9,24 @@ from importlib.metadata import version
 from pathlib import Path
 
 import stg_trt
-from stg_trt import manifest as manifests
-from stg_trt.backends import backend_for
-from stg_trt.backends.choice import AUTO, choose_backend
-from stg_trt.checkpoint import Checkpoint
-from stg_trt.engine_key import EngineKey, code_version, digest
-from stg_trt.engine_store import check_file
+from stg_trt.engines import manifest as manifests
+from stg_trt.engines.auto_backend import AUTO, choose_backend
+from stg_trt.engines.backends import backend_for
+from stg_trt.engines.key import EngineKey, code_version, digest
+from stg_trt.engines.manifest import Manifest, SegmentRecord
+from stg_trt.engines.store import check_file
 from stg_trt.errors import EngineRejected
-from stg_trt.families.base import Workload
-from stg_trt.gpu import find_gpu
-from stg_trt.manifest import Manifest, SegmentRecord
-from stg_trt.segment import Segment
+from stg_trt.models.checkpoint import Checkpoint
+from stg_trt.models.segment import Segment
+from stg_trt.models.workload import Workload
+from stg_trt.system.gpu import find_gpu
 
 from .build_folder import fresh_folder, locked_folder
 from .compilers import compiler_for
-from .finished_files import FinishedFiles
 from .options import BuildOptions
 from .progress import Progress, Silent
 from .reference import Reference
+from .reusable_files import ReusableFiles
 from .segment_build import SegmentBuild
 
 _RECORDED_VERSIONS = ("torch", "diffusers", "onnx", "onnxscript", "onnxruntime")
@@ -152,7 +152,7 @@ class _Builder:
             try:
                 stages = SegmentBuild(options, self.compiler, segment, reference, work, self.progress)
                 for target, key in missing.items():
-                    record = stages.compile(key, FinishedFiles(folders[target], manifest[target]))
+                    record = stages.compile(key, ReusableFiles(folders[target], manifest[target]))
                     manifest[target] = _with(manifest[target], record)
                     manifests.save(manifest[target], folders[target])
                     self.progress.finish(segment, record, reused=False)

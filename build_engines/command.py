@@ -44,7 +44,7 @@ def build(
     plugins: Plugins = "",
 ) -> None:
     """Build verified engines from a checkpoint."""
-    from stg_trt.perturbation import parse_blocks
+    from stg_trt.models.perturbation import parse_blocks
 
     # What can be refused without torch is refused before the seconds that its import takes.
     perturbed, kept = parse_blocks(stg_blocks), parse_blocks(blocks, "blocks", "3")
@@ -87,11 +87,11 @@ def _check(
     precision: str | None,
 ) -> None:
     """Raises InvalidRequest for names that do not exist, and for a precision that the backend cannot do."""
-    from stg_trt.backends import backend_for, check_target
-    from stg_trt.backends.choice import AUTO
-    from stg_trt.checkpoint import Checkpoint
-    from stg_trt.perturbation import check_mode
-    from stg_trt.segment import check_layout
+    from stg_trt.engines.auto_backend import AUTO
+    from stg_trt.engines.backends import backend_for, check_target
+    from stg_trt.models.checkpoint import Checkpoint
+    from stg_trt.models.perturbation import check_mode
+    from stg_trt.models.segment import check_layout
 
     check_layout(layout)
     if stg_mode is not None:
@@ -106,7 +106,7 @@ def _check(
 
 
 def _print(folders: list[Path]) -> None:
-    from stg_trt.manifest import load
+    from stg_trt.engines.manifest import load
 
     from .display import print_summary
 

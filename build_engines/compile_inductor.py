@@ -16,17 +16,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from stg_trt.backends.inductor_chain import Chain, Piece, check_compiler, machine_facts
-from stg_trt.device import Device, open_device
-from stg_trt.families.base import SegmentModule
-from stg_trt.perturbation import Perturbation
-from stg_trt.segment import Segment
+from stg_trt.engines.inductor_chain import Chain, Piece, check_compiler, machine_facts
+from stg_trt.models.families.base import SegmentModule
+from stg_trt.models.perturbation import Perturbation
+from stg_trt.models.segment import Segment
+from stg_trt.system.stream import Stream, open_stream
 
 from .aoti_package import OPTIONS, compile_package, fused_attentions
 from .compiler import CPU, FLOAT32, Compiled, Compiler, Exported, Job, Tolerance
-from .finished_files import FinishedFiles
 from .inductor_runs import InductorRuns
 from .options import BuildOptions
+from .reusable_files import ReusableFiles
 from .trace import fingerprint, trace, weights_of
 
 # Rounding after every operation of a segment's blocks, with which eager bfloat16 stays below half of this.
@@ -57,7 +57,7 @@ class InductorCompiler(Compiler):
 
     def __init__(self, options: BuildOptions) -> None:
         super().__init__(options)
-        self._devices: dict[str, Device] = {}
+        self._streams: dict[str, Stream] = {}
 
     @property
     def version(self) -> str:
@@ -118,34 +118,34 @@ class InductorCompiler(Compiler):
             weights=weights,
         )
 
-    def compile(self, job: Job, exported: Exported, target: str, finished: FinishedFiles) -> Compiled:
+    def compile(self, job: Job, exported: Exported, target: str, finished: ReusableFiles) -> Compiled:
         """The packages that no build has yet, and the weights with the chain in their header."""
         assert isinstance(exported, ExportedChain)
-        device = self._device(target)
+        stream = self._stream(target)
         names = {piece.fingerprint: self._package_name(piece, target) for piece in exported.pieces}
         packages = {}
         for graph, name in names.items():
             found = finished.take(name, job.work)
             if found is None:
                 job.on_progress(f"compile for {target}: {name}")
-                found = compile_package(exported.programs[graph], job.work / name, device.torch_device)
+                found = compile_package(exported.programs[graph], job.work / name, stream.torch_device)
             packages[graph] = found
         weights = job.work / f"{job.segment.name}.safetensors"
-        chain = self._chain(job, exported, names, device)
+        chain = self._chain(job, exported, names, stream)
         save_file(exported.weights, weights, chain.to_metadata())
         # safetensors makes its files readable for their owner only.
         shutil.copymode(next(iter(packages.values())), weights)
         files = (weights, *packages.values())
-        runs = InductorRuns(job, files, device)
+        runs = InductorRuns(job, files, stream)
         fused = sum(fused_attentions(packages[piece.fingerprint]) for piece in exported.pieces)
         return Compiled(files, fused, runs.activation_bytes(), lambda: runs.run)
 
-    def _chain(self, job: Job, exported: ExportedChain, names: dict[str, str], device: Device) -> Chain:
+    def _chain(self, job: Job, exported: ExportedChain, names: dict[str, str], stream: Stream) -> Chain:
         tensors = self.options.checkpoint.family.tensors(self.options.workload)
         used = {name for piece in exported.pieces for name in (*piece.inputs, *piece.outputs)}
         return Chain(
             torch=str(torch.__version__),
-            machine=machine_facts(device.torch_device.type),
+            machine=machine_facts(stream.torch_device.type),
             max_rows=job.rows[2],
             inputs=tuple(spec.name for spec in job.inputs),
             outputs=tuple(spec.name for spec in job.outputs),
@@ -160,10 +160,10 @@ class InductorCompiler(Compiler):
         facts = (piece.fingerprint, torch.__version__, self._device_name(target), *self.flags(target))
         return f"{piece.name}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.pt2"
 
-    def _device(self, target: str) -> Device:
-        if target not in self._devices:
-            self._devices[target] = open_device(self._device_name(target))
-        return self._devices[target]
+    def _stream(self, target: str) -> Stream:
+        if target not in self._streams:
+            self._streams[target] = open_stream(self._device_name(target))
+        return self._streams[target]
 
     def _device_name(self, target: str) -> str:
         return self.options.backend.target(target).device

@@ -8,8 +8,8 @@ import onnx
 
 from .compiler import Compiled, Exported, Job
 from .export import files_of
-from .finished_files import FinishedFiles
 from .onnx_compiler import ExportedGraph, OnnxCompiler
+from .reusable_files import ReusableFiles
 
 
 class OnnxRuntimeCompiler(OnnxCompiler):
@@ -22,7 +22,7 @@ class OnnxRuntimeCompiler(OnnxCompiler):
         """ONNX Runtime's."""
         return version("onnxruntime")
 
-    def compile(self, job: Job, exported: Exported, target: str, finished: FinishedFiles) -> Compiled:
+    def compile(self, job: Job, exported: Exported, target: str, finished: ReusableFiles) -> Compiled:
         """Each Attention node is one kernel of ONNX Runtime."""
         assert isinstance(exported, ExportedGraph)
         model = onnx.load(exported.graph, load_external_data=False)

@@ -9,19 +9,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from stg_trt.backends.tensorrt_library import (
+from stg_trt.engines.tensorrt_library import (
     PLUGIN_VERSION,
     library_version,
     load_library,
     load_plugins,
 )
 from stg_trt.errors import GateMissed
-from stg_trt.interruptible import run_interruptibly
-from stg_trt.tensor_spec import ROWS, TensorSpec
+from stg_trt.models.tensor_spec import ROWS, TensorSpec
+from stg_trt.system.interruptible import run_interruptibly
 
 from .compiler import Compiled, Exported, Job
-from .finished_files import FinishedFiles
 from .onnx_compiler import ExportedGraph, OnnxCompiler
+from .reusable_files import ReusableFiles
 
 FLAGS = ("strongly_typed", "max_aux_streams=0", "require_user_allocation")
 # A fused attention names its kernel once as a whole word in the plan; its variants carry suffixes.
@@ -47,7 +47,7 @@ class TensorRTCompiler(OnnxCompiler):
         """The builder's options."""
         return (*FLAGS, *(f"plugin={name}/{PLUGIN_VERSION}" for name in self.options.plugins))
 
-    def compile(self, job: Job, exported: Exported, target: str, finished: FinishedFiles) -> Compiled:
+    def compile(self, job: Job, exported: Exported, target: str, finished: ReusableFiles) -> Compiled:
         """The graph as an engine for one GPU architecture."""
         assert isinstance(exported, ExportedGraph)
         return compile_tensorrt(

@@ -11,12 +11,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from stg_trt.families.base import SegmentModule
-from stg_trt.segment import Segment
-from stg_trt.tensor_spec import TensorSpec
+from stg_trt.models.families.base import SegmentModule
+from stg_trt.models.segment import Segment
+from stg_trt.models.tensor_spec import TensorSpec
 
-from .finished_files import FinishedFiles
 from .options import BuildOptions
+from .reusable_files import ReusableFiles
 
 Run = Callable[[dict[str, Tensor]], list[Tensor]]
 """A segment's outputs, in order, for its inputs by name, on the CPU."""
@@ -105,5 +105,5 @@ class Compiler(ABC):
         """Once per segment, from its pieces' modules in the engine's precision; GateMissed if rows froze."""
 
     @abstractmethod
-    def compile(self, job: Job, exported: Exported, target: str, finished: FinishedFiles) -> Compiled:
+    def compile(self, job: Job, exported: Exported, target: str, finished: ReusableFiles) -> Compiled:
         """For one target, in `job.work`; what `finished` has need not be compiled again."""

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from stg_trt.manifest import Manifest, SegmentRecord
-from stg_trt.segment import Segment
+from stg_trt.engines.manifest import Manifest, SegmentRecord
+from stg_trt.models.segment import Segment
 
 GIB = 1 << 30
 

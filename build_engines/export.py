@@ -13,11 +13,11 @@ import onnx
 import torch
 
 from stg_trt.errors import GateMissed
-from stg_trt.families.base import SegmentModule
-from stg_trt.segment import engine_outputs
-from stg_trt.tensor_spec import ROWS, TensorSpec
+from stg_trt.models.families.base import SegmentModule
+from stg_trt.models.segment import engine_outputs
+from stg_trt.models.tensor_spec import ROWS, TensorSpec
 
-from .free_rows import traced_with
+from .dynamic_rows import traced_with
 
 # protobuf refuses messages of 2 GiB; weights above this go to a file beside the graph.
 _EMBEDDED_BYTES = 1 << 30

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stg_trt.backends.inductor import InductorContext, InductorEngine, Scratch
-from stg_trt.device import Device
+from stg_trt.engines.inductor import InductorContext, InductorEngine, Scratch
 from stg_trt.errors import GateMissed
-from stg_trt.segment import engine_outputs
+from stg_trt.models.segment import engine_outputs
+from stg_trt.system.stream import Stream
 
 from .compiler import CPU, Job
 
@@ -21,43 +21,43 @@ from .compiler import CPU, Job
 class InductorRuns:
     """One engine, loaded from its files when it is first run."""
 
-    def __init__(self, job: Job, files: Sequence[Path], device: Device) -> None:
+    def __init__(self, job: Job, files: Sequence[Path], stream: Stream) -> None:
         self._job = job
         self._files = files
-        self._device = device
+        self._stream = stream
 
     def run(self, inputs: dict[str, Tensor]) -> list[Tensor]:
         """Outputs in order, on the CPU; raises GateMissed where a kernel refuses to run."""
         with self._scope():
             context, outputs = self._bound(inputs)
-            context.enqueue(self._device.stream)
+            context.enqueue(self._stream.stream)
             return [output.to(CPU) for output in outputs]
 
     def activation_bytes(self) -> int | None:
         """Memory that a run at the most rows takes on a GPU; None on a CPU, where torch does not count it."""
-        if self._device.torch_device.type != "cuda":
+        if self._stream.torch_device.type != "cuda":
             return None
         generator = torch.Generator().manual_seed(0)
         inputs = {spec.name: spec.random(self._job.rows[2], generator) for spec in self._job.inputs}
         with self._scope():
             context, _ = self._bound(inputs)
             # The first run also allocates what stays.
-            context.enqueue(self._device.stream)
+            context.enqueue(self._stream.stream)
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            context.enqueue(self._device.stream)
+            context.enqueue(self._stream.stream)
             torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
     @cached_property
     def _engine(self) -> InductorEngine:
-        device = self._device.torch_device
+        device = self._stream.torch_device
         return InductorEngine(self._files, device, Scratch(device))
 
     @contextmanager
     def _scope(self) -> Iterator[None]:
-        with self._device.scope():
+        with self._stream.scope():
             try:
                 yield
             except RuntimeError as error:

@@ -10,16 +10,16 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from stg_trt import manifest as manifests
-from stg_trt.backends.onnxruntime import run_session
-from stg_trt.engine_key import digest
-from stg_trt.families.base import SegmentModule
-from stg_trt.segment import Segment
+from stg_trt.engines.key import digest
+from stg_trt.engines.onnxruntime import run_session
+from stg_trt.models.families.base import SegmentModule
+from stg_trt.models.segment import Segment
+from stg_trt.system.files import file_sha256
 
 from .compiler import Compiler, Exported, Job, Run
 from .export import export, files_of
+from .float32_graph import widen
 from .plugin_nodes import qk_norm_rope
-from .widen import widen
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class OnnxCompiler(Compiler):
         if "qk_norm_rope" in self.options.plugins:
             module.qk_norm_rope = qk_norm_rope
         export(module, job.inputs, graph, opset=self.opset, max_rows=job.rows[2])
-        sha256 = digest({path.name: manifests.file_sha256(path) for path in files_of(graph)})
+        sha256 = digest({path.name: file_sha256(path) for path in files_of(graph)})
         return ExportedGraph(sha256, lambda: graph_runner(self._runnable(graph)), graph)
 
     def _runnable(self, graph: Path) -> Path:

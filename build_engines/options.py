@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from stg_trt.backends import Backend, check_target
-from stg_trt.checkpoint import Checkpoint
+from stg_trt.engines.backends import Backend, check_target
 from stg_trt.errors import InvalidRequest
-from stg_trt.families.base import Workload
-from stg_trt.segment import TEXT, Segment, check_layout, cut
-from stg_trt.step_plan import GROUPS
+from stg_trt.models.checkpoint import Checkpoint
+from stg_trt.models.plan import GROUPS
+from stg_trt.models.segment import TEXT, Segment, check_layout, cut
+from stg_trt.models.workload import Workload
 
 _PLUGIN_BACKENDS = ("tensorrt", "tensorrt-rtx")
 

@@ -9,7 +9,7 @@ import onnx
 import torch
 from torch import Tensor
 
-from stg_trt.backends.tensorrt_library import PLUGIN_NAMESPACE, PLUGIN_VERSION
+from stg_trt.engines.tensorrt_library import PLUGIN_NAMESPACE, PLUGIN_VERSION
 
 # RMS norm of groups of channels, then (a, b) -> (a*cos - b*sin, b*cos + a*sin) of pairs, in float32.
 _NORM_ROPE = """

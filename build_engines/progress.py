@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from stg_trt.manifest import SegmentRecord
-from stg_trt.segment import Segment
+from stg_trt.engines.manifest import SegmentRecord
+from stg_trt.models.segment import Segment
 
 
 class Progress(Protocol):

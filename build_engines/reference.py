@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stg_trt.checkpoint import Checkpoint
 from stg_trt.errors import GateMissed
-from stg_trt.families.base import KEEP_ATTENTION, SegmentModule, Workload
-from stg_trt.segment import Segment
+from stg_trt.models.checkpoint import Checkpoint
+from stg_trt.models.families.base import KEEP_ATTENTION, SegmentModule
+from stg_trt.models.segment import Segment
+from stg_trt.models.workload import Workload
 
 from .memory import release
 

@@ -10,19 +10,19 @@ from pathlib import Path
 
 import torch
 
-from stg_trt import manifest as manifests
-from stg_trt.engine_key import EngineKey, digest
+from stg_trt.engines.key import EngineKey, digest
+from stg_trt.engines.manifest import FileRecord, SegmentRecord, Verification
 from stg_trt.errors import GateMissed
-from stg_trt.families.base import SegmentModule
-from stg_trt.manifest import FileRecord, SegmentRecord, Verification
-from stg_trt.segment import Segment
+from stg_trt.models.families.base import SegmentModule
+from stg_trt.models.segment import Segment
+from stg_trt.system.files import file_sha256
 
 from .compiler import Compiled, Compiler, Exported, Job, Run
-from .finished_files import FinishedFiles
 from .memory import PeakMemory, release
 from .options import BuildOptions
 from .progress import Progress
 from .reference import Reference, State
+from .reusable_files import ReusableFiles
 from .verify import verify
 
 
@@ -61,7 +61,7 @@ class SegmentBuild:
         self._verification: tuple[Verification, ...] = ()
         self._states: tuple[list[State], list[State]] = [], []
 
-    def compile(self, key: EngineKey, finished: FinishedFiles) -> SegmentRecord:
+    def compile(self, key: EngineKey, finished: ReusableFiles) -> SegmentRecord:
         """The engine for one target, in its folder; raises GateMissed and leaves nothing if a gate fails."""
         exported = self._exported = self._exported or self._export()
         seconds = dict(self._shared_seconds)
@@ -160,7 +160,7 @@ def _publish(path: Path, folder: Path) -> FileRecord:
     if path.parent != folder:
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    record = FileRecord(name=path.name, bytes=path.stat().st_size, sha256=manifests.file_sha256(path))
+    record = FileRecord(name=path.name, bytes=path.stat().st_size, sha256=file_sha256(path))
     if path.parent != folder:
         path.replace(folder / path.name)
     return record

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from stg_trt.errors import GateMissed
-from stg_trt.families.base import SegmentModule
-from stg_trt.tensor_spec import TensorSpec
+from stg_trt.models.families.base import SegmentModule
+from stg_trt.models.tensor_spec import TensorSpec
 
-from .free_rows import traced_with
+from .dynamic_rows import traced_with
 
 
 class _Numbered(nn.Module):

@@ -7,8 +7,8 @@ import math
 import numpy as np
 from torch import Tensor
 
+from stg_trt.engines.manifest import Verification
 from stg_trt.errors import GateMissed
-from stg_trt.manifest import Verification
 
 from .compiler import FLOAT32, Run, Tolerance
 

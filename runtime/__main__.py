@@ -1,6 +1,6 @@
 """`python -m runtime` from a checkout is `stg-trt generate`."""
 
-from stg_trt.cli import run_command
+from stg_trt.cli.main import run_command
 
 from .command import generate
 

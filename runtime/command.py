@@ -11,8 +11,9 @@ import typer
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from stg_trt.checkpoint import Checkpoint
-    from stg_trt.pipeline import VideoPipeline
+    from stg_trt.models.checkpoint import Checkpoint
+
+    from .pipeline import VideoPipeline
 
 _EMBEDS = (
     "prompt_embeds",
@@ -58,7 +59,7 @@ def generate(
     vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in tiles: less memory.")] = False,
 ) -> None:
     """Generate videos with compiled engines."""
-    from stg_trt.perturbation import parse_blocks
+    from stg_trt.models.perturbation import parse_blocks
 
     # What can be refused without the models is refused before the seconds that diffusers' import takes.
     _check_output(output)
@@ -109,7 +110,7 @@ def _check_output(output: Path) -> None:
 
 
 def _open_checkpoint(checkpoint: str, *, decodes: bool) -> Checkpoint:
-    from stg_trt.checkpoint import Checkpoint, published
+    from stg_trt.models.checkpoint import Checkpoint, published
 
     opened = Checkpoint.open(checkpoint, random_weights=checkpoint in published())
     if decodes:
@@ -121,9 +122,9 @@ def _check_engines(
     checkpoint: Checkpoint, engines: Path, stg_mode: str | None, size: dict[str, Any], kind: dict[str, Any]
 ) -> None:
     """Whether the size is one that the model has, and any build in the folder fits it."""
-    from stg_trt.engine_store import EngineRequest, EngineStore, find_possible
-    from stg_trt.gpu import this_machine
-    from stg_trt.perturbation import check_mode
+    from stg_trt.engines.store import EngineRequest, EngineStore, find_possible
+    from stg_trt.models.perturbation import check_mode
+    from stg_trt.system.gpu import this_machine
 
     if stg_mode is not None:
         check_mode(stg_mode)
@@ -132,7 +133,7 @@ def _check_engines(
 
 
 def _open_pipeline(checkpoint: str, engines: Path, **options: Any) -> VideoPipeline:
-    from stg_trt.pipeline import VideoPipeline
+    from .pipeline import VideoPipeline
 
     _quiet_libraries()
     return VideoPipeline.from_pretrained(checkpoint, engines, **options)
@@ -213,8 +214,9 @@ def _save(frames: Any, output: Path, frame_rate: float) -> list[Path]:
     """One file per video: video.mp4, or video-0.mp4, video-1.mp4 and so on."""
     from safetensors.torch import save
 
-    from stg_trt.manifest import write_atomically
-    from stg_trt.video_file import save_video
+    from stg_trt.system.files import write_atomically
+
+    from .video_file import save_video
 
     if output.suffix == ".safetensors":
         write_atomically(output, save({"latents": frames}))

@@ -6,18 +6,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stg_trt.guidance import Guidance, TimestepBins
-    from stg_trt.perturbation import Perturbation
-    from stg_trt.pipeline import VideoPipeline
+    from stg_trt.build_engines.build import build
+    from stg_trt.guidance.presets import TimestepBins
+    from stg_trt.guidance.tables import Guidance
+    from stg_trt.models.perturbation import Perturbation
+    from stg_trt.runtime.pipeline import VideoPipeline
 
 __version__ = "0.1.0"
-__all__ = ["Guidance", "Perturbation", "TimestepBins", "VideoPipeline", "__version__"]
+__all__ = ["Guidance", "Perturbation", "TimestepBins", "VideoPipeline", "__version__", "build"]
 
 _MODULES = {
-    "Guidance": "stg_trt.guidance",
-    "Perturbation": "stg_trt.perturbation",
-    "TimestepBins": "stg_trt.guidance",
-    "VideoPipeline": "stg_trt.pipeline",
+    "Guidance": "stg_trt.guidance.tables",
+    "Perturbation": "stg_trt.models.perturbation",
+    "TimestepBins": "stg_trt.guidance.presets",
+    "VideoPipeline": "stg_trt.runtime.pipeline",
+    "build": "stg_trt.build_engines",
 }
 
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from stg_trt import VideoPipeline
 from stg_trt.build_engines import build
-from tests.cli import keep_one_block
-from tests.family_cases import CASES, LTX, FamilyCase
-from tests.whole_pipelines import TEXT_LENGTH
+from tests.support.cli import keep_one_block
+from tests.support.family_cases import CASES, LTX, FamilyCase
+from tests.support.whole_pipelines import TEXT_LENGTH
 
 # The processes of a run take files in this order: one that takes minutes must not begin when the others end.
 LONGEST_FIRST = (
@@ -26,11 +26,11 @@ LONGEST_FIRST = (
     "test_goldens.py",
     "build_engines/test_inductor_blocks.py",
     "build_engines/test_compile_tensorrt.py",
-    "test_cli_interrupt.py",
-    "test_cli_errors.py",
+    "cli/test_interrupt.py",
+    "cli/test_errors.py",
     "plugins/test_shared_library.py",
-    # Before test_components.py, which has its engines.
-    "test_pipeline.py",
+    # Before runtime/test_components.py, which has its engines.
+    "runtime/test_pipeline.py",
     "benchmarks/test_step.py",
     "benchmarks/test_gpu.py",
 )

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stg_trt import VideoPipeline
-from stg_trt.engine_store import EngineStore
-from stg_trt.inspect_command import describe
-from stg_trt.segment import LAYOUTS
-from tests.family_cases import CASES, COGVIDEOX, FamilyCase
+from stg_trt.cli.inspect import describe
+from stg_trt.engines.store import EngineStore
+from stg_trt.models.segment import LAYOUTS
+from tests.support.family_cases import CASES, COGVIDEOX, FamilyCase
 
 Engines = Callable[[FamilyCase], Path]
 GOLDENS = [(case, golden) for case in CASES for golden in case.golden_names]

@@ -22,9 +22,9 @@ from rich.table import Table
 from stg_trt import VideoPipeline
 from stg_trt.build_engines import build
 from stg_trt.build_engines.display import BuildDisplay
-from stg_trt.engine_store import EngineStore
-from stg_trt.inspect_command import describe
-from stg_trt.video_file import save_video
+from stg_trt.cli.inspect import describe
+from stg_trt.engines.store import EngineStore
+from stg_trt.runtime.video_file import save_video
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 PROMPTS = (

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from stg_trt.benchmarks.setting import Setting
-from tests.cli import ROOT
-from tests.family_cases import WAN
+from stg_trt.benchmarks.scenario import Scenario
+from tests.support.cli import ROOT
+from tests.support.family_cases import WAN
 
 MODEL = ROOT / "benchmarks/models/ltx-video-128x2"
 
@@ -34,12 +34,12 @@ def tiny_wan(engines: Path) -> tuple[str, ...]:
 
 
 @pytest.fixture
-def setting() -> Setting:
+def scenario() -> Scenario:
     """The LTX-Video model and size in Python."""
-    return Setting(str(MODEL), 64, 64, 9, 8, stg_mode="stg-a", stg_blocks=(1,), backend="onnxruntime")
+    return Scenario(str(MODEL), 64, 64, 9, 8, stg_mode="stg-a", stg_blocks=(1,), backend="onnxruntime")
 
 
 @pytest.fixture
-def wan_setting() -> Setting:
+def wan_setting() -> Scenario:
     """The Wan model and size in Python."""
-    return Setting(str(WAN.goldens), **WAN.sizes, stg_mode="stg-a", stg_blocks=(2,), backend="onnxruntime")
+    return Scenario(str(WAN.goldens), **WAN.sizes, stg_mode="stg-a", stg_blocks=(2,), backend="onnxruntime")

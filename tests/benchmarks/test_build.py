@@ -7,7 +7,7 @@ from pathlib import Path
 
 from stg_trt.benchmarks.report import write_report
 from tests.benchmarks.conftest import MODEL
-from tests.cli import assert_one_line_error, run
+from tests.support.cli import assert_one_line_error, run
 
 SIZE = ("--height=64", "--width=64", "--num-frames=9", "--text-length=8")
 PLACE = ("--backend=onnxruntime", "--target=cpu", "--verify-timesteps=1", "--layouts=segmented")

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from stg_trt.benchmarks.clock import WARMUPS, Times, Work, alternate, paired_ratio
-from stg_trt.benchmarks.floor import measure_floor
 from stg_trt.benchmarks.memory import memory_in_use, working_bytes
-from stg_trt.device import Cpu
+from stg_trt.benchmarks.roofline import measure_floor
+from stg_trt.runtime.device import Cpu
 
 MIB = 1 << 20
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stg_trt.benchmarks import foreign_engine
-from tests.cli import run
+from tests.support.cli import run
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which answers otherwise")

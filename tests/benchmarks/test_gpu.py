@@ -14,9 +14,9 @@ import torch
 
 from stg_trt.benchmarks import gpu
 from stg_trt.benchmarks.gpu import GpuRun, Part, planned_parts, run_part
-from stg_trt.checkpoint import Checkpoint
 from stg_trt.errors import GateMissed, InvalidRequest
-from tests.cli import assert_one_line_error, run
+from stg_trt.models.checkpoint import Checkpoint
+from tests.support.cli import assert_one_line_error, run
 
 WORKLOADS = ("step", "peers", "sample")
 

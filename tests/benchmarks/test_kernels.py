@@ -12,8 +12,8 @@ from stg_trt.benchmarks import kernel_cases
 from stg_trt.benchmarks.kernel_cases import KERNELS
 from stg_trt.benchmarks.kernels import KernelBenchmark
 from stg_trt.errors import GateMissed
-from stg_trt.guided_step import guided_step
-from tests.cli import assert_one_line_error, run
+from stg_trt.runtime.guided_step import guided_step
+from tests.support.cli import assert_one_line_error, run
 
 
 def test_measures_every_kernel_on_every_size(tmp_path: Path) -> None:

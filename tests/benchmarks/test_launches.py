@@ -10,7 +10,7 @@ import torch
 
 from stg_trt.benchmarks.clock import Work
 from stg_trt.benchmarks.launches import Launches, count_launches, counted
-from stg_trt.device import Cuda
+from stg_trt.runtime.device import Cuda
 
 CPU, CUDA = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
 

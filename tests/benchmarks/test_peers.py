@@ -9,10 +9,10 @@ import pytest
 
 from stg_trt.benchmarks import peers
 from stg_trt.benchmarks.peers import PeersBenchmark
-from stg_trt.benchmarks.setting import Setting
+from stg_trt.benchmarks.scenario import Scenario
 from stg_trt.errors import GateMissed, InvalidRequest
-from tests.benchmarks.broken_plan import unperturbed
-from tests.cli import run
+from tests.support.broken_plan import unperturbed
+from tests.support.cli import run
 
 
 def test_measures_eager_and_says_what_is_left_out(tmp_path: Path, tiny: tuple[str, ...]) -> None:
@@ -38,7 +38,7 @@ def test_measures_a_family_with_a_multi_step_solver(tmp_path: Path, tiny_wan: tu
 
 
 def test_torch_compile_is_one_of_them(
-    tmp_path: Path, engines: Path, setting: Setting, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, engines: Path, scenario: Scenario, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a compiler that changes nothing: the real one takes a minute on a CPU."""
     asked = {}
@@ -48,7 +48,7 @@ def test_torch_compile_is_one_of_them(
         return model
 
     monkeypatch.setattr(peers.torch, "compile", compiled)
-    PeersBenchmark(setting, ("eager", "compiled"), "max-autotune", "segmented", 1).run(
+    PeersBenchmark(scenario, ("eager", "compiled"), "max-autotune", "segmented", 1).run(
         tmp_path / "peers.json", engines
     )
     result = json.loads((tmp_path / "peers.json").read_text())
@@ -57,14 +57,14 @@ def test_torch_compile_is_one_of_them(
 
 
 def test_a_broken_plan_is_not_timed(
-    tmp_path: Path, engines: Path, setting: Setting, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, engines: Path, scenario: Scenario, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(peers, "plan_step", unperturbed)
     with pytest.raises(GateMissed, match="stg_trt: expected skip within"):
-        PeersBenchmark(setting, ("eager",), "default", "segmented", 1).run(tmp_path / "peers.json", engines)
+        PeersBenchmark(scenario, ("eager",), "default", "segmented", 1).run(tmp_path / "peers.json", engines)
 
 
 @pytest.mark.parametrize(("given", "got"), [(("xformers",), "got xformers"), ((), "got none")])
-def test_unknown_peers(setting: Setting, given: tuple[str, ...], got: str) -> None:
+def test_unknown_peers(scenario: Scenario, given: tuple[str, ...], got: str) -> None:
     with pytest.raises(InvalidRequest, match=f"expected some of eager, compiled, {got}: correct them"):
-        PeersBenchmark(setting, given, "default", "segmented", 1)
+        PeersBenchmark(scenario, given, "default", "segmented", 1)

@@ -11,7 +11,7 @@ import pytest
 from stg_trt.benchmarks import record
 from stg_trt.benchmarks.record import Record, environment, percentiles
 from stg_trt.errors import InvalidRequest
-from tests.cli import assert_one_line_error, run
+from tests.support.cli import assert_one_line_error, run
 
 
 def test_grows_and_is_whole_every_time(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from stg_trt.benchmarks.report import write_report
 from stg_trt.errors import BackendUnavailable, InvalidRequest
-from tests.cli import assert_one_line_error, run
+from tests.support.cli import assert_one_line_error, run
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 GPU = {"name": "NVIDIA Example", "driver": "580.1", "cuda": "13.0", "sm": "sm_90"}

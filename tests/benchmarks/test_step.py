@@ -15,12 +15,12 @@ import pytest
 
 from stg_trt.benchmarks import step
 from stg_trt.benchmarks.report import write_report
-from stg_trt.benchmarks.setting import Setting
+from stg_trt.benchmarks.scenario import Scenario
 from stg_trt.benchmarks.step import NO_GRAPH, StepBenchmark
-from stg_trt.device import Cpu
 from stg_trt.errors import GateMissed
-from tests.benchmarks.broken_plan import unperturbed
-from tests.cli import assert_one_line_error, run, start
+from stg_trt.runtime.device import Cpu
+from tests.support.broken_plan import unperturbed
+from tests.support.cli import assert_one_line_error, run, start
 
 PLANS = {"shared": "segmented", "full": "segmented", "cfg": "segmented", "twin": "twin", "twin cfg": "twin"}
 
@@ -73,44 +73,46 @@ def test_measures_some_of_the_blocks(tmp_path: Path, tiny: tuple[str, ...]) -> N
     assert "128x2, 1 of its blocks, 64x64x9 fp32" in report.read_text()
 
 
-def test_the_segmented_layout_holds_its_weights_once(tmp_path: Path, engines: Path, setting: Setting) -> None:
-    StepBenchmark(setting, ("segmented", "twin"), 1).run(tmp_path / "step.json", engines)
+def test_the_segmented_layout_holds_its_weights_once(
+    tmp_path: Path, engines: Path, scenario: Scenario
+) -> None:
+    StepBenchmark(scenario, ("segmented", "twin"), 1).run(tmp_path / "step.json", engines)
     result = read(tmp_path / "step.json")
     once, twice = (result["layouts"][layout]["weight_bytes"] for layout in ("segmented", "twin"))
     assert result["model_bytes"] <= once < 1.3 * result["model_bytes"] < twice
 
 
 def test_a_broken_plan_is_not_timed(
-    tmp_path: Path, engines: Path, setting: Setting, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, engines: Path, scenario: Scenario, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(step, "plan_step", unperturbed)
     with pytest.raises(GateMissed, match=r"shared: expected skip within .* got .*: do not trust timings"):
-        StepBenchmark(setting, ("segmented",), 1).run(tmp_path / "step.json", engines)
+        StepBenchmark(scenario, ("segmented",), 1).run(tmp_path / "step.json", engines)
     result = read(tmp_path / "step.json")
     assert "timings" not in result and not result["complete"]
 
 
 def test_a_perturbation_without_effect_cannot_be_checked(
-    tmp_path: Path, engines: Path, setting: Setting, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, engines: Path, scenario: Scenario, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("stg_trt.benchmarks.verify._FLOAT32_LIMIT", 1e3)
     with pytest.raises(GateMissed, match="the check would see no difference"):
-        StepBenchmark(setting, ("segmented",), 1).run(tmp_path / "step.json", engines)
+        StepBenchmark(scenario, ("segmented",), 1).run(tmp_path / "step.json", engines)
 
 
 def test_what_is_measured_is_kept(
-    tmp_path: Path, engines: Path, setting: Setting, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, engines: Path, scenario: Scenario, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = Setting.build
+    build = Scenario.build
 
-    def cut_off(self: Setting, layout: str, root: Path) -> Any:
+    def cut_off(self: Scenario, layout: str, root: Path) -> Any:
         if layout == "twin":
             raise KeyboardInterrupt
         return build(self, layout, root)
 
-    monkeypatch.setattr(Setting, "build", cut_off)
+    monkeypatch.setattr(Scenario, "build", cut_off)
     with pytest.raises(KeyboardInterrupt):
-        StepBenchmark(setting, ("segmented", "twin"), 2).run(tmp_path / "step.json", engines)
+        StepBenchmark(scenario, ("segmented", "twin"), 2).run(tmp_path / "step.json", engines)
     result = read(tmp_path / "step.json")
     assert not result["complete"]
     assert result["timings"].keys() == {"shared", "full", "cfg"} and result["shared_over_full"] > 0
@@ -148,10 +150,10 @@ class Capturing(Cpu):
 
 
 def test_graph_on_and_off(
-    tmp_path: Path, engines: Path, setting: Setting, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, engines: Path, scenario: Scenario, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Setting, "device", lambda self: Capturing())
-    StepBenchmark(setting, ("segmented",), 1).run(tmp_path / "step.json", engines)
+    monkeypatch.setattr(Scenario, "device", lambda self: Capturing())
+    StepBenchmark(scenario, ("segmented",), 1).run(tmp_path / "step.json", engines)
     timings = read(tmp_path / "step.json")["timings"]
     assert {name: row["graph_nodes"] for name, row in timings.items()} == {
         **dict.fromkeys(("shared", "full", "cfg"), 7),
@@ -160,8 +162,8 @@ def test_graph_on_and_off(
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_nothing_waits_for_the_host(tmp_path: Path, setting: Setting) -> None:
-    on_gpu = replace(setting, backend="inductor", target="this-gpu")
+def test_on_a_gpu_nothing_waits_for_the_host(tmp_path: Path, scenario: Scenario) -> None:
+    on_gpu = replace(scenario, backend="inductor", target="this-gpu")
     StepBenchmark(on_gpu, ("segmented",), 3).run(tmp_path / "step.json", tmp_path / "engines")
     result = read(tmp_path / "step.json")
     assert result["complete"] and result["gpu"]["driver"] != "unknown"

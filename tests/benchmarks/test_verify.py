@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from stg_trt.benchmarks.setting import Setting
+from stg_trt.benchmarks.scenario import Scenario
 from stg_trt.benchmarks.verify import Reference, distance, load_model
 from stg_trt.errors import GateMissed
-from tests.family_cases import COGVIDEOX
+from tests.support.family_cases import COGVIDEOX
 
 EXACT_STEP, ROUNDING = 6e-3, 1.4e-2
 
@@ -63,7 +63,7 @@ def test_a_reference_in_which_rounding_hides_the_step(reference: Reference) -> N
 @pytest.mark.parametrize("mode", ["stg-a", "stg-r"])
 def test_a_lower_precision_on_the_cpu(mode: str) -> None:
     case = COGVIDEOX["2b"]
-    setting = Setting(
+    scenario = Scenario(
         str(case.goldens),
         **case.sizes,
         stg_mode=mode,
@@ -73,9 +73,9 @@ def test_a_lower_precision_on_the_cpu(mode: str) -> None:
         blocks=(1,),
         precision="bf16",
     )
-    setting.check()
-    device = setting.device()
-    model = load_model(setting, device)
+    scenario.check()
+    device = scenario.device()
+    model = load_model(scenario, device)
     assert len(model.transformer_blocks) == 1
-    reference = Reference.of_step(setting, model, setting.inputs(), device)
+    reference = Reference.of_step(scenario, model, scenario.inputs(), device)
     assert all(1e-3 < limit < 0.1 for limit in reference.limits.values())

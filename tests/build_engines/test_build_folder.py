@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from stg_trt.build_engines import build_folder
 from stg_trt.build_engines.build_folder import LOCK_NAME, fresh_folder, locked_folder
-from tests.cli import ROOT
+from tests.support.cli import ROOT
 
 # Holds the folder again and again, alone as long as a file of its own shows; leaves nothing in it.
 HOLDER = """

@@ -13,26 +13,28 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from stg_trt import manifest as manifests
-from stg_trt.backends import backend_for, cuda_toolkit
 from stg_trt.build_engines import aoti_package, build, compile_inductor
 from stg_trt.build_engines.aoti_package import compile_package, fused_attentions
 from stg_trt.build_engines.compile_inductor import InductorCompiler
 from stg_trt.build_engines.compiler import Job
-from stg_trt.build_engines.finished_files import FinishedFiles
 from stg_trt.build_engines.options import BuildOptions
+from stg_trt.build_engines.reusable_files import ReusableFiles
 from stg_trt.build_engines.trace import fingerprint, trace, weights_of
-from stg_trt.checkpoint import Checkpoint
-from stg_trt.device import Cpu
-from stg_trt.engine_store import Build, EngineRequest, EngineStore
+from stg_trt.engines import cuda_toolkit
+from stg_trt.engines import manifest as manifests
+from stg_trt.engines.backends import backend_for
+from stg_trt.engines.store import Build, EngineRequest, EngineStore
 from stg_trt.errors import BackendUnavailable, GateMissed
-from stg_trt.families.base import SegmentModule, Workload
-from stg_trt.perturbation import Perturbation
-from stg_trt.segment import TEXT, Segment
-from stg_trt.tensor_spec import ROWS, TensorSpec
-from tests.build_engines.frozen_segments import BranchesOnRows, ViewsTwoRows
-from tests.cli import assert_one_line_error, contents, run
-from tests.family_cases import CASES, LTX, FamilyCase
+from stg_trt.models.checkpoint import Checkpoint
+from stg_trt.models.families.base import SegmentModule
+from stg_trt.models.perturbation import Perturbation
+from stg_trt.models.segment import TEXT, Segment
+from stg_trt.models.tensor_spec import ROWS, TensorSpec
+from stg_trt.models.workload import Workload
+from stg_trt.runtime.device import Cpu
+from tests.support.cli import assert_one_line_error, contents, run
+from tests.support.family_cases import CASES, LTX, FamilyCase
+from tests.support.frozen_segments import BranchesOnRows, ViewsTwoRows
 
 X = TensorSpec("x", "float32", (ROWS, 4, 6))
 Y = TensorSpec("y", "float32", (ROWS, 4, 6))
@@ -210,7 +212,7 @@ def test_bfloat16_is_within_its_own_tolerance(ltx_checkpoint: Path, tmp_path: Pa
     module = family.module(checkpoint.load_transformer(segment.blocks), piece, expand_masks=False)
     family.lower_precision(module, torch.bfloat16)
     exported = compiler.export(job, iter([(piece, module)]))
-    result = compiler.compile(job, exported, "cpu", FinishedFiles(tmp_path, segmented.manifest))
+    result = compiler.compile(job, exported, "cpu", ReusableFiles(tmp_path, segmented.manifest))
     assert result.fused_attentions == 1 and result.activation_bytes is None and result.runner is not None
     generator = torch.Generator().manual_seed(1)
     inputs = {spec.name: torch.randn(spec.with_rows(2), generator=generator) for spec in specs[0]}
@@ -260,15 +262,15 @@ def test_a_finished_package_is_taken_over_only_whole(segmented: Build, beside: P
     text = next(own.folder.glob("text-*.pt2"))
     work = tmp_path / "work"
     work.mkdir()
-    assert FinishedFiles(own.folder, own.manifest).take(text.name, work) == text
+    assert ReusableFiles(own.folder, own.manifest).take(text.name, work) == text
     empty = segmented.manifest.model_copy(update={"segments": ()})
-    other = FinishedFiles(beside / "new", empty)
+    other = ReusableFiles(beside / "new", empty)
     copied = other.take(text.name, work)
     assert copied == work / text.name and copied.read_bytes() == text.read_bytes() and text.exists()
     assert other.take("head-0.pt2", work) is None
     text.write_bytes(text.read_bytes()[:-1] + b"\xff")
     assert other.take(text.name, work) is None
-    assert FinishedFiles(own.folder, own.manifest).take(text.name, work) is None
+    assert ReusableFiles(own.folder, own.manifest).take(text.name, work) is None
 
 
 def test_an_interrupted_build_is_finished(
@@ -328,10 +330,10 @@ def test_what_a_target_needs(tmp_path: Path, ltx_checkpoint: Path, monkeypatch: 
     ):
         compiler_of(ltx_checkpoint, tmp_path, "bf16", "this-gpu").version  # noqa: B018
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("stg_trt.backends.inductor_chain.find_spec", lambda name: None)
+    monkeypatch.setattr("stg_trt.engines.inductor_chain.find_spec", lambda name: None)
     with pytest.raises(BackendUnavailable, match="expected the Python module triton, got no such module"):
         compiler_of(ltx_checkpoint, tmp_path, "bf16", "this-gpu").version  # noqa: B018
-    monkeypatch.setattr("stg_trt.backends.inductor_chain.find_spec", lambda name: name)
+    monkeypatch.setattr("stg_trt.engines.inductor_chain.find_spec", lambda name: name)
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(tmp_path))
     monkeypatch.setattr(cuda_toolkit, "_USUAL_PLACE", tmp_path)
     monkeypatch.setattr(cuda_toolkit, "_wheels", list)

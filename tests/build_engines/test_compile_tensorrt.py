@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from stg_trt import manifest as manifests
-from stg_trt.backends.tensorrt_library import library_version, load_library
 from stg_trt.build_engines import build
 from stg_trt.build_engines.compile_tensorrt import Cancelled, _compile, compile_tensorrt
 from stg_trt.build_engines.progress import Silent
-from stg_trt.checkpoint import Checkpoint
-from stg_trt.engine_key import digest
-from stg_trt.engine_store import check_file
+from stg_trt.engines import manifest as manifests
+from stg_trt.engines.key import digest
+from stg_trt.engines.manifest import Manifest, SegmentRecord
+from stg_trt.engines.store import check_file
+from stg_trt.engines.tensorrt_library import library_version, load_library
 from stg_trt.errors import GateMissed
-from stg_trt.families.base import SegmentModule
-from stg_trt.manifest import Manifest, SegmentRecord
-from stg_trt.segment import LAYOUTS, Segment, cut
+from stg_trt.models.checkpoint import Checkpoint
+from stg_trt.models.families.base import SegmentModule
+from stg_trt.models.segment import LAYOUTS, Segment, cut
 
 pytest.importorskip("tensorrt_rtx", reason="needs the wheel of TensorRT-RTX")
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from stg_trt.build_engines import export as exports
 from stg_trt.build_engines.export import export, files_of
-from stg_trt.checkpoint import Checkpoint
-from stg_trt.engine_store import EngineRequest, EngineStore
+from stg_trt.engines.store import EngineRequest, EngineStore
 from stg_trt.errors import GateMissed
-from stg_trt.families.base import SegmentModule
-from stg_trt.segment import engine_outputs
-from stg_trt.tensor_spec import ROWS, TensorSpec
-from tests.build_engines.frozen_segments import BranchesOnRows, ViewsTwoRows
+from stg_trt.models.checkpoint import Checkpoint
+from stg_trt.models.families.base import SegmentModule
+from stg_trt.models.segment import engine_outputs
+from stg_trt.models.tensor_spec import ROWS, TensorSpec
+from tests.support.frozen_segments import BranchesOnRows, ViewsTwoRows
 
 X = TensorSpec("x", "float32", (ROWS, 4, 6))
 Y = TensorSpec("y", "float32", (ROWS, 4, 6))

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from stg_trt.build_engines.compiler import Job
-from stg_trt.build_engines.finished_files import FinishedFiles
-from stg_trt.families.base import KEEP_ATTENTION
-from stg_trt.manifest import Manifest
-from stg_trt.segment import Segment
+from stg_trt.build_engines.reusable_files import ReusableFiles
+from stg_trt.engines.manifest import Manifest
+from stg_trt.models.families.base import KEEP_ATTENTION
+from stg_trt.models.segment import Segment
 from tests.build_engines.test_compile_inductor import compiler_of
-from tests.family_cases import COGVIDEOX, HUNYUAN_VIDEO, MOCHI, WAN, FamilyCase
+from tests.support.family_cases import COGVIDEOX, HUNYUAN_VIDEO, MOCHI, WAN, FamilyCase
 
 MAX_ROWS = 6
 # LTX-Video is compiled whole elsewhere. HunyuanVideo has blocks of two kinds.
@@ -29,7 +29,7 @@ def test_a_compiled_block_equals_the_module(case: FamilyCase, block: int, tmp_pa
     job = Job(segment, *specs, (1, 3, MAX_ROWS), tmp_path, lambda phase: None)
     module = family.module(case.checkpoint.load_transformer(segment.blocks), segment, expand_masks=False)
     exported = compiler.export(job, iter([(segment, module)]))
-    nothing = FinishedFiles(tmp_path, Manifest.model_construct(segments=()))
+    nothing = ReusableFiles(tmp_path, Manifest.model_construct(segments=()))
     result = compiler.compile(job, exported, "cpu", nothing)
     assert result.fused_attentions == family.attentions(segment) and result.runner is not None
     run = result.runner()

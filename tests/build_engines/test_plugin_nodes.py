@@ -10,15 +10,15 @@ import onnx
 import pytest
 import torch
 
-from stg_trt.backends import tensorrt_library
 from stg_trt.build_engines import build
 from stg_trt.build_engines.export import export
+from stg_trt.build_engines.float32_graph import widen
 from stg_trt.build_engines.onnx_compiler import graph_runner
 from stg_trt.build_engines.plugin_nodes import qk_norm_rope
-from stg_trt.build_engines.widen import widen
+from stg_trt.engines import tensorrt_library
 from stg_trt.errors import BackendUnavailable, InvalidRequest
-from stg_trt.segment import Segment
-from tests.family_cases import CASES, LTX, FamilyCase
+from stg_trt.models.segment import Segment
+from tests.support.family_cases import CASES, LTX, FamilyCase
 
 BACK = Segment("back", 2, 4, back=True)
 WITH_PLUGIN = [case for case in CASES if "qk_norm_rope" in case.family.plugins]

@@ -10,10 +10,10 @@ from stg_trt.build_engines.compiler import FLOAT32, Run, Tolerance
 from stg_trt.build_engines.onnx_compiler import graph_runner
 from stg_trt.build_engines.reference import Reference, State
 from stg_trt.build_engines.verify import verify
-from stg_trt.checkpoint import Checkpoint
-from stg_trt.engine_store import Build, EngineRequest, EngineStore
+from stg_trt.engines.store import Build, EngineRequest, EngineStore
 from stg_trt.errors import GateMissed
-from stg_trt.segment import TEXT, Segment
+from stg_trt.models.checkpoint import Checkpoint
+from stg_trt.models.segment import TEXT, Segment
 
 NAME = "front"
 

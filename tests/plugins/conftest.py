@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from stg_trt.kernels.shared_library import Kernels
-from tests.compiled_kernels import Machine, compile_host_kernels, compile_kernels
+from stg_trt.runtime.kernels.shared_library import Kernels
 from tests.conftest import BuiltOnce
+from tests.support.compiled_kernels import Machine, compile_host_kernels, compile_kernels
 
 LIBRARY = "libstg_kernels.so"
 

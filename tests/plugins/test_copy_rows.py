@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stg_trt.kernels.copy_rows import CopyRowsKernel, copy_rows
-from tests.compiled_kernels import Machine
+from stg_trt.runtime.kernels.copy_rows import CopyRowsKernel, copy_rows
+from tests.support.compiled_kernels import Machine
 
 POISON = 0x5A
 CHUNK_BYTES = 256 * 4 * 16

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stg_trt.guided_step import StepState, fan_out_rows, guided_step
-from stg_trt.kernels.copy_rows import CopyRowsKernel
-from stg_trt.kernels.fan_out_rows import FanOutRowsKernel
-from stg_trt.kernels.guided_step import GuidedStepKernel
-from stg_trt.step_plan import GROUPS
-from tests.compiled_kernels import Machine
-from tests.step_states import STEPS, state_of, tables
+from stg_trt.models.plan import GROUPS
+from stg_trt.runtime.guided_step import fan_out_rows, guided_step
+from stg_trt.runtime.kernels.copy_rows import CopyRowsKernel
+from stg_trt.runtime.kernels.fan_out_rows import FanOutRowsKernel
+from stg_trt.runtime.kernels.guided_step import GuidedStepKernel
+from stg_trt.runtime.state import StepState
+from tests.support.compiled_kernels import Machine
+from tests.support.step_states import STEPS, state_of, tables
 
 POISON = -777.0
 

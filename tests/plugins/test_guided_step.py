@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stg_trt.guidance import combine
-from stg_trt.guided_step import guided_step
-from stg_trt.kernels.guided_step import GuidedStepKernel
-from stg_trt.step_plan import GROUPS
-from tests.compiled_kernels import Machine
-from tests.step_states import SOLVERS, STEPS, state_of, tables
+from stg_trt.guidance.combine import combine
+from stg_trt.models.plan import GROUPS
+from stg_trt.runtime.guided_step import guided_step
+from stg_trt.runtime.kernels.guided_step import GuidedStepKernel
+from tests.support.compiled_kernels import Machine
+from tests.support.step_states import SOLVERS, STEPS, state_of, tables
 
 
 def check_every_step(

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stg_trt.kernels.qk_norm_rope import Norm, QKNormRopeKernel, Rope, norm_rope
-from tests.compiled_kernels import Machine
+from stg_trt.runtime.kernels.qk_norm_rope import Norm, QKNormRopeKernel, Rope, norm_rope
+from tests.support.compiled_kernels import Machine
 
 # rows, tokens, channels, channels normed together, channels of the tables (0: no rotation).
 SHAPES = {

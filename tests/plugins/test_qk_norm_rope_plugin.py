@@ -13,11 +13,11 @@ import pytest
 
 from stg_trt import manifest
 from tests.build_engines.test_plugin_nodes import WITH_PLUGIN
-from tests.compiled_kernels import PLUGINS, ROOT, compile_on_host, run
-from tests.family_cases import FamilyCase
+from tests.support.compiled_kernels import PLUGINS, ROOT, compile_on_host, run
+from tests.support.family_cases import FamilyCase
 
 HEADERS = Path(os.environ.get("TENSORRT_ROOT", ""), "include", "NvInfer.h")
-PROGRAM = Path(__file__).with_name("build_plugin_engine.py")
+PROGRAM = Path(__file__).parents[1] / "support" / "build_plugin_engine.py"
 
 pytestmark = [
     pytest.mark.skipif(
@@ -96,8 +96,8 @@ def test_sizes_that_do_not_fit_are_no_engine(build: Build, options: tuple[str, .
 BUILD = """
 import sys
 from pathlib import Path
-from stg_trt.backends import tensorrt_library
-from stg_trt.cli import main
+from stg_trt.engines import tensorrt_library
+from stg_trt.cli.main import main
 tensorrt_library._PLUGINS = Path(sys.argv.pop(1))
 main()
 """

@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file
 
 from stg_trt import VideoPipeline
-from stg_trt.backends.onnxruntime import OnnxRuntimeEngine
+from stg_trt.engines.onnxruntime import OnnxRuntimeEngine
 from stg_trt.errors import BackendUnavailable
-from stg_trt.kernels import shared_library as kernel_library
-from stg_trt.kernels.copy_rows import CopyRowsParameters, RowCopy
-from stg_trt.kernels.fan_out_rows import FanOutRowsParameters
-from stg_trt.kernels.guided_step import GuidedStepParameters
-from stg_trt.kernels.qk_norm_rope import QKNormRopeParameters
-from stg_trt.kernels.shared_library import ABI, Kernels, kernels_for, load_kernels
-from tests.compiled_kernels import (
+from stg_trt.runtime.kernels import shared_library as kernel_library
+from stg_trt.runtime.kernels.copy_rows import CopyRowsParameters, RowCopy
+from stg_trt.runtime.kernels.fan_out_rows import FanOutRowsParameters
+from stg_trt.runtime.kernels.guided_step import GuidedStepParameters
+from stg_trt.runtime.kernels.qk_norm_rope import QKNormRopeParameters
+from stg_trt.runtime.kernels.shared_library import ABI, Kernels, kernels_for, load_kernels
+from tests.support.compiled_kernels import (
     PLUGINS,
     ROOT,
     layout_in_header,
@@ -29,7 +29,7 @@ from tests.compiled_kernels import (
     needs_nvcc,
     run,
 )
-from tests.family_cases import LTX
+from tests.support.family_cases import LTX
 from tests.test_goldens import arguments, every_step
 
 STRUCTS = {
@@ -133,8 +133,8 @@ def test_goldens_through_the_kernels(
     alignment: int,
 ) -> None:
     kernels = CountedKernels(host_library)
-    for module in ("step_program", "step_runner"):
-        monkeypatch.setattr(f"stg_trt.{module}.kernels_for", lambda device: kernels)
+    for module in ("step", "bound_plan"):
+        monkeypatch.setattr(f"stg_trt.runtime.{module}.kernels_for", lambda device: kernels)
     monkeypatch.setattr(OnnxRuntimeEngine, "alignment", alignment)
     pipeline = VideoPipeline.from_pretrained(ltx_checkpoint, engines=ltx_engines, layout="segmented")
     expected = load_file(ltx_checkpoint / f"{case}.safetensors")

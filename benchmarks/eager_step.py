@@ -1,0 +1,122 @@
+"""The uncut diffusers transformer, with the perturbation as public STG pipelines write it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stg_trt.guidance.combine import combined
+from stg_trt.models.text import TextCondition
+from stg_trt.runtime.noise import draw
+
+from .diffusers_models import uncut_model
+from .scenario import Inputs, Scenario
+
+Forward = Callable[..., Any]
+
+# As diffusers' transformers name them, in the order of the blocks' numbers.
+_BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks", "blocks")
+
+
+@contextmanager
+def perturbed_skip_row(scenario: Scenario, model: Any) -> Iterator[None]:
+    """The last row of the batch perturbed; the model is restored afterwards."""
+    uncut, perturbation = uncut_model(scenario.family), scenario.perturbation
+    every = [block for name in _BLOCK_LISTS for block in getattr(model, name, ())]
+    blocks = [every[block] for block in perturbation.blocks]
+    attentions = [getattr(block, uncut.attention) for block in blocks]
+    processors = [attention.processor for attention in attentions]
+    try:
+        for block, attention in zip(blocks, attentions, strict=True):
+            if perturbation.mode == "stg-r":
+                block.forward = _keeping_skip_row(block.forward)
+            else:
+                attention.processor = uncut.skipping(attention.processor)
+        yield
+    finally:
+        for block, attention, processor in zip(blocks, attentions, processors, strict=True):
+            vars(block).pop("forward", None)
+            attention.processor = processor
+
+
+def _keeping_skip_row(forward: Forward) -> Forward:
+    """stg-r: the block runs for all rows, then the last row of every stream is put back as it was."""
+
+    def run(hidden_states: Tensor, encoder_hidden_states: Tensor, *others: Any, **options: Any) -> Any:
+        after = forward(hidden_states, encoder_hidden_states, *others, **options)
+        if isinstance(after, Tensor):
+            return torch.cat([after[:-1], hidden_states[-1:]])
+        streams = zip(after, (hidden_states, encoder_hidden_states), strict=True)
+        return tuple(torch.cat([new[:-1], old[-1:]]) for new, old in streams)
+
+    return run
+
+
+def lower_precision(model: Any, dtype: torch.dtype) -> Any:
+    """The model with its weights in `dtype`, but for those that diffusers keeps in float32 when it loads."""
+    wide = set(model._keep_in_fp32_modules or ())
+    for name, parameter in model.named_parameters():
+        if wide.isdisjoint(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+class EagerStep:
+    """A step on the uncut model, its passes in one batch of a row each.
+
+    `model` is a diffusers transformer of the scenario, or what torch.compile makes of it; the caller
+    perturbs its skip row.
+    """
+
+    def __init__(
+        self, scenario: Scenario, model: Any, inputs: Inputs, dtype: torch.dtype, device: Any
+    ) -> None:
+        self._model = model
+        self._dtype = dtype
+        self._passes = scenario.passes
+        self._solver = inputs.solver
+        self._guidance = scenario.guidance(inputs.solver)
+        self._initial = inputs.noise.to(device)
+        generator, draws = inputs.generator(), sum(inputs.solver.draws)
+        self._noise = [draw(inputs.noise.shape, generator).to(device) for _ in range(draws)]
+        self._timesteps = torch.tensor(inputs.solver.timesteps, device=device)
+        texts = [inputs.uncond if name == "uncond" else inputs.cond for name in self._passes]
+        text = TextCondition.stacked(texts)
+        text = TextCondition(
+            text.embeds.to(device, dtype),
+            text.mask.to(device),
+            None if text.pooled is None else text.pooled.to(device, dtype),
+        )
+        family = scenario.family
+        self._arguments = uncut_model(family).arguments(family, text, scenario.workload, inputs.frame_rate)
+
+    @torch.no_grad()
+    def preds(self, latents: Tensor, step: int) -> Tensor:
+        """Predictions of a step, one row per pass, from its latents (1, ...) in float32."""
+        scaled = latents * self._solver.input_scale[step]
+        rows = scaled.expand(len(self._passes), *latents.shape[1:]).to(self._dtype)
+        timestep = self._timesteps[step].expand(len(rows))
+        pred: Tensor = self._model(
+            hidden_states=rows, timestep=timestep, **self._arguments, return_dict=False
+        )[0]
+        return pred
+
+    def step(self, latents: Tensor, step: int, preds: list[Tensor]) -> Tensor:
+        """The latents after a step; its guided prediction is added to those of the steps before it."""
+        rows = dict(zip(self._passes, self.preds(latents, step).float().split(1), strict=True))
+        guidance = self._guidance
+        pred = combined(
+            rows["cond"],
+            rows.get("uncond"),
+            rows["skip"] if guidance.stg_scale[step] != 0 else None,
+            cfg_scale=guidance.cfg_scale[step],
+            stg_scale=guidance.stg_scale[step],
+            rescale=guidance.rescale[step] or None,
+            cfg_zero_star=guidance.cfg_zero_star,
+        )
+        preds.append(pred)
+        return self._solver.advance(step, latents, preds, self._initial, self._noise)

@@ -1,0 +1,105 @@
+"""A loaded build with one request written into it, ready to run any plan over and over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from stg_trt.engines.store import Build
+from stg_trt.models.plan import StepPlan
+from stg_trt.runtime.bound_plan import BoundPlan
+from stg_trt.runtime.device import Device
+from stg_trt.runtime.graph import StepGraph
+from stg_trt.runtime.sampler import Sampler
+from stg_trt.runtime.step import Step, StepKey
+
+from .clock import Work
+from .memory import memory_in_use
+from .scenario import Inputs, Scenario
+from .verify import by_group
+
+
+class LoadedBuild:
+    """Engines, buffers and programs of one build; `loaded_bytes` is what they took."""
+
+    def __init__(self, scenario: Scenario, build: Build, inputs: Inputs, device: Device) -> None:
+        self.build = build
+        self._setting = scenario
+        self._inputs = inputs
+        self._device = device
+        self._before_bytes = memory_in_use(device)
+        self._engines = build.load_engines(device)
+        self.sampler = Sampler(scenario.family, build.manifest, self._engines, device)
+        self.guidance = scenario.guidance(inputs.solver)
+        self.state = self.sampler.prepare(
+            inputs.noise,
+            inputs.cond,
+            inputs.uncond,
+            self.guidance,
+            inputs.solver,
+            inputs.frame_rate,
+            inputs.generator(),
+        )
+        self._earlier = inputs.earlier.to(device.torch_device)
+        self.loaded_bytes = 0
+        self.measure_memory()
+
+    def measure_memory(self) -> None:
+        """Takes the memory again, after graphs were captured."""
+        self.loaded_bytes = max(0, memory_in_use(self._device) - self._before_bytes)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the engine files; several segments may name the same one."""
+        return sum(
+            file.bytes for file in {file for record in self.build.manifest.segments for file in record.files}
+        )
+
+    def program(self, plan: StepPlan) -> Step:
+        """A whole step of the plan: row fan-out, engines, guidance, solver."""
+        stg = "skip" in plan.passes
+        guidance = self._setting.guidance(self._inputs.solver, stg=stg)
+        key = StepKey.of(guidance, self._inputs.solver, self._inputs.middle)
+        assert key.passes == plan.passes
+        runner = BoundPlan(plan, self._engines, self.state.buffers, self._setting.family.borders)
+        return Step(key, runner, self.state, self._device.stream)
+
+    def captured(self, program: Step) -> StepGraph:
+        """The program as a CUDA graph."""
+        with self._device.scope():
+            self.reset()
+            return StepGraph(program, self.state, self._device)
+
+    def work(self, program: Step | StepGraph) -> Work:
+        """To be timed: always the middle step, from the same latents."""
+        return Work(program.enqueue, self.reset)
+
+    def reset(self) -> None:
+        """Back to before the middle step."""
+        self.state.start(self._inputs.noise)
+        if self.state.history is not None:
+            self.state.history[: len(self._earlier)].copy_(self._earlier)
+        self.state.table.counter.fill_(self._inputs.middle)
+
+    def preds(self, program: Step | StepGraph) -> dict[str, Tensor]:
+        """What one run predicts for each of its passes; rows that it does not write are NaN."""
+        passes = program.plan.passes
+        with self._device.scope():
+            pred = self.state.buffers.view("pred", passes)
+            pred.fill_(float("nan"))
+            self.reset()
+            program.enqueue()
+            return by_group(pred.float(), passes)
+
+    def to_json(self) -> dict[str, Any]:
+        """For a result."""
+        seconds = [record.seconds for record in self.build.manifest.segments]
+        return {
+            "weight_bytes": self.weight_bytes,
+            "loaded_bytes": self.loaded_bytes,
+            "build_s": round(sum(sum(stages.values()) for stages in seconds), 1),
+            "build_peak_bytes": max(record.peak_bytes for record in self.build.manifest.segments),
+            "target": self.build.manifest.target,
+            "versions": self.build.manifest.versions,
+        }

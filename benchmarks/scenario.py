@@ -1,0 +1,197 @@
+"""What step, sample and peers measure: one model with random weights, at one size, on one backend."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stg_trt.build_engines.build import build
+from stg_trt.build_engines.display import BuildDisplay
+from stg_trt.engines.backends import backend_for, check_target
+from stg_trt.engines.manifest import load
+from stg_trt.engines.store import Build
+from stg_trt.errors import InvalidRequest
+from stg_trt.guidance.solver import SolverTable
+from stg_trt.guidance.tables import Guidance
+from stg_trt.models.checkpoint import Checkpoint
+from stg_trt.models.families.base import ModelFamily
+from stg_trt.models.perturbation import Perturbation, check_blocks
+from stg_trt.models.plan import GROUPS
+from stg_trt.models.text import TextCondition
+from stg_trt.models.workload import Workload
+from stg_trt.runtime.device import Device, open_device
+
+from .diffusers_models import uncut_model
+
+SMALL_MODEL = Path(__file__).parent / "models" / "ltx-video-512x12"
+_SMALL_BLOCKS = (8,)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """The options that step, sample and peers share; None is the small model, or the family's own.
+
+    `blocks` shortens the model, as `build --blocks` does; `precision` is by default the target's first.
+    """
+
+    checkpoint: str | None
+    height: int
+    width: int
+    num_frames: int
+    text_length: int | None
+    stg_mode: str
+    stg_blocks: tuple[int, ...] | None
+    backend: str
+    target: str | None = None
+    blocks: tuple[int, ...] | None = None
+    precision: str | None = None
+
+    def check(self) -> None:
+        """Raises InvalidRequest or BackendUnavailable for what cannot be measured, before a build."""
+        uncut_model(self.family)
+        backend = backend_for(self.backend)
+        check_target(backend, self.target or backend.targets[0].name, self.workload.precision)
+        self.family.check(self.workload)
+        check_blocks(self.perturbation.blocks, self.family.num_blocks)
+        if not self.perturbation.blocks:
+            raise InvalidRequest("stg_blocks: expected blocks to perturb, got none: name one")
+        self.device()
+
+    @property
+    def source(self) -> str:
+        """The checkpoint as `build` takes it."""
+        return self.checkpoint or str(SMALL_MODEL)
+
+    @cached_property
+    def opened(self) -> Checkpoint:
+        """The checkpoint with random weights, the same wherever they are drawn."""
+        return Checkpoint.open(self.source, random_weights=True).shortened(self.blocks)
+
+    @property
+    def family(self) -> ModelFamily:
+        """The model family."""
+        return self.opened.family
+
+    @property
+    def workload(self) -> Workload:
+        """The sizes, in the precision that was asked for or the target's first."""
+        text = self.family.defaults.text_length if self.text_length is None else self.text_length
+        return Workload(self.height, self.width, self.num_frames, text, self._place[1])
+
+    @property
+    def perturbation(self) -> Perturbation:
+        """What the skip rows change."""
+        default = self.family.defaults.stg_blocks if self.checkpoint else _SMALL_BLOCKS
+        return Perturbation(self.stg_mode, default if self.stg_blocks is None else self.stg_blocks)
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """Those of a step with STG; the family may have no unconditional one."""
+        return GROUPS if self.family.defaults.guidance_scale != 1 else GROUPS[1:]
+
+    @property
+    def _place(self) -> tuple[str, str]:
+        """Where the engines run, cpu or cuda, and in which precision."""
+        backend = backend_for(self.backend)
+        target = backend.target(self.target or backend.targets[0].name)
+        return target.device, self.precision or target.precisions[0]
+
+    def device(self) -> Device:
+        """A new device of the engines' kind."""
+        return open_device(self._place[0])
+
+    def build(self, layout: str, root: Path) -> Build:
+        """Builds below `root` or re-uses; not verified there, since the whole model is verified here."""
+        with BuildDisplay() as display:
+            (folder,) = build(
+                self.source,
+                root,
+                height=self.height,
+                width=self.width,
+                num_frames=self.num_frames,
+                text_length=self.workload.text_length,
+                stg_blocks=self.perturbation.blocks,
+                stg_mode=self.stg_mode,
+                layout=layout,
+                backend=self.backend,
+                target=self.target,
+                precision=self.workload.precision,
+                random_weights=True,
+                blocks=self.blocks,
+                verify_timesteps=0,
+                progress=display,
+            )
+        return Build(folder, load(folder))
+
+    def inputs(self, steps: int | None = None) -> Inputs:
+        """A request's inputs at random, for `steps` steps of the family's schedule (default: its own)."""
+        family, workload = self.family, self.workload
+        generator = torch.Generator().manual_seed(0)
+        uncond, cond = (family.random_text(workload, 1, generator) for _ in range(2))
+        scheduler = self.opened.scheduler()
+        family.set_timesteps(scheduler, steps or family.defaults.num_inference_steps, workload)
+        solver = SolverTable.from_scheduler(scheduler)
+        noise = torch.randn(family.tensors(workload)["latents"].with_rows(1), generator=generator)
+        middle = len(solver.timesteps) // 2
+        return Inputs(
+            noise=noise * solver.noise_scale,
+            uncond=uncond,
+            cond=cond,
+            solver=solver,
+            frame_rate=family.defaults.frame_rate,
+            earlier=torch.randn(middle, *noise.shape, generator=generator),
+        )
+
+    def guidance(self, solver: SolverTable, *, stg: bool = True) -> Guidance:
+        """The family's scales on every step, with or without the skip pass."""
+        defaults = self.family.defaults
+        return Guidance.for_steps(
+            solver.noise_levels,
+            guidance_scale=defaults.guidance_scale,
+            stg_scale=defaults.stg_scale if stg else 0.0,
+            rescale=defaults.rescale,
+            stg_mode=self.stg_mode,
+            stg_blocks=self.perturbation.blocks,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """For a result."""
+        return {
+            "model": Path(self.source).name,
+            "blocks": None if self.blocks is None else list(self.blocks),
+            "backend": self.backend,
+            "target": self.target or "default",
+            "workload": asdict(self.workload),
+            "tokens": self.family.tokens(self.workload),
+            "stg_mode": self.stg_mode,
+            "stg_blocks": list(self.perturbation.blocks),
+        }
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One video's request on the CPU: packed noise (1, ...), texts, steps.
+
+    `earlier` are the predictions (steps, 1, ...) before the middle step, for solvers that read them.
+    """
+
+    noise: Tensor
+    uncond: TextCondition
+    cond: TextCondition
+    solver: SolverTable
+    frame_rate: float
+    earlier: Tensor
+
+    def generator(self) -> torch.Generator:
+        """Of the noise that the solver adds; the same for whoever samples."""
+        return torch.Generator().manual_seed(1)
+
+    @property
+    def middle(self) -> int:
+        """The step that single steps are measured at."""
+        return len(self.earlier)

@@ -1,0 +1,49 @@
+"""The arithmetic around the engines, on the device: row fan-out before them, guidance and solver after.
+
+This is the reference, in torch operations that can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from stg_trt.guidance.combine import combined
+
+from .state import StepState
+
+
+def fan_out_rows(state: StepState, passes: tuple[str, ...]) -> None:
+    """latents -> scaled, cast and replicated to the rows of each pass, with the step's timestep."""
+    scaled = state.latents * state.table.now("input_scale")
+    for group in passes:
+        state.buffers.view("latents", (group,)).copy_(scaled)
+    timestep = state.buffers.view("timestep", passes)
+    timestep.copy_(state.table.now("timestep").expand_as(timestep))
+
+
+def guided_step(
+    state: StepState, passes: tuple[str, ...], *, rescaled: bool, two_term: bool, cfg_zero_star: bool
+) -> None:
+    """Combines the rows' predictions, steps the solver and advances the counter; all in float32."""
+    table = state.table
+    preds = {group: state.buffers.view("pred", (group,)).float() for group in passes}
+    pred = combined(
+        preds["cond"],
+        preds.get("uncond"),
+        preds.get("skip"),
+        cfg_scale=table.now("cfg_scale"),
+        stg_scale=table.now("stg_scale"),
+        rescale=table.now("rescale") if rescaled else None,
+        cfg_zero_star=cfg_zero_star,
+    )
+    if state.history is not None:
+        state.history.index_copy_(0, table.counter, pred.unsqueeze(0))
+    if two_term:
+        stepped = state.latents * table.now("latents_factor") + pred * table.now("pred_factor")
+    else:
+        assert state.history is not None
+        initial, factors = table.history_now()
+        weighted = torch.tensordot(factors, state.history, dims=1)
+        stepped = state.initial * initial + weighted
+    state.latents.copy_(stepped)
+    table.advance()

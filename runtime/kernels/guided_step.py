@@ -1,0 +1,96 @@
+"""Guidance, rescale and the solver's step, in one pass over the latents."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING
+
+import torch
+
+from .shared_library import DTYPES, Kernels, address
+
+if TYPE_CHECKING:
+    from ..state import StepState
+
+_TABLES = (
+    "cfg_scale",
+    "stg_scale",
+    "rescale",
+    "latents_factor",
+    "pred_factor",
+    "initial_factor",
+    "history_factors",
+)
+
+
+class GuidedStepParameters(ctypes.Structure):
+    """`StgGuidedStep` of plugins/guided_step/guided_step.h, field for field."""
+
+    _fields_ = (
+        ("cond", ctypes.c_void_p),
+        ("uncond", ctypes.c_void_p),
+        ("skip", ctypes.c_void_p),
+        ("latents", ctypes.c_void_p),
+        ("cfg_scale", ctypes.c_void_p),
+        ("stg_scale", ctypes.c_void_p),
+        ("rescale", ctypes.c_void_p),
+        ("latents_factor", ctypes.c_void_p),
+        ("pred_factor", ctypes.c_void_p),
+        ("history", ctypes.c_void_p),
+        ("initial", ctypes.c_void_p),
+        ("initial_factor", ctypes.c_void_p),
+        ("history_factors", ctypes.c_void_p),
+        ("capacity", ctypes.c_int64),
+        ("slots", ctypes.c_int64),
+        ("counter", ctypes.c_void_p),
+        ("finished", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
+        ("videos", ctypes.c_int64),
+        ("length", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        ("rescaled", ctypes.c_int32),
+        ("two_term", ctypes.c_int32),
+    )
+
+
+class GuidedStepKernel:
+    """guided_step for one state and set of passes: parameters and scratch memory are made once."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        state: StepState,
+        passes: tuple[str, ...],
+        *,
+        rescaled: bool,
+        two_term: bool,
+    ) -> None:
+        self._kernels = kernels
+        device = state.latents.device
+        videos, length = len(state.latents), state.latents[0].numel()
+        self._tables = state.table.device_values(*_TABLES)
+        self._rows = {group: state.buffers.view("pred", (group,)) for group in passes}
+        self._finished = torch.zeros(1, dtype=torch.int32, device=device)
+        self._workspace = torch.empty(kernels.workspace_bytes(videos), dtype=torch.uint8, device=device)
+        history = state.history
+        self._parameters = GuidedStepParameters(
+            **{group: address(rows) for group, rows in self._rows.items()},
+            **{name: address(values) for name, values in self._tables.items()},
+            latents=address(state.latents),
+            history=address(history),
+            initial=address(state.initial) if history is not None else None,
+            capacity=state.table.capacity,
+            slots=state.table.slots,
+            counter=address(state.table.counter),
+            finished=address(self._finished),
+            workspace=address(self._workspace),
+            videos=videos,
+            length=length,
+            dtype=DTYPES[self._rows["cond"].dtype],
+            rescaled=rescaled,
+            two_term=two_term,
+        )
+
+    def enqueue(self, stream: int) -> None:
+        """One step."""
+        self._kernels.enqueue("stg_guided_step", self._parameters, stream)

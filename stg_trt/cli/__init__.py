@@ -1,0 +1,1 @@
+"""The `stg-trt` command line."""

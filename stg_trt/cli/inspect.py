@@ -1,0 +1,140 @@
+"""`stg-trt inspect`: what is in an engine folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from stg_trt.engines.store import Build
+
+
+def inspect(
+    engines: Annotated[Path, typer.Argument(help="A folder made by stg-trt build.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the builds in a folder: segments, rows, FLOPs, attention kernels, keys and sizes."""
+    from stg_trt.engines.store import EngineStore
+
+    store = EngineStore.open(engines)
+    builds = [describe(build) for build in store.builds]
+    if as_json:
+        print(json.dumps({"builds": builds, "unreadable": store.unreadable}, indent=1))
+        return
+    from rich.console import Console
+
+    console = Console(emoji=False)
+    for build in builds:
+        _print(console, build)
+    for folder, reason in store.unreadable.items():
+        console.print(f"{folder}: unusable: {reason}", style="red", markup=False)
+
+
+def describe(build: Build) -> dict[str, Any]:
+    """The facts of a build, ready for JSON."""
+    from stg_trt.models.families import family_for
+
+    manifest = build.manifest
+    family = family_for(manifest.transformer_config, manifest.vae_config)
+    states = _states(build)
+    return {
+        "folder": build.folder.name,
+        "complete": manifest.complete,
+        **manifest.model_dump(
+            mode="json",
+            include={
+                "family", "backend", "target", "layout", "stg_mode", "stg_blocks", "max_batch", "workload",
+                "weights", "versions", "stg_trt_version",
+            },
+        ),
+        "guidance_states": states,
+        "segments": [
+            {
+                "name": record.segment.name,
+                "blocks": [record.segment.start, record.segment.stop],
+                "rows": {state: rows["rows"].get(record.segment.name, 0) for state, rows in states.items()},
+                "flops_per_row": family.segment_flops(record.segment, manifest.workload),
+                "attentions": record.attentions,
+                "fused_attentions": record.fused_attentions,
+                "activation_bytes": record.activation_bytes,
+                "bytes": sum(file.bytes for file in record.files),
+                "relative_l2": max((v.relative_l2 for v in record.verification), default=None),
+                "key": record.key,
+                "graph_sha256": record.graph_sha256,
+                "profile_rows": record.facts["rows"],
+                "seconds": record.seconds,
+                "peak_bytes": record.peak_bytes,
+            }
+            for record in manifest.segments
+        ],
+    }  # fmt: skip
+
+
+def _states(build: Build) -> dict[str, dict[str, Any]]:
+    """Per guidance state: rows per segment, and FLOPs of one video's step, shared and in full."""
+    from stg_trt.models.families import family_for
+    from stg_trt.models.plan import GROUPS, full_plan, plan_step
+
+    manifest = build.manifest
+    family = family_for(manifest.transformer_config, manifest.vae_config)
+    segments = [record.segment for record in manifest.segments if not record.segment.text]
+
+    def flops(segment: Any) -> int:
+        return family.segment_flops(segment, manifest.workload)
+
+    whole = [segment for segment in segments if not segment.skipped]
+    states = {}
+    usual = {"cond": GROUPS[1:2], "cfg": GROUPS[:2], "cfg+stg": GROUPS}
+    distilled = {"cond": GROUPS[1:2], "stg": GROUPS[1:]}
+    for name, passes in (usual if family.embedded_guidance is None else distilled).items():
+        if "skip" in passes and not manifest.stg_blocks:
+            continue
+        plan = plan_step(segments, passes, manifest.perturbation if "skip" in passes else None)
+        rows: dict[str, int] = {}
+        for run in plan.runs:
+            rows[run.segment.name] = rows.get(run.segment.name, 0) + len(run.groups)
+        states[name] = {
+            "rows": rows,
+            "flops": plan.flops(flops),
+            "flops_full": full_plan(whole, passes, None).flops(flops),
+        }
+    return states
+
+
+def _print(console: Any, build: dict[str, Any]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    workload = build["workload"]
+    size = f"{workload['width']}x{workload['height']}x{workload['num_frames']}"
+    console.print(
+        f"[bold]{escape(build['folder'])}[/bold]: {build['family']}, {size}, "
+        f"{workload['text_length']} text tokens, {workload['precision']}, {build['layout']}, "
+        f"{build['stg_mode']} {build['stg_blocks']}, at most {build['max_batch']} videos, "
+        f"{build['backend']} for {build['target']}"
+        + ("" if build["complete"] else " [red](not finished)[/red]")
+    )
+    table = Table()
+    rows = f"rows {' / '.join(build['guidance_states'])}"
+    for column in ("segment", rows, "GFLOP per row", "attentions", "MB", "L2", "key"):
+        table.add_column(column, justify="left" if column in ("segment", "key") else "right")
+    for segment in build["segments"]:
+        error = segment["relative_l2"]
+        table.add_row(
+            segment["name"],
+            " / ".join(str(rows) for rows in segment["rows"].values()),
+            f"{segment['flops_per_row'] / 1e9:.2f}",
+            f"{segment['fused_attentions']}/{segment['attentions']}",
+            f"{segment['bytes'] / 1e6:.1f}",
+            "-" if error is None else f"{error:.0e}",
+            segment["key"][:12],
+        )
+    console.print(table)
+    for name, state in build["guidance_states"].items():
+        ratio = state["flops"] / state["flops_full"]
+        console.print(
+            f"{name}: {state['flops'] / 1e9:.1f} GFLOP per step and video, {ratio:.3f} of all passes in full"
+        )

@@ -1,0 +1,1 @@
+"""The contract between building and running: engines, their keys, manifests and backends."""

@@ -1,0 +1,88 @@
+"""The table of backends: what compiles segments to engines and runs them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stg_trt.engines.engine import Engine
+from stg_trt.errors import InvalidRequest
+from stg_trt.system.stream import Stream
+
+
+@dataclass(frozen=True)
+class Target:
+    """What engines are compiled for: where they run (cpu, or cuda) and in which precisions, default first."""
+
+    name: str
+    device: str
+    precisions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """`module` has load_all(backend, files, device); the default target comes first."""
+
+    name: str
+    module: str
+    targets: tuple[Target, ...]
+
+    def target(self, name: str) -> Target:
+        """The target of that name; raises InvalidRequest for an unknown one."""
+        for target in self.targets:
+            if target.name == name:
+                return target
+        names = ", ".join(target.name for target in self.targets)
+        raise InvalidRequest(
+            f"target: expected one of {names} for {self.name}, got {name!r}: choose one of them"
+        )
+
+
+_CPU = Target("cpu", "cpu", ("fp32",))
+_THIS_GPU = Target("this-gpu", "cuda", ("bf16",))
+_RTX_TARGETS = ("sm_120", "sm_89", "sm_86", "sm_80", "sm_75", "sm_121")
+_BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("onnxruntime", "onnxruntime", (_CPU,)),
+        Backend("tensorrt-rtx", "tensorrt", tuple(Target(name, "cuda", ("bf16",)) for name in _RTX_TARGETS)),
+        Backend("tensorrt", "tensorrt", (_THIS_GPU,)),
+        Backend("inductor", "inductor", (_THIS_GPU, Target("cpu", "cpu", ("fp32", "bf16")))),
+    )
+}
+
+
+def backends() -> tuple[Backend, ...]:
+    """Every backend, the embedded default first."""
+    return tuple(_BACKENDS.values())
+
+
+def backend_for(name: str) -> Backend:
+    """The backend of that name; raises InvalidRequest for an unknown one."""
+    if name not in _BACKENDS:
+        raise InvalidRequest(
+            f"backend: expected one of {', '.join(_BACKENDS)}, got {name!r}: choose one of them"
+        )
+    return _BACKENDS[name]
+
+
+def check_target(backend: Backend, target: str, precision: str) -> None:
+    """Raises InvalidRequest where a backend does not know the target, or the target the precision."""
+    precisions = backend.target(target).precisions
+    if precision not in precisions:
+        raise InvalidRequest(
+            f"precision: expected {' or '.join(precisions)} for {backend.name}, got {precision!r}: "
+            f"use --precision {precisions[0]} or another backend"
+        )
+
+
+def load_engines(backend: str, files: Mapping[str, Sequence[Path]], stream: Stream) -> dict[str, Engine]:
+    """Loads engines by segment from their files, which were checked; the engine's own file comes first.
+
+    Raises BackendUnavailable where they cannot run and EngineRejected where they were built for elsewhere.
+    """
+    module = importlib.import_module(f"stg_trt.engines.{backend_for(backend).module}")
+    engines: dict[str, Engine] = module.load_all(backend, files, stream.torch_device)
+    return engines

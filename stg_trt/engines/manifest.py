@@ -1,0 +1,136 @@
+"""What a build leaves beside its engines: JSON with a schema version, written atomically."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+import stg_trt
+from stg_trt.errors import EngineRejected
+from stg_trt.models.perturbation import Perturbation
+from stg_trt.models.segment import Segment
+from stg_trt.models.tensor_spec import TensorSpec
+from stg_trt.models.workload import Workload
+from stg_trt.system.files import write_atomically
+
+SCHEMA_VERSION = 1
+FILE_NAME = "manifest.json"
+
+
+class _Record(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class FileRecord(_Record):
+    """One engine file."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class Verification(_Record):
+    """How far a segment's graph is from eager float32 at one timestep."""
+
+    timestep: float
+    cosine: float
+    relative_l2: float
+    max_abs: float
+
+
+class SegmentRecord(_Record):
+    """A finished segment: what it is, what it was made from, and what the gates found."""
+
+    segment: Segment
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    key: str
+    facts: dict[str, Any]
+    files: tuple[FileRecord, ...]
+    graph_sha256: str
+    flops: int
+    attentions: int
+    fused_attentions: int | None
+    activation_bytes: int | None
+    verification: tuple[Verification, ...]
+    seconds: dict[str, float]
+    peak_bytes: int
+
+
+class Manifest(_Record):
+    """One build: a model at one size, in one layout, for one backend and target."""
+
+    schema_version: int = SCHEMA_VERSION
+    stg_trt_version: str
+    versions: dict[str, str]
+    backend: str
+    target: str
+    family: str
+    transformer_config: dict[str, Any]
+    vae_config: dict[str, Any] | None
+    weights: str
+    workload: Workload
+    layout: str
+    stg_mode: str
+    stg_blocks: tuple[int, ...]
+    max_batch: int
+    complete: bool
+    segments: tuple[SegmentRecord, ...]
+
+    @property
+    def perturbation(self) -> Perturbation:
+        """What the build can perturb."""
+        return Perturbation(self.stg_mode, self.stg_blocks)
+
+    def record(self, name: str) -> SegmentRecord | None:
+        """The finished segment of that name."""
+        return next((record for record in self.segments if record.segment.name == name), None)
+
+
+def save(manifest: Manifest, folder: Path) -> None:
+    """Writes manifest.json whole or not at all."""
+    body = manifest.model_dump(mode="json")
+    text = json.dumps({**body, "sha256": _digest(body)}, indent=1) + "\n"
+    write_atomically(folder / FILE_NAME, text.encode())
+
+
+def load(folder: Path) -> Manifest:
+    """Reads a manifest; raises EngineRejected with the reason where it cannot be trusted."""
+    path = folder / FILE_NAME
+    try:
+        body = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise EngineRejected(f"{path}: no such file: the build was not finished; run it again") from None
+    except OSError as error:
+        raise EngineRejected(f"{path}: cannot be read ({error.strerror}): build the engines again") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise EngineRejected(f"{path}: not JSON ({error}): build the engines again") from None
+    if not isinstance(body, dict) or body.get("schema_version") != SCHEMA_VERSION:
+        found = body.get("schema_version") if isinstance(body, dict) else type(body).__name__
+        raise EngineRejected(
+            f"{path}: expected schema version {SCHEMA_VERSION}, got {found}: build the engines again"
+        )
+    digest = body.pop("sha256", None)
+    if digest != _digest(body):
+        raise EngineRejected(
+            f"{path}: expected what the build wrote, got an edited file (its sha256 is another): "
+            "build the engines again"
+        )
+    if body.get("stg_trt_version") != stg_trt.__version__:
+        raise EngineRejected(
+            f"{path}: built by stg_trt {body.get('stg_trt_version')}, this is {stg_trt.__version__}: "
+            "build the engines again"
+        )
+    try:
+        return Manifest.model_validate(body)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise EngineRejected(f"{path}: {first['loc']}: {first['msg']}: build the engines again") from None
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

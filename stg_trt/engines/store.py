@@ -1,0 +1,188 @@
+"""An engine folder: finds the build that fits a request and says why each other one does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from stg_trt.engines import manifest as manifests
+from stg_trt.engines.backends import backend_for, backends, load_engines
+from stg_trt.engines.engine import Engine
+from stg_trt.engines.manifest import Manifest
+from stg_trt.errors import EngineRejected
+from stg_trt.models.families.base import ModelFamily
+from stg_trt.models.perturbation import Perturbation
+from stg_trt.models.segment import check_layout
+from stg_trt.system.files import file_sha256
+from stg_trt.system.stream import Stream
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """What a call needs of a build; None accepts anything. `perturbations` are those of its steps.
+
+    `machine` is what there is to run on: the GPU's compute capability (sm_90), or cpu.
+    """
+
+    weights: str | None = None
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    videos: int = 1
+    perturbations: frozenset[Perturbation] = field(default_factory=frozenset)
+    layout: str | None = None
+    backend: str | None = None
+    target: str | None = None
+    machine: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.layout is not None:
+            check_layout(self.layout)
+        if self.backend is not None:
+            backend_for(self.backend)
+
+    def rejects(self, manifest: Manifest) -> str | None:
+        """Why the build does not fit, with the fix; None where it does."""
+        workload = manifest.workload
+        if not manifest.complete:
+            return "the build is not finished: run it again with the same options to finish it"
+        if self.weights is not None and self.weights != manifest.weights:
+            return "built from other weights: build the engines again from this checkpoint"
+        for name in ("layout", "backend", "target"):
+            wanted, built = getattr(self, name), getattr(manifest, name)
+            if wanted is not None and wanted != built:
+                return f"{name} is {built}, the request is {wanted}: rebuild with --{name} {wanted}"
+        if self.machine is not None and (reason := _cannot_run(manifest, self.machine)):
+            return reason
+        for name in ("height", "width", "num_frames"):
+            wanted, built = getattr(self, name), getattr(workload, name)
+            if wanted is not None and wanted != built:
+                flag = name.replace("_", "-")
+                return f"built for {name} {built}, the request is {wanted}: rebuild with --{flag} {wanted}"
+        if self.videos > manifest.max_batch:
+            return (
+                f"built for at most {manifest.max_batch} videos at once, the request is {self.videos}: "
+                f"rebuild with --max-batch {self.videos}"
+            )
+        return next(filter(None, (_rejects(manifest, p) for p in self.perturbations)), None)
+
+
+@dataclass(frozen=True)
+class Build:
+    """A complete build on disk."""
+
+    folder: Path
+    manifest: Manifest
+
+    def load_engines(self, stream: Stream) -> dict[str, Engine]:
+        """Engines by segment name, after their files were checked against the manifest's hashes."""
+        # Several segments may name the same file.
+        for file in dict.fromkeys(file for record in self.manifest.segments for file in record.files):
+            check_file(self.folder / file.name, file)
+        files = {
+            record.segment.name: [self.folder / file.name for file in record.files]
+            for record in self.manifest.segments
+        }
+        return load_engines(self.manifest.backend, files, stream)
+
+
+@dataclass(frozen=True)
+class EngineStore:
+    """A folder with one sub-folder per build, as it was when opened."""
+
+    root: Path
+    builds: tuple[Build, ...]
+    unreadable: dict[str, str]
+
+    @classmethod
+    def open(cls, root: str | Path) -> EngineStore:
+        """Reads every manifest; raises EngineRejected where the folder does not exist."""
+        root = Path(root)
+        if not root.is_dir():
+            raise EngineRejected(
+                f"engines: expected a folder made by stg-trt build, got {root}: check the path"
+            )
+        builds, unreadable = [], {}
+        for folder in sorted(p for p in root.iterdir() if p.is_dir()):
+            try:
+                builds.append(Build(folder, manifests.load(folder)))
+            except EngineRejected as error:
+                unreadable[folder.name] = str(error)
+        return cls(root, tuple(builds), unreadable)
+
+    def find(self, request: EngineRequest) -> Build:
+        """The first build that fits; raises EngineRejected with every reason.
+
+        A GPU's come before the CPU's, then in the order of the backends, segmented before twin.
+        """
+        rejected = dict(self.unreadable)
+        for build in sorted(self.builds, key=lambda build: _preference(build.manifest)):
+            reason = request.rejects(build.manifest)
+            if reason is None:
+                return build
+            rejected[build.folder.name] = reason
+        if not rejected:
+            raise EngineRejected(
+                f"engines: expected a build in {self.root}, got an empty folder: build first"
+            )
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(rejected.items()))
+        raise EngineRejected(f"engines: no build in {self.root} fits the request: {reasons}")
+
+
+def find_possible(store: EngineStore, request: EngineRequest, family: ModelFamily) -> Build:
+    """The first build that fits; raises InvalidRequest for a size that no build of the family can have.
+
+    That is looked at before the sizes of the builds, whose lack would ask for a build that is impossible.
+    """
+    any_size = replace(request, height=None, width=None, num_frames=None, videos=1)
+    known = store.find(any_size).manifest.workload
+    family.check(known.resized(request.height, request.width, request.num_frames))
+    return store.find(request)
+
+
+def check_file(path: Path, record: manifests.FileRecord) -> None:
+    """Raises EngineRejected unless the file is the one that the build wrote."""
+    if not path.is_file():
+        raise EngineRejected(f"{path}: no such file: build the engines again")
+    size = path.stat().st_size
+    if size != record.bytes:
+        raise EngineRejected(f"{path}: expected {record.bytes} bytes, got {size}: build the engines again")
+    if file_sha256(path) != record.sha256:
+        raise EngineRejected(f"{path}: its contents changed after the build: build the engines again")
+
+
+def _preference(manifest: Manifest) -> tuple[bool, int, str]:
+    backend = backend_for(manifest.backend)
+    return _device(manifest) == "cpu", backends().index(backend), manifest.layout
+
+
+def _device(manifest: Manifest) -> str:
+    return backend_for(manifest.backend).target(manifest.target).device
+
+
+def _cannot_run(manifest: Manifest, machine: str) -> str | None:
+    if _device(manifest) == "cpu":
+        return None
+    if machine == "cpu":
+        return "runs on an NVIDIA GPU, this machine has none: build with --backend onnxruntime"
+    if manifest.target.startswith("sm_") and manifest.target != machine:
+        return f"compiled for {manifest.target}, this GPU is {machine}: build with --target {machine}"
+    return None
+
+
+def _rejects(manifest: Manifest, perturbation: Perturbation) -> str | None:
+    built = manifest.perturbation
+    wanted = f"--stg-mode {perturbation.mode} --stg-blocks {','.join(map(str, perturbation.blocks))}"
+    if manifest.layout == "twin":
+        if perturbation == built:
+            return None
+        skipped = f"{built.mode} {list(built.blocks)}"
+        return f"its skipped engine is {skipped}, the request is {wanted}: rebuild with it"
+    if perturbation.mode not in (built.mode, "stg-r"):
+        return f"built for {built.mode}, the request is {perturbation.mode}: rebuild with {wanted}"
+    if not set(perturbation.blocks) <= set(built.blocks):
+        return (
+            f"can perturb blocks {list(built.blocks)}, the request is {list(perturbation.blocks)}: "
+            f"rebuild with {wanted}"
+        )
+    return None

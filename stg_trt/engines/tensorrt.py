@@ -1,0 +1,184 @@
+"""TensorRT and TensorRT-RTX sessions: the same calls, with what RTX adds."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stg_trt.engines.tensorrt_library import has_plugins, load_library, load_plugins
+from stg_trt.errors import BackendUnavailable, EngineRejected
+from stg_trt.system.files import write_atomically
+
+_ALIGNMENT_BYTES = 256
+_DTYPES = {
+    "FLOAT": torch.float32,
+    "HALF": torch.float16,
+    "BF16": torch.bfloat16,
+    "BOOL": torch.bool,
+    "INT64": torch.int64,
+    "INT32": torch.int32,
+}
+
+
+class Arena:
+    """One activation memory for all contexts of a sampler: they run one after the other on one stream."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.size = size
+        self._memory = torch.empty(size + _ALIGNMENT_BYTES, dtype=torch.uint8, device=device)
+        self.address = -(-self._memory.data_ptr() // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+
+
+class TensorRTEngine:
+    """A deserialised engine; its contexts share its weights and the arena."""
+
+    alignment = _ALIGNMENT_BYTES
+
+    def __init__(self, trt: Any, backend: str, path: Path, runtime: Any) -> None:
+        self._trt = trt
+        self._backend = backend
+        self.path = path
+        self.engine = runtime.deserialize_cuda_engine(path.read_bytes())
+        if self.engine is None:
+            raise EngineRejected(
+                f"{path}: {backend} {trt.__version__} cannot load it: it was built for another GPU or "
+                "version, or with plugins that are not built here: build the engines again here"
+            )
+        self.arena: Arena | None = None
+        names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+        self.inputs = {n for n in names if self.engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT}
+        self.dtypes = {n: _DTYPES[self.engine.get_tensor_dtype(n).name] for n in names}
+        self._rtx = RtxSettings(trt, self.engine, path) if hasattr(trt, "CudaGraphStrategy") else None
+
+    @property
+    def activation_bytes(self) -> int:
+        """Device memory that a context needs while it runs."""
+        return int(self.engine.device_memory_size_v2)
+
+    def context(self) -> TensorRTContext:
+        """A new context; raises EngineRejected where there is no memory for one."""
+        assert self.arena is not None
+        trt = self._trt
+        if self._rtx is not None:
+            context = self.engine.create_execution_context(self._rtx.config)
+        else:
+            context = self.engine.create_execution_context(
+                trt.ExecutionContextAllocationStrategy.USER_MANAGED
+            )
+        if context is None:
+            raise EngineRejected(
+                f"{self.path}: expected an execution context, got none: free GPU memory or use a smaller size"
+            )
+        context.set_device_memory(self.arena.address, self.arena.size)
+        return TensorRTContext(self, context)
+
+    def keep_kernels(self) -> None:
+        """Called after a first run: what it has compiled is kept for the next process (TensorRT-RTX)."""
+        if self._rtx is not None:
+            self._rtx.save_cache()
+
+
+class RtxSettings:
+    """TensorRT-RTX compiles its kernels on the GPU: for the shapes at hand, and once per machine.
+
+    Its own CUDA graphs are off, since steps are captured here.
+    """
+
+    def __init__(self, trt: Any, engine: Any, path: Path) -> None:
+        self.config = engine.create_runtime_config()
+        self.config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
+        self.config.dynamic_shapes_kernel_specialization_strategy = (
+            trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        )
+        self.config.set_execution_context_allocation_strategy(
+            trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
+        self._path = path.with_suffix(".kernels")
+        self._kept = self._path.read_bytes() if self._path.exists() else b""
+        self._cache = self.config.create_runtime_cache()
+        if self._kept and not self._cache.deserialize(self._kept):
+            # Of another GPU, driver or version, or damaged: compiled again, and then replaced.
+            self._kept = b""
+        self.config.set_runtime_cache(self._cache)
+
+    def save_cache(self) -> None:
+        """Writes the compiled kernels beside the engine, whole or not at all, if there are new ones."""
+        compiled = bytes(self._cache.serialize())
+        if compiled == self._kept:
+            return
+        self._kept = compiled
+        try:
+            write_atomically(self._path, compiled)
+        except OSError as error:
+            warnings.warn(
+                f"{self._path}: compiled kernels cannot be kept ({error.strerror}), "
+                "the next process compiles them again",
+                stacklevel=2,
+            )
+
+
+class TensorRTContext:
+    """Addresses and shapes are set once, on the first enqueue after a change everything is checked."""
+
+    def __init__(self, engine: TensorRTEngine, context: Any) -> None:
+        self._engine = engine
+        self._context = context
+        self._bound: dict[str, Tensor] = {}
+        self._checked = False
+
+    def bind(self, name: str, tensor: Tensor) -> None:
+        """Gives an input or output its memory and its shape; raises EngineRejected where it does not fit."""
+        engine = self._engine
+        assert tensor.is_contiguous() and tensor.data_ptr() % engine.alignment == 0, name
+        expected = engine.dtypes.get(name)
+        if expected != tensor.dtype:
+            raise EngineRejected(
+                f"{engine.path}: expected {name} as {expected}, got {tensor.dtype}: build again"
+            )
+        if name in engine.inputs and not self._context.set_input_shape(name, tuple(tensor.shape)):
+            raise EngineRejected(
+                f"{engine.path}: expected {name} within the profile, got {tuple(tensor.shape)}: rebuild with "
+                "a larger --max-batch"
+            )
+        if not self._context.set_tensor_address(name, tensor.data_ptr()):
+            raise EngineRejected(f"{engine.path}: set_tensor_address failed for {name}: build again")
+        self._bound[name] = tensor
+        self._checked = False
+
+    def enqueue(self, stream: int) -> None:
+        """Runs on a stream; raises RuntimeError where TensorRT refuses."""
+        first = not self._checked
+        if first:
+            missing = self._engine.dtypes.keys() - self._bound.keys()
+            assert not missing, f"{self._engine.path.name}: {missing} not bound"
+            unresolved = self._context.infer_shapes()
+            if unresolved:
+                raise RuntimeError(f"{self._engine.path.name}: shapes of {unresolved} are not known")
+            self._checked = True
+        if not self._context.execute_async_v3(stream):
+            raise RuntimeError(f"{self._engine.path.name}: execute_async_v3 failed")
+        if first:
+            self._engine.keep_kernels()
+
+
+def load_all(
+    backend: str, files: Mapping[str, Sequence[Path]], device: torch.device
+) -> dict[str, TensorRTEngine]:
+    """All engines of a build on one arena; raises BackendUnavailable without the library or a GPU."""
+    trt = load_library(backend)
+    logger = trt.Logger(trt.Logger.ERROR)
+    runtime = trt.Runtime(logger)
+    if runtime is None:
+        raise BackendUnavailable(f"{backend}: expected a GPU runtime, got none: check the driver")
+    if has_plugins():
+        load_plugins(backend)
+    engines = {name: TensorRTEngine(trt, backend, paths[0], runtime) for name, paths in files.items()}
+    arena = Arena(max(engine.activation_bytes for engine in engines.values()), device)
+    for engine in engines.values():
+        engine.arena = arena
+    return engines

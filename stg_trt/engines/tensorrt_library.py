@@ -1,0 +1,70 @@
+"""The only place that imports TensorRT or TensorRT-RTX."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from types import ModuleType
+
+from stg_trt.errors import BackendUnavailable
+from stg_trt.system.files import LIBRARIES
+
+PLUGIN_NAMESPACE, PLUGIN_VERSION = "stg_trt", "1"
+_PLUGINS = LIBRARIES / "libstg_tensorrt_plugins.so"
+_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+
+
+def load_library(backend: str) -> ModuleType:
+    """The module of the backend; raises BackendUnavailable where it is not installed."""
+    try:
+        return importlib.import_module(_MODULES[backend])
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"{backend}: expected the Python module {_MODULES[backend]}, got {error}: "
+            f"pip install 'stg-trt[{backend}]'"
+        ) from error
+
+
+def library_version(backend: str) -> str:
+    """The library's full version, which its engines are tied to."""
+    return str(load_library(backend).__version__)
+
+
+def has_plugins() -> bool:
+    """Whether the library of plugins was built."""
+    return _PLUGINS.exists()
+
+
+def load_plugins(backend: str) -> None:
+    """Registers our plugins, so that graphs and engines with their nodes can be read.
+
+    Raises BackendUnavailable where they were not built, or would end the process.
+    """
+    if not has_plugins():
+        raise BackendUnavailable(
+            f"plugins: expected {_PLUGINS}, got no such file: run make plugins TENSORRT_ROOT=<folder>"
+        )
+    trt = load_library(backend)
+    if backend == "tensorrt-rtx":
+        _check_unversioned_name(trt)
+    registry = trt.get_plugin_registry()
+    known = {(creator.plugin_namespace, creator.name) for creator in registry.all_creators_recursive}
+    if (PLUGIN_NAMESPACE, "QKNormRope") not in known and registry.load_library(str(_PLUGINS)) is None:
+        raise BackendUnavailable(
+            f"plugins: expected plugins for {backend} {trt.__version__}, got {_PLUGINS}, which it refuses: "
+            "run make plugins again with the headers of that version"
+        )
+
+
+def _check_unversioned_name(trt: ModuleType) -> None:
+    """For plugins the parser opens libtensorrt_rtx.so, and aborts the process where there is none."""
+    libraries = importlib.import_module("tensorrt_rtx_libs")
+    folder = Path(str(libraries.__path__[0]))
+    searched = [Path(part) for part in os.environ.get("LD_LIBRARY_PATH", "").split(":") if part]
+    if not any((place / "libtensorrt_rtx.so").exists() for place in (folder, *searched)):
+        versioned = next(folder.glob("libtensorrt_rtx.so.*"))
+        raise BackendUnavailable(
+            f"plugins: expected libtensorrt_rtx.so, which the parser of {trt.__name__} opens for them, got "
+            f"only {versioned}: run ln -s {versioned.name} {folder / 'libtensorrt_rtx.so'}"
+        )

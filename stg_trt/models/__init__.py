@@ -1,0 +1,1 @@
+"""Checkpoints, model families, and how a model is cut into segments."""

@@ -1,0 +1,246 @@
+"""What the rest of the library asks of a model family."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from stg_trt.errors import InvalidRequest
+from stg_trt.models.segment import Segment
+from stg_trt.models.tensor_spec import ROWS, TensorSpec
+from stg_trt.models.text import TextCondition
+from stg_trt.models.workload import Workload
+
+KEEP_ATTENTION = "keep_attention"
+POOLED = "pooled_prompt_embeds"
+Pair = tuple[Tensor, Tensor]
+QKNormRope = Callable[[Tensor, Tensor, Pair, Pair, float], Pair]
+"""Of queries, keys, their norms' weights, cosines and sines of the positions, and eps."""
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """A family's published sampling defaults (diffusers block numbering)."""
+
+    stg_mode: str
+    stg_blocks: tuple[int, ...]
+    stg_scale: float
+    guidance_scale: float
+    rescale: float
+    num_inference_steps: int
+    frame_rate: float
+    text_length: int
+    embedded_guidance: float | None = None
+
+
+class SegmentModule(nn.Module):
+    """A segment with named inputs and outputs, called with tensors in the order of the names."""
+
+    def __init__(self, inputs: tuple[str, ...], outputs: tuple[str, ...], expand_masks: bool) -> None:
+        super().__init__()
+        self.inputs = inputs
+        self.outputs = outputs
+        # ONNX Runtime's CPU attention wants masks of (rows, 1, queries, keys); others want them unexpanded.
+        self.expand_masks = expand_masks
+        # What replaces norm and rotation of queries and keys where a TensorRT plugin computes them.
+        self.qk_norm_rope: QKNormRope | None = None
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        results = self.run(dict(zip(self.inputs, tensors, strict=True)))
+        return tuple(results[name] for name in self.outputs)
+
+    def run(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The segment's outputs by name."""
+        raise TypeError(f"{type(self).__name__} does not define run")
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        """softmax(QK^T/sqrt(d) + bias)V over (rows, heads, tokens, d), with an additive mask over keys."""
+        if bias is not None and self.expand_masks:
+            bias = bias.expand(-1, -1, query.shape[2], -1)
+        return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+
+
+class ModelFamily(ABC):
+    """All that is known of one model family; one instance per checkpoint's configuration."""
+
+    name: ClassVar[str]
+    transformer_class: ClassVar[str]
+    pipeline_class: str
+    defaults: ClassVar[Defaults]
+    has_text_segment: ClassVar[bool]
+    # False where the pipeline in diffusers takes embeddings without a mask; padding is zeros there.
+    has_text_mask: ClassVar[bool] = True
+    # The entries of the transformer's config.json that count blocks, in the order of their numbers.
+    block_counts: ClassVar[tuple[str, ...]] = ("num_layers",)
+    # Parts of the pipeline that diffusers' documentation wants in float32 on a GPU too.
+    float32_components: ClassVar[frozenset[str]] = frozenset()
+    decode_options: ClassVar[frozenset[str]] = frozenset()
+    # TensorRT plugins that can replace a part of the blocks.
+    plugins: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        vae_config: Mapping[str, Any] | None = None,
+        model_index: Mapping[str, Any] | None = None,
+    ) -> None:
+        # Not copied: a checkpoint's configuration says which file lacks an entry.
+        self.config = config
+        self.vae_config = vae_config
+        self.model_index = model_index or {}
+
+    @property
+    @abstractmethod
+    def num_blocks(self) -> int:
+        """Blocks that can be perturbed, numbered from 0."""
+
+    @property
+    def embedded_guidance(self) -> float | None:
+        """The default of the guidance that the model takes as an input; None where it takes none."""
+        return self.defaults.embedded_guidance
+
+    @abstractmethod
+    def block_of(self, weight_name: str) -> int | None:
+        """The block that a weight of the transformer belongs to; None for embedding and head."""
+
+    @abstractmethod
+    def check(self, workload: Workload) -> None:
+        """Raises InvalidRequest for a configuration that is not the family's or sizes it cannot have."""
+
+    def check_pipeline(self) -> None:
+        """Raises InvalidRequest where model_index.json is that of a variant which is not the family's."""
+        return
+
+    @abstractmethod
+    def tokens(self, workload: Workload) -> int:
+        """Video tokens."""
+
+    @abstractmethod
+    def tensors(self, workload: Workload) -> dict[str, TensorSpec]:
+        """Every tensor that may cross a segment's border, by name."""
+
+    @abstractmethod
+    def borders(self, segment: Segment) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of a segment's inputs and outputs."""
+
+    @abstractmethod
+    def module(self, transformer: nn.Module, segment: Segment, *, expand_masks: bool) -> SegmentModule:
+        """The segment over the weights of a diffusers transformer, as they are (float32)."""
+
+    @abstractmethod
+    def lower_precision(self, module: SegmentModule, dtype: torch.dtype) -> None:
+        """Casts a segment's weights in place, but for its float32 islands."""
+
+    @abstractmethod
+    def segment_flops(self, segment: Segment, workload: Workload) -> int:
+        """Floating-point operations of a segment for one row (2 per multiply-add, attention 4*N*S*C)."""
+
+    @abstractmethod
+    def attentions(self, segment: Segment) -> int:
+        """How many attention kernels the compiled segment must hold."""
+
+    @abstractmethod
+    def activation_limit(self, segment: Segment, workload: Workload, rows: int) -> int:
+        """Bytes of activation memory that grow linearly with tokens; above it an S x S buffer is live."""
+
+    def check_text(self, text: TextCondition) -> None:
+        """Raises InvalidRequest for embeddings that the model has no use for."""
+        return
+
+    @abstractmethod
+    def constants(self, text: TextCondition, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
+        """What stays the same over the steps, before the text segment: one entry per row of `text`."""
+
+    def set_timesteps(self, scheduler: Any, num_inference_steps: int, workload: Workload) -> None:
+        """Calls the scheduler's set_timesteps as the family's diffusers pipeline does."""
+        scheduler.set_timesteps(num_inference_steps)
+
+    def text_tokens(self, pipeline: Any, prompt: str) -> int:
+        """How many text tokens the prompt takes."""
+        return len(pipeline.tokenizer(prompt).input_ids)
+
+    @abstractmethod
+    def encode_prompt(self, pipeline: Any, prompts: list[str], workload: Workload) -> TextCondition:
+        """Embeds prompts with the text encoder of a diffusers pipeline."""
+
+    @abstractmethod
+    def latent_shape(self, workload: Workload) -> tuple[int, int, int, int]:
+        """(channels, frames, height, width) of a video's latents before packing."""
+
+    def noise_shape(self, workload: Workload) -> tuple[int, ...]:
+        """The shape in which diffusers' pipeline draws a video's noise."""
+        return self.latent_shape(workload)
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """(videos, *noise_shape) to the layout the transformer takes."""
+        return latents
+
+    @abstractmethod
+    def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:
+        """Packed latents to the VAE's video (videos, 3, frames, height, width) in -1..1, see `vae_video`."""
+
+    def integer(self, name: str) -> int:
+        """A positive integer of the configuration; raises InvalidRequest where it is anything else."""
+        return positive_integer(self.config[name], name, "transformer/config.json")
+
+    def inputs(self, segment: Segment, workload: Workload) -> list[TensorSpec]:
+        """The segment's input specs, in order."""
+        tensors = self.tensors(workload)
+        return [tensors[name] for name in self.borders(segment)[0]]
+
+    def outputs(self, segment: Segment, workload: Workload) -> list[TensorSpec]:
+        """The segment's output specs, in order."""
+        tensors = self.tensors(workload)
+        return [tensors[name] for name in self.borders(segment)[1]]
+
+    def random_text(self, workload: Workload, rows: int, generator: torch.Generator) -> TextCondition:
+        """Random embeddings; the last quarter is padding, as prompts are shorter than the text length."""
+        specs = self.tensors(workload)
+        embeds = torch.randn(specs["prompt_embeds"].with_rows(rows), generator=generator)
+        mask = torch.ones(embeds.shape[:2])
+        mask[:, embeds.shape[1] - embeds.shape[1] // 4 :] = 0
+        pooled = specs.get(POOLED)
+        return TextCondition(
+            embeds, mask, None if pooled is None else torch.randn(pooled.with_rows(rows), generator=generator)
+        )
+
+    def trace_inputs(self, segment: Segment, workload: Workload, rows: int) -> list[Tensor]:
+        """Random tensors to trace a segment with."""
+        generator = torch.Generator().manual_seed(0)
+        return [spec.random(rows, generator) for spec in self.inputs(segment, workload)]
+
+
+def vae_video(vae: Any, latents: Tensor, *conditions: Tensor) -> Tensor:
+    """The VAE's video of latents (videos, channels, frames, rows, columns), with a row of each condition.
+
+    One video at a time: no video reads another, and the memory of decoding several is that of one.
+    """
+    rows = zip(*(tensor.split(1) for tensor in (latents, *conditions)), strict=True)
+    return torch.cat([vae.decode(*row, return_dict=False)[0] for row in rows])
+
+
+def positive_integer(value: Any, name: str, file: str) -> int:
+    """An entry of a configuration file; raises InvalidRequest where it is no positive integer."""
+    if type(value) is not int or value < 1:
+        raise InvalidRequest(
+            f"checkpoint: expected {name} in {file} as a positive integer, got {value!r}: "
+            "download the checkpoint again"
+        )
+    return value
+
+
+def keep_attention_spec() -> TensorSpec:
+    """False for the rows whose self-attention is skipped."""
+    return TensorSpec(KEEP_ATTENTION, "bool", (ROWS,))
+
+
+def load_class(name: str) -> Any:
+    """A diffusers class by name, imported when needed."""
+    import diffusers
+
+    return getattr(diffusers, name)

@@ -1,0 +1,250 @@
+"""LTX-Video 2B and 13B: a DiT with self-attention, cross-attention and feed-forward in every block.
+
+Reproduces diffusers' LTXVideoTransformer3DModel, and LTXPipeline or, for checkpoints that name it (0.9.7 and
+later), LTXConditionPipeline without conditions. What crosses a cut: the hidden states, the timestep
+modulation `temb`, and the embedded timestep that the head reads. Constant over the steps: the projected text,
+its mask, and the RoPE tables.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stg_trt.errors import InvalidRequest
+from stg_trt.models.families.base import Defaults, load_class, vae_video
+from stg_trt.models.families.cross_attention import CrossAttentionDiT, CrossAttentionSegment
+from stg_trt.models.families.dit import State, rms_norm, rotate
+from stg_trt.models.tensor_spec import ROWS, TensorSpec
+from stg_trt.models.text import TextCondition
+from stg_trt.models.workload import Workload
+
+_CONDITION_PIPELINE = "LTXConditionPipeline"
+
+
+class LTXSegment(CrossAttentionSegment):
+    """LTXVideoTransformerBlocks; residuals in the compute dtype, modulation in float32."""
+
+    def take_embedding(self, transformer: Any) -> None:
+        self.proj_in, self.time_embed = transformer.proj_in, transformer.time_embed
+
+    def take_head(self, transformer: Any) -> None:
+        self.scale_shift_table = transformer.scale_shift_table
+        self.norm_out, self.proj_out = transformer.norm_out, transformer.proj_out
+
+    def latent_grid(self, latents: Tensor) -> tuple[int, ...]:
+        """Latents are tokens already, (rows, tokens, channels)."""
+        return tuple(latents.shape[1:-1])
+
+    def embed(self, state: State) -> State:
+        temb, embedded = self.time_embed(state["timestep"], hidden_dtype=torch.float32)
+        return {
+            "hidden_states": self.proj_in(state["latents"]),
+            "temb": temb.unsqueeze(1),
+            "embedded_timestep": embedded.unsqueeze(1),
+        }
+
+    def block(self, block: Any, state: State, perturbed: bool) -> State:
+        hidden = state["hidden_states"]
+        dtype = hidden.dtype
+        modulation: Tensor = block.scale_shift_table + state["temb"].unflatten(2, (6, -1))
+        shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation.unbind(dim=2)
+        normed = (rms_norm(block.norm1, hidden) * (1 + scale) + shift).to(dtype)
+        attended = self.self_attention(block.attn1, normed, state, perturbed)
+        hidden = hidden + (attended.float() * gate).to(dtype)
+        hidden = hidden + self.cross_attention(block.attn2, hidden, state["text"], state["text_bias"])
+        normed = (rms_norm(block.norm2, hidden) * (1 + scale_ff) + shift_ff).to(dtype)
+        return {"hidden_states": hidden + (block.ff(normed).float() * gate_ff).to(dtype)}
+
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return rotate(x, cos, sin)
+
+    def head(self, state: State) -> Tensor:
+        hidden = state["hidden_states"]
+        shift, scale = (state["embedded_timestep"].unsqueeze(2) + self.scale_shift_table).unbind(dim=2)
+        normed = self.norm_out(hidden.float()) * (1 + scale) + shift
+        pred: Tensor = self.proj_out(normed.to(hidden.dtype))
+        return pred
+
+
+class LTXVideo(CrossAttentionDiT):
+    """LTX-Video as diffusers has it (Lightricks, arXiv 2501.00103)."""
+
+    name = "ltx-video"
+    transformer_class = "LTXVideoTransformer3DModel"
+    pipeline_class = "LTXPipeline"
+    decode_options = frozenset({"decode_timestep", "decode_noise_scale"})
+    blocks_name = "transformer_blocks"
+    modulation = "temb"
+    head_modulation = "embedded_timestep"
+    block_constants = ("text", "text_bias", "rope_cos", "rope_sin")
+    # Timestep MLP, modulation tables and norms, which are applied in float32.
+    float32_islands = r"time_embed\.|scale_shift_table|norm"
+    segment_class = LTXSegment
+    # Every published model has these.
+    patch = (1, 1, 1)
+    timestep_channels = 256
+    defaults = Defaults(
+        stg_mode="stg-a",
+        stg_blocks=(19,),
+        stg_scale=1.0,
+        guidance_scale=3.0,
+        rescale=0.7,
+        num_inference_steps=40,
+        frame_rate=25.0,
+        text_length=128,
+    )
+
+    def __init__(self, *configs: Any) -> None:
+        super().__init__(*configs)
+        # That pipeline has other positions in time and other sigmas, and masks its text encoder's padding.
+        self._conditioned = self.model_index.get("_class_name") == _CONDITION_PIPELINE
+        if self._conditioned:
+            self.pipeline_class = _CONDITION_PIPELINE
+
+    @property
+    def feed_forward_width(self) -> int:
+        return 4 * self.width
+
+    @property
+    def text_channels(self) -> int:
+        return self.integer("caption_channels")
+
+    @property
+    def compression(self) -> tuple[int, int]:
+        """Pixels per latent in time and in space, from the VAE's configuration or the published VAE's."""
+        if self.vae_config is None:
+            return 8, 32
+        vae, halvings = self.vae_config, sum(self.vae_config["spatio_temporal_scaling"])
+        temporal = vae.get("temporal_compression_ratio") or vae["patch_size_t"] * 2**halvings
+        return temporal, vae.get("spatial_compression_ratio") or vae["patch_size"] * 2**halvings
+
+    def check(self, workload: Workload) -> None:
+        for name in ("patch_size", "patch_size_t"):
+            if self.integer(name) != 1:
+                raise InvalidRequest(
+                    f"checkpoint: expected {name} 1 in transformer/config.json, as in every published "
+                    f"LTX-Video, got {self.config[name]}: use a checkpoint without patches"
+                )
+        super().check(workload)
+
+    def own_tensors(self, workload: Workload) -> tuple[TensorSpec, ...]:
+        tokens, width, dtype = self.tokens(workload), self.width, workload.dtype
+        return (
+            TensorSpec("latents", dtype, (ROWS, tokens, self.integer("in_channels"))),
+            TensorSpec("hidden_states", dtype, (ROWS, tokens, width)),
+            TensorSpec("temb", "float32", (ROWS, 1, 6 * width)),
+            TensorSpec("embedded_timestep", "float32", (ROWS, 1, width)),
+            TensorSpec("text_bias", dtype, (ROWS, 1, 1, workload.text_length)),
+            TensorSpec("rope_cos", "float32", (tokens, width)),
+            TensorSpec("rope_sin", "float32", (tokens, width)),
+            TensorSpec("pred", dtype, (ROWS, tokens, self.integer("out_channels"))),
+        )
+
+    def text_projection(self, transformer: Any) -> Any:
+        return transformer.caption_projection
+
+    def constants(self, text: TextCondition, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
+        from diffusers.models.transformers.transformer_ltx import LTXVideoRotaryPosEmbed
+
+        rope = LTXVideoRotaryPosEmbed(
+            dim=self.width,
+            base_num_frames=20,
+            base_height=2048,
+            base_width=2048,
+            theta=10000.0,
+        )
+        cos, sin = rope(torch.zeros(1, 1), **self._positions(workload, frame_rate))
+        bias = (1 - text.mask.float()) * -10000.0
+        return {
+            "prompt_embeds": text.embeds,
+            "text_bias": bias[:, None, None, :],
+            "rope_cos": cos[0],
+            "rope_sin": sin[0],
+        }
+
+    def _positions(self, workload: Workload, frame_rate: float) -> dict[str, Any]:
+        """What the pipeline tells RoPE of the tokens' places, in seconds and pixels."""
+        temporal, spatial = self.compression
+        _, frames, height, width = self.latent_shape(workload)
+        if not self._conditioned:
+            scale = (temporal / frame_rate, spatial, spatial)
+            return {
+                "num_frames": frames,
+                "height": height,
+                "width": width,
+                "rope_interpolation_scale": scale,
+            }
+        # The VAE is causal: the first latent is one frame, and each of the others `temporal` of them.
+        pipeline = load_class(self.pipeline_class)
+        tokens = pipeline._prepare_video_ids(1, frames, height, width)
+        places = pipeline._scale_video_ids(tokens, spatial, temporal).float()
+        places[:, 0] *= 1.0 / frame_rate
+        return {"video_coords": places}
+
+    def set_timesteps(self, scheduler: Any, num_inference_steps: int, workload: Workload) -> None:
+        import numpy as np
+        from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
+        from diffusers.pipelines.ltx.pipeline_ltx_condition import linear_quadratic_schedule
+
+        config = scheduler.config
+        takes = inspect.signature(scheduler.set_timesteps).parameters.keys()
+        wanted = {"timesteps"} if self._conditioned else {"sigmas", "mu"}
+        if not wanted <= takes:
+            # The pipeline's own timesteps need these; any other scheduler makes its own.
+            scheduler.set_timesteps(num_inference_steps)
+            return
+        if self._conditioned:
+            timesteps = (linear_quadratic_schedule(num_inference_steps) * 1000).numpy()
+            # The sigmas are those that the scheduler makes of the timesteps; given too, it does not warn.
+            given = {"sigmas": timesteps / config["num_train_timesteps"]} if "sigmas" in takes else {}
+            scheduler.set_timesteps(timesteps=timesteps, **given)
+            return
+        mu = calculate_shift(
+            self.tokens(workload),
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+        scheduler.set_timesteps(sigmas=sigmas, mu=mu)
+
+    def encode_prompt(self, pipeline: Any, prompts: list[str], workload: Workload) -> TextCondition:
+        embeds, mask, _, _ = pipeline.encode_prompt(
+            prompts,
+            do_classifier_free_guidance=False,
+            max_sequence_length=workload.text_length,
+            device=pipeline.text_encoder.device,
+        )
+        return TextCondition(embeds, mask)
+
+    def pack(self, latents: Tensor) -> Tensor:
+        packed: Tensor = load_class(self.pipeline_class)._pack_latents(latents)
+        return packed
+
+    def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:
+        """`decode_timestep` and `decode_noise_scale` are those of diffusers' LTXPipeline."""
+        from diffusers.utils.torch_utils import randn_tensor
+
+        vae = pipeline.vae
+        _, frames, height, width = self.latent_shape(workload)
+        latents = pipeline._unpack_latents(latents, frames, height, width)
+        latents = pipeline._denormalize_latents(
+            latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor
+        ).to(vae.dtype)
+        conditions: list[Tensor] = []
+        if vae.config.timestep_conditioning:
+            timestep = torch.full((len(latents),), float(options.get("decode_timestep", 0.0))).to(latents)
+            scale = options.get("decode_noise_scale")
+            scale = float(timestep[0]) if scale is None else float(scale)
+            # diffusers' own: it also takes a list of generators, and those of another device.
+            noise = randn_tensor(
+                latents.shape, generator=options.get("generator"), device=latents.device, dtype=latents.dtype
+            )
+            latents = (1 - scale) * latents + scale * noise
+            conditions.append(timestep)
+        return vae_video(vae, latents, *conditions)

@@ -1,0 +1,222 @@
+"""Wan 2.1 text-to-video, 1.3B and 14B: a DiT over patches of 1x2x2 latents.
+
+Reproduces diffusers' WanTransformer3DModel and WanPipeline. What crosses a cut: the hidden states, the
+modulation of the blocks, and the embedded timestep `temb` that the head reads. Constant over the steps: the
+projected text, of which padding is zeros and not masked, and the RoPE tables, one head's for all heads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stg_trt.errors import InvalidRequest
+from stg_trt.models.families.base import Defaults, vae_video
+from stg_trt.models.families.cross_attention import CrossAttentionDiT, CrossAttentionSegment
+from stg_trt.models.families.dit import State, gated, rotate, unpatched
+from stg_trt.models.tensor_spec import ROWS, TensorSpec
+from stg_trt.models.text import TextCondition
+from stg_trt.models.workload import Workload
+
+
+class WanSegment(CrossAttentionSegment):
+    """WanTransformerBlocks; residuals and modulation in float32, the rest in the compute dtype."""
+
+    def take_embedding(self, transformer: Any) -> None:
+        embedder = transformer.condition_embedder
+        self.patch_embedding = transformer.patch_embedding
+        self.timesteps_proj, self.time_embedder = embedder.timesteps_proj, embedder.time_embedder
+        self.time_proj = embedder.time_proj
+
+    def take_head(self, transformer: Any) -> None:
+        self.scale_shift_table = transformer.scale_shift_table
+        self.norm_out, self.proj_out = transformer.norm_out, transformer.proj_out
+
+    def embed(self, state: State) -> State:
+        temb = self.time_embedder(self.timesteps_proj(state["timestep"]))
+        return {
+            "hidden_states": self.patch_embedding(state["latents"]).flatten(2).transpose(1, 2),
+            "modulation": self.time_proj(torch.nn.functional.silu(temb)).unflatten(1, (6, -1)),
+            "temb": temb,
+        }
+
+    def block(self, block: Any, state: State, perturbed: bool) -> State:
+        hidden = state["hidden_states"]
+        dtype = hidden.dtype
+        modulation: Tensor = block.scale_shift_table + state["modulation"]
+        shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=1)
+        normed = (block.norm1(hidden.float()) * (1 + scale) + shift).to(dtype)
+        attended = self.self_attention(block.attn1, normed, state, perturbed)
+        hidden = gated(hidden, attended, gate)
+        normed = block.norm2(hidden.float()).to(dtype)
+        hidden = hidden + self.cross_attention(block.attn2, normed, state["text"])
+        normed = (block.norm3(hidden.float()) * (1 + scale_ff) + shift_ff).to(dtype)
+        return {"hidden_states": gated(hidden, block.ffn(normed), gate_ff)}
+
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return rotate(x.unflatten(2, (-1, cos.shape[-1])), cos[:, None], sin[:, None]).flatten(2)
+
+    def head(self, state: State) -> Tensor:
+        hidden = state["hidden_states"]
+        shift, scale = (self.scale_shift_table + state["temb"].unsqueeze(1)).chunk(2, dim=1)
+        normed = self.norm_out(hidden.float()) * (1 + scale) + shift
+        pred: Tensor = self.proj_out(normed.to(hidden.dtype))
+        return pred
+
+    def unpatch(self, pred: Tensor, grid: tuple[int, ...]) -> Tensor:
+        return unpatched(pred, grid, self.patch)
+
+
+class Wan(CrossAttentionDiT):
+    """Wan 2.1 text-to-video as diffusers has it (Wan-AI, arXiv 2503.20314)."""
+
+    name = "wan2.1"
+    transformer_class = "WanTransformer3DModel"
+    pipeline_class = "WanPipeline"
+    has_text_mask = False
+    float32_components = frozenset({"vae"})
+    blocks_name = "blocks"
+    modulation = "modulation"
+    head_modulation = "temb"
+    block_constants = ("text", "rope_cos", "rope_sin")
+    # Timestep MLP, modulation tables and norms, which are applied in float32.
+    float32_islands = r"time_embedder\.|time_proj\.|scale_shift_table|norm"
+    segment_class = WanSegment
+    defaults = Defaults(
+        stg_mode="stg-r",
+        stg_blocks=(8,),
+        stg_scale=1.0,
+        guidance_scale=5.0,
+        rescale=0.0,
+        num_inference_steps=50,
+        frame_rate=16.0,
+        text_length=512,
+    )
+
+    @property
+    def feed_forward_width(self) -> int:
+        return self.integer("ffn_dim")
+
+    @property
+    def text_channels(self) -> int:
+        return self.integer("text_dim")
+
+    @property
+    def timestep_channels(self) -> int:
+        return self.integer("freq_dim")
+
+    @property
+    def compression(self) -> tuple[int, int]:
+        return self.vae_integer("scale_factor_temporal", 4), self.vae_integer("scale_factor_spatial", 8)
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        patch = self.config["patch_size"]
+        whole = isinstance(patch, list | tuple) and all(type(size) is int and size > 0 for size in patch)
+        if not whole or len(patch) != 3 or patch[0] != 1:
+            raise InvalidRequest(
+                "checkpoint: expected patch_size in transformer/config.json as 1, rows, columns, "
+                f"got {patch!r}: download the checkpoint again"
+            )
+        return patch[0], patch[1], patch[2]
+
+    def check(self, workload: Workload) -> None:
+        self._check_text_to_video()
+        super().check(workload)
+        most, (temporal, spatial) = self.integer("rope_max_seq_len"), self.compression
+        frames, height, width = self.grid(workload)
+        _, rows, columns = self.patch
+        for side, tokens, largest in (
+            ("num_frames", frames, (most - 1) * temporal + 1),
+            ("height", height, most * rows * spatial),
+            ("width", width, most * columns * spatial),
+        ):
+            if tokens > most:
+                raise InvalidRequest(
+                    f"{side}: expected at most {largest}, the end of the position tables, "
+                    f"got {getattr(workload, side)}: use {largest}"
+                )
+
+    def check_pipeline(self) -> None:
+        # As diffusers writes the options of Wan 2.2 that are off.
+        off: dict[str, tuple[Any, ...]] = {
+            "expand_timesteps": (None, False),
+            "boundary_ratio": (None,),
+            "transformer_2": (None, [None, None]),
+        }
+        for name, values in off.items():
+            given = self.model_index.get(name)
+            if given not in values:
+                raise InvalidRequest(
+                    f"checkpoint: expected Wan 2.1, which has no {name}, got {name} {given} in "
+                    "model_index.json: Wan 2.2 is not supported, use a Wan 2.1 checkpoint"
+                )
+
+    def own_tensors(self, workload: Workload) -> tuple[TensorSpec, ...]:
+        channels, *latents = self.latent_shape(workload)
+        table = (self.tokens(workload), self.integer("attention_head_dim"))
+        return (
+            TensorSpec("latents", workload.dtype, (ROWS, channels, *latents)),
+            TensorSpec("hidden_states", workload.dtype, (ROWS, *self.grid(workload), self.width)),
+            TensorSpec("modulation", "float32", (ROWS, 6, self.width)),
+            TensorSpec("temb", "float32", (ROWS, self.width)),
+            TensorSpec("rope_cos", "float32", table),
+            TensorSpec("rope_sin", "float32", table),
+            TensorSpec("pred", workload.dtype, (ROWS, channels, *latents)),
+        )
+
+    def text_projection(self, transformer: Any) -> Any:
+        return transformer.condition_embedder.text_embedder
+
+    def constants(self, text: TextCondition, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
+        """The embeddings, zero where the mask is, and position tables, which know no frame rate."""
+        from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
+
+        head_dim, most = self.integer("attention_head_dim"), self.integer("rope_max_seq_len")
+        cos, sin = WanRotaryPosEmbed(head_dim, self.patch, most)(torch.zeros(1, *self.latent_shape(workload)))
+        return {
+            "prompt_embeds": text.embeds * text.mask[:, :, None].to(text.embeds),
+            "rope_cos": cos[0, :, 0],
+            "rope_sin": sin[0, :, 0],
+        }
+
+    def text_tokens(self, pipeline: Any, prompt: str) -> int:
+        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+        return len(pipeline.tokenizer(prompt_clean(prompt)).input_ids)
+
+    def encode_prompt(self, pipeline: Any, prompts: list[str], workload: Workload) -> TextCondition:
+        embeds, _ = pipeline.encode_prompt(
+            prompts,
+            do_classifier_free_guidance=False,
+            max_sequence_length=workload.text_length,
+            device=pipeline.text_encoder.device,
+        )
+        real = torch.tensor([[self.text_tokens(pipeline, prompt)] for prompt in prompts])
+        return TextCondition(embeds, (torch.arange(workload.text_length) < real).to(embeds))
+
+    def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:
+        vae = pipeline.vae
+        mean, std = (
+            torch.tensor(values, device=latents.device)[:, None, None, None]
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        return vae_video(vae, (latents * std + mean).to(vae.dtype))
+
+    def _check_text_to_video(self) -> None:
+        """Refuses image-to-video and Wan 2.2 checkpoints, which have the same class."""
+        self.refuse_image_to_video("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
+        channels = self.integer("in_channels")
+        vae = self.vae_config or {}
+        if vae.get("is_residual") or vae.get("patch_size"):
+            raise InvalidRequest(
+                "checkpoint: expected the VAE of Wan 2.1, got one with is_residual or patch_size in "
+                "vae/config.json: Wan 2.2 is not supported, use a Wan 2.1 checkpoint"
+            )
+        if vae.get("z_dim", channels) != channels:
+            raise InvalidRequest(
+                f"checkpoint: expected z_dim {channels} in vae/config.json, as the transformer's "
+                f"in_channels, got {vae['z_dim']}: the folder mixes two models, download it again"
+            )

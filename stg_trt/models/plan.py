@@ -1,0 +1,95 @@
+"""Which segments one guidance state runs, and with which rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from stg_trt.models.perturbation import Perturbation
+from stg_trt.models.segment import Segment
+
+GROUPS = ("uncond", "cond", "skip")
+"""The order of the rows in every buffer, one group per pass; each group has one row per video."""
+
+
+@dataclass(frozen=True)
+class SegmentRun:
+    """One segment over the rows of `groups`, which lie next to each other.
+
+    `fork`: before it, the skip rows start as a copy of the cond rows. `bypass`: the skip rows are not
+    computed, they pass the segment unchanged (stg-r). `perturbed`: the skip rows keep no self-attention.
+    """
+
+    segment: Segment
+    groups: tuple[str, ...]
+    fork: bool = False
+    bypass: bool = False
+    perturbed: bool = False
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The runs of one step, for one set of passes and one perturbation."""
+
+    passes: tuple[str, ...]
+    runs: tuple[SegmentRun, ...]
+
+    def flops(self, per_row: Callable[[Segment], int]) -> int:
+        """Floating-point operations of one step of one video."""
+        return sum(per_row(run.segment) * len(run.groups) for run in self.runs)
+
+
+def plan_step(
+    segments: Sequence[Segment], passes: tuple[str, ...], perturbation: Perturbation | None
+) -> StepPlan:
+    """The plan for a step: exact, since up to its first perturbed block the skip pass is the cond pass."""
+    skipped = [segment for segment in segments if segment.skipped]
+    if skipped or perturbation is None:
+        runs = _whole_runs(segments, passes)
+    else:
+        runs = _shared_runs(segments, passes, perturbation)
+    return StepPlan(passes, tuple(runs))
+
+
+def full_plan(
+    segments: Sequence[Segment], passes: tuple[str, ...], perturbation: Perturbation | None
+) -> StepPlan:
+    """Every pass from the first segment on, nothing shared: what the shared plan is compared with."""
+    runs = [SegmentRun(segment, passes) for segment in segments]
+    if perturbation is not None:
+        runs = [_perturbed_run(run, perturbation) for run in runs]
+    return StepPlan(passes, tuple(runs))
+
+
+def _whole_runs(segments: Sequence[Segment], passes: tuple[str, ...]) -> list[SegmentRun]:
+    runs = [SegmentRun(segment, _plain(passes)) for segment in segments if not segment.skipped]
+    if "skip" in passes:
+        runs += [SegmentRun(segment, ("skip",)) for segment in segments if segment.skipped]
+    return runs
+
+
+def _shared_runs(
+    segments: Sequence[Segment], passes: tuple[str, ...], perturbation: Perturbation
+) -> list[SegmentRun]:
+    runs, forked = [], False
+    for segment in segments:
+        run = _perturbed_run(SegmentRun(segment, passes), perturbation)
+        perturbed = run.perturbed or run.bypass
+        if perturbed and not forked:
+            run, forked = replace(run, fork=True), True
+        runs.append(run if forked else replace(run, groups=_plain(passes)))
+    return runs
+
+
+def _perturbed_run(run: SegmentRun, perturbation: Perturbation) -> SegmentRun:
+    """The run as the perturbation changes it, where it is the run of a perturbed block."""
+    segment = run.segment
+    if segment.front or segment.back or segment.start not in perturbation.blocks:
+        return run
+    if perturbation.mode == "stg-r":
+        return replace(run, groups=_plain(run.groups), bypass=True)
+    return replace(run, perturbed=True)
+
+
+def _plain(passes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(group for group in passes if group != "skip")

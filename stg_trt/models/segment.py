@@ -1,0 +1,84 @@
+"""Where a model is cut: a segment is a run of blocks that becomes one engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from stg_trt.errors import InvalidRequest
+from stg_trt.models.perturbation import Perturbation, check_blocks, check_mode
+
+Layout = Literal["segmented", "twin"]
+LAYOUTS: tuple[Layout, ...] = ("segmented", "twin")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Blocks [start, stop) of a model, with the embedding where `front` and the head where `back`.
+
+    `text` is the projection of the prompt, run once per call. `skipped` blocks are perturbed for all rows
+    (the twin layout); `keep_input` adds a bool per row that switches self-attention (segmented stg-a).
+    """
+
+    name: str
+    start: int = 0
+    stop: int = 0
+    front: bool = False
+    back: bool = False
+    text: bool = False
+    keep_input: bool = False
+    skipped: Perturbation | None = None
+
+    @property
+    def blocks(self) -> range:
+        """The block numbers."""
+        return range(self.start, self.stop)
+
+
+TEXT = Segment("text", text=True)
+
+
+def check_layout(layout: str) -> None:
+    """Raises InvalidRequest unless `layout` is segmented or twin."""
+    if layout not in LAYOUTS:
+        raise InvalidRequest(
+            f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}: choose one of them"
+        )
+
+
+def engine_outputs(inputs: tuple[str, ...], outputs: tuple[str, ...]) -> tuple[str, ...]:
+    """Output names inside an engine, where a tensor that is read and written needs two names."""
+    return tuple(f"next_{name}" if name in inputs else name for name in outputs)
+
+
+def cut(layout: str, num_blocks: int, mode: str, blocks: tuple[int, ...]) -> tuple[Segment, ...]:
+    """The segments of a layout, in the order they run; raises InvalidRequest for blocks out of range."""
+    check_mode(mode)
+    check_blocks(blocks, num_blocks)
+    return (
+        _segmented(num_blocks, mode, tuple(sorted(blocks)))
+        if layout == "segmented"
+        else _twin(num_blocks, Perturbation(mode, blocks))
+    )
+
+
+def _segmented(num_blocks: int, mode: str, blocks: tuple[int, ...]) -> tuple[Segment, ...]:
+    """front | block | mid | block | back, with a cut on both sides of every perturbable block."""
+    if not blocks:
+        return (Segment("normal", 0, num_blocks, front=True, back=True),)
+    segments = [Segment("front", 0, blocks[0], front=True)]
+    for block, following in zip(blocks, (*blocks[1:], None), strict=True):
+        segments.append(Segment(f"block_{block}", block, block + 1, keep_input=mode == "stg-a"))
+        if following is None:
+            segments.append(Segment("back", block + 1, num_blocks, back=True))
+        elif following > block + 1:
+            segments.append(Segment(f"mid_{block + 1}_{following - 1}", block + 1, following))
+    return tuple(segments)
+
+
+def _twin(num_blocks: int, perturbation: Perturbation) -> tuple[Segment, ...]:
+    """Two complete engines, normal and skipped."""
+    whole = Segment("normal", 0, num_blocks, front=True, back=True)
+    if not perturbation.blocks:
+        return (whole,)
+    return (whole, Segment("skipped", 0, num_blocks, front=True, back=True, skipped=perturbation))

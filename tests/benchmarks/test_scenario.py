@@ -1,0 +1,38 @@
+"""What is measured: the family's own text length, tokens and passes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from stg_trt.benchmarks import diffusers_models
+from stg_trt.benchmarks.scenario import Scenario
+from stg_trt.errors import InvalidRequest
+
+
+def test_the_text_length_is_the_familys(scenario: Scenario, wan_setting: Scenario) -> None:
+    lengths = [replace(one, text_length=None).workload.text_length for one in (scenario, wan_setting)]
+    assert lengths == [128, 512]
+    assert scenario.workload.text_length == 8
+
+
+def test_tokens_are_counted_by_the_family(scenario: Scenario, wan_setting: Scenario) -> None:
+    assert scenario.to_json()["tokens"] == 2 * 2 * 2
+    assert wan_setting.to_json()["tokens"] == 3 * 3 * 4
+
+
+def test_a_family_without_guidance_by_two_prompts(
+    scenario: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert scenario.passes == ("uncond", "cond", "skip")
+    defaults = replace(scenario.family.defaults, guidance_scale=1.0)
+    monkeypatch.setattr(type(scenario.family), "defaults", defaults)
+    assert scenario.passes == ("cond", "skip")
+    assert scenario.guidance(scenario.inputs(4).solver).passes(2) == scenario.passes
+
+
+def test_a_family_that_cannot_be_compared(scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(diffusers_models._UNCUT, scenario.family.name)
+    with pytest.raises(InvalidRequest, match="got ltx-video, which the benchmarks cannot compare"):
+        scenario.check()

@@ -1,0 +1,152 @@
+"""Engine folders that do not fit or were damaged: refused in one line, and repaired by building again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from stg_trt.engines import manifest as manifests
+from stg_trt.engines.store import EngineRequest, EngineStore
+from stg_trt.runtime.device import Cpu
+from tests.support.cli import WEIGHTS, assert_one_line_error, contents, run
+
+AGAIN = "build the engines again"
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut_in_half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def rewrite(build: Path, **changes: object) -> None:
+    """A manifest that was written with other contents, its digest included."""
+    manifests.save(manifests.load(build).model_copy(update=changes), build)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "flipped byte": (
+        lambda b: flip_a_byte(b / "back.onnx"),
+        rf"back\.onnx: its contents changed after the build: {AGAIN}",
+    ),
+    "engine cut short": (
+        lambda b: cut_in_half(b / "text.onnx"),
+        rf"text\.onnx: expected \d+ bytes, got \d+: {AGAIN}",
+    ),
+    "engine missing": (lambda b: (b / "front.onnx").unlink(), rf"front\.onnx: no such file: {AGAIN}"),
+    "manifest edited": (
+        lambda b: edit(b / "manifest.json", '"max_batch": 2', '"max_batch": 8'),
+        rf"manifest\.json: expected what the build wrote, got an edited file .*: {AGAIN}",
+    ),
+    "manifest cut short": (
+        lambda b: cut_in_half(b / "manifest.json"),
+        rf"manifest\.json: not JSON .*: {AGAIN}",
+    ),
+    "manifest missing": (
+        lambda b: (b / "manifest.json").unlink(),
+        r"manifest\.json: no such file: the build was not finished; run it again",
+    ),
+    "build not finished": (
+        lambda b: rewrite(b, complete=False),
+        "the build is not finished: run it again with the same options to finish it",
+    ),
+    "other version": (
+        lambda b: rewrite(b, stg_trt_version="0.0.9"),
+        rf"built by stg_trt 0\.0\.9, this is .*: {AGAIN}",
+    ),
+    "other schema": (
+        lambda b: rewrite(b, schema_version=2),
+        rf"expected schema version 1, got 2: {AGAIN}",
+    ),
+    "no builds": (shutil.rmtree, "expected a build in .*, got an empty folder: build first"),
+}
+
+
+@pytest.fixture
+def build(tmp_path: Path, ltx_engines: Path) -> Path:
+    """A copy of the segmented build, alone in its folder."""
+    (source,) = ltx_engines.glob("segmented-*")
+    return Path(shutil.copytree(source, tmp_path / "engines" / source.name))
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_damaged(case: str, tmp_path: Path, build: Path, ltx_checkpoint: Path, embeds: Path) -> None:
+    damage, pattern = DAMAGES[case]
+    damage(build)
+    before = contents(tmp_path)
+    output = tmp_path / "x.safetensors"
+    arguments = ("--engines", build.parent, "--output", output, "--embeds", embeds)
+    assert_one_line_error(run("generate", ltx_checkpoint, *arguments), pattern)
+    assert contents(tmp_path) == before
+
+
+def test_no_folder(tmp_path: Path, ltx_checkpoint: Path, embeds: Path) -> None:
+    arguments = ("--engines", tmp_path / "none", "--output", tmp_path / "x.safetensors", "--embeds", embeds)
+    pattern = "engines: expected a folder made by stg-trt build, got .*none: check the path"
+    assert_one_line_error(run("generate", ltx_checkpoint, *arguments), pattern)
+    assert_one_line_error(run("inspect", tmp_path / "none"), pattern)
+
+
+def test_other_weights(tmp_path: Path, build: Path, ltx_checkpoint: Path, embeds: Path) -> None:
+    for name in ("transformer", "scheduler"):
+        shutil.copytree(ltx_checkpoint / name, tmp_path / "checkpoint" / name)
+    weights = tmp_path / "checkpoint/transformer" / WEIGHTS
+    tensors = load_file(weights)
+    tensors["proj_out.bias"][0] += 1
+    save_file(tensors, weights)
+    output = tmp_path / "x.safetensors"
+    arguments = ("--engines", build.parent, "--output", output, "--embeds", embeds)
+    result = run("generate", tmp_path / "checkpoint", *arguments)
+    assert_one_line_error(result, f"built from other weights: {AGAIN} from this checkpoint")
+    assert not output.exists()
+
+
+def test_a_mode_that_was_not_built(
+    tmp_path: Path, ltx_engines: Path, ltx_checkpoint: Path, embeds: Path
+) -> None:
+    (source,) = ltx_engines.glob("twin-stg-r-*")
+    shutil.copytree(source, tmp_path / "engines" / source.name)
+    output = tmp_path / "x.safetensors"
+    arguments = ("--engines", tmp_path / "engines", "--output", output, "--embeds", embeds)
+    result = run("generate", ltx_checkpoint, *arguments, "--stg-mode", "stg-a")
+    assert_one_line_error(
+        result, r"skipped engine is stg-r \[3\], .*--stg-mode stg-a --stg-blocks 3: rebuild"
+    )
+    assert not output.exists()
+
+
+def test_building_again_repairs(build: Path, ltx_checkpoint: Path) -> None:
+    before = contents(build)
+    flip_a_byte(build / "text.onnx")
+    sizes = ("--height=128", "--width=160", "--num-frames=17", "--text-length=9")
+    options = (*sizes, "--stg-blocks=1,3", "--stg-mode=stg-a", "--max-batch=2")
+    result = run("build", ltx_checkpoint, "--output", build.parent, *options)
+    assert result.returncode == 0, result.stderr
+    assert "front: already built" in result.stderr and "text: done" in result.stderr
+    after = contents(build)
+    assert after.keys() == before.keys()
+    assert {name for name in after if after[name] != before[name]} <= {"text.onnx", "manifest.json"}
+    assert EngineStore.open(build.parent).find(EngineRequest()).load_engines(Cpu())
+
+
+def test_inspect_names_what_is_unusable(build: Path) -> None:
+    bracketed = build.rename(build.with_name("[red]mine"))
+    result = run("inspect", build.parent)
+    assert result.returncode == 0 and "[red]mine: ltx-video" in result.stdout, result.stderr
+    edit(bracketed / "manifest.json", '"max_batch": 2', '"max_batch": 8')
+    result = run("inspect", build.parent)
+    assert result.returncode == 0 and "[red]mine: unusable: " in result.stdout, result.stderr

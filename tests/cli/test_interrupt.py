@@ -1,0 +1,294 @@
+"""Ctrl-C, a killed process, full and read-only disks, and two builders at once."""
+
+from __future__ import annotations
+
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import psutil
+import pytest
+
+from stg_trt.engines import manifest as manifests
+from stg_trt.engines.manifest import FileRecord
+from stg_trt.engines.store import EngineRequest, EngineStore
+from stg_trt.errors import InvalidRequest
+from stg_trt.runtime.device import Cpu
+from stg_trt.runtime.video_file import save_video
+from stg_trt.system.files import file_sha256
+from tests.support.cli import (
+    PROGRAM,
+    ROOT,
+    SMALL,
+    assert_one_line_error,
+    contents,
+    cpu_seconds_of_ended_children,
+    finish,
+    run,
+    start,
+)
+from tests.support.endless_graph import loop_after
+
+UNVERIFIED = (*SMALL, "--verify-timesteps=0")
+CUT = (*UNVERIFIED, "--stg-blocks=0")
+SEGMENTS = ("text", "front", "block_0", "back")
+# What an interrupted program still does, which a loaded machine may take long for.
+CPU_SECONDS_TO_END = 2
+A_MINUTE = 60
+
+# `stg-trt` whose gate runs graphs that have been given a loop without end.
+ENDLESS_GATE = """
+import math, onnx
+from stg_trt.build_engines.onnx_compiler import OnnxCompiler
+from stg_trt.cli.main import main
+from tests.support.endless_graph import loop_after
+
+def endless(compiler, graph):
+    model = onnx.load(graph)
+    loop_after(model, model.graph.input[0].name, below=math.inf)
+    onnx.save(model, graph)
+    return graph
+
+OnnxCompiler._runnable = endless
+main()
+"""
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 64 KiB; `mount -o remount` changes it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if shutil.which("mount") is None or mount("-t", "tmpfs", "-o", "size=64k", "tmpfs", folder):
+        pytest.skip("needs the right to mount a small disk")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def mount(*arguments: str | Path) -> int:
+    return subprocess.run(["mount", *arguments], capture_output=True).returncode
+
+
+def fill(disk: Path) -> None:
+    """Takes what space is left."""
+    with (disk / "filler").open("wb", buffering=0) as file, pytest.raises(OSError):
+        while True:
+            file.write(bytes(1024))
+
+
+def assert_whole(engines: Path, builds: int = 1) -> None:
+    """Every build is complete and loads, and nothing else lies beside its engines."""
+    store = EngineStore.open(engines)
+    assert len(store.builds) == builds and not store.unreadable
+    for build in store.builds:
+        assert EngineRequest().rejects(build.manifest) is None
+        assert build.load_engines(Cpu())
+        files = {file.name for record in build.manifest.segments for file in record.files}
+        assert set(os.listdir(build.folder)) == {"manifest.json", ".lock", *files}
+
+
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_build_resumes(kill: signal.Signals, tmp_path: Path, one_block: Path) -> None:
+    command = ("build", one_block, "--output", tmp_path / "engines", *CUT)
+    with (tmp_path / "stderr").open("w+") as stderr:
+        process = start(*command, stderr=stderr)
+        wait_for(process, tmp_path / "stderr", "front: done")
+        process.send_signal(kill)
+        process.wait(A_MINUTE)
+    (folder,) = (tmp_path / "engines").iterdir()
+    kept = contents(folder)
+    if kill == signal.SIGINT:
+        report = (tmp_path / "stderr").read_text()
+        result = subprocess.CompletedProcess(command, process.returncode, "", report)
+        assert_one_line_error(result, "interrupted: nothing half-written is left, finished segments are kept")
+        assert kept.keys() == {"manifest.json", "text.onnx", "front.onnx"}
+        assert {*os.listdir(folder)} == {*kept, ".lock"}
+    again = run(*command)
+    assert again.returncode == 0, again.stderr
+    for segment in SEGMENTS[:2]:
+        assert f"{segment}: already built" in again.stderr
+        assert contents(folder)[f"{segment}.onnx"] == kept[f"{segment}.onnx"]
+    assert "back: done" in again.stderr
+    assert_whole(tmp_path / "engines")
+
+
+def wait_for(process: subprocess.Popen[str], report: Path, text: str) -> None:
+    deadline = time.monotonic() + 120
+    while text not in report.read_text():
+        assert process.poll() is None and time.monotonic() < deadline, report.read_text()
+        time.sleep(0.05)
+
+
+def test_an_interrupted_generation_writes_nothing(
+    tmp_path: Path, ltx_checkpoint: Path, ltx_engines: Path, embeds: Path
+) -> None:
+    arguments = ("--engines", ltx_engines, "--output", tmp_path / "x.safetensors", "--embeds", embeds)
+    command = [PROGRAM, "generate", ltx_checkpoint, *arguments, "--num-inference-steps=600"]
+    # On a terminal the bar says when the sampling has begun.
+    interrupt_at(b"sampling", command, lambda: None)
+    assert not os.listdir(tmp_path)
+
+
+def test_an_interrupt_ends_a_running_call(
+    tmp_path: Path, ltx_checkpoint: Path, ltx_engines: Path, embeds: Path
+) -> None:
+    """The first engine never comes back from the second step."""
+    (source,) = ltx_engines.glob("segmented-*")
+    engines = tmp_path / "engines"
+    shutil.copytree(source, engines / source.name)
+    never_end(engines / source.name, "front")
+    arguments = ("--engines", engines, "--output", tmp_path / "x.safetensors", "--embeds", embeds)
+    command = [PROGRAM, "generate", ltx_checkpoint, *arguments, "--num-inference-steps=2"]
+    assert interrupt_at(b"sampling", command, a_moment) < CPU_SECONDS_TO_END
+    assert os.listdir(tmp_path) == ["engines"]
+
+
+def test_an_interrupt_ends_the_numerics_gate(tmp_path: Path, one_block: Path) -> None:
+    """The graph that the gate runs never comes back."""
+    program = tmp_path / "program.py"
+    program.write_text(ENDLESS_GATE)
+    command = [sys.executable, program, "build", one_block, "--output", tmp_path / "engines", *SMALL]
+    assert interrupt_at(b"verify", command, a_moment) < CPU_SECONDS_TO_END
+    assert os.listdir(tmp_path) == ["program.py"]
+
+
+def test_a_builder_goes_on_where_the_one_it_waits_for_has_built_nothing(
+    tmp_path: Path, one_block: Path
+) -> None:
+    program, report = tmp_path / "program.py", tmp_path / "stderr"
+    program.write_text(ENDLESS_GATE)
+    command = ("build", one_block, "--output", tmp_path / "engines", *SMALL, "--verify-timesteps=1")
+    waiting = []
+
+    def start_another() -> None:
+        with report.open("w") as stderr:
+            waiting.append(start(*command, stderr=stderr))
+        wait_for(waiting[0], report, "another build is at work here")
+
+    interrupt_at(b"verify", [sys.executable, program, *command], start_another)
+    assert finish(waiting[0]).returncode == 0, report.read_text()
+    assert_whole(tmp_path / "engines")
+
+
+def interrupt_at(sign: bytes, command: Sequence[str | Path], meanwhile: Callable[[], None]) -> float:
+    """Runs a command on a terminal until it shows a sign, calls `meanwhile`, and interrupts it.
+
+    The CPU time that it took to end, in seconds.
+    """
+    others_s = cpu_seconds_of_ended_children()
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=theirs, cwd=ROOT)
+    os.close(theirs)
+    shown = b""
+    while sign not in shown:
+        part = read(ours)
+        assert part, shown
+        shown += part
+    meanwhile()
+    assert process.poll() is None
+    until_then = psutil.Process(process.pid).cpu_times()
+    process.send_signal(signal.SIGINT)
+    while part := read(ours):
+        shown += part
+    process.communicate(timeout=A_MINUTE)
+    os.close(ours)
+    assert process.returncode == 1 and b"Traceback" not in shown
+    assert b"stg-trt: interrupted: " in shown.splitlines()[-1]
+    return cpu_seconds_of_ended_children() - others_s - until_then.user - until_then.system
+
+
+def a_moment() -> None:
+    """After it the call that is to be interrupted has begun."""
+    time.sleep(1)
+
+
+def never_end(folder: Path, segment: str) -> None:
+    """Gives a segment's engine a loop that a call leaves only in the first step of the schedule."""
+    manifest = manifests.load(folder)
+    record = manifest.record(segment)
+    assert record is not None
+    path = folder / record.files[0].name
+    model = onnx.load(path)
+    loop_after(model, "timestep", below=999.0)
+    onnx.save(model, path)
+    file = FileRecord(name=path.name, bytes=path.stat().st_size, sha256=file_sha256(path))
+    records = tuple(r.model_copy(update={"files": (file,)}) if r == record else r for r in manifest.segments)
+    manifests.save(manifest.model_copy(update={"segments": records}), folder)
+
+
+def read(terminal: int) -> bytes:
+    """What the program shows next; empty once it has ended."""
+    try:
+        return os.read(terminal, 1 << 16)
+    except OSError:
+        return b""
+
+
+def test_a_build_continues_when_the_full_disk_has_space(disk: Path, one_block: Path) -> None:
+    command = ("build", one_block, "--output", disk / "engines", *UNVERIFIED)
+    assert_one_line_error(run(*command), "expected free disk space, got none left: free some or choose")
+    (folder,) = (disk / "engines").iterdir()
+    assert contents(folder).keys() == {"manifest.json", "text.onnx"}
+    assert {*os.listdir(folder)} == {"manifest.json", "text.onnx", ".lock"}
+    assert mount("-o", "remount,size=8m", disk) == 0
+    again = run(*command)
+    assert again.returncode == 0 and "text: already built" in again.stderr, again.stderr
+    assert_whole(disk / "engines")
+
+
+def test_a_full_disk_keeps_the_old_result(
+    tmp_path: Path, disk: Path, ltx_checkpoint: Path, ltx_engines: Path, embeds: Path
+) -> None:
+    for name in ("x.safetensors", "x.mp4"):
+        (disk / name).write_text("before")
+    fill(disk)
+    before = contents(disk)
+    arguments = ("--engines", ltx_engines, "--output", disk / "x.safetensors", "--embeds", embeds)
+    result = run("generate", ltx_checkpoint, *arguments, "--num-inference-steps=2")
+    assert_one_line_error(result, "expected free disk space, got none left: free some or choose")
+    noise = np.random.default_rng(0).random((9, 64, 64, 3), np.float32)
+    with pytest.raises(InvalidRequest, match="No space left on device: choose another or free disk space"):
+        save_video(noise, disk / "x.mp4", 25.0)
+    assert contents(disk) == before
+
+
+def test_a_disk_that_cannot_be_written(
+    tmp_path: Path, disk: Path, one_block: Path, ltx_checkpoint: Path, ltx_engines: Path, embeds: Path
+) -> None:
+    assert mount("-o", "remount,ro", disk) == 0
+    arguments = ("--engines", ltx_engines, "--output", disk / "x.safetensors", "--embeds", embeds)
+    for result in (
+        run("generate", ltx_checkpoint, *arguments),
+        run("build", one_block, "--output", disk, *CUT),
+    ):
+        assert_one_line_error(result, "output: expected a folder that can be written, got .*: choose another")
+    assert not os.listdir(disk)
+
+
+def test_an_output_below_a_file(tmp_path: Path, one_block: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    result = run("build", one_block, "--output", tmp_path / "file" / "engines", *CUT)
+    assert_one_line_error(
+        result, r"output: expected a folder that can be written, got .* \(Not a directory\)"
+    )
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_builders_share_a_folder(tmp_path: Path, one_block: Path) -> None:
+    command = ("build", one_block, "--output", tmp_path, *UNVERIFIED)
+    others = [start(*command), start(*command), start(*command, "--max-batch=2")]
+    results = [finish(process) for process in others]
+    assert [result.returncode for result in results] == [0, 0, 0], [result.stderr for result in results]
+    reused = [result.stderr.count("already built") for result in results]
+    assert sorted(reused[:2]) == [0, 2] and reused[2] == 0
+    waited = ["another build is at work here, waiting for it to end" in result.stderr for result in results]
+    assert waited == [reused[0] == 2, reused[1] == 2, False]
+    assert_whole(tmp_path, builds=2)

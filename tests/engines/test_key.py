@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stg_trt.engines.key import EngineKey, code_version, digest
+from stg_trt.models.perturbation import Perturbation
+from stg_trt.models.segment import Segment
+from stg_trt.models.tensor_spec import TensorSpec
+
+SPEC = TensorSpec("latents", "bfloat16", ("rows", 60, 8))
+KEY = EngineKey(
+    weights="aa",
+    code="bb",
+    segment=Segment("back", 4, 6, back=True),
+    inputs=(SPEC,),
+    outputs=(TensorSpec("pred", "bfloat16", ("rows", 60, 8)),),
+    rows=(1, 3, 6),
+    precision="bf16",
+    opset=23,
+    backend="tensorrt-rtx",
+    backend_version="1.7.1",
+    target="sm_120",
+    flags=("strongly_typed",),
+)
+OTHERS: dict[str, list[Any]] = {
+    "weights": ["ab"],
+    "code": ["bc"],
+    "segment": [
+        dataclasses.replace(KEY.segment, name="front"),
+        dataclasses.replace(KEY.segment, start=3),
+        dataclasses.replace(KEY.segment, stop=5),
+        dataclasses.replace(KEY.segment, front=True),
+        dataclasses.replace(KEY.segment, back=False),
+        dataclasses.replace(KEY.segment, text=True),
+        dataclasses.replace(KEY.segment, keep_input=True),
+        dataclasses.replace(KEY.segment, skipped=Perturbation("stg-a", (4,))),
+        dataclasses.replace(KEY.segment, skipped=Perturbation("stg-a", (5,))),
+        dataclasses.replace(KEY.segment, skipped=Perturbation("stg-r", (4,))),
+    ],
+    "inputs": [
+        (),
+        (dataclasses.replace(SPEC, name="text"),),
+        (dataclasses.replace(SPEC, dtype="float32"),),
+        (dataclasses.replace(SPEC, shape=("rows", 61, 8)),),
+        (dataclasses.replace(SPEC, shape=(2, 60, 8)),),
+    ],
+    "outputs": [(SPEC,)],
+    "rows": [(1, 2, 6), (1, 3, 9), (2, 3, 6)],
+    "precision": ["fp32"],
+    "opset": [24],
+    "backend": ["tensorrt"],
+    "backend_version": ["1.7.2"],
+    "target": ["sm_89"],
+    "flags": [(), ("strongly_typed", "max_aux_streams=0")],
+    "version": [0],
+}
+
+
+def test_every_fact_has_other_values_here() -> None:
+    assert OTHERS.keys() == {field.name for field in dataclasses.fields(EngineKey)}
+    segment_fields = {field.name for field in dataclasses.fields(Segment)}
+    changed = {
+        name for other in OTHERS["segment"] for name in segment_fields
+        if getattr(other, name) != getattr(KEY.segment, name)
+    }  # fmt: skip
+    assert changed == segment_fields
+
+
+def test_the_key_changes_with_every_fact() -> None:
+    keys = [KEY] + [
+        dataclasses.replace(KEY, **{name: other}) for name, others in OTHERS.items() for other in others
+    ]
+    assert len({digest(key.facts()) for key in keys}) == len(keys)
+
+
+def test_the_key_is_the_same_for_the_same_facts() -> None:
+    assert digest(dataclasses.replace(KEY).facts()) == digest(KEY.facts())
+    reordered = dict(reversed(KEY.facts().items()))
+    assert digest(reordered) == digest(KEY.facts())
+
+
+def test_facts_survive_json() -> None:
+    assert json.loads(json.dumps(KEY.facts())) == KEY.facts()
+    assert digest(json.loads(json.dumps(KEY.facts()))) == digest(KEY.facts())
+
+
+@pytest.mark.parametrize("change", ["edit", "add", "rename"])
+def test_the_code_version_covers_the_builders_sources(tmp_path: Path, change: str) -> None:
+    versions = []
+    for name in ("before", "after"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "export.py").write_text("opset = 23\n")
+        versions.append(folder)
+    if change == "edit":
+        (folder / "export.py").write_text("opset = 24\n")
+    elif change == "add":
+        (folder / "verify.py").write_text("")
+    else:
+        (folder / "export.py").rename(folder / "exports.py")
+    before, after = map(code_version, versions)
+    assert before != after and before != code_version()

@@ -1,0 +1,369 @@
+"""Every family: the cut model against the uncut one of diffusers, both eager, on the goldens' weights."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stg_trt.errors import InvalidRequest
+from stg_trt.models.checkpoint import Checkpoint
+from stg_trt.models.families import family_for
+from stg_trt.models.families.base import ModelFamily
+from stg_trt.models.perturbation import MODES, Perturbation
+from stg_trt.models.plan import GROUPS, plan_step
+from stg_trt.models.segment import LAYOUTS, TEXT, Segment, cut
+from stg_trt.models.text import TextCondition
+from stg_trt.models.workload import Workload
+from stg_trt.runtime.bound_plan import BoundPlan
+from stg_trt.runtime.state import StepBuffers, two_sided
+from tests.support.eager_engine import EagerEngine
+from tests.support.eager_reference import perturbed
+from tests.support.family_cases import CASES, TIMESTEP, FamilyCase, Published
+
+BLOCK_SETS: dict[str, Callable[[int], tuple[int, ...]]] = {
+    "first": lambda count: (0,),
+    "last": lambda count: (count - 1,),
+    "apart": lambda count: (1, 3),
+    "ends": lambda count: (0, 1, count - 1),
+    "all": lambda count: tuple(range(count)),
+}
+FRAME_RATE = 25.0
+VIDEOS = 2
+
+
+@pytest.fixture(scope="module")
+def family(case: FamilyCase) -> ModelFamily:
+    return case.family
+
+
+@pytest.fixture(scope="module")
+def cut_model(case: FamilyCase) -> Any:
+    return case.checkpoint.load_transformer()
+
+
+@pytest.fixture(scope="module")
+def uncut_model(case: FamilyCase) -> Any:
+    model = case.model_class.from_pretrained(case.goldens, subfolder="transformer")
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(params=BLOCK_SETS)
+def blocks(request: pytest.FixtureRequest, family: ModelFamily) -> tuple[int, ...]:
+    return BLOCK_SETS[request.param](family.num_blocks)
+
+
+def segments_of(family: ModelFamily, layout: str, mode: str, blocks: Sequence[int]) -> tuple[Segment, ...]:
+    return cut(layout, family.num_blocks, mode, tuple(blocks))
+
+
+def with_text(family: ModelFamily, segments: Sequence[Segment]) -> tuple[Segment, ...]:
+    """The segment that runs once per call, where the family has one, and the others."""
+    return (TEXT, *segments) if family.has_text_segment else tuple(segments)
+
+
+@torch.no_grad()
+def uncut(case: FamilyCase, model: Any, rows: int, condition: TextCondition) -> Tensor:
+    """One pass of the diffusers model."""
+    return case.uncut(model, case.latents(rows), condition)
+
+
+@torch.no_grad()
+def chained(case: FamilyCase, model: Any, segments: Sequence[Segment], condition: TextCondition) -> Tensor:
+    """The segments one after the other, each given what its borders name."""
+    rows = len(condition.embeds)
+    state = {
+        **case.family.constants(condition, case.workload, FRAME_RATE),
+        "latents": case.latents(rows),
+        "timestep": torch.full((rows,), TIMESTEP),
+        "keep_attention": torch.ones(rows, dtype=torch.bool),
+    }
+    for segment in with_text(case.family, segments):
+        module = case.family.module(model, segment, expand_masks=False)
+        outputs = module(*(state[name] for name in module.inputs))
+        state |= dict(zip(module.outputs, outputs, strict=True))
+    return state["pred"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_cut_chain_is_the_uncut_model(
+    case: FamilyCase, cut_model: Any, uncut_model: Any, blocks: tuple[int, ...], mode: str
+) -> None:
+    expected = uncut(case, uncut_model, 3, case.text(3))
+    for perturbable in ((), blocks):
+        segments = segments_of(case.family, "segmented", mode, perturbable)
+        difference = chained(case, cut_model, segments, case.text(3)) - expected
+        assert difference.abs().max() <= case.rounding
+    assert expected.std() > 0.1
+
+
+def engines(family: ModelFamily, model: Any, segments: Sequence[Segment]) -> dict[str, EagerEngine]:
+    modules = {s.name: family.module(model, s, expand_masks=False) for s in with_text(family, segments)}
+    return {name: EagerEngine(module) for name, module in modules.items()}
+
+
+def poisoned_buffers(case: FamilyCase, segments: Sequence[Segment]) -> StepBuffers:
+    """Buffers where whatever is read before it was written shows."""
+    specs = list(case.family.tensors(case.workload).values())
+    buffers = StepBuffers(specs, two_sided(segments, case.family.borders), VIDEOS, torch.device("cpu"))
+    for spec in specs:
+        if spec.dtype != "bool":
+            for side in (0, 1):
+                buffers.view(spec.name, side=side).fill_(torch.nan)
+    return buffers
+
+
+@torch.no_grad()
+def run_step(
+    case: FamilyCase,
+    model: Any,
+    segments: Sequence[Segment],
+    passes: tuple[str, ...],
+    perturbation: Perturbation | None,
+) -> dict[str, Tensor]:
+    """A plan over eager engines: the prediction of every pass."""
+    family = case.family
+    loaded, buffers = engines(family, model, segments), poisoned_buffers(case, segments)
+    conditions = {"uncond": case.text(VIDEOS, seed=1), "cond": case.text(VIDEOS), "skip": case.text(VIDEOS)}
+    stacked = TextCondition.stacked([conditions[group] for group in GROUPS])
+    for name, tensor in family.constants(stacked, case.workload, FRAME_RATE).items():
+        buffers.view(name).copy_(tensor)
+    if family.has_text_segment:
+        context = loaded["text"].context()
+        for name in itertools.chain(*family.borders(TEXT)):
+            context.bind(name, buffers.view(name))
+        context.enqueue(0)
+    for group in passes:
+        buffers.view("latents", (group,)).copy_(case.latents(VIDEOS))
+    buffers.view("timestep").fill_(TIMESTEP)
+    runner = BoundPlan(plan_step(segments, passes, perturbation), loaded, buffers, family.borders)
+    runner.enqueue()
+    first = {group: buffers.view("pred", (group,)).clone() for group in passes}
+    runner.enqueue()
+    assert all(torch.equal(buffers.view("pred", (group,)), first[group]) for group in passes)
+    return first
+
+
+@pytest.mark.parametrize("passes", [GROUPS, ("cond", "skip")], ids="+".join)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_is_the_full_passes_of_the_reference(
+    case: FamilyCase,
+    cut_model: Any,
+    uncut_model: Any,
+    blocks: tuple[int, ...],
+    mode: str,
+    layout: str,
+    passes: tuple[str, ...],
+) -> None:
+    segments = segments_of(case.family, layout, mode, blocks)
+    got = run_step(case, cut_model, segments, passes, Perturbation(mode, blocks))
+    check_passes(case, got, uncut_model, mode, blocks)
+
+
+@pytest.mark.parametrize("blocks", [(1,), (3,), (1, 3)], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_one_cut_serves_every_subset_of_its_blocks(
+    case: FamilyCase, cut_model: Any, uncut_model: Any, mode: str, blocks: tuple[int, ...]
+) -> None:
+    segments = segments_of(case.family, "segmented", "stg-a", (1, 3))
+    got = run_step(case, cut_model, segments, GROUPS, Perturbation(mode, blocks))
+    check_passes(case, got, uncut_model, mode, blocks)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("passes", [("cond",), ("uncond", "cond")], ids="+".join)
+def test_a_step_without_stg(
+    case: FamilyCase, cut_model: Any, uncut_model: Any, passes: tuple[str, ...], layout: str
+) -> None:
+    got = run_step(case, cut_model, segments_of(case.family, layout, "stg-a", (1, 3)), passes, None)
+    check_passes(case, got, uncut_model, "stg-a", ())
+
+
+def check_passes(
+    case: FamilyCase, got: dict[str, Tensor], model: Any, mode: str, blocks: Sequence[int]
+) -> None:
+    """Every pass equals the reference's, and the skip pass is another than the conditional one."""
+    expected = {
+        "uncond": uncut(case, model, VIDEOS, case.text(VIDEOS, seed=1)),
+        "cond": uncut(case, model, VIDEOS, case.text(VIDEOS)),
+    }
+    with perturbed(model, mode, blocks, case.video):
+        expected["skip"] = uncut(case, model, VIDEOS, case.text(VIDEOS))
+    for name, pred in got.items():
+        assert (pred - expected[name]).abs().max() <= 2 * case.rounding, name
+    if "skip" in got:
+        assert (got["skip"] - got["cond"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_reference_is_restored(case: FamilyCase, uncut_model: Any, mode: str) -> None:
+    before = uncut(case, uncut_model, 1, case.text(1))
+    with perturbed(uncut_model, mode, (1, 2), case.video):
+        assert not torch.allclose(uncut(case, uncut_model, 1, case.text(1)), before)
+    assert torch.equal(uncut(case, uncut_model, 1, case.text(1)), before)
+
+
+def test_padded_text_changes_nothing(case: FamilyCase, cut_model: Any) -> None:
+    condition = case.text(3)
+    segments = segments_of(case.family, "segmented", "stg-a", (2,))
+    plain = chained(case, cut_model, segments, condition)
+    noise = 100 * torch.randn(condition.embeds.shape, generator=torch.Generator().manual_seed(9))
+    padding = noise * (1 - condition.mask[:, :, None])
+    other = replace(condition, embeds=condition.embeds + padding)
+    assert torch.equal(chained(case, cut_model, segments, other), plain) == (case.padding != "kept")
+    real = replace(condition, embeds=condition.embeds + noise * condition.mask[:, :, None])
+    assert not torch.allclose(chained(case, cut_model, segments, real), plain)
+
+
+def test_a_row_without_text(case: FamilyCase, cut_model: Any, uncut_model: Any) -> None:
+    condition = case.text(2)
+    condition.mask[1] = 0
+    expected = uncut(case, uncut_model, 2, condition)
+    if expected.isnan().any():
+        with pytest.raises(InvalidRequest, match="prompt_attention_mask: expected a real token in every row"):
+            case.family.constants(condition, case.workload, FRAME_RATE)
+        return
+    got = chained(case, cut_model, segments_of(case.family, "segmented", "stg-r", (2,)), condition)
+    assert (got - expected).abs().max() <= case.rounding
+
+
+@pytest.mark.parametrize("frame_rate", [1.0, 24.0, 25.0, 30.0])
+def test_position_tables_are_those_of_diffusers(
+    case: FamilyCase, uncut_model: Any, frame_rate: float
+) -> None:
+    for sizes, grid in case.table_sizes:
+        workload = replace(case.workload, **sizes)
+        constants = case.family.constants(case.text(1), workload, frame_rate)
+        for name, table in case.tables(uncut_model, grid, frame_rate).items():
+            assert torch.equal(constants[name], table), name
+
+
+def test_what_becomes_of_padding(case: FamilyCase) -> None:
+    """Masked additively over keys, of which the text's are the last; or zeros; or text as any other."""
+    condition = case.text(2)
+    constants = case.family.constants(condition, case.workload, FRAME_RATE)
+    if case.padding == "masked":
+        video, text = constants[case.mask_name].split([constants[case.mask_name].shape[-1] - 9, 9], dim=-1)
+        assert torch.equal(text[:, 0, 0] == 0, condition.mask == 1)
+        assert set(text.unique().tolist()) == {0.0, -10000.0} and not video.any()
+    elif case.padding == "zeroed":
+        real = constants["prompt_embeds"].abs().sum(dim=2) > 0
+        assert torch.equal(real, condition.mask == 1)
+    else:
+        assert torch.equal(constants["prompt_embeds"], condition.embeds)
+
+
+@pytest.mark.parametrize(
+    ("one", "sizes", "message"),
+    [(one, sizes, message) for one in CASES for sizes, message in one.refused_sizes],
+    ids=str,
+)
+def test_sizes_that_a_model_cannot_have(one: FamilyCase, sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        one.family.check(replace(one.workload, **sizes))
+    assert str(refused.value) == message
+
+
+@pytest.mark.parametrize(
+    ("one", "transformer", "vae", "message"),
+    [(one, *refused) for one in CASES for refused in one.refused],
+    ids=str,
+)
+def test_variants_that_are_not_the_family(
+    one: FamilyCase, transformer: dict[str, Any], vae: dict[str, Any], message: str
+) -> None:
+    changed = family_for({**one.checkpoint.transformer_config, **transformer}, vae or None)
+    with pytest.raises(InvalidRequest) as refused:
+        changed.check(one.workload)
+        (whole,) = cut("segmented", changed.num_blocks, "stg-r", ())
+        changed.segment_flops(whole, one.workload)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("one", "changes"), [(one, changes) for one in CASES for changes in one.variants], ids=str
+)
+def test_variants_that_are_the_family(one: FamilyCase, changes: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copytree(one.goldens / "scheduler", tmp_path / "scheduler")
+    torch.manual_seed(0)
+    model = one.model_class.from_config(one.checkpoint.transformer_config | changes).eval()
+    model.save_pretrained(tmp_path / "transformer")
+    variant = replace(one, goldens=tmp_path)
+    cut_model = variant.checkpoint.load_transformer()
+    segments = segments_of(variant.family, "segmented", "stg-a", (0, 2))
+    got = chained(variant, cut_model, segments, variant.text(3))
+    assert (got - uncut(variant, model, 3, variant.text(3))).abs().max() <= one.rounding
+
+
+@pytest.mark.parametrize(
+    ("one", "scheduler", "steps", "message"),
+    [(one, *refused) for one in CASES for refused in one.refused_steps],
+    ids=str,
+)
+def test_steps_that_a_family_cannot_take(one: FamilyCase, scheduler: Any, steps: int, message: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        one.family.set_timesteps(scheduler, steps, one.workload)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("one", "index", "message"),
+    [(one, *refused) for one in CASES for refused in one.refused_indexes],
+    ids=str,
+)
+def test_pipelines_that_are_not_the_family(one: FamilyCase, index: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        replace(one.checkpoint, model_index=index).family.check_pipeline()
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_precisions_are_checked() -> None:
+    with pytest.raises(InvalidRequest, match="precision: expected one of fp32, bf16, got 'fp16'"):
+        Workload(128, 160, 17, 9, "fp16")
+
+
+@pytest.mark.parametrize("known", [known for one in CASES for known in one.published], ids=str)
+def test_sizes_the_published_models_have(known: Published) -> None:
+    published = Checkpoint.open(known.name, random_weights=True).family
+    published.check(known.workload)
+    assert published.latent_shape(known.workload) == known.latents
+    assert published.tensors(known.workload)["latents"].with_rows(2) == (2, *known.packed)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_borders_have_the_shapes_and_dtypes_that_are_said(
+    case: FamilyCase, blocks: tuple[int, ...], precision: str
+) -> None:
+    family, workload = case.family, replace(case.workload, precision=precision)
+    model = case.checkpoint.load_transformer()
+    cuts = [segments_of(family, *kind, blocks) for kind in (("segmented", "stg-a"), ("twin", "stg-r"))]
+    for segment in with_text(family, [*cuts[0], *cuts[1]]):
+        module = family.module(model, segment, expand_masks=False)
+        family.lower_precision(module, getattr(torch, workload.dtype))
+        with torch.no_grad():
+            outputs = module(*family.trace_inputs(segment, workload, 3))
+        specs = family.outputs(segment, workload)
+        assert [output.dtype for output in outputs] == [spec.torch_dtype for spec in specs]
+        assert [tuple(output.shape) for output in outputs] == [spec.with_rows(3) for spec in specs]
+
+
+def test_lower_precision_keeps_its_float32_islands(case: FamilyCase) -> None:
+    family, model = case.family, case.checkpoint.load_transformer()
+    (segment,) = segments_of(family, "segmented", "stg-a", ())
+    module = family.module(model, segment, expand_masks=False)
+    expected = module(*family.trace_inputs(segment, case.workload, 2))[0]
+    family.lower_precision(module, torch.bfloat16)
+    wide = {name for name, parameter in module.named_parameters() if parameter.dtype == torch.float32}
+    narrow = {name for name, _ in module.named_parameters()} - wide
+    assert all(word in "".join(sorted(wide)) for word in case.wide)
+    assert {name.rsplit(".", 2)[-2] for name in narrow} >= case.narrow
+    lowered = module(*family.trace_inputs(segment, replace(case.workload, precision="bf16"), 2))[0].float()
+    assert torch.cosine_similarity(lowered.flatten(), expected.flatten(), dim=0) > 0.999

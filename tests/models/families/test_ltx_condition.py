@@ -1,0 +1,115 @@
+"""LTX-Video checkpoints of LTXConditionPipeline (0.9.7 and later), compared with it, without conditions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LTXConditionPipeline, LTXPipeline
+
+from stg_trt import VideoPipeline
+from stg_trt.build_engines import build
+from stg_trt.guidance.presets import load_preset
+from stg_trt.guidance.solver import SolverTable
+from stg_trt.models.checkpoint import Checkpoint
+from stg_trt.models.families.base import ModelFamily
+from stg_trt.models.workload import Workload
+from tests.support.family_cases import LTX
+
+PROMPTS = ["a red circle moving left", "a blue square"]
+TEXT_LENGTH = 16
+SCHEDULER = FlowMatchEulerDiscreteScheduler()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("condition-checkpoint")
+    LTX.save_pipeline(folder)
+    LTXConditionPipeline.from_pretrained(folder, scheduler=SCHEDULER).save_pretrained(folder)
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "LTXConditionPipeline"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> VideoPipeline:
+    engines = tmp_path_factory.mktemp("condition-engines")
+    sizes = {**LTX.sizes, "text_length": TEXT_LENGTH}
+    build(checkpoint, engines, **sizes, stg_blocks=[1], max_batch=2, verify_timesteps=1)
+    return VideoPipeline.from_pretrained(checkpoint, engines=engines)
+
+
+@pytest.fixture(scope="module")
+def published() -> ModelFamily:
+    return Checkpoint.open("ltx-video-13b", random_weights=True).family
+
+
+def request_of_both(output_type: str) -> dict[str, Any]:
+    """What both take; it draws the noise, since LTXConditionPipeline ignores latents."""
+    return {
+        "prompt": PROMPTS,
+        "negative_prompt": ["blurred"] * 2,
+        "height": LTX.workload.height,
+        "width": LTX.workload.width,
+        "num_frames": LTX.workload.num_frames,
+        "num_inference_steps": 5,
+        "guidance_scale": 4.0,
+        "frame_rate": 12,
+        "generator": [torch.Generator().manual_seed(seed) for seed in (1, 2)],
+        "output_type": output_type,
+    }
+
+
+@pytest.mark.parametrize("output_type", ["latent", "np"])
+def test_cfg_is_that_of_diffusers(checkpoint: Path, pipeline: VideoPipeline, output_type: str) -> None:
+    answers = {}
+    for own in (LTXConditionPipeline, LTXPipeline):
+        theirs = own.from_pretrained(checkpoint)
+        theirs.set_progress_bar_config(disable=True)
+        with torch.no_grad():
+            frames = theirs(**request_of_both(output_type), max_sequence_length=TEXT_LENGTH).frames
+        answers[own] = np.asarray(frames)
+        if output_type == "latent":
+            # LTXPipeline returns packed latents, as we do.
+            packed = frames if own is LTXPipeline else LTXPipeline._pack_latents(frames)
+            answers[own] = packed.numpy()
+    got = np.asarray(pipeline(**request_of_both(output_type), stg_scale=0.0, rescale=0.0).frames)
+    assert np.abs(got - answers[LTXConditionPipeline]).max() <= 1e-4
+    assert np.abs(got - answers[LTXPipeline]).max() > 1e-2
+
+
+@pytest.mark.parametrize("frames", [1, 17])
+def test_positions_are_those_of_the_causal_vae(published: ModelFamily, frames: int) -> None:
+    """The first latent is at 0 s; the next begin 1, 9, 17 frames later."""
+    workload = Workload(64, 96, frames, 8)
+    places = published._positions(workload, 25.0)["video_coords"]  # type: ignore[attr-defined]
+    latents = 1 + (frames - 1) // 8
+    assert places.shape == (1, 3, latents * 2 * 3)
+    time, height, width = places[0].unflatten(1, (latents, 2, 3))
+    expected = torch.tensor([0, *(8 * i + 1 for i in range(latents - 1))]) / 25
+    assert torch.allclose(time[:, 0, 0], expected)
+    assert torch.equal(height[0, :, 0], torch.tensor([0.0, 32.0]))
+    assert torch.equal(width[0, 0], torch.tensor([0.0, 32.0, 64.0]))
+
+
+def test_the_preset_is_made_for_the_published_schedule(published: ModelFamily) -> None:
+    """Every bin of the published table has steps; 0.9008 and 0.618 are steps themselves, rounded."""
+    preset = load_preset("ltx-video-13b-0.9.8-dev")
+    scheduler = Checkpoint.open("ltx-video-13b", random_weights=True).scheduler()
+    published.set_timesteps(scheduler, preset.num_inference_steps, Workload(480, 704, 121, 128))
+    levels = SolverTable.from_scheduler(scheduler).noise_levels
+    assert levels[0] == 1.0 and len(levels) == 30
+    assert {round(level, 4) for level in levels} >= {0.9967, 0.9933, 0.985, 0.9767, 0.9008, 0.618}
+    taken = [preset.stg_blocks.at(level) for level in levels]  # type: ignore[union-attr]
+    assert [len(list(steps)) for steps in (taken[:1], taken[1:3], taken[3:5], taken[5:])] == [1, 2, 2, 25]
+    assert set(taken[:1]) == {()} and set(taken[1:3]) == {(11, 25, 35, 39)}
+    assert set(taken[3:5]) == {(22, 35, 39)} and set(taken[5:]) == {(28,)}
+
+
+def test_another_scheduler_makes_its_own_timesteps(published: ModelFamily) -> None:
+    scheduler = DDIMScheduler()
+    published.set_timesteps(scheduler, 5, Workload(480, 704, 121, 128))
+    assert scheduler.timesteps.tolist() == [800, 600, 400, 200, 0]

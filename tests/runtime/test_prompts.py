@@ -1,0 +1,99 @@
+"""What a call may give as its prompt, and what of it is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stg_trt.errors import InvalidRequest
+from stg_trt.models.families.base import POOLED
+from stg_trt.models.tensor_spec import ROWS, TensorSpec
+from stg_trt.models.text import TextCondition
+from stg_trt.runtime.prompts import Embeddings, Prompts
+
+LENGTH, WIDTH, POOLED_WIDTH = 6, 4, 3
+SPECS = {"prompt_embeds": TensorSpec("prompt_embeds", "float32", (ROWS, LENGTH, WIDTH))}
+WITH_POOLED = {**SPECS, POOLED: TensorSpec(POOLED, "float32", (ROWS, POOLED_WIDTH))}
+NOTHING = Embeddings(None, None, None)
+
+
+def given(**changes: Any) -> Embeddings:
+    """Two videos' embeddings of five tokens."""
+    tensors: dict[str, Tensor | None] = {
+        "embeds": torch.arange(40.0).reshape(2, 5, WIDTH),
+        "mask": torch.ones(2, 5),
+        "pooled": torch.arange(6.0).reshape(2, POOLED_WIDTH),
+    }
+    return Embeddings(**{**tensors, **changes})
+
+
+def conditions(
+    positive: Embeddings, negative: Embeddings, *, specs: dict[str, TensorSpec] = WITH_POOLED, times: int = 1
+) -> tuple[TextCondition, TextCondition | None]:
+    prompts = Prompts(None, None, positive, negative, times)
+    return prompts.conditions(no_encoder, specs, negative is not NOTHING, True)
+
+
+def no_encoder(texts: list[str]) -> TextCondition:
+    raise AssertionError(f"expected no text, got {texts}")
+
+
+def test_embeddings_are_padded_and_repeated() -> None:
+    cond, uncond = conditions(given(), NOTHING, times=2)
+    assert uncond is None and cond.pooled is not None
+    assert cond.embeds.shape == (4, LENGTH, WIDTH) and not cond.embeds[:, 5].any()
+    assert cond.mask.tolist() == [[1, 1, 1, 1, 1, 0]] * 4
+    assert torch.equal(cond.pooled, torch.tensor([[0, 1, 2], [0, 1, 2], [3, 4, 5], [3, 4, 5.0]]))
+    assert torch.equal(cond.embeds[1], cond.embeds[0]) and not torch.equal(cond.embeds[1], cond.embeds[2])
+
+
+def test_negative_embeddings_are_the_uncond_rows() -> None:
+    cond, uncond = conditions(given(), given(pooled=torch.full((2, POOLED_WIDTH), 7.0)))
+    assert uncond is not None and uncond.pooled is not None and cond.pooled is not None
+    assert uncond.pooled.unique().tolist() == [7.0] and cond.pooled.unique().tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_conditions_are_stacked_and_guided() -> None:
+    cond, _ = conditions(given(), NOTHING)
+    stacked = TextCondition.stacked((cond, cond)).guided(2.5)
+    assert stacked.pooled is not None and stacked.pooled.shape == (4, POOLED_WIDTH)
+    assert stacked.guidance is not None and stacked.guidance.tolist() == [2.5] * 4
+    assert cond.guided(None).guidance is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "specs", "message"),
+    [
+        (
+            {"mask": None},
+            WITH_POOLED,
+            "prompt_attention_mask: expected a tensor beside prompt_embeds, got None",
+        ),
+        ({"mask": torch.ones(2, 4)}, WITH_POOLED, r"prompt_attention_mask: expected \(2, 5\), got \(2, 4\)"),
+        (
+            {"pooled": None},
+            WITH_POOLED,
+            "pooled_prompt_embeds: expected a tensor beside prompt_embeds, got None",
+        ),
+        ({"pooled": torch.ones(2, 4)}, WITH_POOLED, r"pooled_prompt_embeds: expected \(2, 3\), got \(2, 4\)"),
+        ({"pooled": torch.ones(1, 3)}, WITH_POOLED, r"pooled_prompt_embeds: expected \(2, 3\), got \(1, 3\)"),
+        ({}, SPECS, "pooled_prompt_embeds: expected none for this model, got a tensor: leave it out"),
+    ],
+)
+def test_embeddings_that_do_not_fit(
+    changes: dict[str, Any], specs: dict[str, TensorSpec], message: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{message}"):
+        conditions(given(**changes), NOTHING, specs=specs)
+    with pytest.raises(InvalidRequest, match=f"^negative_{message}"):
+        conditions(given() if specs is WITH_POOLED else given(pooled=None), given(**changes), specs=specs)
+
+
+def test_pooled_embeddings_beside_a_text() -> None:
+    with pytest.raises(
+        InvalidRequest, match="pooled_prompt_embeds: expected it beside prompt_embeds, got it"
+    ):
+        Prompts("a red circle", None, given(embeds=None, mask=None), NOTHING, 1)

@@ -1,0 +1,22 @@
+"""The table of families that the tests go through."""
+
+from tests.support.family_cases.case import TIMESTEP, FamilyCase, Published
+from tests.support.family_cases.cogvideox import COGVIDEOX
+from tests.support.family_cases.hunyuan_video import HUNYUAN_VIDEO
+from tests.support.family_cases.ltx import LTX
+from tests.support.family_cases.mochi import MOCHI
+from tests.support.family_cases.wan import WAN
+
+__all__ = [
+    "CASES",
+    "COGVIDEOX",
+    "HUNYUAN_VIDEO",
+    "LTX",
+    "MOCHI",
+    "TIMESTEP",
+    "WAN",
+    "FamilyCase",
+    "Published",
+]
+
+CASES = (LTX, WAN, MOCHI, HUNYUAN_VIDEO, *COGVIDEOX.values())

@@ -1,0 +1,236 @@
+"""HunyuanVideo."""
+
+from __future__ import annotations
+
+import string
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+)
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+from torch import Tensor
+from transformers import (
+    AddedToken,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    LlamaConfig,
+    LlamaModel,
+    LlamaTokenizerFast,
+)
+
+from stg_trt.models.text import TextCondition
+from stg_trt.models.workload import Workload
+from tests.support.family_cases.case import GOLDENS, SMALL_TILES, TIMESTEP, FamilyCase, Grid, Published
+from tests.support.family_cases.tiny_text import TEXT_WIDTH, WORDS
+
+POOLED_WIDTH = 12
+
+
+def make_tokenizer() -> LlamaTokenizerFast:
+    """Whole words, and a template of as many tokens as the pipeline cuts off before them."""
+    merges = [(word[:end], word[end]) for word in WORDS for end in range(1, len(word))]
+    merges += [("\u2581", word) for word in WORDS]
+    pieces = ["<unk>", "<s>", "</s>", "<pad>", "\u2581", *"".join(WORDS), *map("".join, merges)]
+    tokenizer = LlamaTokenizerFast(
+        vocab={piece: i for i, piece in enumerate(dict.fromkeys(pieces))},
+        merges=list(dict.fromkeys(merges)),
+        pad_token="<pad>",
+        padding_side="right",
+    )
+    before, after = DEFAULT_PROMPT_TEMPLATE["template"].split("{}")
+    size = len(before) // DEFAULT_PROMPT_TEMPLATE["crop_start"]
+    bounds = [*range(0, size * DEFAULT_PROMPT_TEMPLATE["crop_start"], size), len(before)]
+    template = [AddedToken(before[start:stop], normalized=False) for start, stop in pairwise(bounds)]
+    tokenizer.add_tokens([*template, AddedToken(after, lstrip=True, normalized=False)])
+    return tokenizer
+
+
+def make_text_encoder(vocabulary: int) -> LlamaModel:
+    """Three layers, since the pipeline reads the third hidden state from the end."""
+    return LlamaModel(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            pad_token_id=3,
+        )
+    )
+
+
+def make_clip_tokenizer() -> CLIPTokenizer:
+    """Letters, of which the last of a word is marked."""
+    letters = string.ascii_lowercase + string.digits + string.punctuation
+    pieces = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
+    return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=77)
+
+
+def make_clip(vocabulary: int) -> CLIPTextModel:
+    """One layer; the pooled prompt is what comes out at the end of the text."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary,
+            hidden_size=POOLED_WIDTH,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+    )
+
+
+def save_pipeline(folder: Path) -> None:
+    """HunyuanVideo: 4 pixels in time and 8 in space per latent."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
+    )
+    transformer = HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=2,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=TEXT_WIDTH,
+        pooled_projection_dim=POOLED_WIDTH,
+        rope_axes_dim=(4, 4, 4),
+    )
+    tokenizer, tokenizer_2 = make_tokenizer(), make_clip_tokenizer()
+    HunyuanVideoPipeline(
+        text_encoder=make_text_encoder(len(tokenizer)),
+        tokenizer=tokenizer,
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=make_clip(len(tokenizer_2)),
+        tokenizer_2=tokenizer_2,
+    ).save_pretrained(folder)
+
+
+def uncut(model: Any, x: Tensor, condition: TextCondition) -> Tensor:
+    output: Tensor = model(
+        hidden_states=x,
+        timestep=torch.full((len(x),), TIMESTEP),
+        encoder_hidden_states=condition.embeds,
+        encoder_attention_mask=condition.mask,
+        pooled_projections=condition.pooled,
+        guidance=torch.full((len(x),), 6.0) * 1000.0,
+        return_dict=False,
+    )[0]
+    return output
+
+
+def tables(model: Any, grid: Grid, frame_rate: float) -> dict[str, Tensor]:
+    cos, sin = model.rope(torch.zeros(1, 4, *grid))
+    return {"rope_cos": cos, "rope_sin": sin}
+
+
+HUNYUAN_VIDEO = FamilyCase(
+    goldens=GOLDENS / "hunyuan_video",
+    sizes={"height": 48, "width": 64, "num_frames": 9, "text_length": 9},
+    grid=(3, 6, 8),
+    model_class=HunyuanVideoTransformer3DModel,
+    uncut=uncut,
+    tables=tables,
+    table_sizes=(
+        ({"height": 48, "width": 64, "num_frames": 9}, (3, 6, 8)),
+        ({"height": 16, "width": 32, "num_frames": 1}, (1, 2, 4)),
+    ),
+    video=slice(0, 36),
+    padding="masked",
+    mask_name="key_bias",
+    golden_names=("stg_r",),
+    cut_at=(2, 3),
+    twins=(("stg-r", (2,)),),
+    wide=("time_text_embed", "norm_q", "norm_added_k", "refiner_blocks.0.norm1"),
+    narrow=frozenset({"to_q", "add_q_proj", "proj_in", "proj_mlp", "proj_out", "linear"}),
+    refused_sizes=(
+        ({"height": 40}, "height: expected a positive multiple of 16, got 40: use 32"),
+        ({"width": 0}, "width: expected a positive multiple of 16, got 0: use 16"),
+        ({"num_frames": 8}, "num_frames: expected 4k+1, got 8: use 9"),
+        ({"num_frames": 0}, "num_frames: expected 4k+1, got 0: use 1"),
+        ({"text_length": 0}, "text_length: expected a positive number of tokens, got 0: use 256"),
+    ),
+    refused=(
+        (
+            {"image_condition_type": "token_replace"},
+            {},
+            "no image_condition_type in transformer/config.json, got token_replace: image-to-video is not",
+        ),
+        ({"in_channels": 9}, {}, "in_channels 4 in transformer/config.json, as out_channels, got 9: image-"),
+        (
+            {"patch_size_t": 2},
+            {},
+            "expected patch_size_t 1 in transformer/config.json, as in every published",
+        ),
+        (
+            {"qk_norm": None},
+            {},
+            "expected qk_norm rms_norm in transformer/config.json, as in every published",
+        ),
+        (
+            {"mlp_ratio": "4"},
+            {},
+            "expected mlp_ratio in transformer/config.json as a positive number, got '4'",
+        ),
+        (
+            {"rope_axes_dim": [4, 6]},
+            {},
+            "three even sizes that sum to attention_head_dim, got [4, 6]: down",
+        ),
+        ({"rope_axes_dim": 16}, {}, "three even sizes that sum to attention_head_dim, got 16: download"),
+        (
+            {"num_single_layers": -1},
+            {},
+            "expected num_single_layers in transformer/config.json as a positive",
+        ),
+        (
+            {"num_refiner_layers": 0},
+            {},
+            "expected num_refiner_layers in transformer/config.json as a positive",
+        ),
+        ({}, {"latent_channels": 16}, "expected latent_channels 4 in vae/config.json, as the transformer's"),
+        (
+            {},
+            {"spatial_compression_ratio": "8"},
+            "spatial_compression_ratio in vae/config.json as a positive",
+        ),
+    ),
+    refused_indexes=(
+        (
+            {"image_processor": ["transformers", "CLIPImageProcessor"]},
+            "without image_processor, got image_processor ['transformers', 'CLIPImageProcessor'] in",
+        ),
+    ),
+    published=(
+        Published(
+            "hunyuan-video",
+            Workload(544, 960, 65, 256),
+            (16, 17, 68, 120),
+            (16, 17, 68, 120),
+            teraflops=1375.0,
+        ),
+    ),
+    pipeline_class=HunyuanVideoPipeline,
+    save_pipeline=save_pipeline,
+    # The sine of a guidance of thousands: what is left of it depends on the processor (2.0e-6 on one).
+    rounding=3e-6,
+    schedulers=(FlowMatchEulerDiscreteScheduler(shift=7.0),),
+    variants=({"guidance_embeds": False},),
+    names={"guidance_scale": "true_cfg_scale", "embedded_guidance": "guidance_scale"},
+    # In time too, with or without tiling.
+    vae_tiles={**SMALL_TILES, "tile_sample_min_num_frames": 8, "tile_sample_stride_num_frames": 4},
+)

@@ -1,0 +1,60 @@
+"""States and tables of a step, without engines."""
+
+from __future__ import annotations
+
+import torch
+
+from stg_trt.guidance.solver import SolverTable
+from stg_trt.guidance.tables import Guidance
+from stg_trt.models.families.base import keep_attention_spec
+from stg_trt.models.tensor_spec import ROWS, TensorSpec
+from stg_trt.runtime.state import StepBuffers, StepState
+from stg_trt.runtime.table import StepTable
+
+STEPS = 6
+# One that needs only the last prediction, one that needs all, and one that adds noise.
+SOLVERS = ("euler", "unipc", "cogvideox_dpm")
+
+
+def state_of(videos: int, length: int, dtype: str, device: torch.device, solver: str = "euler") -> StepState:
+    """Random latents, predictions and noise in float32 and `dtype`."""
+    specs = [
+        TensorSpec("latents", dtype, (ROWS, length)),
+        TensorSpec("timestep", "float32", (ROWS,)),
+        TensorSpec("pred", dtype, (ROWS, length)),
+        keep_attention_spec(),
+    ]
+    generator = torch.Generator().manual_seed(length)
+    noises = STEPS if solver == "cogvideox_dpm" else 0
+    table = StepTable(8, device, noises)
+    state = StepState(
+        buffers=StepBuffers(specs, frozenset(), videos, device),
+        table=table,
+        latents=torch.zeros(videos, length, device=device),
+        initial=torch.zeros(videos, length, device=device),
+        history=None if solver == "euler" else torch.zeros(table.slots, videos, length, device=device),
+    )
+    if noises:
+        state.add_noise(torch.randn(noises, videos, length, generator=generator))
+    state.start(torch.randn(videos, length, generator=generator).to(device))
+    state.buffers.view("pred").copy_(torch.randn(3 * videos, length, generator=generator) + 1)
+    return state
+
+
+def tables(solver_name: str = "euler") -> tuple[Guidance, SolverTable]:
+    """Full guidance with rescale, and one of SOLVERS."""
+    from diffusers import CogVideoXDPMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    schedulers = {
+        "euler": FlowMatchEulerDiscreteScheduler(),
+        "unipc": UniPCMultistepScheduler(**flow),
+        "cogvideox_dpm": CogVideoXDPMScheduler(
+            prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True
+        ),
+    }
+    solver = SolverTable.from_scheduler(schedulers[solver_name], STEPS)
+    guidance = Guidance.for_steps(
+        [t / 1000 for t in solver.timesteps], guidance_scale=3.0, stg_scale=1.0, rescale=0.7, stg_blocks=[0]
+    )
+    return guidance, solver

@@ -1,0 +1,63 @@
+"""Calls that VideoPipeline and diffusers' own pipelines both take, on whole tiny checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stg_trt import VideoPipeline
+from tests.support.family_cases import FamilyCase
+
+TEXT_LENGTH = 16
+# The second is cleaned before it is tokenised where diffusers' pipeline does so.
+PROMPTS = ["a red circle moving left", "  a &amp;amp;  blue\n square "]
+NEGATIVE = "blurred"
+STEPS = 4
+
+
+@torch.no_grad()
+def of_diffusers(
+    case: FamilyCase,
+    checkpoint: Path,
+    scheduler: Any,
+    output_type: str,
+    tiles: Mapping[str, int] | None = None,
+    **given: Any,
+) -> Any:
+    own = case.pipeline_class.from_pretrained(checkpoint, scheduler=scheduler)
+    own.set_progress_bar_config(disable=True)
+    if tiles is not None:
+        own.vae.enable_tiling()
+        shrink_tiles(own.vae, tiles)
+    theirs = {case.names.get(name, name): value for name, value in given.items()}
+    return own(**theirs, max_sequence_length=TEXT_LENGTH, output_type=output_type).frames
+
+
+def shrink_tiles(vae: Any, tiles: Mapping[str, int]) -> None:
+    for name, pixels in tiles.items():
+        assert hasattr(vae, name)
+        setattr(vae, name, pixels)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def call(case: FamilyCase, pipeline: VideoPipeline, prompts: list[str]) -> dict[str, Any]:
+    """Arguments that both take."""
+    spec = pipeline.family.tensors(case.workload)["latents"]
+    noise = torch.randn(spec.with_rows(len(prompts)), generator=torch.Generator().manual_seed(3))
+    return {
+        "prompt": prompts,
+        "negative_prompt": [NEGATIVE] * len(prompts),
+        "height": case.workload.height,
+        "width": case.workload.width,
+        "num_frames": case.workload.num_frames,
+        "num_inference_steps": STEPS,
+        "guidance_scale": 4.0,
+        **({"embedded_guidance": 5.0} if "embedded_guidance" in case.names else {}),
+        "latents": noise,
+    }
