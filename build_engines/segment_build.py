@@ -134,7 +134,7 @@ class SegmentBuild:
         """The gates on the compiled segment."""
         family, segment = self.options.checkpoint.family, self.segment
         wanted = family.attentions(segment)
-        if compiled.fused_attentions != wanted:
+        if compiled.fused_attentions not in (None, wanted):
             raise GateMissed(
                 f"{segment.name}: expected {wanted} fused attentions, got {compiled.fused_attentions}: "
                 "an attention of this segment was decomposed (its mask, dtype or head size has no kernel)"

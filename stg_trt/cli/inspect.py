@@ -64,7 +64,7 @@ def describe(build: Build) -> dict[str, Any]:
                 "relative_l2": max((v.relative_l2 for v in record.verification), default=None),
                 "key": record.key,
                 "graph_sha256": record.graph_sha256,
-                "profile_rows": record.facts["rows"],
+                "profiles": record.facts["profiles"],
                 "seconds": record.seconds,
                 "peak_bytes": record.peak_bytes,
             }
@@ -127,12 +127,12 @@ def _print(console: Any, build: dict[str, Any]) -> None:
     for column in ("segment", rows, "GFLOP per row", "attentions", "MB", "L2", "key"):
         table.add_column(column, justify="left" if column in ("segment", "key") else "right")
     for segment in build["segments"]:
-        error = segment["relative_l2"]
+        error, fused = segment["relative_l2"], segment["fused_attentions"]
         table.add_row(
             segment["name"],
             " / ".join(str(rows) for rows in segment["rows"].values()),
             f"{segment['flops_per_row'] / 1e9:.2f}",
-            f"{segment['fused_attentions']}/{segment['attentions']}",
+            f"{'?' if fused is None else fused}/{segment['attentions']}",
             f"{segment['bytes'] / 1e6:.1f}",
             "-" if error is None else f"{error:.0e}",
             segment["key"][:12],
