@@ -26,6 +26,7 @@ from .compilers import compiler_for
 from .options import BuildOptions
 from .progress import Progress, Silent
 from .reference import Reference
+from .reproduction import KEPT_GRAPHS
 from .reusable_files import ReusableFiles
 from .segment_build import SegmentBuild
 
@@ -162,7 +163,7 @@ class _Builder:
                     self.progress.finish(segment, record, reused=False)
             finally:
                 if options.keep_onnx:
-                    _keep(work, work.with_name("onnx"))
+                    _keep(work, work.with_name(KEPT_GRAPHS))
                 shutil.rmtree(work, ignore_errors=True)
         for target, folder in folders.items():
             manifests.save(manifest[target].model_copy(update={"complete": True}), folder)

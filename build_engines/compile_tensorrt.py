@@ -6,6 +6,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from stg_trt.system.interruptible import run_interruptibly
 from .compiler import Compiled, Exported, Job, Rows
 from .fused_attention import count_in_layers, count_in_plan
 from .onnx_compiler import ExportedGraph, OnnxCompiler
+from .reproduction import tensorrt_commands
 from .reusable_files import ReusableFiles
 from .tensorrt_recipe import Recipe
 from .timing_cache import load_timings, save_timings
@@ -82,11 +84,13 @@ class TensorRTCompiler(OnnxCompiler):
             target=target,
             builder_optimization_level=self.options.builder_optimization_level,
             timing_cache=self._timing_cache(target),
+            plugins=bool(self.options.plugins),
         )
         attentions = self.options.checkpoint.family.attentions(job.segment)
-        return compile_tensorrt(
+        compiled = compile_tensorrt(
             recipe, attentions, lambda phase: job.on_progress(f"compile for {target}: {phase}")
         )
+        return replace(compiled, commands=tensorrt_commands(recipe))
 
     def _timing_cache(self, target: str) -> Path | None:
         """Beside the builds, one per GPU and version; TensorRT-RTX times nothing while it builds."""

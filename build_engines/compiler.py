@@ -63,13 +63,14 @@ class Exported:
 class Compiled:
     """Finished files, the engine's own first, and what the gates measured, None where it cannot be known.
 
-    `runner` loads the engine, where only it shows the numerics.
+    `runner` loads the engine, where only it shows the numerics. `commands` of other tools do the same.
     """
 
     files: tuple[Path, ...]
     fused_attentions: int | None
     activation_bytes: int | None
     runner: Callable[[], Run] | None = None
+    commands: tuple[str, ...] = ()
 
 
 class Compiler(ABC):

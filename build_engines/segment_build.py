@@ -89,6 +89,7 @@ class SegmentBuild:
             fused_attentions=compiled.fused_attentions,
             activation_bytes=compiled.activation_bytes,
             verification=verification,
+            commands=compiled.commands,
             seconds=seconds,
             peak_bytes=max(self._shared_peak, peak.bytes),
         )

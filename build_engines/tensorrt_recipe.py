@@ -21,6 +21,7 @@ class Recipe:
     target: str
     builder_optimization_level: int | None = None
     timing_cache: Path | None = None
+    plugins: bool = False
 
     @property
     def segment(self) -> str:

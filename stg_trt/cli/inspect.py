@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 def inspect(
     engines: Annotated[Path, typer.Argument(help="A folder made by stg-trt build.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    commands: Annotated[
+        bool, typer.Option("--commands", help="Print trtexec and polygraphy lines that build the same.")
+    ] = False,
 ) -> None:
     """Show the builds in a folder: segments, rows, FLOPs, attention kernels, keys and sizes."""
     from stg_trt.engines.store import EngineStore
@@ -29,6 +32,8 @@ def inspect(
     console = Console(emoji=False)
     for build in builds:
         _print(console, build)
+        if commands:
+            _print_commands(build)
     for folder, reason in store.unreadable.items():
         console.print(f"{folder}: unusable: {reason}", style="red", markup=False)
 
@@ -65,6 +70,7 @@ def describe(build: Build) -> dict[str, Any]:
                 "key": record.key,
                 "graph_sha256": record.graph_sha256,
                 "profiles": record.facts["profiles"],
+                "commands": record.commands,
                 "seconds": record.seconds,
                 "peak_bytes": record.peak_bytes,
             }
@@ -102,6 +108,13 @@ def _states(build: Build) -> dict[str, dict[str, Any]]:
             "flops_full": full_plan(whole, passes, None).flops(flops),
         }
     return states
+
+
+def _print_commands(build: dict[str, Any]) -> None:
+    """One a line and nothing else on it, to be copied; they are run in the build's folder."""
+    for segment in build["segments"]:
+        for command in segment["commands"]:
+            print(command)
 
 
 def _compiled_for(build: dict[str, Any]) -> str:
