@@ -40,6 +40,6 @@ def scenario() -> Scenario:
 
 
 @pytest.fixture
-def wan_setting() -> Scenario:
+def wan_scenario() -> Scenario:
     """The Wan model and size in Python."""
     return Scenario(str(WAN.goldens), **WAN.sizes, stg_mode="stg-a", stg_blocks=(2,), backend="onnxruntime")
