@@ -11,6 +11,7 @@ from torch import Tensor
 from stg_trt.benchmarks.diffusers_models import _MODELS
 from stg_trt.benchmarks.eager_step import EagerStep, lower_precision, perturbed_skip_row
 from stg_trt.benchmarks.scenario import Scenario
+from tests.benchmarks.conftest import scenario_of
 from tests.support.eager_reference import perturbed
 from tests.support.family_cases import CASES, TIMESTEP, FamilyCase
 
@@ -22,9 +23,7 @@ COMPARED = [case for case in CASES if case.family.name in _MODELS]
 @pytest.mark.parametrize("case", COMPARED, ids=str)
 @torch.no_grad()
 def test_rows_equal_passes_of_their_own(case: FamilyCase, mode: str, blocks: tuple[int, ...]) -> None:
-    scenario = Scenario(
-        str(case.goldens), **case.sizes, stg_mode=mode, stg_blocks=blocks, backend="onnxruntime"
-    )
+    scenario = scenario_of(case, mode, blocks)
     model, inputs = scenario.opened.load_transformer(), scenario.inputs(4)
     same_timestep = replace(inputs.solver, timesteps=(TIMESTEP,) * 4)
     inputs = replace(inputs, solver=same_timestep)

@@ -24,7 +24,7 @@ MACHINE = {
     "versions": {"torch": "2.13.0"},
     "complete": True,
 }
-LTX = {
+LTX: dict[str, Any] = {
     "model": "ltx-video-2b",
     "backend": "inductor",
     "workload": {"height": 480, "width": 704, "num_frames": 121, "text_length": 128, "precision": "bf16"},

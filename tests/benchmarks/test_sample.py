@@ -10,6 +10,7 @@ import pytest
 from stg_trt.benchmarks.sample import SampleBenchmark
 from stg_trt.benchmarks.scenario import Scenario
 from stg_trt.errors import GateMissed
+from tests.benchmarks.conftest import scenario_of
 from tests.support.broken_plan import unperturbed
 from tests.support.cli import run
 from tests.support.family_cases import COGVIDEOX, WAN, FamilyCase
@@ -39,9 +40,7 @@ def test_measures_calls_and_their_steps(tmp_path: Path, tiny: tuple[str, ...]) -
 @pytest.mark.parametrize("case", [WAN, COGVIDEOX["5b"]], ids=str)
 def test_a_multi_step_solver(tmp_path: Path, engines: Path, case: FamilyCase) -> None:
     """Of which one adds noise."""
-    scenario = Scenario(
-        str(case.goldens), **case.sizes, stg_mode="stg-a", stg_blocks=(2,), backend="onnxruntime"
-    )
+    scenario = scenario_of(case, "stg-a", (2,))
     SampleBenchmark(scenario, "segmented", 4, 1).run(tmp_path / "sample.json", engines)
     result = json.loads((tmp_path / "sample.json").read_text())
     assert result["complete"] and result["verification"]["relative_l2"] <= 1e-4
