@@ -96,7 +96,9 @@ def messages() -> Iterator[tuple[str, str]]:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             call = node.exc if isinstance(node, ast.Raise) else node
             if isinstance(call, ast.Call) and call.args and _is_message(node, call):
-                yield path.relative_to(ROOT).as_posix(), _constant(call.args[0])
+                message = _constant(call.args[0])
+                if message.strip("X"):
+                    yield path.relative_to(ROOT).as_posix(), message
 
 
 def _is_message(node: ast.AST, call: ast.Call) -> bool:

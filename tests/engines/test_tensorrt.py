@@ -20,6 +20,7 @@ from stg_trt.engines import tensorrt
 from stg_trt.engines.store import EngineStore
 from stg_trt.errors import BackendUnavailable, EngineRejected, OutOfDeviceMemory
 from stg_trt.models.segment import LAYOUTS
+from stg_trt.system.gpu import Gpu, Machine
 from tests.support.family_cases import LTX, FamilyCase
 from tests.support.simulated_tensorrt import (
     ALIGNMENT,
@@ -31,6 +32,7 @@ from tests.support.simulated_tensorrt import (
 from tests.test_goldens import GOLDENS, arguments, every_step
 
 MAX_ROWS = 6
+H100 = Gpu("NVIDIA H100", "sm_90", 80 << 30, 132, "580.65")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,7 @@ def device(sim: SimulatedTensorRT, monkeypatch: pytest.MonkeyPatch) -> Simulated
 
 def replace_gpu(monkeypatch: pytest.MonkeyPatch, simulated: SimulatedCuda) -> None:
     monkeypatch.setattr("stg_trt.runtime.pipeline.open_device", lambda name: simulated)
-    monkeypatch.setattr("stg_trt.runtime.pipeline.this_machine", lambda: "sm_90")
+    monkeypatch.setattr("stg_trt.runtime.pipeline.this_machine", lambda: Machine(H100))
 
 
 def context(sim: SimulatedTensorRT, engines: Path, name: str = "text") -> tensorrt.TensorRTContext:
@@ -309,8 +311,8 @@ def test_a_capture_reads_nothing_on_the_host(sim: SimulatedTensorRT) -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        ("Runtime", BackendUnavailable, "expected a GPU runtime"),
-        ("deserialize_cuda_engine", EngineRejected, "built for another GPU or version"),
+        ("Runtime", BackendUnavailable, "expected a GPU that it can use, got .*nullptr: check the GPU"),
+        ("deserialize_cuda_engine", EngineRejected, "can load on this GPU, got no reason: build the engines"),
         ("create_execution_context", EngineRejected, "free GPU memory"),
         ("set_input_shape", EngineRejected, "within the profile"),
         ("set_tensor_address", EngineRejected, "set_tensor_address failed"),

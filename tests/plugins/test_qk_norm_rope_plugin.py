@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from stg_trt import manifest
+from stg_trt.engines import manifest
 from tests.build_engines.test_plugin_nodes import WITH_PLUGIN
 from tests.support.compiled_kernels import PLUGINS, ROOT, compile_on_host, run
 from tests.support.family_cases import FamilyCase
