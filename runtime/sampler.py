@@ -114,7 +114,8 @@ class Sampler:
             text = TextCondition.stacked((uncond or cond, cond, cond)).guided(guidance.embedded)
             if None in solver.two_term:
                 state.add_noise(draw_for(solver, len(guidance.cfg_scale), latents.shape, generator))
-            self._write_constants(state.buffers, text, frame_rate)
+            self._write_position_tables(state, frame_rate)
+            self._write_text(state.buffers, text)
         return state
 
     def program(self, key: StepKey, state: StepState) -> Step | StepGraph:
@@ -170,9 +171,18 @@ class Sampler:
             context.bind(name, buffers.view(name))
         return context
 
-    def _write_constants(self, buffers: StepBuffers, text: TextCondition, frame_rate: float) -> None:
-        """Text, masks and position tables of the whole run; the skip rows have the prompt of cond."""
-        for name, tensor in self.family.constants(text, self.workload, frame_rate).items():
+    def _write_position_tables(self, state: StepState, frame_rate: float) -> None:
+        """Computes and copies the tables, tens of megabytes, unless the last run had the same ones."""
+        if state.frame_rate == frame_rate:
+            return
+        state.frame_rate = None
+        for name, tensor in self.family.position_tables(self.workload, frame_rate).items():
+            state.buffers.view(name).copy_(tensor)
+        state.frame_rate = frame_rate
+
+    def _write_text(self, buffers: StepBuffers, text: TextCondition) -> None:
+        """Embeddings and masks of the whole run; the skip rows have the prompt of cond."""
+        for name, tensor in self.family.text_inputs(text, self.workload).items():
             buffers.view(name).copy_(tensor)
         if self._text is not None:
             self._text.enqueue(self._device.stream)

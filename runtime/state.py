@@ -74,7 +74,8 @@ class StepState:
     """Static memory of a run: rows at the engines' borders, latents in float32, and the step table.
 
     `history` holds every prediction so far and the noise that the solver adds, as the table says; it is
-    None for solvers that need only the last prediction.
+    None for solvers that need only the last prediction. `frame_rate` is that of the position tables in the
+    buffers, None before they are written.
     """
 
     buffers: StepBuffers
@@ -82,6 +83,7 @@ class StepState:
     latents: Tensor
     initial: Tensor
     history: Tensor | None
+    frame_rate: float | None = None
 
     def start(self, latents: Tensor) -> None:
         """Writes the latents that a run starts from; no prediction of the last run can be read after it."""

@@ -23,6 +23,7 @@ from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.text import TextCondition
+from stg_trt.models.workload import Workload
 from stg_trt.runtime.device import Cpu
 from stg_trt.runtime.sampler import SampledStep, Sampler
 from tests.support.eager_reference import perturbed
@@ -297,6 +298,56 @@ def test_a_run_that_is_left_leaves_nothing_behind(pipeline: VideoPipeline, sampl
     next(sample(sampler, scheduler_of(pipeline), Guidance.for_steps([0.0] * STEPS, guidance_scale=9.0)))
     again = [step.latents for step in sample(sampler, scheduler_of(pipeline), guidance)]
     assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+
+
+def test_position_tables_are_computed_once_per_frame_rate(
+    ltx_checkpoint: Path, ltx_engines: Path, pipeline: VideoPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = VideoPipeline.from_pretrained(ltx_checkpoint, engines=ltx_engines, layout="segmented")
+    compute = fresh.family.position_tables
+    rates: list[float] = []
+
+    def counted(workload: Workload, frame_rate: float) -> dict[str, Tensor]:
+        rates.append(frame_rate)
+        return compute(workload, frame_rate)
+
+    monkeypatch.setattr(fresh.family, "position_tables", counted)
+    at_25 = fresh(**call(guidance_scale=3.0, frame_rate=25.0)).frames
+    assert torch.equal(fresh(**call(guidance_scale=3.0, frame_rate=25.0)).frames, at_25)
+    assert rates == [25.0]
+    at_12 = fresh(**call(guidance_scale=3.0, frame_rate=12.0)).frames
+    assert torch.equal(at_12, pipeline(**call(guidance_scale=3.0, frame_rate=12.0)).frames)
+    assert not torch.equal(at_12, at_25)
+    assert torch.equal(fresh(**call(guidance_scale=3.0, frame_rate=25.0)).frames, at_25)
+    assert rates == [25.0, 12.0, 25.0]
+    # New memory, for another number of videos, has no tables yet.
+    fresh(**call(1, guidance_scale=3.0, frame_rate=25.0))
+    assert rates == [25.0, 12.0, 25.0, 25.0]
+
+
+def test_the_prompt_is_written_for_every_call(pipeline: VideoPipeline) -> None:
+    other = condition(2, 7)
+    text = {"prompt_embeds": other.embeds, "prompt_attention_mask": other.mask.flip(0)}
+    before = pipeline(**call(guidance_scale=3.0)).frames
+    assert not torch.equal(pipeline(**call(guidance_scale=3.0, **text)).frames, before)
+    assert torch.equal(pipeline(**call(guidance_scale=3.0)).frames, before)
+
+
+def test_tables_that_could_not_be_written_are_written_again(
+    ltx_checkpoint: Path, ltx_engines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = VideoPipeline.from_pretrained(ltx_checkpoint, engines=ltx_engines, layout="segmented")
+    expected = fresh(**call(frame_rate=25.0)).frames
+
+    def failing(workload: Workload, frame_rate: float) -> dict[str, Tensor]:
+        tables = compute(workload, frame_rate)
+        return {**tables, "rope_sin": tables["rope_sin"][1:]}
+
+    compute = fresh.family.position_tables
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="size"):
+        patch.setattr(fresh.family, "position_tables", failing)
+        fresh(**call(frame_rate=12.0))
+    assert torch.equal(fresh(**call(frame_rate=25.0)).frames, expected)
 
 
 def test_calls_with_other_numbers_of_videos_may_follow_each_other(pipeline: VideoPipeline) -> None:
