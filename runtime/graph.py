@@ -75,6 +75,7 @@ def _captured(step: Step, state: StepState, device: Device) -> Graph | None:
         graph = device.capture(step.enqueue)
     except RuntimeError as error:
         device.stop_capturing()
+        state.restore(start)
         _warn(f"capture failed ({str(error).splitlines()[0]}), all steps of this process run without one")
         return None
     state.restore(start)

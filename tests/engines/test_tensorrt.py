@@ -21,13 +21,8 @@ from stg_trt.engines.store import EngineStore
 from stg_trt.errors import BackendUnavailable, EngineRejected, OutOfDeviceMemory
 from stg_trt.models.segment import LAYOUTS
 from tests.support.family_cases import LTX, FamilyCase
-from tests.support.simulated_tensorrt import (
-    ALIGNMENT,
-    RuleBroken,
-    SimulatedCuda,
-    SimulatedTensorRT,
-    SimulatedTensorRTRtx,
-)
+from tests.support.simulated_cuda import RuleBroken, SimulatedCuda
+from tests.support.simulated_tensorrt import ALIGNMENT, SimulatedTensorRT, SimulatedTensorRTRtx
 from tests.test_goldens import GOLDENS, arguments, every_step
 
 MAX_ROWS = 6
