@@ -155,7 +155,7 @@ def _hunyuan_video_arguments(
 def _cogvideox_arguments(
     family: Any, text: TextCondition, workload: Workload, frame_rate: float
 ) -> dict[str, Any]:
-    tables = family.constants(text, workload, frame_rate)
+    tables = family.position_tables(workload, frame_rate)
     rope = tuple(tables[name].to(text.embeds.device) for name in ("rope_cos", "rope_sin") if name in tables)
     return {"encoder_hidden_states": text.embeds, "image_rotary_emb": rope or None}
 

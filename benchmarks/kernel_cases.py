@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from stg_trt.guidance.combine import combined
+from stg_trt.guidance.combine import combine
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.families.base import keep_attention_spec
 from stg_trt.models.plan import GROUPS
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.runtime.device import Device
-from stg_trt.runtime.guided_step import fan_out_rows, guided_step
-from stg_trt.runtime.kernels.fan_out_rows import FanOutRowsKernel
-from stg_trt.runtime.kernels.guided_step import GuidedStepKernel
+from stg_trt.runtime.kernels.operations import KernelOperations
 from stg_trt.runtime.kernels.qk_norm_rope import Norm, QKNormRopeKernel, Rope, norm_rope
-from stg_trt.runtime.kernels.shared_library import kernels_for
-from stg_trt.runtime.state import StepBuffers, StepState
-from stg_trt.runtime.table import StepTable
+from stg_trt.runtime.state import RunSize, StepBuffers, StepState
+from stg_trt.runtime.step_key import StepKey
 
 from .clock import Work
 
@@ -50,52 +48,44 @@ class Kernel:
     make: Callable[[int, Device], Case]
 
 
-def _guided_step(elements: int, device: Device, *, rescaled: bool) -> Case:
-    """guided_step over three rows: with rescale the statistics read the rows once more."""
-    guidance, solver = _tables(rescaled)
+def _guided_step(
+    elements: int, device: Device, *, rescaled: bool = True, cfg_zero_star: bool = False
+) -> Case:
+    """guided_step over three rows: rescale reads all of them once more, CFG-Zero* reads uncond and cond."""
+    guidance, solver = _tables(rescaled, cfg_zero_star)
     state = _state(elements, device)
     start = state.latents.clone()
     state.table.load(guidance, solver)
-    kernels = kernels_for(device.torch_device)
-    options = {"rescaled": rescaled, "two_term": True}
+    step = device.operations.guided_step(state, StepKey.of(guidance, solver, 0))
 
     def reset() -> None:
         state.start(start)
-        state.table.counter.zero_()
+        state.table.go_to(0)
 
-    if kernels is None:
-        run = lambda: guided_step(state, GROUPS, **options, cfg_zero_star=False)  # noqa: E731
-    else:
-        kernel = GuidedStepKernel(kernels, state, GROUPS, **options)
-        run = lambda: kernel.enqueue(device.stream)  # noqa: E731
     with device.scope():
         reset()
         expected = _stepped(state, guidance, solver)
-        run()
+        step(device.stream)
         error = float((state.latents.double() - expected).abs().max() / expected.abs().max())
     row_bytes = elements * state.buffers.view("pred").element_size()
-    moved = len(GROUPS) * row_bytes * (2 if rescaled else 1) + 2 * elements * state.latents.element_size()
-    return Case(REFERENCE if kernels is None else CUDA_KERNEL, Work(run, reset), moved, error)
+    rows_read = len(GROUPS) * (2 if rescaled else 1) + (2 if cfg_zero_star else 0)
+    moved = rows_read * row_bytes + 2 * elements * state.latents.element_size()
+    return Case(_implementation(device), Work(lambda: step(device.stream), reset), moved, error)
 
 
 def _fan_out_rows(elements: int, device: Device) -> Case:
     """fan_out_rows to three rows."""
-    guidance, solver = _tables(rescaled=True)
+    guidance, solver = _tables()
     state = _state(elements, device)
     state.table.load(guidance, solver)
-    kernels = kernels_for(device.torch_device)
-    if kernels is None:
-        run = lambda: fan_out_rows(state, GROUPS)  # noqa: E731
-    else:
-        kernel = FanOutRowsKernel(kernels, state, GROUPS)
-        run = lambda: kernel.enqueue(device.stream)  # noqa: E731
+    fan_out = device.operations.fan_out_rows(state, GROUPS)
     rows = state.buffers.view("latents")
     with device.scope():
-        run()
+        fan_out(device.stream)
         expected = (state.latents.double() * solver.input_scale[0]).to(rows.dtype)
         error = _relative(rows, expected.expand_as(rows))
     moved = elements * (state.latents.element_size() + len(GROUPS) * rows.element_size())
-    return Case(REFERENCE if kernels is None else CUDA_KERNEL, Work(run), moved, error)
+    return Case(_implementation(device), Work(lambda: fan_out(device.stream)), moved, error)
 
 
 def _qk_norm_rope(elements: int, device: Device) -> Case:
@@ -111,15 +101,15 @@ def _qk_norm_rope(elements: int, device: Device) -> Case:
     norms = Norm(random(_WIDTH)), Norm(random(_WIDTH))
     rope = Rope(random(*shape[1:]), random(*shape[1:]))
     outputs = torch.empty_like(q), torch.empty_like(k)
-    kernels = kernels_for(place)
-    if kernels is None:
+    if isinstance(device.operations, KernelOperations):
+        kernel = QKNormRopeKernel(device.operations.kernels, (q, k), outputs, norms, rope)
+        run = lambda: kernel.enqueue(device.stream)  # noqa: E731
+    else:
 
         def run() -> None:
             for x, norm, out in zip((q, k), norms, outputs, strict=True):
                 out.copy_(norm_rope(x, norm, rope))
-    else:
-        kernel = QKNormRopeKernel(kernels, (q, k), outputs, norms, rope)
-        run = lambda: kernel.enqueue(device.stream)  # noqa: E731
+
     with device.scope():
         run()
         error = max(
@@ -127,7 +117,11 @@ def _qk_norm_rope(elements: int, device: Device) -> Case:
             for x, norm, out in zip((q, k), norms, outputs, strict=True)
         )
     moved = 4 * q.numel() * q.element_size() + 2 * rope.cos.numel() * rope.cos.element_size()
-    return Case(REFERENCE if kernels is None else CUDA_KERNEL, Work(run), moved, error)
+    return Case(_implementation(device), Work(run), moved, error)
+
+
+def _implementation(device: Device) -> str:
+    return CUDA_KERNEL if isinstance(device.operations, KernelOperations) else REFERENCE
 
 
 def _norm_rope(x: Tensor, norm: Norm, rope: Rope) -> Tensor:
@@ -148,7 +142,7 @@ def _relative(got: Tensor, expected: Tensor) -> float:
     return float((difference - slack).clamp_min(0).max() / expected.double().abs().max())
 
 
-def _tables(rescaled: bool) -> tuple[Guidance, SolverTable]:
+def _tables(rescaled: bool = True, cfg_zero_star: bool = False) -> tuple[Guidance, SolverTable]:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     solver = SolverTable.from_scheduler(FlowMatchEulerDiscreteScheduler(), _STEPS)
@@ -158,6 +152,7 @@ def _tables(rescaled: bool) -> tuple[Guidance, SolverTable]:
         stg_scale=1.0,
         rescale=0.7 if rescaled else 0.0,
         stg_blocks=[0],
+        cfg_zero_star=cfg_zero_star,
     )
     return guidance, solver
 
@@ -176,14 +171,9 @@ def _state(elements: int, device: Device) -> StepState:
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=place)
 
-    latents = random(1, elements)
-    state = StepState(
-        buffers=StepBuffers(specs, frozenset(), 1, place),
-        table=StepTable(_STEPS, place),
-        latents=latents,
-        initial=latents.clone(),
-        history=None,
-    )
+    size = RunSize(videos=1, steps=_STEPS, single_step=True, noises=0)
+    state = StepState.allocate(StepBuffers(specs, frozenset(), 1, place), (1, elements), size)
+    state.start(random(1, elements))
     state.buffers.view("pred").copy_(random(len(GROUPS), elements) + 1)
     return state
 
@@ -191,16 +181,16 @@ def _state(elements: int, device: Device) -> StepState:
 def _stepped(state: StepState, guidance: Guidance, solver: SolverTable) -> Tensor:
     """The first step in float64."""
     uncond, cond, skip = state.buffers.view("pred").double().split(1)
-    pred = combined(
+    pred = combine(
         cond,
         uncond,
         skip,
         cfg_scale=guidance.cfg_scale[0],
         stg_scale=guidance.stg_scale[0],
-        rescale=guidance.rescale[0] or None,
-        cfg_zero_star=False,
+        rescale=guidance.rescale[0],
+        cfg_zero_star=guidance.cfg_zero_star,
     )
-    factors = solver.two_term[0]
+    factors = solver.single_step[0]
     assert factors is not None
     return state.latents.double() * factors[0] + pred * factors[1]
 
@@ -208,8 +198,7 @@ def _stepped(state: StepState, guidance: Guidance, solver: SolverTable) -> Tenso
 KERNELS = (
     Kernel("fan_out_rows", _fan_out_rows),
     Kernel("qk_norm_rope", _qk_norm_rope),
-    Kernel("guided_step", lambda elements, device: _guided_step(elements, device, rescaled=True)),
-    Kernel(
-        "guided_step, no rescale", lambda elements, device: _guided_step(elements, device, rescaled=False)
-    ),
+    Kernel("guided_step", _guided_step),
+    Kernel("guided_step, no rescale", partial(_guided_step, rescaled=False)),
+    Kernel("guided_step, CFG-Zero*", partial(_guided_step, cfg_zero_star=True)),
 )

@@ -12,7 +12,8 @@ from stg_trt.runtime.bound_plan import BoundPlan
 from stg_trt.runtime.device import Device
 from stg_trt.runtime.graph import StepGraph
 from stg_trt.runtime.sampler import Sampler
-from stg_trt.runtime.step import Step, StepKey
+from stg_trt.runtime.step import Step
+from stg_trt.runtime.step_key import StepKey
 
 from .clock import Work
 from .memory import memory_in_use
@@ -62,8 +63,9 @@ class LoadedBuild:
         guidance = self._scenario.guidance(self._inputs.solver, stg=stg)
         key = StepKey.of(guidance, self._inputs.solver, self._inputs.middle)
         assert key.passes == plan.passes
-        runner = BoundPlan(plan, self._engines, self.state.buffers, self._scenario.family.borders)
-        return Step(key, runner, self.state, self._device.stream)
+        borders = self._scenario.family.borders
+        bound = BoundPlan(plan, self._engines, self.state.buffers, borders, self._device)
+        return Step(key, bound, self.state, self._device)
 
     def captured(self, program: Step) -> StepGraph:
         """The program as a CUDA graph."""
@@ -80,7 +82,7 @@ class LoadedBuild:
         self.state.start(self._inputs.noise)
         if self.state.history is not None:
             self.state.history[: len(self._earlier)].copy_(self._earlier)
-        self.state.table.counter.fill_(self._inputs.middle)
+        self.state.table.go_to(self._inputs.middle)
 
     def preds(self, program: Step | StepGraph) -> dict[str, Tensor]:
         """What one run predicts for each of its passes; rows that it does not write are NaN."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from stg_trt.guidance.tables import Guidance
 from stg_trt.runtime.device import Device
 from stg_trt.runtime.sampler import SampledStep
-from stg_trt.runtime.step import StepKey
+from stg_trt.runtime.step_key import StepKey
 
 from . import record
 from .clock import Work, alternate, record_event, synchronize
@@ -172,9 +172,7 @@ def _steps_alone(
 ) -> dict[StepKey, float]:
     """Median seconds of every guidance state's program, run over and over with no loop around it."""
     keys = {StepKey.of(guidance, inputs.solver, i) for guidance in guidances for i in _indices(inputs)}
-    works = {
-        _state(key): Work(loaded.sampler.program(key, loaded.state).enqueue, loaded.reset) for key in keys
-    }
+    works = {_state(key): Work(loaded.sampler.step(key, loaded.state).enqueue, loaded.reset) for key in keys}
     times = alternate(works, _ALONE_ROUNDS, device)
     return {key: median(times[_state(key)].device_s) for key in keys}
 

@@ -12,15 +12,16 @@ from stg_trt.models.families.base import KEEP_ATTENTION
 from stg_trt.models.plan import SegmentRun, StepPlan
 from stg_trt.models.segment import Segment, engine_outputs
 
-from .kernels.copy_rows import CopyRowsKernel, copy_rows
-from .kernels.shared_library import kernels_for
+from .device import Device
+from .operations import Operation
 from .state import StepBuffers
-
-Operation = Callable[[int], None]
 
 
 class BoundPlan:
-    """One plan, bound; `enqueue` runs it on the buffers' current inputs."""
+    """One plan, bound; `enqueue` runs it on the buffers' current inputs.
+
+    `written` is all the memory that it writes; a run reads none of it before that.
+    """
 
     def __init__(
         self,
@@ -28,12 +29,15 @@ class BoundPlan:
         engines: Mapping[str, Engine],
         buffers: StepBuffers,
         borders: Callable[[Segment], tuple[tuple[str, ...], tuple[str, ...]]],
+        device: Device,
     ) -> None:
         self.plan = plan
+        self.written: list[Tensor] = []
         self._buffers = buffers
+        self._device = device
         self._operations: list[Operation] = []
-        self._side: dict[str, int] = {}
-        self._written: dict[str, None] = {}
+        self._turns: dict[str, int] = {}
+        self._row_outputs: dict[str, None] = {}
         for run in plan.runs:
             self._add(run, engines[run.segment.name], *borders(run.segment))
 
@@ -47,7 +51,7 @@ class BoundPlan:
     ) -> None:
         if run.fork:
             self._copy(
-                (self._current(name, ("skip",)), self._current(name, ("cond",))) for name in self._written
+                (self._current(name, ("skip",)), self._current(name, ("cond",))) for name in self._row_outputs
             )
         context = engine.context()
         before = {name: self._current(name, ("skip",)) for name in inputs if name in outputs}
@@ -63,30 +67,28 @@ class BoundPlan:
         self._copy(to_aligned)
         results = []
         for name, engine_name in zip(outputs, engine_outputs(inputs, outputs), strict=True):
-            self._side[name] = self._side.get(name, 0) + (name in inputs)
+            self._turns[name] = self._turns.get(name, 0) + (name in inputs)
             tensor = self._current(name, run.groups)
             results.append((tensor, _aligned(tensor, engine.alignment)))
             context.bind(engine_name, results[-1][1])
+            self.written.append(results[-1][1])
             if self._buffers.has_rows(name):
-                self._written[name] = None
-        self._operations.append(context.enqueue)
+                self._row_outputs[name] = None
+        self._operations.append(self._device.named(run.segment.name, context.enqueue))
         self._copy(results)
         if run.bypass:
             self._copy((self._current(name, ("skip",)), rows) for name, rows in before.items())
 
     def _current(self, name: str, groups: Sequence[str]) -> Tensor:
-        return self._buffers.view(name, groups, self._side.get(name, 0))
+        return self._buffers.view(name, groups, self._turns.get(name, 0))
 
     def _copy(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """One operation that copies each (destination, source), but for tensors that are their own source."""
+        """One operation for each (destination, source), except pairs that are the same tensor twice."""
         differing = [(destination, source) for destination, source in pairs if destination is not source]
         if not differing:
             return
-        kernels = kernels_for(differing[0][0].device)
-        if kernels is not None:
-            self._operations.append(CopyRowsKernel(kernels, differing).enqueue)
-        else:
-            self._operations.append(lambda stream: copy_rows(differing))
+        self.written += [destination for destination, _ in differing]
+        self._operations.append(self._device.named("copy_rows", self._device.operations.copy_rows(differing)))
 
 
 def _aligned(tensor: Tensor, alignment: int) -> Tensor:

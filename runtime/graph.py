@@ -1,13 +1,16 @@
-"""A step program as one captured CUDA graph, checked against a plain run before it is used."""
+"""A step as one captured CUDA graph, checked against a plain run before it is used."""
 
 from __future__ import annotations
 
+import math
 import warnings
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from .device import Device, Graph
-from .state import StepState
+from .state import Snapshot, StepState
 from .step import Step
 
 _WARMUPS = 2
@@ -15,50 +18,89 @@ _MAX_RELATIVE = 1e-3
 
 
 class StepGraph:
-    """Replays a program; where it cannot be captured, says so once and runs it plainly.
+    """Replays a step; where it cannot be captured, says so once and runs it plainly.
 
     The memory it was captured on belongs to `state`, which lives as long as the graph.
     """
 
-    def __init__(self, program: Step, state: StepState, device: Device) -> None:
-        self.plan = program.plan
-        self._program = program
-        self._device = device
-        self._graph: Graph | None = None
-        try:
-            self._graph = self._captured(state)
-        except RuntimeError as error:
-            warnings.warn(f"CUDA graph: capture failed, steps run without one: {error}", stacklevel=2)
+    def __init__(self, step: Step, state: StepState, device: Device) -> None:
+        self.plan = step.plan
+        self._graph = _captured(step, state, device)
+        replay = step.enqueue if self._graph is None else self._graph.replay
+        self._run = device.named(f"replay {'+'.join(step.key.passes)}", lambda stream: replay())
+        self._stream = device.stream
 
     @property
-    def nodes(self) -> int:
-        """Nodes of the captured graph; 0 where steps run without one."""
+    def nodes(self) -> int | None:
+        """Nodes of the captured graph; 0 where steps run without one, None where they cannot be counted."""
         return self._graph.nodes if self._graph is not None else 0
 
     def enqueue(self) -> None:
         """One step."""
-        if self._graph is not None:
-            self._graph.replay()
-            return
-        self._program.enqueue()
+        self._run(self._stream)
 
-    def _captured(self, state: StepState) -> Graph:
-        """Warm-up, capture, one replay compared with the plain run; leaves the state as it was."""
-        saved = state.snapshot()
-        for _ in range(_WARMUPS):
-            # The first enqueues after a shape change may allocate and compile, which a capture may not.
-            self._program.enqueue()
-            plain = state.latents.clone()
-            state.restore(saved)
-        graph = self._device.capture(self._program.enqueue)
-        if graph.nodes == 0:
-            raise RuntimeError("expected work in the graph, got no nodes")
-        state.restore(saved)
-        graph.replay()
-        difference = (state.latents - plain).abs().max() / plain.abs().max().clamp_min(1e-6)
-        state.restore(saved)
-        if not bool(torch.isfinite(difference)) or float(difference) > _MAX_RELATIVE:
-            raise RuntimeError(
-                f"expected the replay to equal the plain run, got a difference of {difference:.1e}"
-            )
-        return graph
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a step leaves: predictions (rows, ...), the change of the latents (videos, ...), the next step."""
+
+    pred: Tensor
+    change: Tensor
+    counter: Tensor
+
+    @classmethod
+    def of(cls, step: Step, state: StepState, start: Snapshot) -> _Outcome:
+        pred = state.buffers.view("pred", step.key.passes)
+        change = state.latents - start.latents
+        return cls(pred.to(torch.float32, copy=True), change, state.table.counter.clone())
+
+    def distance(self, expected: _Outcome) -> float:
+        """The largest relative difference of a row; inf for another next step, NaN where rows are NaN."""
+        if not torch.equal(self.counter, expected.counter):
+            return math.inf
+        # Predictions too: a schedule may scale them down so far that the latents hardly show them.
+        pairs = ((self.pred, expected.pred), (self.change, expected.change))
+        return float(torch.stack([_relative(got, wanted) for got, wanted in pairs]).max())
+
+
+def _captured(step: Step, state: StepState, device: Device) -> Graph | None:
+    """The step's graph; None, said aloud, where there is none that does what the plain step does."""
+    start = state.snapshot()
+    for _ in range(_WARMUPS):
+        # The first runs after a shape change may allocate and compile, which a capture may not.
+        step.enqueue()
+        plain = _Outcome.of(step, state, start)
+        state.restore(start)
+    try:
+        graph = device.capture(step.enqueue)
+    except RuntimeError as error:
+        device.stop_capturing()
+        state.restore(start)
+        _warn(f"capture failed ({str(error).splitlines()[0]}), all steps of this process run without one")
+        return None
+    state.restore(start)
+    if graph.nodes == 0:
+        _warn("expected work in the graph, got no nodes: these steps run without one")
+        return None
+    step.poison()
+    graph.replay()
+    distance = _Outcome.of(step, state, start).distance(plain)
+    state.restore(start)
+    if not distance <= _MAX_RELATIVE:
+        _warn(
+            f"expected the replay to equal the plain run, got a difference of {distance:.1e}: "
+            "these steps run without one"
+        )
+        return None
+    return graph
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"CUDA graph: {message}", stacklevel=4)
+
+
+def _relative(got: Tensor, expected: Tensor) -> Tensor:
+    """The largest difference of each row over its largest value, of the worst row."""
+    difference = (got - expected).flatten(1).abs().amax(1)
+    largest = expected.flatten(1).abs().amax(1)
+    return (difference / largest.clamp_min(torch.finfo(torch.float32).tiny)).max()

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from stg_trt.guidance.combine import combined
+from stg_trt.guidance.combine import combine
 
 from .state import StepState
+from .step_key import StepKey
 
 
 def fan_out_rows(state: StepState, passes: tuple[str, ...]) -> None:
@@ -21,24 +22,22 @@ def fan_out_rows(state: StepState, passes: tuple[str, ...]) -> None:
     timestep.copy_(state.table.now("timestep").expand_as(timestep))
 
 
-def guided_step(
-    state: StepState, passes: tuple[str, ...], *, rescaled: bool, two_term: bool, cfg_zero_star: bool
-) -> None:
+def guided_step(state: StepState, key: StepKey) -> None:
     """Combines the rows' predictions, steps the solver and advances the counter; all in float32."""
     table = state.table
-    preds = {group: state.buffers.view("pred", (group,)).float() for group in passes}
-    pred = combined(
+    preds = {group: state.buffers.view("pred", (group,)) for group in key.passes}
+    pred = combine(
         preds["cond"],
         preds.get("uncond"),
         preds.get("skip"),
-        cfg_scale=table.now("cfg_scale"),
-        stg_scale=table.now("stg_scale"),
-        rescale=table.now("rescale") if rescaled else None,
-        cfg_zero_star=cfg_zero_star,
+        cfg_scale=table.now("cfg_scale") if "uncond" in preds else 1.0,
+        stg_scale=table.now("stg_scale") if "skip" in preds else 0.0,
+        rescale=table.now("rescale") if key.rescaled else 0.0,
+        cfg_zero_star=key.cfg_zero_star,
     )
     if state.history is not None:
         state.history.index_copy_(0, table.counter, pred.unsqueeze(0))
-    if two_term:
+    if key.single_step:
         stepped = state.latents * table.now("latents_factor") + pred * table.now("pred_factor")
     else:
         assert state.history is not None

@@ -1,8 +1,9 @@
-"""The sampling loop: per step, one run of a step program; nothing in it waits for the host."""
+"""The sampling loop: one prepared step after the other; nothing in it waits for the host."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,11 +22,11 @@ from .bound_plan import BoundPlan
 from .device import Device
 from .graph import StepGraph
 from .noise import Generators, draw_for
-from .state import StepBuffers, StepState, two_sided
-from .step import Step, StepKey
-from .table import StepTable
+from .state import RunSize, StepBuffers, StepState, find_ping_pong
+from .step import Step
+from .step_key import StepKey, first_steps
 
-_MIN_CAPACITY = 64
+_MIN_STEPS = 64
 
 
 class SampledStep:
@@ -50,7 +51,7 @@ class SampledStep:
 
 
 class Sampler:
-    """Runs the engines of one build; keeps memory and bound programs per number of videos."""
+    """Runs the engines of one build; keeps memory and bound steps for one number of videos."""
 
     def __init__(
         self, family: ModelFamily, manifest: Manifest, engines: Mapping[str, Engine], device: Device
@@ -64,7 +65,7 @@ class Sampler:
         self._device = device
         self._state: StepState | None = None
         self._text: Context | None = None
-        self._programs: dict[StepKey, Step | StepGraph] = {}
+        self._bound: dict[StepKey, Step | StepGraph] = {}
 
     def steps(
         self,
@@ -89,13 +90,14 @@ class Sampler:
                     f"at step {i}, got none: give them or set guidance_scale to 1"
                 )
         state = self.prepare(latents, cond, uncond, guidance, solver, frame_rate, generator)
+        self._bind_all(guidance, solver, state)
         for i in steps:
             with self._device.scope():
-                program = self.program(StepKey.of(guidance, solver, i), state)
-                program.enqueue()
-            step = SampledStep(i, solver.timesteps[i], program.plan, state)
-            yield step
-            if step.replaced:
+                step = self.step(StepKey.of(guidance, solver, i), state)
+                step.enqueue()
+            sampled = SampledStep(i, solver.timesteps[i], step.plan, state)
+            yield sampled
+            if sampled.replaced:
                 _check_replaceable(solver, i)
 
     def prepare(
@@ -110,58 +112,48 @@ class Sampler:
     ) -> StepState:
         """Writes a run's start, tables and constants into the static memory, as `steps` does."""
         with self._device.scope():
-            state = self._prepared(latents, guidance, solver)
+            size = RunSize.of(latents, guidance, solver)
+            state = self._state_for(size, latents.shape)
+            state.table.load(guidance, solver)
+            state.start(latents)
             text = TextCondition.stacked((uncond or cond, cond, cond)).guided(guidance.embedded)
-            if None in solver.two_term:
+            if not size.single_step:
                 state.add_noise(draw_for(solver, len(guidance.cfg_scale), latents.shape, generator))
-            self._write_constants(state.buffers, text, frame_rate)
+            self._write_position_tables(state, frame_rate)
+            self._write_text(state.buffers, text)
         return state
 
-    def program(self, key: StepKey, state: StepState) -> Step | StepGraph:
-        """The program of a guidance state, captured where the device can."""
-        if key not in self._programs:
+    def step(self, key: StepKey, state: StepState) -> Step | StepGraph:
+        """The step of a guidance state; bound when first asked for, and captured where the device can."""
+        if key not in self._bound:
             plan = plan_step(self.segments, key.passes, key.perturbation)
-            runner = BoundPlan(plan, self._engines, state.buffers, self.family.borders)
-            program = Step(key, runner, state, self._device.stream)
-            captured = StepGraph(program, state, self._device) if self._device.captures else program
-            self._programs[key] = captured
-        return self._programs[key]
+            bound = BoundPlan(plan, self._engines, state.buffers, self.family.borders, self._device)
+            step = Step(key, bound, state, self._device)
+            captured = StepGraph(step, state, self._device) if self._device.captures else step
+            self._bound[key] = captured
+        return self._bound[key]
 
-    def _prepared(self, latents: Tensor, guidance: Guidance, solver: SolverTable) -> StepState:
-        """The static memory with a run's start written into it; allocated again only where it must grow."""
-        steps, multistep = len(guidance.cfg_scale), None in solver.two_term
-        noises = len(solver.used_draws(steps))
-        state = self._state
-        if (
-            state is None
-            or state.buffers.videos != len(latents)
-            or state.table.capacity < steps
-            or (multistep and state.history is None)
-            or state.table.slots - state.table.capacity < noises
-        ):
-            state = self._state = self._allocate(latents, max(steps, _MIN_CAPACITY), multistep, noises)
-            self._programs.clear()
-            self._text = self._bound_text(state.buffers) if self.family.has_text_segment else None
-        state.table.load(guidance, solver)
-        state.start(latents)
-        return state
+    def _bind_all(self, guidance: Guidance, solver: SolverTable, state: StepState) -> None:
+        """Every guidance state of a run before its first step, each on the values of the first it serves."""
+        with self._device.scope():
+            for key, first in first_steps(guidance, solver).items():
+                if key not in self._bound:
+                    state.table.go_to(first)
+                    self.step(key, state)
+            state.table.go_to(0)
 
-    def _allocate(self, latents: Tensor, capacity: int, multistep: bool, noises: int) -> StepState:
-        specs = list(self.family.tensors(self.workload).values())
-        both = two_sided(self.segments, self.family.borders)
-        device = self._device.torch_device
-
-        def empty(*leading: int) -> Tensor:
-            return torch.zeros(*leading, *latents.shape, device=device)
-
-        table = StepTable(capacity, device, noises)
-        return StepState(
-            buffers=StepBuffers(specs, both, len(latents), device),
-            table=table,
-            latents=empty(),
-            initial=empty(),
-            history=empty(table.slots) if multistep else None,
-        )
+    def _state_for(self, size: RunSize, latents_shape: torch.Size) -> StepState:
+        """The static memory, allocated again only where it must grow; the old is given back first."""
+        if self._state is None or not self._state.fits(size):
+            self._bound.clear()
+            self._state = self._text = None
+            specs = list(self.family.tensors(self.workload).values())
+            ping_pong = find_ping_pong(self.segments, self.family.borders)
+            buffers = StepBuffers(specs, ping_pong, size.videos, self._device.torch_device)
+            self._text = self._bound_text(buffers) if self.family.has_text_segment else None
+            roomy = replace(size, steps=max(size.steps, _MIN_STEPS))
+            self._state = StepState.allocate(buffers, latents_shape, roomy)
+        return self._state
 
     def _bound_text(self, buffers: StepBuffers) -> Context:
         """The projection of the prompt, over the rows of all passes."""
@@ -170,17 +162,26 @@ class Sampler:
             context.bind(name, buffers.view(name))
         return context
 
-    def _write_constants(self, buffers: StepBuffers, text: TextCondition, frame_rate: float) -> None:
-        """Text, masks and position tables of the whole run; the skip rows have the prompt of cond."""
-        for name, tensor in self.family.constants(text, self.workload, frame_rate).items():
+    def _write_position_tables(self, state: StepState, frame_rate: float) -> None:
+        """Computes and copies the tables, tens of megabytes, unless the last run had the same ones."""
+        if state.frame_rate == frame_rate:
+            return
+        state.frame_rate = None
+        for name, tensor in self.family.position_tables(self.workload, frame_rate).items():
+            state.buffers.view(name).copy_(tensor)
+        state.frame_rate = frame_rate
+
+    def _write_text(self, buffers: StepBuffers, text: TextCondition) -> None:
+        """Embeddings and masks of the whole run; the skip rows have the prompt of cond."""
+        for name, tensor in self.family.text_inputs(text, self.workload).items():
             buffers.view(name).copy_(tensor)
         if self._text is not None:
             self._text.enqueue(self._device.stream)
 
 
 def _check_replaceable(solver: SolverTable, step: int) -> None:
-    if any(pair is None for pair in solver.two_term[step + 1 :]):
+    if any(pair is None for pair in solver.single_step[step + 1 :]):
         raise InvalidRequest(
             "callback_on_step_end: expected a single-step solver (flow Euler, DDIM) to replace latents, "
-            "got a multi-step one, which continues from its history: return no latents or change scheduler"
+            "got one that continues from its history: return no latents or change scheduler"
         )

@@ -1,4 +1,7 @@
-"""A run's static memory: rows at the engines' borders, latents, history and the step table."""
+"""A run's static memory: rows at the engines' borders, the table of per-step values, latents and history.
+
+All of it is allocated here, before the first step, at addresses that engines and captured graphs keep.
+"""
 
 from __future__ import annotations
 
@@ -8,30 +11,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stg_trt.guidance.solver import SolverTable
+from stg_trt.guidance.tables import Guidance
 from stg_trt.models.plan import GROUPS
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import TensorSpec
 
-from .table import StepTable
+_SCALARS = ("timestep", "input_scale", "cfg_scale", "stg_scale", "rescale", "latents_factor", "pred_factor")
 
 
 class StepBuffers:
     """Static memory for every tensor at a border: rows of uncond, cond and skip, one per video each.
 
-    A tensor that a segment both reads and writes has two sides, and each such segment flips them.
+    A `ping_pong` tensor is read and written by the same segment, so it is two, which take turns.
     """
 
     def __init__(
-        self, specs: Sequence[TensorSpec], two_sided: frozenset[str], videos: int, device: torch.device
+        self, specs: Sequence[TensorSpec], ping_pong: frozenset[str], videos: int, device: torch.device
     ) -> None:
         self.videos = videos
-        self._sides: dict[str, tuple[Tensor, ...]] = {}
+        self._tensors: dict[str, tuple[Tensor, ...]] = {}
         self._has_rows = {spec.name: spec.has_rows for spec in specs}
         for spec in specs:
             shape = spec.with_rows(len(GROUPS) * videos)
-            sides = 2 if spec.name in two_sided else 1
-            self._sides[spec.name] = tuple(
-                torch.zeros(shape, dtype=spec.torch_dtype, device=device) for _ in range(sides)
+            count = 2 if spec.name in ping_pong else 1
+            self._tensors[spec.name] = tuple(
+                torch.zeros(shape, dtype=spec.torch_dtype, device=device) for _ in range(count)
             )
         self._keep = {
             perturbed: torch.tensor(
@@ -41,9 +46,9 @@ class StepBuffers:
             for perturbed in (False, True)
         }
 
-    def view(self, name: str, groups: Sequence[str] = GROUPS, side: int = 0) -> Tensor:
-        """The rows of neighbouring groups; the whole tensor where it is shared by all rows."""
-        tensor = self._sides[name][side % len(self._sides[name])]
+    def view(self, name: str, groups: Sequence[str] = GROUPS, turn: int = 0) -> Tensor:
+        """The rows of neighbouring groups after `turn` rewrites; all of a tensor that the rows share."""
+        tensor = self._tensors[name][turn % len(self._tensors[name])]
         return tensor[self._rows(groups)] if self._has_rows[name] else tensor
 
     def keep_attention(self, groups: Sequence[str], perturbed: bool) -> Tensor:
@@ -60,7 +65,7 @@ class StepBuffers:
         return slice(first * self.videos, (last + 1) * self.videos)
 
 
-def two_sided(
+def find_ping_pong(
     segments: Sequence[Segment], borders: Callable[[Segment], Sequence[Sequence[str]]]
 ) -> frozenset[str]:
     """Names that some segment both reads and writes."""
@@ -69,12 +74,104 @@ def two_sided(
     )
 
 
+class StepTable:
+    """Per-step values for up to `capacity` steps; `counter`, on the device too, is the step to run next.
+
+    So N steps are N runs of the same work, with nothing copied from the host in between, and one captured
+    graph serves them all. A single step is x' = latents_factor*x + pred_factor*pred; the others use the rows
+    x' = initial_factor*x_T + sum_j history_factors_j*history_j, whose history is `slots` tensors: the
+    predictions of `capacity` steps, then `noises` of noise.
+    """
+
+    def __init__(self, capacity: int, device: torch.device, noises: int = 0) -> None:
+        self.capacity = capacity
+        self.slots = capacity + noises
+        self.counter = torch.zeros(1, dtype=torch.int64, device=device)
+        self._scalars = torch.zeros(len(_SCALARS), capacity, device=device)
+        self._initial_factor = torch.zeros(capacity, device=device)
+        self._history_factors = torch.zeros(capacity, self.slots, device=device)
+
+    def load(self, guidance: Guidance, solver: SolverTable) -> None:
+        """Writes the tables of a run and starts at step 0."""
+        steps = len(guidance.cfg_scale)
+        pairs = [pair or (0.0, 0.0) for pair in solver.single_step[:steps]]
+        columns: Sequence[Sequence[float]] = (
+            solver.timesteps[:steps],
+            solver.input_scale[:steps],
+            guidance.cfg_scale,
+            guidance.stg_scale,
+            guidance.rescale,
+            [a for a, _ in pairs],
+            [b for _, b in pairs],
+        )
+        self._scalars[:, :steps].copy_(torch.tensor(columns))
+        self._initial_factor[:steps].copy_(solver.a[:steps])
+        self._history_factors[:steps, :steps].copy_(solver.b[:steps, :steps])
+        used = solver.used_draws(steps)
+        of_noise = self._history_factors[:steps, self.capacity :]
+        of_noise[:, : len(used)].copy_(solver.c[:steps, list(used)])
+        of_noise[:, len(used) :].zero_()
+        self.go_to(0)
+
+    def now(self, name: str) -> Tensor:
+        """A value of the current step, of shape (1,)."""
+        return self._scalars[_SCALARS.index(name)].index_select(0, self.counter)
+
+    def history_now(self) -> tuple[Tensor, Tensor]:
+        """The current step's factors of x_T (1,) and of the history (slots,)."""
+        initial = self._initial_factor.index_select(0, self.counter)
+        return initial, self._history_factors.index_select(0, self.counter)[0]
+
+    def device_values(self, *names: str) -> dict[str, Tensor]:
+        """The tables that a kernel reads, by name, at their fixed addresses."""
+        tables = {
+            **dict(zip(_SCALARS, self._scalars, strict=True)),
+            "initial_factor": self._initial_factor,
+            "history_factors": self._history_factors,
+        }
+        return {name: tables[name] for name in names}
+
+    def go_to(self, step: int) -> None:
+        """Makes `step` the next one."""
+        self.counter.fill_(step)
+
+    def advance(self) -> None:
+        """To the next step."""
+        self.counter.add_(1)
+
+
+@dataclass(frozen=True)
+class RunSize:
+    """What a run needs memory for: videos at once, steps, and the solver's history with its noise."""
+
+    videos: int
+    steps: int
+    single_step: bool
+    noises: int
+
+    @classmethod
+    def of(cls, latents: Tensor, guidance: Guidance, solver: SolverTable) -> RunSize:
+        """The size of a run from latents (videos, ...)."""
+        steps = len(guidance.cfg_scale)
+        return cls(len(latents), steps, None not in solver.single_step, len(solver.used_draws(steps)))
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run between two steps: latents (videos, ...), the next step, and the predictions so far."""
+
+    latents: Tensor
+    counter: Tensor
+    preds: Tensor | None
+
+
 @dataclass
 class StepState:
     """Static memory of a run: rows at the engines' borders, latents in float32, and the step table.
 
     `history` holds every prediction so far and the noise that the solver adds, as the table says; it is
-    None for solvers that need only the last prediction.
+    None for solvers that need only the last prediction. `frame_rate` is that of the position tables in the
+    buffers, None before they are written.
     """
 
     buffers: StepBuffers
@@ -82,6 +179,27 @@ class StepState:
     latents: Tensor
     initial: Tensor
     history: Tensor | None
+    frame_rate: float | None = None
+
+    @classmethod
+    def allocate(cls, buffers: StepBuffers, latents_shape: Sequence[int], size: RunSize) -> StepState:
+        """For runs of a size or less, whose latents (videos, ...) have a shape; on the buffers' device."""
+        device = buffers.view("latents").device
+        table = StepTable(size.steps, device, size.noises)
+
+        def zeros(*leading: int) -> Tensor:
+            return torch.zeros(*leading, *latents_shape, device=device)
+
+        return cls(buffers, table, zeros(), zeros(), None if size.single_step else zeros(table.slots))
+
+    def fits(self, size: RunSize) -> bool:
+        """Whether a run finds room here."""
+        return (
+            self.buffers.videos == size.videos
+            and self.table.capacity >= size.steps
+            and (size.single_step or self.history is not None)
+            and self.table.slots - self.table.capacity >= size.noises
+        )
 
     def start(self, latents: Tensor) -> None:
         """Writes the latents that a run starts from; no prediction of the last run can be read after it."""
@@ -95,17 +213,17 @@ class StepState:
         assert self.history is not None
         self.history[self.table.capacity :][: len(noise)].copy_(noise)
 
-    def snapshot(self) -> tuple[Tensor, ...]:
-        """What a step changes."""
-        changed = (self.latents, self.table.counter, *([] if self.history is None else [self._preds]))
-        return tuple(tensor.clone() for tensor in changed)
+    def snapshot(self) -> Snapshot:
+        """Copies of all that a step changes, except rows, which every step writes before it reads them."""
+        preds = None if self.history is None else self._preds.clone()
+        return Snapshot(self.latents.clone(), self.table.counter.clone(), preds)
 
-    def restore(self, saved: tuple[Tensor, ...]) -> None:
+    def restore(self, saved: Snapshot) -> None:
         """Back to a snapshot."""
-        self.latents.copy_(saved[0])
-        self.table.counter.copy_(saved[1])
-        if self.history is not None:
-            self._preds.copy_(saved[2])
+        self.latents.copy_(saved.latents)
+        self.table.counter.copy_(saved.counter)
+        if saved.preds is not None:
+            self._preds.copy_(saved.preds)
 
     @property
     def _preds(self) -> Tensor:

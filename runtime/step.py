@@ -2,54 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import torch
 
-from stg_trt.guidance.solver import SolverTable
-from stg_trt.guidance.tables import Guidance
-from stg_trt.models.perturbation import Perturbation
-
-from .bound_plan import BoundPlan, Operation
-from .guided_step import fan_out_rows, guided_step
-from .kernels.fan_out_rows import FanOutRowsKernel
-from .kernels.guided_step import GuidedStepKernel
-from .kernels.shared_library import Kernels, kernels_for
+from .bound_plan import BoundPlan
+from .device import Device
 from .state import StepState
-
-
-@dataclass(frozen=True)
-class StepKey:
-    """All that a program, and a graph captured from it, is specialised on; the rest is in the table."""
-
-    passes: tuple[str, ...]
-    perturbation: Perturbation | None
-    rescaled: bool
-    two_term: bool
-    cfg_zero_star: bool
-
-    @classmethod
-    def of(cls, guidance: Guidance, solver: SolverTable, step: int) -> StepKey:
-        """The key of one step."""
-        return cls(
-            guidance.passes(step),
-            guidance.perturbation(step),
-            guidance.rescale[step] != 0,
-            solver.two_term[step] is not None,
-            guidance.cfg_zero_star,
-        )
+from .step_key import StepKey
 
 
 class Step:
     """Every run takes the step that the table's counter points at, and moves it on."""
 
-    def __init__(self, key: StepKey, runner: BoundPlan, state: StepState, stream: int) -> None:
+    def __init__(self, key: StepKey, bound: BoundPlan, state: StepState, device: Device) -> None:
         self.key = key
-        self.plan = runner.plan
-        self._stream = stream
-        kernels = kernels_for(state.latents.device)
+        self.plan = bound.plan
+        self._stream = device.stream
+        self._written = (
+            state.buffers.view("latents", key.passes),
+            state.buffers.view("timestep", key.passes),
+            *bound.written,
+        )
         self._operations = (
-            _fan_out(key, state, kernels),
-            runner.enqueue,
-            _guided_step(key, state, kernels),
+            device.named("fan_out", device.operations.fan_out_rows(state, key.passes)),
+            bound.enqueue,
+            device.named("guided_step", device.operations.guided_step(state, key)),
         )
 
     def enqueue(self) -> None:
@@ -57,23 +33,8 @@ class Step:
         for operation in self._operations:
             operation(self._stream)
 
-
-def _fan_out(key: StepKey, state: StepState, kernels: Kernels | None) -> Operation:
-    """The fused kernel where there is one."""
-    if kernels is not None:
-        return FanOutRowsKernel(kernels, state, key.passes).enqueue
-    return lambda stream: fan_out_rows(state, key.passes)
-
-
-def _guided_step(key: StepKey, state: StepState, kernels: Kernels | None) -> Operation:
-    """The fused kernel where there is one; it does not know CFG-Zero*."""
-    if kernels is not None and not key.cfg_zero_star:
-        rescaled, two_term = key.rescaled, key.two_term
-        return GuidedStepKernel(kernels, state, key.passes, rescaled=rescaled, two_term=two_term).enqueue
-    return lambda stream: guided_step(
-        state,
-        key.passes,
-        rescaled=key.rescaled,
-        two_term=key.two_term,
-        cfg_zero_star=key.cfg_zero_star,
-    )
+    def poison(self) -> None:
+        """Fills every row that a step writes with NaN, so that what is left out shows in the predictions."""
+        for tensor in self._written:
+            if tensor.is_floating_point():
+                tensor.fill_(torch.nan)

@@ -36,6 +36,21 @@ STG_BOTH Moments moments_of(const float (&values)[kCount]) {
   return Moments{static_cast<float>(kCount), mean, m2};
 }
 
+// The inner products that scale the unconditional prediction.
+struct Products {
+  float cond_uncond;
+  float uncond_uncond;
+};
+
+STG_BOTH Products no_products() { return Products{0.0f, 0.0f}; }
+
+STG_BOTH Products merge(Products a, Products b) {
+  return Products{a.cond_uncond + b.cond_uncond, a.uncond_uncond + b.uncond_uncond};
+}
+
+// CFG-Zero* (arXiv 2503.18886): the factor that projects cond onto uncond.
+STG_BOTH float projection(Products p) { return p.cond_uncond / (p.uncond_uncond + 1e-8f); }
+
 // What a step reads from the device table.
 struct StepScalars {
   float cfg_scale;
@@ -58,7 +73,7 @@ STG_BOTH float rescale_factor(Moments cond, Moments pred, float rescale) {
 }
 
 // x' = latents_factor*x + pred_factor*pred
-STG_BOTH float two_term_step(float latents, float pred, StepScalars s) {
+STG_BOTH float single_step(float latents, float pred, StepScalars s) {
   return fmaf(s.latents_factor, latents, s.pred_factor * pred);
 }
 

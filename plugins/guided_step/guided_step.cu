@@ -7,12 +7,20 @@
 namespace {
 
 using stg::Moments;
+using stg::Products;
 using stg::StepScalars;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int64_t kMaxBlocks = 512;  // per video: enough to fill a GPU, few enough for one block to fold
 constexpr int kVector = 4;           // values per thread and turn: 16 bytes of latents
+
+// What one block adds to its video's sums; the workspace holds [video][block] of them.
+struct Partials {
+  Moments cond;
+  Moments pred;
+  Products products;
+};
 
 // nvcc 13.0 splits a plain vector store here.
 template <bool kAligned>
@@ -29,15 +37,19 @@ __device__ __forceinline__ StepScalars scalars(const StgGuidedStep& p, int64_t s
                      p.pred_factor[step]};
 }
 
-// The guided prediction of kVector values; `cond` comes back too.
+// The guided prediction of kVector values, with uncond times `scale`; `cond` comes back too.
 template <class T, bool kAligned>
-__device__ __forceinline__ void guided(const StgGuidedStep& p, StepScalars s, int64_t at, int64_t left,
-                                       float (&cond)[kVector], float (&pred)[kVector]) {
+__device__ __forceinline__ void guided(const StgGuidedStep& p, StepScalars s, float scale, int64_t at,
+                                       int64_t left, float (&cond)[kVector], float (&pred)[kVector]) {
   float uncond[kVector], skip[kVector];
   stg::load<kAligned>(static_cast<const T*>(p.cond) + at, left, cond);
 #pragma unroll
   for (int i = 0; i < kVector; ++i) uncond[i] = skip[i] = cond[i];
-  if (p.uncond != nullptr) stg::load<kAligned>(static_cast<const T*>(p.uncond) + at, left, uncond);
+  if (p.uncond != nullptr) {
+    stg::load<kAligned>(static_cast<const T*>(p.uncond) + at, left, uncond);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) uncond[i] *= scale;
+  }
   if (p.skip != nullptr) stg::load<kAligned>(static_cast<const T*>(p.skip) + at, left, skip);
 #pragma unroll
   for (int i = 0; i < kVector; ++i) pred[i] = stg::combine(cond[i], uncond[i], skip[i], s);
@@ -53,14 +65,22 @@ __device__ __forceinline__ Moments moments_of_valid(const float (&values)[kVecto
   return sum;
 }
 
-// Folds the threads' moments in a fixed order; thread 0 has the result.
-__device__ Moments fold_block(Moments mine, Moments* shared) {
+__device__ __forceinline__ Moments shuffle_down(Moments mine, int offset) {
+  return Moments{__shfl_down_sync(~0u, mine.count, offset), __shfl_down_sync(~0u, mine.mean, offset),
+                 __shfl_down_sync(~0u, mine.m2, offset)};
+}
+
+__device__ __forceinline__ Products shuffle_down(Products mine, int offset) {
+  return Products{__shfl_down_sync(~0u, mine.cond_uncond, offset),
+                  __shfl_down_sync(~0u, mine.uncond_uncond, offset)};
+}
+
+// Folds the threads' sums in a fixed order; thread 0 has the result.
+template <class Sum>
+__device__ Sum fold_block(Sum mine) {
+  __shared__ Sum shared[kWarps];
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) {
-    const Moments other{__shfl_down_sync(~0u, mine.count, offset), __shfl_down_sync(~0u, mine.mean, offset),
-                        __shfl_down_sync(~0u, mine.m2, offset)};
-    mine = stg::merge(mine, other);
-  }
+  for (int offset = 16; offset > 0; offset /= 2) mine = stg::merge(mine, shuffle_down(mine, offset));
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = mine;
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -70,44 +90,82 @@ __device__ Moments fold_block(Moments mine, Moments* shared) {
   return mine;
 }
 
-// Partial moments of cond and of the guided prediction: workspace[video][block][2].
+// Thread 0's value, for all threads of the block.
+__device__ float broadcast(float value) {
+  __shared__ float shared;
+  if (threadIdx.x == 0) shared = value;
+  __syncthreads();
+  return shared;
+}
+
+__device__ __forceinline__ Partials* partials_of_video(const StgGuidedStep& p) {
+  return static_cast<Partials*>(p.workspace) + blockIdx.y * gridDim.x;
+}
+
+// Every block folds its video's partials in the same order, so all of them use the same factor.
+__device__ float rescale_of_video(const StgGuidedStep& p, StepScalars s) {
+  Moments of_cond = stg::no_moments(), of_pred = stg::no_moments();
+  const Partials* partials = partials_of_video(p);
+  for (int i = threadIdx.x; i < gridDim.x; i += kThreads) {
+    of_cond = stg::merge(of_cond, partials[i].cond);
+    of_pred = stg::merge(of_pred, partials[i].pred);
+  }
+  of_cond = fold_block(of_cond);
+  of_pred = fold_block(of_pred);
+  return broadcast(stg::rescale_factor(of_cond, of_pred, s.rescale));
+}
+
+// The same for the factor of uncond.
+__device__ float projection_of_video(const StgGuidedStep& p) {
+  Products sum = stg::no_products();
+  const Partials* partials = partials_of_video(p);
+  for (int i = threadIdx.x; i < gridDim.x; i += kThreads) sum = stg::merge(sum, partials[i].products);
+  return broadcast(stg::projection(fold_block(sum)));
+}
+
+// Partial inner products of cond and uncond.
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kThreads) products_kernel(StgGuidedStep p) {
+  const int64_t video = blockIdx.y * p.length;
+  Products sum = stg::no_products();
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads * kVector;
+  for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kVector; i < p.length;
+       i += stride) {
+    const int64_t at = video + i, left = p.length - i;
+    float cond[kVector], uncond[kVector];
+    stg::load<kAligned>(static_cast<const T*>(p.cond) + at, left, cond);
+    stg::load<kAligned>(static_cast<const T*>(p.uncond) + at, left, uncond);
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) {
+      sum = stg::merge(sum, Products{cond[k] * uncond[k], uncond[k] * uncond[k]});
+    }
+  }
+  sum = fold_block(sum);
+  if (threadIdx.x == 0) partials_of_video(p)[blockIdx.x].products = sum;
+}
+
+// Partial moments of cond and of the guided prediction.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads) moments_kernel(StgGuidedStep p) {
-  __shared__ Moments shared[kWarps];
   const StepScalars s = scalars(p, *p.counter);
+  const float scale = p.cfg_zero_star ? projection_of_video(p) : 1.0f;
   const int64_t video = blockIdx.y * p.length;
   Moments of_cond = stg::no_moments(), of_pred = stg::no_moments();
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads * kVector;
   for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kVector; i < p.length;
        i += stride) {
     float cond[kVector], pred[kVector];
-    guided<T, kAligned>(p, s, video + i, p.length - i, cond, pred);
+    guided<T, kAligned>(p, s, scale, video + i, p.length - i, cond, pred);
     of_cond = stg::merge(of_cond, moments_of_valid(cond, p.length - i));
     of_pred = stg::merge(of_pred, moments_of_valid(pred, p.length - i));
   }
-  of_cond = fold_block(of_cond, shared);
-  of_pred = fold_block(of_pred, shared);
+  of_cond = fold_block(of_cond);
+  of_pred = fold_block(of_pred);
   if (threadIdx.x == 0) {
-    Moments* out = static_cast<Moments*>(p.workspace) + 2 * (blockIdx.y * gridDim.x + blockIdx.x);
-    out[0] = of_cond;
-    out[1] = of_pred;
+    Partials* out = partials_of_video(p) + blockIdx.x;
+    out->cond = of_cond;
+    out->pred = of_pred;
   }
-}
-
-// Every block folds its video's partials in the same order, so all of them use the same factor.
-__device__ float factor_of_video(const StgGuidedStep& p, StepScalars s, Moments* shared) {
-  __shared__ float factor;
-  Moments of_cond = stg::no_moments(), of_pred = stg::no_moments();
-  const Moments* partials = static_cast<const Moments*>(p.workspace) + 2 * blockIdx.y * gridDim.x;
-  for (int i = threadIdx.x; i < gridDim.x; i += kThreads) {
-    of_cond = stg::merge(of_cond, partials[2 * i]);
-    of_pred = stg::merge(of_pred, partials[2 * i + 1]);
-  }
-  of_cond = fold_block(of_cond, shared);
-  of_pred = fold_block(of_pred, shared);
-  if (threadIdx.x == 0) factor = stg::rescale_factor(of_cond, of_pred, s.rescale);
-  __syncthreads();
-  return factor;
 }
 
 // next += sum of factors[j]*history[j] for j from `first` to before `last`.
@@ -125,7 +183,7 @@ __device__ __forceinline__ void add_history(const StgGuidedStep& p, const float*
 
 // x' = initial_factor*x_T + sum over the noise and the predictions so far, the newest of which is `pred`.
 template <bool kAligned>
-__device__ void multi_step(const StgGuidedStep& p, int64_t step, int64_t at, int64_t left,
+__device__ void step_from_history(const StgGuidedStep& p, int64_t step, int64_t at, int64_t left,
                            const float (&pred)[kVector], float (&next)[kVector]) {
   const float* factors = p.history_factors + step * p.slots;
   float value[kVector];
@@ -138,27 +196,27 @@ __device__ void multi_step(const StgGuidedStep& p, int64_t step, int64_t at, int
 
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads) apply_kernel(StgGuidedStep p) {
-  __shared__ Moments shared[kWarps];
   const int64_t step = *p.counter;
   const StepScalars s = scalars(p, step);
-  const float factor = p.rescaled ? factor_of_video(p, s, shared) : 1.0f;
+  const float scale = p.cfg_zero_star ? projection_of_video(p) : 1.0f;
+  const float factor = p.rescaled ? rescale_of_video(p, s) : 1.0f;
   const int64_t video = blockIdx.y * p.length;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads * kVector;
   for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kVector; i < p.length;
        i += stride) {
     const int64_t at = video + i, left = p.length - i;
     float cond[kVector], pred[kVector], next[kVector];
-    guided<T, kAligned>(p, s, at, left, cond, pred);
+    guided<T, kAligned>(p, s, scale, at, left, cond, pred);
 #pragma unroll
     for (int k = 0; k < kVector; ++k) pred[k] *= factor;
     if (p.history != nullptr) store<kAligned>(p.history + step * p.videos * p.length + at, left, pred);
-    if (p.two_term) {
+    if (p.single_step) {
       float latents[kVector];
       stg::load<kAligned>(p.latents + at, left, latents);
 #pragma unroll
-      for (int k = 0; k < kVector; ++k) next[k] = stg::two_term_step(latents[k], pred[k], s);
+      for (int k = 0; k < kVector; ++k) next[k] = stg::single_step(latents[k], pred[k], s);
     } else {
-      multi_step<kAligned>(p, step, at, left, pred, next);
+      step_from_history<kAligned>(p, step, at, left, pred, next);
     }
     store<kAligned>(p.latents + at, left, next);
   }
@@ -193,10 +251,12 @@ unsigned blocks_per_video(int64_t length) {
 template <class T, bool kAligned>
 cudaError_t launch(const StgGuidedStep& p, cudaStream_t stream) {
   const dim3 grid(blocks_per_video(p.length), static_cast<unsigned>(p.videos));
-  if (p.rescaled) {
-    const cudaError_t error = stg::launch(moments_kernel<T, kAligned>, grid, kThreads, stream, p);
-    if (error != cudaSuccess) return error;
+  cudaError_t error = cudaSuccess;
+  if (p.cfg_zero_star) error = stg::launch(products_kernel<T, kAligned>, grid, kThreads, stream, p);
+  if (error == cudaSuccess && p.rescaled) {
+    error = stg::launch(moments_kernel<T, kAligned>, grid, kThreads, stream, p);
   }
+  if (error != cudaSuccess) return error;
   return stg::launch(apply_kernel<T, kAligned>, grid, kThreads, stream, p);
 }
 
@@ -207,10 +267,11 @@ cudaError_t launch(const StgGuidedStep& p, cudaStream_t stream) {
 
 }  // namespace
 
-int64_t stg_guided_step_workspace(int64_t videos) { return videos * kMaxBlocks * 2 * sizeof(Moments); }
+int64_t stg_guided_step_workspace(int64_t videos) { return videos * kMaxBlocks * sizeof(Partials); }
 
 int stg_guided_step(const StgGuidedStep* step, void* stream) {
-  if (!step->two_term && step->history == nullptr) return cudaErrorInvalidValue;
+  if (!step->single_step && step->history == nullptr) return cudaErrorInvalidValue;
+  if (step->cfg_zero_star && step->uncond == nullptr) return cudaErrorInvalidValue;
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   return stg::with_type(step->dtype, [&](auto value) { return launch<decltype(value)>(*step, on); });
 }

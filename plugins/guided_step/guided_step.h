@@ -15,7 +15,7 @@ struct StgGuidedStep {
   const float* rescale;
   const float* latents_factor;
   const float* pred_factor;
-  // Multi-step solvers: predictions so far, then the noise that is added, (slots, videos, length), of which
+  // Unless single_step: predictions so far, then the noise that is added, (slots, videos, length), of which
   // the predictions take `capacity`; x_T; and their factors; else null.
   float* history;
   const float* initial;
@@ -29,8 +29,9 @@ struct StgGuidedStep {
   int64_t videos;
   int64_t length;
   int32_t dtype;
-  int32_t rescaled;     // 0: the statistics are not computed
-  int32_t two_term;     // 0: history is used
+  int32_t rescaled;       // 0: the statistics are not computed
+  int32_t single_step;    // 0: history is used
+  int32_t cfg_zero_star;  // 1: uncond is scaled by <cond, uncond>/(|uncond|^2 + 1e-8) of its video
 };
 
 STG_EXPORT int64_t stg_guided_step_workspace(int64_t videos);

@@ -15,7 +15,7 @@ constexpr int64_t kSteps = 3, kCapacity = 4, kSlots = 7, kGuard = 64;
 struct Case {
   int64_t videos, length;
   float mean;
-  bool uncond, skip, rescaled, two_term;
+  bool uncond, skip, rescaled, single_step, cfg_zero_star;
   int64_t shift;  // values from an aligned address
 };
 
@@ -78,7 +78,7 @@ struct State {
     p.counter = &counter, p.finished = &finished, p.workspace = workspace.data();
     p.videos = c.videos, p.length = c.length;
     p.dtype = sizeof(T) == 4 ? kStgFloat32 : kStgBfloat16;
-    p.rescaled = c.rescaled, p.two_term = c.two_term;
+    p.rescaled = c.rescaled, p.single_step = c.single_step, p.cfg_zero_star = c.cfg_zero_star;
     return p;
   }
 };
@@ -101,7 +101,7 @@ class Reference {
     preds.push_back(guided(step));
     const Tables& t = start_.tables;
     for (size_t i = 0; i < latents.size(); ++i) {
-      if (c_.two_term) {
+      if (c_.single_step) {
         latents[i] = double(t.latents_factor[step]) * latents[i] + double(t.pred_factor[step]) * preds[step][i];
         continue;
       }
@@ -122,9 +122,11 @@ class Reference {
       return double(stg::Cast<T>::to_float(rows[c_.shift + i]));
     };
     std::vector<double> cond(latents.size()), pred(latents.size());
+    double factor = 1.0;
     for (size_t i = 0; i < pred.size(); ++i) {
+      if (c_.cfg_zero_star && i % c_.length == 0) factor = projection(i, value);
       cond[i] = value(start_.cond, i);
-      const double uncond = c_.uncond ? value(start_.uncond, i) : cond[i];
+      const double uncond = c_.uncond ? factor * value(start_.uncond, i) : cond[i];
       const double skip = c_.skip ? value(start_.skip, i) : cond[i];
       pred[i] = uncond + cfg * (cond[i] - uncond) + scale * (cond[i] - skip);
     }
@@ -134,6 +136,17 @@ class Reference {
       for (int64_t i = 0; i < c_.length; ++i) pred[at + i] *= factor;
     }
     return pred;
+  }
+
+  // <cond, uncond> / (|uncond|^2 + 1e-8) of the video that starts at a place.
+  template <class Value>
+  double projection(size_t start, const Value& value) const {
+    double dot = 0, square = 1e-8;
+    for (size_t i = start; i < start + c_.length; ++i) {
+      dot += value(start_.cond, i) * value(start_.uncond, i);
+      square += value(start_.uncond, i) * value(start_.uncond, i);
+    }
+    return dot / square;
   }
 
   Case c_;
@@ -155,8 +168,7 @@ bool close(const float* got, const std::vector<double>& expected) {
 }
 
 template <class T>
-void check(Checks& checks, const Case& c, int64_t steps) {
-  const State<T> start(c);
+void check(Checks& checks, const Case& c, int64_t steps, const State<T>& start) {
   State<T> state = start;
   const StgGuidedStep p = state.parameters(c);
   Reference<T> reference(c, start);
@@ -173,9 +185,22 @@ void check(Checks& checks, const Case& c, int64_t steps) {
   checks.expect(guard == std::vector<char>(kGuard, -1), "written behind the workspace", c.videos, c.length);
 }
 
+template <class T>
+void check(Checks& checks, const Case& c, int64_t steps) {
+  check<T>(checks, c, steps, State<T>(c));
+}
+
+// Nothing to project on: uncond stays zero.
+void check_zero_uncond(Checks& checks) {
+  const Case c{2, 37, 1.0f, true, true, true, true, true, 0};
+  State<float> start(c);
+  std::fill(start.uncond.begin(), start.uncond.end(), 0.0f);
+  check<float>(checks, c, kSteps, start);
+}
+
 // The statistics are folded in an order of their own, whichever block or thread is first.
 void check_deterministic(Checks& checks) {
-  const Case c{2, 5000, 1.0f, true, true, true, true, 0};
+  const Case c{2, 5000, 1.0f, true, true, true, true, true, 0};
   std::vector<float> first;
   for (const char* order : stg_test::kOrders) {
     stg_test::set_order(order);
@@ -188,11 +213,14 @@ void check_deterministic(Checks& checks) {
 }
 
 void check_refused(Checks& checks) {
-  const Case c{1, 4, 0.0f, true, true, true, false, 0};
+  const Case c{1, 4, 0.0f, true, true, true, false, false, 0};
   State<float> state(c);
   StgGuidedStep p = state.parameters(c);
   p.history = nullptr;
   checks.expect(stg_guided_step(&p, nullptr) == cudaErrorInvalidValue, "several steps without history", 0, 0);
+  p = state.parameters(c);
+  p.cfg_zero_star = 1, p.uncond = nullptr;
+  checks.expect(stg_guided_step(&p, nullptr) == cudaErrorInvalidValue, "CFG-Zero* without uncond", 0, 0);
   p = state.parameters(c);
   p.dtype = 3;
   checks.expect(stg_guided_step(&p, nullptr) == cudaErrorInvalidValue, "a type that there is not", 0, 0);
@@ -207,10 +235,14 @@ int main() {
   Checks checks;
   check_refused(checks);
   check_deterministic(checks);
+  check_zero_uncond(checks);
   for (int64_t length : {2, 3, 4, 7, 64, 1002, 1024, 2053}) {
     for (int options = 0; options < 8 && checks.failed == 0; ++options) {
       const bool a = options & 1, b = options & 2, d = options & 4;
-      const Case c{1 + (length + options) % 3, length, a == b ? 100.0f : 0.0f, a, b, a || b != d, a != d, d ? 1 : 0};
+      // Every second length has CFG-Zero*, with and without rescale.
+      const bool zero_star = a && length % 2 != 0, rescaled = zero_star ? b : a || b != d;
+      const Case c{1 + (length + options) % 3, length, a == b ? 100.0f : 0.0f, a, b, rescaled, a != d, zero_star,
+                   d ? 1 : 0};
       stg_test::set_order(stg_test::kOrders[(length + options) % 3]);
       check<float>(checks, c, kSteps);
       if (b != d) check<__nv_bfloat16>(checks, c, kSteps);
@@ -218,7 +250,7 @@ int main() {
   }
   // More values than the threads of the largest grid take in a turn.
   stg_test::set_order("reverse");
-  const Case large{1, kMaxBlocks * kThreads * kVector + 1025, 1.0f, true, true, true, false, 1};
+  const Case large{1, kMaxBlocks * kThreads * kVector + 1025, 1.0f, true, true, true, false, true, 1};
   if (checks.failed == 0) check<float>(checks, large, 1);
   return checks.result();
 }

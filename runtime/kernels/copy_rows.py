@@ -40,6 +40,6 @@ class CopyRowsKernel:
 
 
 def copy_rows(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """What the kernel computes, in torch."""
+    """The kernel's reference, in torch."""
     for destination, source in pairs:
         destination.copy_(source)

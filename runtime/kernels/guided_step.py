@@ -11,6 +11,7 @@ from .shared_library import DTYPES, Kernels, address
 
 if TYPE_CHECKING:
     from ..state import StepState
+    from ..step_key import StepKey
 
 _TABLES = (
     "cfg_scale",
@@ -49,27 +50,20 @@ class GuidedStepParameters(ctypes.Structure):
         ("length", ctypes.c_int64),
         ("dtype", ctypes.c_int32),
         ("rescaled", ctypes.c_int32),
-        ("two_term", ctypes.c_int32),
+        ("single_step", ctypes.c_int32),
+        ("cfg_zero_star", ctypes.c_int32),
     )
 
 
 class GuidedStepKernel:
-    """guided_step for one state and set of passes: parameters and scratch memory are made once."""
+    """guided_step for one state and key: parameters and scratch memory are made once."""
 
-    def __init__(
-        self,
-        kernels: Kernels,
-        state: StepState,
-        passes: tuple[str, ...],
-        *,
-        rescaled: bool,
-        two_term: bool,
-    ) -> None:
+    def __init__(self, kernels: Kernels, state: StepState, key: StepKey) -> None:
         self._kernels = kernels
         device = state.latents.device
         videos, length = len(state.latents), state.latents[0].numel()
         self._tables = state.table.device_values(*_TABLES)
-        self._rows = {group: state.buffers.view("pred", (group,)) for group in passes}
+        self._rows = {group: state.buffers.view("pred", (group,)) for group in key.passes}
         self._finished = torch.zeros(1, dtype=torch.int32, device=device)
         self._workspace = torch.empty(kernels.workspace_bytes(videos), dtype=torch.uint8, device=device)
         history = state.history
@@ -87,8 +81,9 @@ class GuidedStepKernel:
             videos=videos,
             length=length,
             dtype=DTYPES[self._rows["cond"].dtype],
-            rescaled=rescaled,
-            two_term=two_term,
+            rescaled=key.rescaled,
+            single_step=key.single_step,
+            cfg_zero_star=key.cfg_zero_star,
         )
 
     def enqueue(self, stream: int) -> None:

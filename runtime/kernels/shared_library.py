@@ -13,7 +13,7 @@ from torch import Tensor
 from stg_trt.errors import BackendUnavailable
 from stg_trt.system.files import LIBRARIES
 
-ABI = 3
+ABI = 4
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _LIBRARY = LIBRARIES / "libstg_kernels.so"
 _KERNELS = ("stg_copy_rows", "stg_fan_out_rows", "stg_guided_step", "stg_qk_norm_rope")
@@ -58,11 +58,6 @@ def load_kernels() -> Kernels | None:
         )
         return None
     return Kernels(_LIBRARY)
-
-
-def kernels_for(device: torch.device) -> Kernels | None:
-    """The kernels on a GPU where they are built, else None."""
-    return load_kernels() if device.type == "cuda" else None
 
 
 def address(tensor: Tensor | None) -> int | None:

@@ -16,7 +16,7 @@ from stg_trt.errors import InvalidRequest
 
 # Some schedulers round the sample to float32 in every step; real non-linearity is far above these.
 _LINEAR_TOLERANCE = 1e-5
-_TWO_TERM_TOLERANCE = 1e-6
+_SINGLE_STEP_TOLERANCE = 1e-6
 _HISTORY = "old_pred_original_sample"
 
 
@@ -28,7 +28,7 @@ class SolverTable:
     `input_scale[i]*x_i` and `timesteps[i]`. `sigmas` are the scheduler's own, one per step, or empty;
     `noise_levels` are the timesteps as parts of the training steps, 1 for noise whichever way they count.
     Step i draws `draws[i]` standard normal tensors of the latents' shape; noise_k counts all draws in order.
-    `a` (steps,), `b` (steps, steps) and `c` (steps, all draws) are float64. `two_term[i]` is (a, b) where
+    `a` (steps,), `b` (steps, steps) and `c` (steps, all draws) are float64. `single_step[i]` is (a, b) where
     step i is x_{i+1} = a*x_i + b*pred_i, else None.
     """
 
@@ -41,7 +41,7 @@ class SolverTable:
     a: Tensor
     b: Tensor
     c: Tensor
-    two_term: tuple[tuple[float, float] | None, ...]
+    single_step: tuple[tuple[float, float] | None, ...]
 
     @classmethod
     def from_scheduler(cls, scheduler: Any, num_steps: int | None = None) -> SolverTable:
@@ -71,7 +71,7 @@ class SolverTable:
             a=rows[:, 0].clone(),
             b=rows[:, 1 : 1 + len(timesteps)].clone(),
             c=rows[:, 1 + len(timesteps) :].clone(),
-            two_term=tuple(_two_term_rows(rows)),
+            single_step=tuple(_single_step_rows(rows)),
         )
 
     def used_draws(self, steps: int) -> tuple[int, ...]:
@@ -87,7 +87,7 @@ class SolverTable:
         noise: Sequence[Tensor] = (),
     ) -> Tensor:
         """x_{i+1} in float32 from x_i, the predictions 0..i, x_T and the draws of steps 0..i, in order."""
-        pair = self.two_term[step]
+        pair = self.single_step[step]
         if pair is not None:
             a, b = pair
             return a * latents.float() + b * preds[step].float()
@@ -201,7 +201,7 @@ def _basis_rows(solver: Any, steps: int, draws: int) -> Tensor:
     return rows
 
 
-def _two_term_rows(rows: Tensor) -> Iterator[tuple[float, float] | None]:
+def _single_step_rows(rows: Tensor) -> Iterator[tuple[float, float] | None]:
     """(a, b) where row_i = a*row_{i-1} + b*[pred_i] within float32 rounding, else None."""
     previous = torch.zeros_like(rows[0])
     previous[0] = 1
@@ -209,7 +209,7 @@ def _two_term_rows(rows: Tensor) -> Iterator[tuple[float, float] | None]:
         rest = row.clone()
         rest[1 + i] = 0
         a = (rest @ previous) / (previous @ previous).clamp_min(torch.finfo(torch.float64).tiny)
-        close = (rest - a * previous).abs().max() <= _TWO_TERM_TOLERANCE * row.abs().max()
+        close = (rest - a * previous).abs().max() <= _SINGLE_STEP_TOLERANCE * row.abs().max()
         yield (float(a), float(row[1 + i])) if close else None
         previous = row
 

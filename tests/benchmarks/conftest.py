@@ -28,7 +28,7 @@ def tiny(engines: Path) -> tuple[str, ...]:
 
 @pytest.fixture(scope="session")
 def tiny_wan(engines: Path) -> tuple[str, ...]:
-    """The same of a family with a multi-step solver and latents that are not packed."""
+    """The same of a family whose solver has a history, and with latents that are not packed."""
     size = [f"--{name.replace('_', '-')}={value}" for name, value in WAN.sizes.items()]
     return (f"--checkpoint={WAN.goldens}", *size, "--stg-blocks=2", f"--engines={engines}")
 

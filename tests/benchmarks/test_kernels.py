@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from stg_trt.benchmarks import kernel_cases
 from stg_trt.benchmarks.kernel_cases import KERNELS
 from stg_trt.benchmarks.kernels import KernelBenchmark
 from stg_trt.errors import GateMissed
+from stg_trt.runtime import operations
 from stg_trt.runtime.guided_step import guided_step
 from tests.support.cli import assert_one_line_error, run
 
@@ -32,7 +32,7 @@ def test_measures_every_kernel_on_every_size(tmp_path: Path) -> None:
         assert row["relative_error"] <= 1e-5 and row["gb_per_s"] > 0
 
 
-def test_counts_the_bytes_of_two_passes_with_rescale(tmp_path: Path) -> None:
+def test_counts_the_bytes_of_every_pass_over_the_rows(tmp_path: Path) -> None:
     KernelBenchmark("cpu", (1000,), 1).run(tmp_path / "kernels.json")
     rows = json.loads((tmp_path / "kernels.json").read_text())["kernels"]
     assert {row["name"]: row["bytes"] for row in rows} == {
@@ -40,6 +40,7 @@ def test_counts_the_bytes_of_two_passes_with_rescale(tmp_path: Path) -> None:
         "qk_norm_rope": (4 + 2) * 4 * 2048,
         "guided_step": (2 * 3 + 2) * 4 * 1000,
         "guided_step, no rescale": (3 + 2) * 4 * 1000,
+        "guided_step, CFG-Zero*": (2 * 3 + 2 + 2) * 4 * 1000,
     }
 
 
@@ -48,7 +49,7 @@ def test_a_wrong_kernel_is_timed_but_not_trusted(tmp_path: Path, monkeypatch: py
         guided_step(state, *arguments, **options)
         state.latents.mul_(1.001)
 
-    monkeypatch.setattr(kernel_cases, "guided_step", off)
+    monkeypatch.setattr(operations, "guided_step", off)
     with pytest.raises(
         GateMissed, match=r"guided_step: expected torch reference of 1000 elements .* got 1.0e-03"
     ):

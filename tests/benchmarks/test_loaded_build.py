@@ -1,4 +1,4 @@
-"""A middle step of a multi-step solver continues from predictions of the steps before it."""
+"""A middle step of a solver with history continues from predictions of the steps before it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stg_trt.models.plan import plan_step
 
 def test_a_step_starts_from_a_history(engines: Path, wan_scenario: Scenario) -> None:
     inputs, device = wan_scenario.inputs(6), wan_scenario.device()
-    assert None in inputs.solver.two_term and inputs.middle == 3
+    assert None in inputs.solver.single_step and inputs.middle == 3
     loaded = LoadedBuild(wan_scenario, wan_scenario.build("segmented", engines), inputs, device)
     plan = plan_step(loaded.sampler.segments, wan_scenario.passes, wan_scenario.perturbation)
     work = loaded.work(loaded.program(plan))

@@ -258,7 +258,7 @@ def test_steps_on_a_gpu_are_captured_and_match(
     for i, latents in enumerate(every_step(pipeline, **arguments(case, ltx_checkpoint))):
         wanted = expected[f"expected_step_{i:02d}"]
         assert (latents.cpu() - wanted).norm() <= 5e-2 * wanted.norm(), f"step {i}"
-    programs: list[Any] = [p for s in pipeline._samplers.values() for p in s._programs.values()]
+    programs: list[Any] = [p for s in pipeline._samplers.values() for p in s._bound.values()]
     assert programs and all(isinstance(p, StepGraph) and p._graph is not None for p in programs)
     assert not [w for w in recwarn.list if "capture failed" in str(w.message)]
 

@@ -22,13 +22,8 @@ from stg_trt.errors import BackendUnavailable, EngineRejected, OutOfDeviceMemory
 from stg_trt.models.segment import LAYOUTS
 from stg_trt.system.gpu import Gpu, Machine
 from tests.support.family_cases import LTX, FamilyCase
-from tests.support.simulated_tensorrt import (
-    ALIGNMENT,
-    RuleBroken,
-    SimulatedCuda,
-    SimulatedTensorRT,
-    SimulatedTensorRTRtx,
-)
+from tests.support.simulated_cuda import RuleBroken, SimulatedCuda
+from tests.support.simulated_tensorrt import ALIGNMENT, SimulatedTensorRT, SimulatedTensorRTRtx
 from tests.test_goldens import GOLDENS, arguments, every_step
 
 MAX_ROWS = 6
@@ -191,10 +186,10 @@ def test_many_generations_do_not_grow(
     call = arguments("stg_r", ltx_checkpoint) | {"num_inference_steps": 2}
     pipeline(**call)
     sampler = next(iter(pipeline._samplers.values()))
-    programs, state = dict(sampler._programs), sampler._state
+    bound, state = dict(sampler._bound), sampler._state
     for _ in range(200):
         pipeline(**call)
-    assert sampler._programs == programs and sampler._state is state
+    assert sampler._bound == bound and sampler._state is state
     assert len(device.graphs) == 1
 
 

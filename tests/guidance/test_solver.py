@@ -73,7 +73,7 @@ def of(name: str, **config: Any) -> Callable[[int], Any]:
 
 
 DPM, UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"
-TWO_TERM = {
+SINGLE_STEP = {
     "flow euler": of("FlowMatchEulerDiscreteScheduler"),
     "flow euler, shift 7": of("FlowMatchEulerDiscreteScheduler", shift=7.0),
     "flow euler, dynamic shift": dynamic_shift,
@@ -135,36 +135,36 @@ def errors(reference: Any, table: SolverTable, dtype: torch.dtype) -> list[float
 
 
 @pytest.mark.parametrize("steps", [2, 7, 20, 50])
-@pytest.mark.parametrize("name", [*TWO_TERM, *HISTORY])
+@pytest.mark.parametrize("name", [*SINGLE_STEP, *HISTORY])
 def test_reproduces_the_scheduler_in_float64(name: str, steps: int) -> None:
-    reference = {**TWO_TERM, **HISTORY}[name](steps)
+    reference = {**SINGLE_STEP, **HISTORY}[name](steps)
     assert max(errors(reference, SolverTable.from_scheduler(reference), torch.float64)) <= 2e-6
 
 
 @pytest.mark.parametrize("steps", [20, 50])
-@pytest.mark.parametrize("name", [*TWO_TERM, *HISTORY])
+@pytest.mark.parametrize("name", [*SINGLE_STEP, *HISTORY])
 def test_reproduces_the_scheduler_in_float32(name: str, steps: int) -> None:
     # Below about 10 steps a float32 scheduler itself is off by up to 5e-5: it cancels latents of size sigma.
-    reference = {**TWO_TERM, **HISTORY}[name](steps)
+    reference = {**SINGLE_STEP, **HISTORY}[name](steps)
     assert max(errors(reference, SolverTable.from_scheduler(reference), torch.float32)) <= 2e-6
 
 
-@pytest.mark.parametrize("name", TWO_TERM)
-def test_one_step_solvers_are_two_term(name: str) -> None:
-    table = SolverTable.from_scheduler(TWO_TERM[name](20))
-    assert None not in table.two_term
+@pytest.mark.parametrize("name", SINGLE_STEP)
+def test_solvers_without_history_are_single_step(name: str) -> None:
+    table = SolverTable.from_scheduler(SINGLE_STEP[name](20))
+    assert None not in table.single_step
     assert table.draws == (0,) * 20 and table.c.shape == (20, 0)
 
 
 @pytest.mark.parametrize("name", HISTORY)
-def test_solvers_with_history_are_not_two_term(name: str) -> None:
-    assert None in SolverTable.from_scheduler(HISTORY[name](20)).two_term
+def test_solvers_with_history_are_not_single_step(name: str) -> None:
+    assert None in SolverTable.from_scheduler(HISTORY[name](20)).single_step
 
 
 @pytest.mark.parametrize("name", ["flow euler, shift 7", "euler, svd", "cogvideox ddim"])
-def test_two_term_and_full_rows_agree(name: str) -> None:
-    table = SolverTable.from_scheduler(TWO_TERM[name](20))
-    full = dataclasses.replace(table, two_term=(None,) * 20)
+def test_single_step_and_full_rows_agree(name: str) -> None:
+    table = SolverTable.from_scheduler(SINGLE_STEP[name](20))
+    full = dataclasses.replace(table, single_step=(None,) * 20)
     initial = torch.randn(SHAPE) * table.noise_scale
     preds = torch.randn(20, *SHAPE)
     latents = initial
@@ -177,8 +177,8 @@ def test_flow_euler_is_x_plus_the_sigma_step_times_the_prediction() -> None:
     reference = flow_euler(10, shift=3.0)
     table = SolverTable.from_scheduler(reference)
     falls = reference.sigmas.diff().tolist()
-    assert [pair[0] for pair in table.two_term if pair] == pytest.approx([1.0] * 10, abs=1e-7)
-    assert [pair[1] for pair in table.two_term if pair] == pytest.approx(falls, abs=1e-7)
+    assert [pair[0] for pair in table.single_step if pair] == pytest.approx([1.0] * 10, abs=1e-7)
+    assert [pair[1] for pair in table.single_step if pair] == pytest.approx(falls, abs=1e-7)
     assert table.sigmas == tuple(reference.sigmas[:-1].tolist())
     assert table.timesteps == tuple(reference.timesteps.tolist())
     assert table.noise_scale == 1.0 and set(table.input_scale) == {1.0}
@@ -221,7 +221,7 @@ def test_advance_never_reads_later_predictions_or_discarded_draws() -> None:
 def test_cogvideox_dpm_draws_twice_once_it_has_a_history() -> None:
     table = SolverTable.from_scheduler(scheduler("CogVideoXDPMScheduler", 5, **COGVIDEOX))
     assert table.draws == (1, 2, 2, 2, 1)
-    assert table.two_term[0] is None
+    assert table.single_step[0] is None
 
 
 def test_advance_takes_half_precision_and_returns_float32_without_writing_its_inputs() -> None:

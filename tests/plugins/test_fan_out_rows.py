@@ -11,6 +11,7 @@ from stg_trt.runtime.kernels.copy_rows import CopyRowsKernel
 from stg_trt.runtime.kernels.fan_out_rows import FanOutRowsKernel
 from stg_trt.runtime.kernels.guided_step import GuidedStepKernel
 from stg_trt.runtime.state import StepState
+from stg_trt.runtime.step_key import StepKey
 from tests.support.compiled_kernels import Machine
 from tests.support.step_states import STEPS, state_of, tables
 
@@ -54,11 +55,12 @@ def test_one_graph_serves_all_steps(machine: Machine, length: int) -> None:
     if machine.device.type == "cpu":
         pytest.skip("graphs need a GPU")
     expected, got = (poisoned(state_of(2, length, "bfloat16", machine.device)) for _ in range(2))
+    key = StepKey(GROUPS, None, rescaled=True, single_step=True, cfg_zero_star=False)
     enqueued = (
         FanOutRowsKernel(machine.kernels, got, GROUPS),
         # In place of a model: the predictions are the rows.
         CopyRowsKernel(machine.kernels, [(got.buffers.view("pred"), got.buffers.view("latents"))]),
-        GuidedStepKernel(machine.kernels, got, GROUPS, rescaled=True, two_term=True),
+        GuidedStepKernel(machine.kernels, got, key),
     )
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -68,6 +70,6 @@ def test_one_graph_serves_all_steps(machine: Machine, length: int) -> None:
         graph.replay()
         fan_out_rows(expected, GROUPS)
         expected.buffers.view("pred").copy_(expected.buffers.view("latents"))
-        guided_step(expected, GROUPS, rescaled=True, two_term=True, cfg_zero_star=False)
+        guided_step(expected, key)
         assert int(got.table.counter) == step + 1
         torch.testing.assert_close(got.latents, expected.latents, rtol=1e-3, atol=1e-3)

@@ -9,27 +9,33 @@ from stg_trt.guidance.combine import combine
 from stg_trt.models.plan import GROUPS
 from stg_trt.runtime.guided_step import guided_step
 from stg_trt.runtime.kernels.guided_step import GuidedStepKernel
+from stg_trt.runtime.step_key import StepKey
 from tests.support.compiled_kernels import Machine
 from tests.support.step_states import SOLVERS, STEPS, state_of, tables
 
 
 def check_every_step(
-    machine: Machine, passes: tuple[str, ...], dtype: str, videos: int, length: int, name: str
+    machine: Machine,
+    passes: tuple[str, ...],
+    dtype: str,
+    videos: int,
+    length: int,
+    name: str,
+    *,
+    rescaled: bool = True,
+    cfg_zero_star: bool = False,
 ) -> None:
     guidance, solver = tables(name)
-    two_terms = [pair is not None for pair in solver.two_term]
+    keys = [StepKey(passes, None, rescaled, pair is not None, cfg_zero_star) for pair in solver.single_step]
     expected, got = (state_of(videos, length, dtype, machine.device, name) for _ in range(2))
     for group in {*GROUPS} - {*passes}:
         got.buffers.view("pred", (group,)).fill_(float("nan"))
     for state in (expected, got):
         state.table.load(guidance, solver)
-    kernels = {
-        two_term: GuidedStepKernel(machine.kernels, got, passes, rescaled=True, two_term=two_term)
-        for two_term in set(two_terms)
-    }
-    for step, two_term in enumerate(two_terms):
-        guided_step(expected, passes, rescaled=True, two_term=two_term, cfg_zero_star=False)
-        machine.enqueue(kernels[two_term])
+    kernels = {key: GuidedStepKernel(machine.kernels, got, key) for key in set(keys)}
+    for step, key in enumerate(keys):
+        guided_step(expected, key)
+        machine.enqueue(kernels[key])
         assert int(got.table.counter) == step + 1
         torch.testing.assert_close(got.latents, expected.latents, rtol=2e-5, atol=2e-5)
 
@@ -42,6 +48,16 @@ def test_kernel_equals_the_reference(
     machine: Machine, passes: tuple[str, ...], dtype: str, length: int, name: str
 ) -> None:
     check_every_step(machine, passes, dtype, 2, length, name)
+
+
+@pytest.mark.parametrize("rescaled", [False, True])
+@pytest.mark.parametrize("passes", [("uncond", "cond"), GROUPS])
+@pytest.mark.parametrize(("dtype", "length"), [("float32", 7), ("bfloat16", 4096), ("float16", 5_001)])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_cfg_zero_star_equals_the_reference(
+    machine: Machine, passes: tuple[str, ...], dtype: str, length: int, name: str, rescaled: bool
+) -> None:
+    check_every_step(machine, passes, dtype, 2, length, name, rescaled=rescaled, cfg_zero_star=True)
 
 
 def test_more_values_than_the_largest_grid_has_threads_for(machine: Machine) -> None:
@@ -57,14 +73,13 @@ def test_the_reference_steps_as_the_solver_does(name: str) -> None:
     noise = torch.full((sum(solver.draws), 2, 5), torch.nan)
     if name == "cogvideox_dpm":
         assert state.history is not None
-        noise[list(solver.used_draws(STEPS))] = state.history[8:]
+        noise[list(solver.used_draws(STEPS))] = state.history[state.table.capacity :]
     preds: list[torch.Tensor] = []
-    for step, pair in enumerate(solver.two_term):
+    for step, pair in enumerate(solver.single_step):
         uncond, cond, skip = state.buffers.view("pred").split(2)
         preds.append(
             combine(cond, uncond, skip, cfg_scale=3.0, stg_scale=1.0, rescale=guidance.rescale[step])
         )
         latents = solver.advance(step, latents, preds, initial, list(noise))
-        passes = ("uncond", "cond", "skip")
-        guided_step(state, passes, rescaled=True, two_term=pair is not None, cfg_zero_star=False)
+        guided_step(state, StepKey(GROUPS, None, True, pair is not None, cfg_zero_star=False))
         torch.testing.assert_close(state.latents, latents, rtol=2e-5, atol=2e-5)

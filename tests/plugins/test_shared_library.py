@@ -7,18 +7,19 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from stg_trt import VideoPipeline
 from stg_trt.engines.onnxruntime import OnnxRuntimeEngine
 from stg_trt.errors import BackendUnavailable
+from stg_trt.runtime.device import Cpu
 from stg_trt.runtime.kernels import shared_library as kernel_library
 from stg_trt.runtime.kernels.copy_rows import CopyRowsParameters, RowCopy
 from stg_trt.runtime.kernels.fan_out_rows import FanOutRowsParameters
 from stg_trt.runtime.kernels.guided_step import GuidedStepParameters
+from stg_trt.runtime.kernels.operations import KernelOperations
 from stg_trt.runtime.kernels.qk_norm_rope import QKNormRopeParameters
-from stg_trt.runtime.kernels.shared_library import ABI, Kernels, kernels_for, load_kernels
+from stg_trt.runtime.kernels.shared_library import ABI, Kernels, load_kernels
 from tests.support.compiled_kernels import (
     PLUGINS,
     ROOT,
@@ -98,9 +99,8 @@ def test_a_file_that_is_no_library(tmp_path: Path) -> None:
 def test_missing_kernels_are_said_aloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_library, "_LIBRARY", tmp_path / "missing.so")
     load_kernels.cache_clear()
-    assert kernels_for(torch.device("cpu")) is None
     with pytest.warns(UserWarning, match="steps run as torch operations"):
-        assert kernels_for(torch.device("cuda")) is None
+        assert load_kernels() is None
     load_kernels.cache_clear()
 
 
@@ -132,9 +132,9 @@ def test_goldens_through_the_kernels(
     case: str,
     alignment: int,
 ) -> None:
-    kernels = CountedKernels(host_library)
-    for module in ("step", "bound_plan"):
-        monkeypatch.setattr(f"stg_trt.runtime.{module}.kernels_for", lambda device: kernels)
+    kernels, device = CountedKernels(host_library), Cpu()
+    device.operations = KernelOperations(kernels)
+    monkeypatch.setattr("stg_trt.runtime.pipeline.open_device", lambda name: device)
     monkeypatch.setattr(OnnxRuntimeEngine, "alignment", alignment)
     pipeline = VideoPipeline.from_pretrained(ltx_checkpoint, engines=ltx_engines, layout="segmented")
     expected = load_file(ltx_checkpoint / f"{case}.safetensors")

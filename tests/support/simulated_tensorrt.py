@@ -10,26 +10,19 @@ from __future__ import annotations
 import ctypes
 import enum
 import mmap
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.support.simulated_cuda import RuleBroken, SimulatedGpu, SimulatedGraph
 
 # What torch's CPU allocator guarantees; a GPU's guarantees 256, and so TensorRT asks for that.
 ALIGNMENT = 64
-STREAM = 77
 WARMUPS = 2
 _NUMPY = {"tensor(float)": np.float32, "tensor(bool)": np.bool_}
 _NAMES = {"tensor(float)": "FLOAT", "tensor(bool)": "BOOL"}
-
-
-class RuleBroken(Exception):
-    """Something that is undefined behaviour with the real library."""
 
 
 class TensorIOMode(enum.Enum):
@@ -37,7 +30,7 @@ class TensorIOMode(enum.Enum):
     OUTPUT = 1
 
 
-class SimulatedTensorRT:
+class SimulatedTensorRT(SimulatedGpu):
     """Takes the place of the imported module; `profiles` are (min, max) rows of every engine."""
 
     __version__ = "11.0.0"
@@ -51,14 +44,11 @@ class SimulatedTensorRT:
             raise NotImplementedError
 
     def __init__(self, *profiles: tuple[int, int]) -> None:
+        super().__init__()
         self.profiles = profiles
-        self.failing: set[str] = set()
+        self.profiles_used: list[int] = []
         self.says: list[str] = []
         """What the library's log is told before a call fails."""
-        self.executions = 0
-        self.profiles_used: list[int] = []
-        self.graph: SimulatedGraph | None = None
-        self.capturing = False
 
     def Runtime(self, logger: Any) -> Any:
         if "Runtime" in self.failing:
@@ -264,7 +254,6 @@ class _Context:
             return False
         self.engine.compile(self.shapes)
         self.enqueues_since_change += 1
-        self.sim.executions += 1
         self._run()
         return True
 
@@ -293,57 +282,3 @@ def _view(address: int, shape: list[int], dtype: Any) -> np.ndarray:
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     memory = (ctypes.c_byte * size).from_address(address)
     return np.frombuffer(memory, dtype=dtype).reshape(shape)
-
-
-class SimulatedGraph:
-    """Replays by running the captured work again, with a GPU's freedom to sync taken away."""
-
-    def __init__(self, device: SimulatedCuda, work: Callable[[], None]) -> None:
-        self.device = device
-        self.work = work
-        self.nodes = 0
-        self.replays = 0
-
-    def replay(self) -> None:
-        self.replays += 1
-        self.work()
-
-
-class SimulatedCuda:
-    """A device whose memory is the host's."""
-
-    torch_device = torch.device("cpu")
-    stream = STREAM
-    captures = True
-
-    def __init__(self, sim: SimulatedTensorRT) -> None:
-        self.sim = sim
-        self.graphs: list[SimulatedGraph] = []
-
-    @contextmanager
-    def scope(self) -> Iterator[None]:
-        yield
-
-    def capture(self, work: Callable[[], None]) -> SimulatedGraph:
-        if "capture" in self.sim.failing:
-            raise RuntimeError("capture was made to fail")
-        graph = SimulatedGraph(self, work)
-        before = self.sim.executions
-        self.sim.graph, self.sim.capturing = graph, True
-        try:
-            with _NoHostReads():
-                work()
-        finally:
-            self.sim.graph, self.sim.capturing = None, False
-        graph.nodes = self.sim.executions - before
-        self.graphs.append(graph)
-        return graph
-
-
-class _NoHostReads(TorchDispatchMode):
-    """Reading a value on the host would synchronise, which a capture forbids."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
-            raise RuleBroken(f"{func} reads a value on the host during capture")
-        return func(*args, **(kwargs or {}))

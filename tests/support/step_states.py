@@ -8,8 +8,7 @@ from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.families.base import keep_attention_spec
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
-from stg_trt.runtime.state import StepBuffers, StepState
-from stg_trt.runtime.table import StepTable
+from stg_trt.runtime.state import RunSize, StepBuffers, StepState
 
 STEPS = 6
 # One that needs only the last prediction, one that needs all, and one that adds noise.
@@ -26,14 +25,8 @@ def state_of(videos: int, length: int, dtype: str, device: torch.device, solver:
     ]
     generator = torch.Generator().manual_seed(length)
     noises = STEPS if solver == "cogvideox_dpm" else 0
-    table = StepTable(8, device, noises)
-    state = StepState(
-        buffers=StepBuffers(specs, frozenset(), videos, device),
-        table=table,
-        latents=torch.zeros(videos, length, device=device),
-        initial=torch.zeros(videos, length, device=device),
-        history=None if solver == "euler" else torch.zeros(table.slots, videos, length, device=device),
-    )
+    size = RunSize(videos, steps=8, single_step=solver == "euler", noises=noises)
+    state = StepState.allocate(StepBuffers(specs, frozenset(), videos, device), (videos, length), size)
     if noises:
         state.add_noise(torch.randn(noises, videos, length, generator=generator))
     state.start(torch.randn(videos, length, generator=generator).to(device))

@@ -153,8 +153,16 @@ class ModelFamily(ABC):
         return
 
     @abstractmethod
+    def position_tables(self, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
+        """Tensors that depend on nothing but sizes and frame rate; all rows share them."""
+
+    @abstractmethod
+    def text_inputs(self, text: TextCondition, workload: Workload) -> dict[str, Tensor]:
+        """Tensors that depend on the prompts, before the text segment: one entry per row of `text`."""
+
     def constants(self, text: TextCondition, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
-        """What stays the same over the steps, before the text segment: one entry per row of `text`."""
+        """All tensors that stay the same over the steps, before the text segment."""
+        return {**self.text_inputs(text, workload), **self.position_tables(workload, frame_rate)}
 
     def set_timesteps(self, scheduler: Any, num_inference_steps: int, workload: Workload) -> None:
         """Calls the scheduler's set_timesteps as the family's diffusers pipeline does."""

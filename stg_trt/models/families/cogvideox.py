@@ -219,10 +219,13 @@ class CogVideoX(JointAttentionDiT):
     def text_module(self, transformer: Any, *borders: Any) -> SegmentModule:
         return TextProjection(transformer.patch_embed.text_proj, *borders)
 
-    def constants(self, text: TextCondition, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
-        """The embeddings, padding and all, and the positions, which know no frame rate."""
-        made = self._rope(workload) if self.rotary else {"positions": self._positions(workload)}
-        return {"prompt_embeds": text.embeds, **made}
+    def position_tables(self, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
+        """CogVideoX's positions do not depend on the frame rate."""
+        return self._rope(workload) if self.rotary else {"positions": self._positions(workload)}
+
+    def text_inputs(self, text: TextCondition, workload: Workload) -> dict[str, Tensor]:
+        """The embeddings, padding included."""
+        return {"prompt_embeds": text.embeds}
 
     def text_flops(self, workload: Workload) -> int:
         return 2 * workload.text_length * self.text_channels * self.width

@@ -316,33 +316,36 @@ class HunyuanVideo(JointAttentionDiT):
         refines = "prompt_embeds" in self.borders(segment)[0]
         return super().attentions(segment) + (self.integer("num_refiner_layers") if refines else 0)
 
-    def constants(self, text: TextCondition, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
-        """Embeddings, their masks and means, guidance and position tables, which know no frame rate."""
+    def position_tables(self, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
+        """HunyuanVideo's positions do not depend on the frame rate."""
         from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoRotaryPosEmbed
 
+        patch_t, patch, _ = self.patch
+        rope = HunyuanVideoRotaryPosEmbed(
+            patch, patch_t, self.config["rope_axes_dim"], self.config["rope_theta"]
+        )
+        cos, sin = rope(torch.zeros(1, *self.latent_shape(workload)))
+        return {"rope_cos": cos, "rope_sin": sin}
+
+    def text_inputs(self, text: TextCondition, workload: Workload) -> dict[str, Tensor]:
+        """Embeddings, their masks and means, and the embedded guidance."""
         assert text.pooled is not None
-        mask, (patch_t, patch, _) = text.mask.float(), self.patch
+        mask = text.mask.float()
         if not mask.any(1).all():
             raise InvalidRequest(
                 "prompt_attention_mask: expected a real token in every row, got a row without: embed an "
                 "empty prompt instead"
             )
-        rope = HunyuanVideoRotaryPosEmbed(
-            patch, patch_t, self.config["rope_axes_dim"], self.config["rope_theta"]
-        )
-        cos, sin = rope(torch.zeros(1, *self.latent_shape(workload)))
-        constants = {
+        inputs = {
             "prompt_embeds": text.embeds,
             "text_mean": (text.embeds.float() * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True),
             POOLED: text.pooled,
             "key_bias": self.key_bias(mask, workload),
-            "rope_cos": cos,
-            "rope_sin": sin,
         }
         if self.embedded_guidance is not None:
             default = torch.full((len(mask),), self.embedded_guidance)
-            constants["guidance"] = 1000.0 * (default if text.guidance is None else text.guidance)
-        return constants
+            inputs["guidance"] = 1000.0 * (default if text.guidance is None else text.guidance)
+        return inputs
 
     def set_timesteps(self, scheduler: Any, num_inference_steps: int, workload: Workload) -> None:
         if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:

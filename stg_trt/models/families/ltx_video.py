@@ -147,7 +147,7 @@ class LTXVideo(CrossAttentionDiT):
     def text_projection(self, transformer: Any) -> Any:
         return transformer.caption_projection
 
-    def constants(self, text: TextCondition, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
+    def position_tables(self, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
         from diffusers.models.transformers.transformer_ltx import LTXVideoRotaryPosEmbed
 
         rope = LTXVideoRotaryPosEmbed(
@@ -158,13 +158,11 @@ class LTXVideo(CrossAttentionDiT):
             theta=10000.0,
         )
         cos, sin = rope(torch.zeros(1, 1), **self._positions(workload, frame_rate))
+        return {"rope_cos": cos[0], "rope_sin": sin[0]}
+
+    def text_inputs(self, text: TextCondition, workload: Workload) -> dict[str, Tensor]:
         bias = (1 - text.mask.float()) * -10000.0
-        return {
-            "prompt_embeds": text.embeds,
-            "text_bias": bias[:, None, None, :],
-            "rope_cos": cos[0],
-            "rope_sin": sin[0],
-        }
+        return {"prompt_embeds": text.embeds, "text_bias": bias[:, None, None, :]}
 
     def _positions(self, workload: Workload, frame_rate: float) -> dict[str, Any]:
         """What the pipeline tells RoPE of the tokens' places, in seconds and pixels."""

@@ -282,16 +282,19 @@ class Mochi(JointAttentionDiT):
         patches = self.tokens(workload) * math.prod(self.patch) * self.integer("in_channels")
         return 2 * self.width * (patches + 2 * self.width)
 
-    def constants(self, text: TextCondition, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
-        """Masks and positions, which know no frame rate."""
+    def position_tables(self, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
+        """Mochi's positions do not depend on the frame rate."""
         from diffusers.models.transformers.transformer_mochi import MochiRoPE
 
+        return {"positions": MochiRoPE()._get_positions(*self.grid(workload), dtype=torch.float32)}
+
+    def text_inputs(self, text: TextCondition, workload: Workload) -> dict[str, Tensor]:
+        """The embeddings and their masks."""
         mask = text.mask.float()
         return {
             "prompt_embeds": text.embeds,
             "text_mask": mask,
             "key_bias": self.key_bias(mask, workload),
-            "positions": MochiRoPE()._get_positions(*self.grid(workload), dtype=torch.float32),
         }
 
     def set_timesteps(self, scheduler: Any, num_inference_steps: int, workload: Workload) -> None:

@@ -170,17 +170,17 @@ class Wan(CrossAttentionDiT):
     def text_projection(self, transformer: Any) -> Any:
         return transformer.condition_embedder.text_embedder
 
-    def constants(self, text: TextCondition, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
-        """The embeddings, zero where the mask is, and position tables, which know no frame rate."""
+    def position_tables(self, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
+        """Wan's positions do not depend on the frame rate."""
         from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
         head_dim, most = self.integer("attention_head_dim"), self.integer("rope_max_seq_len")
         cos, sin = WanRotaryPosEmbed(head_dim, self.patch, most)(torch.zeros(1, *self.latent_shape(workload)))
-        return {
-            "prompt_embeds": text.embeds * text.mask[:, :, None].to(text.embeds),
-            "rope_cos": cos[0, :, 0],
-            "rope_sin": sin[0, :, 0],
-        }
+        return {"rope_cos": cos[0, :, 0], "rope_sin": sin[0, :, 0]}
+
+    def text_inputs(self, text: TextCondition, workload: Workload) -> dict[str, Tensor]:
+        """The embeddings, zero where the mask is."""
+        return {"prompt_embeds": text.embeds * text.mask[:, :, None].to(text.embeds)}
 
     def text_tokens(self, pipeline: Any, prompt: str) -> int:
         from diffusers.pipelines.wan.pipeline_wan import prompt_clean

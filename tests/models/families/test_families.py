@@ -23,7 +23,8 @@ from stg_trt.models.segment import LAYOUTS, TEXT, Segment, cut
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
 from stg_trt.runtime.bound_plan import BoundPlan
-from stg_trt.runtime.state import StepBuffers, two_sided
+from stg_trt.runtime.device import Cpu
+from stg_trt.runtime.state import StepBuffers, find_ping_pong
 from tests.support.eager_engine import EagerEngine
 from tests.support.eager_reference import perturbed
 from tests.support.family_cases import CASES, TIMESTEP, FamilyCase, Published, SomeSizes
@@ -112,11 +113,11 @@ def engines(family: ModelFamily, model: Any, segments: Sequence[Segment]) -> dic
 def poisoned_buffers(case: FamilyCase, segments: Sequence[Segment]) -> StepBuffers:
     """Buffers where whatever is read before it was written shows."""
     specs = list(case.family.tensors(case.workload).values())
-    buffers = StepBuffers(specs, two_sided(segments, case.family.borders), VIDEOS, torch.device("cpu"))
+    buffers = StepBuffers(specs, find_ping_pong(segments, case.family.borders), VIDEOS, torch.device("cpu"))
     for spec in specs:
         if spec.dtype != "bool":
-            for side in (0, 1):
-                buffers.view(spec.name, side=side).fill_(torch.nan)
+            for turn in (0, 1):
+                buffers.view(spec.name, turn=turn).fill_(torch.nan)
     return buffers
 
 
@@ -143,10 +144,11 @@ def run_step(
     for group in passes:
         buffers.view("latents", (group,)).copy_(case.latents(VIDEOS))
     buffers.view("timestep").fill_(TIMESTEP)
-    runner = BoundPlan(plan_step(segments, passes, perturbation), loaded, buffers, family.borders)
-    runner.enqueue()
+    plan = plan_step(segments, passes, perturbation)
+    bound = BoundPlan(plan, loaded, buffers, family.borders, Cpu())
+    bound.enqueue()
     first = {group: buffers.view("pred", (group,)).clone() for group in passes}
-    runner.enqueue()
+    bound.enqueue()
     assert all(torch.equal(buffers.view("pred", (group,)), first[group]) for group in passes)
     return first
 
