@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stg_trt.guidance.combine import combined
+from stg_trt.guidance.combine import combine
 from stg_trt.models.text import TextCondition
 from stg_trt.runtime.noise import draw
 
@@ -107,15 +107,15 @@ class EagerStep:
 
     def step(self, latents: Tensor, step: int, preds: list[Tensor]) -> Tensor:
         """The latents after a step; its guided prediction is added to those of the steps before it."""
-        rows = dict(zip(self._passes, self.preds(latents, step).float().split(1), strict=True))
+        rows = dict(zip(self._passes, self.preds(latents, step).split(1), strict=True))
         guidance = self._guidance
-        pred = combined(
+        pred = combine(
             rows["cond"],
             rows.get("uncond"),
-            rows["skip"] if guidance.stg_scale[step] != 0 else None,
+            rows.get("skip"),
             cfg_scale=guidance.cfg_scale[step],
             stg_scale=guidance.stg_scale[step],
-            rescale=guidance.rescale[step] or None,
+            rescale=guidance.rescale[step],
             cfg_zero_star=guidance.cfg_zero_star,
         )
         preds.append(pred)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stg_trt.guidance.combine import combined
+from stg_trt.guidance.combine import combine
+from stg_trt.guidance.resolved import ResolvedGuidance
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.families.base import keep_attention_spec
@@ -154,10 +155,7 @@ def _tables(rescaled: bool) -> tuple[Guidance, SolverTable]:
     solver = SolverTable.from_scheduler(FlowMatchEulerDiscreteScheduler(), _STEPS)
     guidance = Guidance.for_steps(
         [0.0] * _STEPS,
-        guidance_scale=3.0,
-        stg_scale=1.0,
-        rescale=0.7 if rescaled else 0.0,
-        stg_blocks=[0],
+        ResolvedGuidance(guidance_scale=3.0, stg_scale=1.0, rescale=0.7 if rescaled else 0.0, stg_blocks=[0]),
     )
     return guidance, solver
 
@@ -191,13 +189,13 @@ def _state(elements: int, device: Device) -> StepState:
 def _stepped(state: StepState, guidance: Guidance, solver: SolverTable) -> Tensor:
     """The first step in float64."""
     uncond, cond, skip = state.buffers.view("pred").double().split(1)
-    pred = combined(
+    pred = combine(
         cond,
         uncond,
         skip,
         cfg_scale=guidance.cfg_scale[0],
         stg_scale=guidance.stg_scale[0],
-        rescale=guidance.rescale[0] or None,
+        rescale=guidance.rescale[0],
         cfg_zero_star=False,
     )
     factors = solver.two_term[0]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from stg_trt.guidance.combine import combined
+from stg_trt.guidance.combine import combine
 
 from .state import StepState
 
@@ -26,14 +26,14 @@ def guided_step(
 ) -> None:
     """Combines the rows' predictions, steps the solver and advances the counter; all in float32."""
     table = state.table
-    preds = {group: state.buffers.view("pred", (group,)).float() for group in passes}
-    pred = combined(
+    preds = {group: state.buffers.view("pred", (group,)) for group in passes}
+    pred = combine(
         preds["cond"],
         preds.get("uncond"),
         preds.get("skip"),
-        cfg_scale=table.now("cfg_scale"),
-        stg_scale=table.now("stg_scale"),
-        rescale=table.now("rescale") if rescaled else None,
+        cfg_scale=table.now("cfg_scale") if "uncond" in preds else 1.0,
+        stg_scale=table.now("stg_scale") if "skip" in preds else 0.0,
+        rescale=table.now("rescale") if rescaled else 0.0,
         cfg_zero_star=cfg_zero_star,
     )
     if state.history is not None:

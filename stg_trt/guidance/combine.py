@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
@@ -12,52 +13,33 @@ def combine(
     pred_uncond: Tensor | None = None,
     pred_skip: Tensor | None = None,
     *,
-    cfg_scale: float = 1.0,
-    stg_scale: float = 0.0,
-    rescale: float = 0.0,
+    cfg_scale: float | Tensor = 1.0,
+    stg_scale: float | Tensor = 0.0,
+    rescale: float | Tensor = 0.0,
     cfg_zero_star: bool = False,
 ) -> Tensor:
     """uncond + cfg*(cond - uncond) + stg*(cond - skip), rescaled; float32, (batch, ...) as the inputs.
 
-    A prediction whose scale is off (cfg 1, stg 0) is not read. Raises InvalidRequest where one is missing.
+    A prediction whose scale is off (cfg 1, stg 0) is not read; a scale on the device counts as on. Float64
+    stays float64. Raises InvalidRequest where a prediction that is read is None.
     """
-    uncond = skip = None
-    if cfg_scale != 1:
-        uncond = _needed(pred_uncond, "pred_uncond", f"cfg_scale {cfg_scale}", "1").float()
-    if stg_scale != 0:
-        skip = _needed(pred_skip, "pred_skip", f"stg_scale {stg_scale}", "0").float()
-    return combined(
-        pred_cond.float(),
-        uncond,
-        skip,
-        cfg_scale=cfg_scale,
-        stg_scale=stg_scale,
-        rescale=rescale if rescale != 0 else None,
-        cfg_zero_star=cfg_zero_star,
-    )
-
-
-def combined(
-    cond: Tensor,
-    uncond: Tensor | None,
-    skip: Tensor | None,
-    *,
-    cfg_scale: float | Tensor,
-    stg_scale: float | Tensor,
-    rescale: float | Tensor | None,
-    cfg_zero_star: bool,
-) -> Tensor:
-    """`combine` for float32 rows of which those that are off are None; scales may lie on the device."""
-    pred = cond
-    if uncond is not None:
+    cond = pred = _widened(pred_cond)
+    if _is_on(cfg_scale, off=1):
+        uncond = _widened(_needed(pred_uncond, "pred_uncond", f"cfg_scale {cfg_scale}", "1"))
         if cfg_zero_star:
             uncond = _projected(cond, uncond)
         pred = uncond + cfg_scale * (cond - uncond)
-    if skip is not None:
+    if _is_on(stg_scale, off=0):
+        skip = _widened(_needed(pred_skip, "pred_skip", f"stg_scale {stg_scale}", "0"))
         pred = pred + stg_scale * (cond - skip)
-    if rescale is not None:
+    if _is_on(rescale, off=0):
         pred = pred * (rescale * _std(cond) / _std(pred) + (1 - rescale))
     return pred
+
+
+def _is_on(scale: float | Tensor, off: float) -> bool:
+    """Reads no tensor, since that would wait for the device."""
+    return isinstance(scale, Tensor) or scale != off
 
 
 def _needed(pred: Tensor | None, name: str, scale: str, off: str) -> Tensor:
@@ -66,6 +48,10 @@ def _needed(pred: Tensor | None, name: str, scale: str, off: str) -> Tensor:
             f"{name}: expected a tensor for {scale}, got None: compute that pass or set it to {off}"
         )
     return pred
+
+
+def _widened(pred: Tensor) -> Tensor:
+    return pred.to(torch.promote_types(pred.dtype, torch.float32))
 
 
 def _std(pred: Tensor) -> Tensor:
