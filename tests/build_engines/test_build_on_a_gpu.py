@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from stg_trt.build_engines import build, compile_tensorrt
+from stg_trt import build
+from stg_trt.build_engines import compile_tensorrt
 from stg_trt.errors import BackendUnavailable
 
 # In its package, the function of that name hides the module.
