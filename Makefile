@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint wheel in-place kernels plugins bench-gpu clean
+.PHONY: demo test lint lint-proof wheel in-place kernels plugins bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/python -m examples.moving_shapes.demo --output demo
@@ -18,6 +18,10 @@ lint: $(STAMP) in-place
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	cd $(IN_PLACE) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml
+
+# Mistakes at the borders between folders, each of which mypy must report.
+lint-proof: lint
+	$(BIN)/python .ci/lint_proof.py
 
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel --outdir dist .

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stg_trt.guidance.combine import combine
+from stg_trt.guidance.resolved import ResolvedGuidance
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.families.base import keep_attention_spec
@@ -148,11 +149,13 @@ def _tables(rescaled: bool = True, cfg_zero_star: bool = False) -> tuple[Guidanc
     solver = SolverTable.from_scheduler(FlowMatchEulerDiscreteScheduler(), _STEPS)
     guidance = Guidance.for_steps(
         [0.0] * _STEPS,
-        guidance_scale=3.0,
-        stg_scale=1.0,
-        rescale=0.7 if rescaled else 0.0,
-        stg_blocks=[0],
-        cfg_zero_star=cfg_zero_star,
+        ResolvedGuidance(
+            guidance_scale=3.0,
+            stg_scale=1.0,
+            rescale=0.7 if rescaled else 0.0,
+            stg_blocks=[0],
+            cfg_zero_star=cfg_zero_star,
+        ),
     )
     return guidance, solver
 

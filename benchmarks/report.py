@@ -9,6 +9,7 @@ from typing import Any
 
 from stg_trt.errors import BackendUnavailable, InvalidRequest
 from stg_trt.system.files import write_atomically
+from stg_trt.system.units import GIB
 
 from .goals import Outcome, find_outcomes, is_trusted
 from .record import check_output
@@ -272,7 +273,7 @@ def _build_cells(builds: Sequence[Row]) -> list[str]:
     return [
         ", ".join(build["target"] for build in builds),
         f"{builds[0]['wall_s_all_targets']:,.0f}",
-        f"{max(build['peak_bytes'] for build in builds) / 2**30:.1f}",
+        f"{max(build['peak_bytes'] for build in builds) / GIB:.1f}",
         f"{max(build['engine_bytes'] for build in builds) / 1e6:,.0f}",
         f"{_fewest([build['fused_attentions'] for build in builds])} of {wanted}",
         f"{max(check['relative_l2'] for check in checks):.0e}" if checks else "",

@@ -12,8 +12,7 @@ from rich.table import Table
 
 from stg_trt.engines.manifest import Manifest, SegmentRecord
 from stg_trt.models.segment import Segment
-
-GIB = 1 << 30
+from stg_trt.system.units import GIB
 
 
 class BuildDisplay:
@@ -86,7 +85,7 @@ def print_summary(folder: Path, manifest: Manifest) -> None:
             record.segment.name,
             f"{sum(record.seconds.values()):.1f}",
             f"{record.peak_bytes / GIB:.1f}",
-            f"{sum(file.bytes for file in record.files) / 1e6:.1f}",
+            f"{record.engine_bytes / 1e6:.1f}",
             f"{fused}/{record.attentions}",
             "not verified" if worst is None else f"{worst:.1e}",
         )

@@ -16,8 +16,7 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
-from stg_trt import VideoPipeline
-from stg_trt.build_engines import build
+from stg_trt import VideoPipeline, build
 from tests.support.cli import keep_one_block
 from tests.support.family_cases import CASES, LTX, FamilyCase, Sizes
 from tests.support.whole_pipelines import TEXT_LENGTH

@@ -65,7 +65,7 @@ def describe(build: Build) -> dict[str, Any]:
                 "attentions": record.attentions,
                 "fused_attentions": record.fused_attentions,
                 "activation_bytes": record.activation_bytes,
-                "bytes": sum(file.bytes for file in record.files),
+                "bytes": record.engine_bytes,
                 "relative_l2": max((v.relative_l2 for v in record.verification), default=None),
                 "key": record.key,
                 "graph_sha256": record.graph_sha256,

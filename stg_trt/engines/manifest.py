@@ -65,6 +65,11 @@ class SegmentRecord(_Record):
     seconds: dict[str, float]
     peak_bytes: int
 
+    @property
+    def engine_bytes(self) -> int:
+        """Size of the segment's files."""
+        return sum(file.bytes for file in self.files)
+
 
 class Manifest(_Record):
     """One build: a model at one size, in one layout, for one backend and target.
@@ -94,6 +99,11 @@ class Manifest(_Record):
     def perturbation(self) -> Perturbation:
         """What the build can perturb."""
         return Perturbation(self.stg_mode, self.stg_blocks)
+
+    @property
+    def engine_bytes(self) -> int:
+        """Size of the engines; a file that several segments share counts once."""
+        return sum(file.bytes for file in {file for record in self.segments for file in record.files})
 
     def record(self, name: str) -> SegmentRecord | None:
         """The finished segment of that name."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from stg_trt.errors import BackendUnavailable, EngineRejected, OutOfDeviceMemory, StgTrtError
+from stg_trt.system.units import GIB
 
-_GIB = 1 << 30
 # CUDA's error 35. It also means that there is no driver at all.
 _OLD_DRIVER = re.compile(r"(?i)error:? ?35\b|driver version is insufficient")
 _OUT_OF_MEMORY = re.compile(r"(?i)out ?of ?memory|could not be allocated|insufficient memory")
@@ -75,7 +75,7 @@ def _why_not_loaded(trt: Any, backend: str, path: Path, size: int, errors: Seque
         return _unavailable(trt, backend, errors)
     if lacks_memory(errors):
         return OutOfDeviceMemory(
-            f"{path}: expected {size / _GIB:.2f} GiB of free GPU memory for its weights, got {errors[0]}: "
+            f"{path}: expected {size / GIB:.2f} GiB of free GPU memory for its weights, got {errors[0]}: "
             "free some, or use the segmented layout, which holds the weights once"
         )
     reason = errors[0] if errors else "no reason"

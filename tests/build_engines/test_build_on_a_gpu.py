@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from stg_trt.build_engines import build, compile_tensorrt
+from stg_trt import build
+from stg_trt.build_engines import build as build_module
+from stg_trt.build_engines import compile_tensorrt
 from stg_trt.build_engines.compiler import Compiled
 from stg_trt.build_engines.tensorrt_recipe import Recipe
 from stg_trt.engines import manifest as manifests
@@ -20,8 +21,6 @@ from stg_trt.system.gpu import Gpu
 from tests.support.simulated_builder import SimulatedTensorRTBuilder, kernel_names
 from tests.support.tiny_graph import INPUT, write_attentions
 
-# In its package, the function of that name hides the module.
-BUILD = importlib.import_module("stg_trt.build_engines.build")
 H100 = Gpu("NVIDIA H100 80GB HBM3", "sm_90", 80 << 30, 132, "580.65.06")
 SIZE: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 9, "text_length": 4, "stg_blocks": []}
 ATTENTIONS = 2
@@ -37,7 +36,7 @@ def sim(monkeypatch: pytest.MonkeyPatch) -> SimulatedTensorRTBuilder:
 
 
 def place_gpu(monkeypatch: pytest.MonkeyPatch, gpu: Gpu | None) -> None:
-    monkeypatch.setattr(BUILD, "find_gpu", lambda: gpu)
+    monkeypatch.setattr(build_module, "find_gpu", lambda: gpu)
     monkeypatch.setattr(compile_tensorrt, "find_gpu", lambda: gpu)
 
 

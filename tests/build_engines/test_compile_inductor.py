@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from stg_trt.build_engines import aoti_package, build, compile_inductor
+from stg_trt import build
+from stg_trt.build_engines import aoti_package, compile_inductor
 from stg_trt.build_engines.aoti_package import compile_package, fused_attentions
 from stg_trt.build_engines.compile_inductor import InductorCompiler
 from stg_trt.build_engines.compiler import Job

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from stg_trt.build_engines import build
+from stg_trt import build
 from stg_trt.build_engines.compile_tensorrt import Cancelled, build_engine, compile_tensorrt
 from stg_trt.build_engines.progress import Silent
 from stg_trt.build_engines.tensorrt_recipe import Recipe

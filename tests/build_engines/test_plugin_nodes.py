@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 
-from stg_trt.build_engines import build
+from stg_trt import build
 from stg_trt.build_engines.export import export
 from stg_trt.build_engines.float32_graph import widen
 from stg_trt.build_engines.onnx_compiler import graph_runner

@@ -69,6 +69,13 @@ def signed(body: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "sha256": manifests._digest(rest)}
 
 
+def test_a_file_that_segments_share_counts_once() -> None:
+    own = FileRecord(name="own.engine", bytes=5, sha256="o")
+    both = RECORD.model_copy(update={"files": (*RECORD.files, own)})
+    assert (RECORD.engine_bytes, both.engine_bytes) == (7, 12)
+    assert MANIFEST.model_copy(update={"segments": (RECORD, both)}).engine_bytes == 12
+
+
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     manifests.save(MANIFEST, tmp_path)
     loaded = manifests.load(tmp_path)

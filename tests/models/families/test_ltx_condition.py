@@ -11,8 +11,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LTXConditionPipeline, LTXPipeline
 
-from stg_trt import VideoPipeline
-from stg_trt.build_engines import build
+from stg_trt import VideoPipeline, build
+from stg_trt.guidance.bins import TimestepBins
 from stg_trt.guidance.presets import load_preset
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.models.checkpoint import Checkpoint
@@ -103,7 +103,8 @@ def test_the_preset_is_made_for_the_published_schedule(published: ModelFamily) -
     levels = SolverTable.from_scheduler(scheduler).noise_levels
     assert levels[0] == 1.0 and len(levels) == 30
     assert {round(level, 4) for level in levels} >= {0.9967, 0.9933, 0.985, 0.9767, 0.9008, 0.618}
-    taken = [preset.stg_blocks.at(level) for level in levels]  # type: ignore[union-attr]
+    assert isinstance(preset.guidance.stg_blocks, TimestepBins)
+    taken = [preset.guidance.stg_blocks.at(level) for level in levels]
     assert [len(list(steps)) for steps in (taken[:1], taken[1:3], taken[3:5], taken[5:])] == [1, 2, 2, 25]
     assert set(taken[:1]) == {()} and set(taken[1:3]) == {(11, 25, 35, 39)}
     assert set(taken[3:5]) == {(22, 35, 39)} and set(taken[5:]) == {(28,)}
