@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,9 @@ LONGEST_FIRST = (
     "benchmarks/test_gpu.py",
 )
 
+ROOT = Path(__file__).parents[1]
+_BUILD_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
+
 BuiltOnce = Callable[[str, Callable[[Path], object]], Path]
 
 
@@ -58,10 +63,21 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session")
 def built_once(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> BuiltOnce:
-    """Fills a folder once per run, in the first of its processes that asks for that name."""
-    root = tmp_path_factory.getbasetemp()
-    # Where there are several, each has a folder of its own inside the run's.
-    shared = root.parent if hasattr(pytestconfig, "workerinput") else root
+    """Fills a folder in the first process that asks for that name, and keeps it for later runs.
+
+    Later runs use it as long as nothing that it is made from has changed. Without pytest's cache
+    (`-p no:cacheprovider`), it is kept for the processes of this run.
+    """
+    if pytestconfig.pluginmanager.hasplugin("cacheprovider"):
+        shared = Path(pytestconfig.cache.mkdir("built")) / _digest_of_sources()
+        for outdated in shared.parent.iterdir():
+            if outdated != shared:
+                shutil.rmtree(outdated, ignore_errors=True)
+        shared.mkdir(exist_ok=True)
+    else:
+        root = tmp_path_factory.getbasetemp()
+        # Where there are several processes, each has a folder of its own inside the run's.
+        shared = root.parent if hasattr(pytestconfig, "workerinput") else root
 
     def folder_of(name: str, fill: Callable[[Path], object]) -> Path:
         folder, unfinished = shared / name, shared / f"{name}-unfinished"
@@ -74,6 +90,17 @@ def built_once(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Co
         return folder
 
     return folder_of
+
+
+def _digest_of_sources() -> str:
+    """Of all that checkpoints, engines and compiled kernels of the tests are made from."""
+    hashed = hashlib.sha256(repr([(name, version(name)) for name in _BUILD_PACKAGES]).encode())
+    for folder in ("stg_trt", "build_engines", "plugins", "tests/support", "tests/plugins", "tests/goldens"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.is_file() and path.suffix != ".pyc":
+                hashed.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    hashed.update(Path(__file__).read_bytes())
+    return hashed.hexdigest()[:16]
 
 
 @pytest.fixture(scope="session")
