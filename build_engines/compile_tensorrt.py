@@ -15,7 +15,8 @@ from stg_trt.engines.tensorrt_library import (
     load_library,
     load_plugins,
 )
-from stg_trt.errors import GateMissed
+from stg_trt.engines.tensorrt_runtime import error_log, lacks_memory, open_builder
+from stg_trt.errors import GateMissed, OutOfDeviceMemory, StgTrtError
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.system.interruptible import run_interruptibly
 
@@ -90,10 +91,11 @@ def _compile(
     cancel: threading.Event,
     on_progress: Callable[[str], None],
 ) -> Compiled:
-    logger = _logger(trt)
-    builder = trt.Builder(logger)
+    heard: list[str] = []
+    log = error_log(trt, heard.append)
+    builder = open_builder(trt, backend, log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
+    parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(os.fspath(graph)):
         errors = "; ".join(str(parser.get_error(i).desc()) for i in range(parser.num_errors))
         raise GateMissed(
@@ -114,14 +116,28 @@ def _compile(
     if cancel.is_set():
         raise Cancelled
     if plan is None:
-        raise GateMissed(
-            f"{graph.stem}: {backend} cannot compile it: {'; '.join(logger.errors[:3])}: "
-            "look at the graph with --keep-onnx"
-        )
+        raise _why_not_compiled(graph.stem, backend, log.errors)
     engine = graph.with_suffix(f".{target}.engine")
     data = memoryview(plan)
     engine.write_bytes(data)
-    return Compiled((engine,), len(_MHA_KERNEL.findall(data)), logger.activation_bytes)
+    return Compiled((engine,), len(_MHA_KERNEL.findall(data)), _activation_bytes(heard))
+
+
+def _why_not_compiled(segment: str, backend: str, errors: list[str]) -> StgTrtError:
+    if lacks_memory(errors):
+        return OutOfDeviceMemory(
+            f"{segment}: expected enough free GPU memory to try {backend}'s kernels in, got {errors[0]}: "
+            "free some, use fewer frames, a smaller size or a smaller --max-batch"
+        )
+    return GateMissed(
+        f"{segment}: {backend} cannot compile it: {'; '.join(errors[:3])}: look at the graph with --keep-onnx"
+    )
+
+
+def _activation_bytes(log: Sequence[str]) -> int | None:
+    """What the builder only tells its log."""
+    found = [match for message in log if (match := _ACTIVATION.search(message))]
+    return int(found[-1][1]) if found else None
 
 
 def _profile(builder: Any, inputs: Sequence[TensorSpec], rows: tuple[int, int, int]) -> Any:
@@ -130,24 +146,6 @@ def _profile(builder: Any, inputs: Sequence[TensorSpec], rows: tuple[int, int, i
         if ROWS in spec.shape:
             profile.set_shape(spec.name, *(spec.with_rows(count) for count in rows))
     return profile
-
-
-def _logger(trt: Any) -> Any:
-    """A logger that keeps errors and the activation size, which the builder only tells its log."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-            self.activation_bytes: int | None = None
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.errors.append(message)
-            elif match := _ACTIVATION.search(message):
-                self.activation_bytes = int(match[1])
-
-    return Logger()
 
 
 def _monitor(trt: Any, cancel: threading.Event, on_progress: Callable[[str], None]) -> Any:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from stg_trt.engines.tensorrt_library import has_plugins, load_library, load_plugins
-from stg_trt.errors import BackendUnavailable, EngineRejected
+from stg_trt.engines.tensorrt_runtime import error_log, open_runtime, read_engine
+from stg_trt.errors import EngineRejected
 from stg_trt.system.files import write_atomically
 
 _ALIGNMENT_BYTES = 256
@@ -39,16 +40,10 @@ class TensorRTEngine:
 
     alignment = _ALIGNMENT_BYTES
 
-    def __init__(self, trt: Any, backend: str, path: Path, runtime: Any) -> None:
+    def __init__(self, trt: Any, engine: Any, path: Path) -> None:
         self._trt = trt
-        self._backend = backend
         self.path = path
-        self.engine = runtime.deserialize_cuda_engine(path.read_bytes())
-        if self.engine is None:
-            raise EngineRejected(
-                f"{path}: {backend} {trt.__version__} cannot load it: it was built for another GPU or "
-                "version, or with plugins that are not built here: build the engines again here"
-            )
+        self.engine = engine
         self.arena: Arena | None = None
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         self.inputs = {n for n in names if self.engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT}
@@ -169,15 +164,19 @@ class TensorRTContext:
 def load_all(
     backend: str, files: Mapping[str, Sequence[Path]], device: torch.device
 ) -> dict[str, TensorRTEngine]:
-    """All engines of a build on one arena; raises BackendUnavailable without the library or a GPU."""
+    """All engines of a build on one arena; raises BackendUnavailable without the library or a GPU.
+
+    Raises EngineRejected for an engine of another GPU or version, OutOfDeviceMemory where one has no room.
+    """
     trt = load_library(backend)
-    logger = trt.Logger(trt.Logger.ERROR)
-    runtime = trt.Runtime(logger)
-    if runtime is None:
-        raise BackendUnavailable(f"{backend}: expected a GPU runtime, got none: check the driver")
+    log = error_log(trt)
+    runtime = open_runtime(trt, backend, log)
     if has_plugins():
         load_plugins(backend)
-    engines = {name: TensorRTEngine(trt, backend, paths[0], runtime) for name, paths in files.items()}
+    engines = {
+        name: TensorRTEngine(trt, read_engine(trt, backend, runtime, paths[0], log), paths[0])
+        for name, paths in files.items()
+    }
     arena = Arena(max(engine.activation_bytes for engine in engines.values()), device)
     for engine in engines.values():
         engine.arena = arena

@@ -13,17 +13,32 @@ from stg_trt.system.files import LIBRARIES
 PLUGIN_NAMESPACE, PLUGIN_VERSION = "stg_trt", "1"
 _PLUGINS = LIBRARIES / "libstg_tensorrt_plugins.so"
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+# The oldest version and the newest major one with every call that is made here. TensorRT imports
+# RMSNormalization since 10.15, Attention since 10.14; all other calls are older.
+_VERSIONS = {"tensorrt": ((10, 15), 11), "tensorrt-rtx": ((1, 7), 1)}
 
 
 def load_library(backend: str) -> ModuleType:
-    """The module of the backend; raises BackendUnavailable where it is not installed."""
+    """The module of the backend; raises BackendUnavailable where it is not installed or not supported."""
     try:
-        return importlib.import_module(_MODULES[backend])
+        library = importlib.import_module(_MODULES[backend])
     except ImportError as error:
         raise BackendUnavailable(
             f"{backend}: expected the Python module {_MODULES[backend]}, got {error}: "
             f"pip install 'stg-trt[{backend}]'"
         ) from error
+    _check_version(backend, str(library.__version__))
+    return library
+
+
+def _check_version(backend: str, version: str) -> None:
+    oldest, newest_major = _VERSIONS[backend]
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if (major, minor) < oldest or major > newest_major:
+        raise BackendUnavailable(
+            f"{backend}: expected version {'.'.join(map(str, oldest))} to {newest_major}.x, got {version}: "
+            f"pip install --upgrade 'stg-trt[{backend}]'"
+        )
 
 
 def library_version(backend: str) -> str:

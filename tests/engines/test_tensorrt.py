@@ -309,8 +309,8 @@ def test_a_capture_reads_nothing_on_the_host(sim: SimulatedTensorRT) -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        ("Runtime", BackendUnavailable, "expected a GPU runtime"),
-        ("deserialize_cuda_engine", EngineRejected, "built for another GPU or version"),
+        ("Runtime", BackendUnavailable, "expected a GPU that it can use, got .*nullptr: check the GPU"),
+        ("deserialize_cuda_engine", EngineRejected, "can load on this GPU, got no reason: build the engines"),
         ("create_execution_context", EngineRejected, "free GPU memory"),
         ("set_input_shape", EngineRejected, "within the profile"),
         ("set_tensor_address", EngineRejected, "set_tensor_address failed"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import mmap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -43,21 +44,32 @@ class SimulatedTensorRT:
     TensorIOMode = TensorIOMode
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
 
-    class Logger:
-        ERROR = 1
+    class ILogger:
+        INTERNAL_ERROR, ERROR, WARNING, INFO = range(4)
 
-        def __init__(self, severity: int) -> None:
-            self.severity = severity
+        def log(self, severity: int, message: str) -> None:
+            raise NotImplementedError
 
     def __init__(self, max_rows: int) -> None:
         self.max_rows = max_rows
         self.failing: set[str] = set()
+        self.says: list[str] = []
+        """What the library's log is told before a call fails."""
         self.executions = 0
         self.graph: SimulatedGraph | None = None
         self.capturing = False
 
     def Runtime(self, logger: Any) -> Any:
-        return None if "Runtime" in self.failing else _Runtime(self)
+        if "Runtime" in self.failing:
+            self.tell(logger)
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+        return _Runtime(self, logger)
+
+    def tell(self, logger: Any) -> None:
+        """Writes why a call fails to its log."""
+        logger.log(self.ILogger.INFO, "loaded engine size: 1 MiB")
+        for message in self.says:
+            logger.log(self.ILogger.ERROR, message)
 
 
 class SimulatedTensorRTRtx(SimulatedTensorRT):
@@ -106,11 +118,17 @@ class _RuntimeConfig:
 
 
 class _Runtime:
-    def __init__(self, sim: SimulatedTensorRT) -> None:
+    def __init__(self, sim: SimulatedTensorRT, logger: Any) -> None:
         self.sim = sim
+        self.logger = logger
 
-    def deserialize_cuda_engine(self, data: bytes) -> Any:
-        return None if "deserialize_cuda_engine" in self.sim.failing else _Engine(self.sim, data)
+    def deserialize_cuda_engine(self, plan: mmap.mmap) -> Any:
+        if not isinstance(plan, mmap.mmap):
+            raise RuleBroken("a plan of several GB was copied to memory")
+        if "deserialize_cuda_engine" in self.sim.failing:
+            self.sim.tell(self.logger)
+            return None
+        return _Engine(self.sim, bytes(plan))
 
 
 class _Engine:

@@ -1,0 +1,37 @@
+"""A graph of one matrix product, for what needs an engine file and no model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
+
+from stg_trt.models.tensor_spec import ROWS, TensorSpec
+
+INPUT = TensorSpec("prompt_embeds", "float32", (ROWS, 9, 24))
+OUTPUT = TensorSpec("text", "float32", (ROWS, 9, 32))
+
+
+def write_graph(path: Path, scale: float = 1.0) -> Path:
+    """Projects a prompt, as a family's text segment does."""
+    weight = scale * np.random.default_rng(0).standard_normal((24, 32)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", [INPUT.name, "weight"], [OUTPUT.name])],
+        path.stem,
+        *(
+            [helper.make_tensor_value_info(spec.name, TensorProto.FLOAT, spec.shape)]
+            for spec in (INPUT, OUTPUT)
+        ),
+        [numpy_helper.from_array(weight, "weight")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)]), path)
+    return path
+
+
+def tensors(rows: int) -> dict[str, Tensor]:
+    """An input, and memory for its output."""
+    return {INPUT.name: torch.randn(INPUT.with_rows(rows)), OUTPUT.name: torch.zeros(OUTPUT.with_rows(rows))}
