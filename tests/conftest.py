@@ -122,15 +122,26 @@ def checkpoint(case: FamilyCase, built_once: BuiltOnce) -> Path:
     return built_once(f"{case}-whole-checkpoint", case.save_pipeline)
 
 
+@pytest.fixture(scope="session")
+def whole_engines(built_once: BuiltOnce) -> Callable[[FamilyCase, Path], Path]:
+    """Of a family's whole tiny checkpoint: 2 videos, and block 1 can be perturbed."""
+
+    def engines(case: FamilyCase, checkpoint: Path) -> Path:
+        def fill(folder: Path) -> None:
+            sizes = {**case.sizes, "text_length": TEXT_LENGTH}
+            build(checkpoint, folder, **sizes, stg_blocks=[1], max_batch=2, verify_timesteps=1)
+
+        return built_once(f"{case}-whole-engines", fill)
+
+    return engines
+
+
 @pytest.fixture(scope="module")
-def pipeline(case: FamilyCase, checkpoint: Path, built_once: BuiltOnce) -> VideoPipeline:
-    """Of the whole checkpoint; 2 videos, and block 1 can be perturbed."""
-    sizes = {**case.sizes, "text_length": TEXT_LENGTH}
-    engines = built_once(
-        f"{case}-whole-engines",
-        lambda folder: build(checkpoint, folder, **sizes, stg_blocks=[1], max_batch=2, verify_timesteps=1),
-    )
-    return VideoPipeline.from_pretrained(checkpoint, engines=engines)
+def pipeline(
+    case: FamilyCase, checkpoint: Path, whole_engines: Callable[[FamilyCase, Path], Path]
+) -> VideoPipeline:
+    """Over the engines of the whole checkpoint."""
+    return VideoPipeline.from_pretrained(checkpoint, engines=whole_engines(case, checkpoint))
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from stg_trt.benchmarks import gpu
 from stg_trt.benchmarks.gpu import GpuRun, Part, planned_parts, run_part
 from stg_trt.errors import GateMissed, InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint
-from tests.support.cli import assert_one_line_error, run
+from tests.support.cli import assert_one_line_error, invoke
 
 WORKLOADS = ("step", "peers", "sample")
 
@@ -132,7 +132,7 @@ def test_the_planned_commands_parse(tmp_path: Path) -> None:
     of_each_kind = {part.name.split()[0]: part for part in parts if part.name.startswith(WORKLOADS)}
     assert of_each_kind.keys() == set(WORKLOADS)
     for part in of_each_kind.values():
-        answer = run("bench", *part.command[3:])
+        answer = invoke("bench", *part.command[3:])
         assert_one_line_error(answer, "backend: expected one of .*, got 'no-such-backend'")
 
 
@@ -143,6 +143,6 @@ def test_time_is_needed(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and this would use it")
 def test_no_gpu(tmp_path: Path) -> None:
-    result = run("bench", "gpu", f"--output={tmp_path / 'results'}", "--backend=tensorrt")
+    result = invoke("bench", "gpu", f"--output={tmp_path / 'results'}", "--backend=tensorrt")
     assert_one_line_error(result, "device: expected an NVIDIA GPU, got none")
     assert not (tmp_path / "results").exists()

@@ -11,7 +11,7 @@ from stg_trt.benchmarks.sample import SampleBenchmark
 from stg_trt.benchmarks.scenario import Scenario
 from stg_trt.errors import GateMissed
 from tests.support.broken_plan import unperturbed
-from tests.support.cli import run
+from tests.support.cli import invoke
 from tests.support.family_cases import COGVIDEOX, WAN, FamilyCase
 
 CFG, STG = "uncond+cond, rescaled", "uncond+cond+skip, rescaled"
@@ -19,7 +19,7 @@ CFG, STG = "uncond+cond, rescaled", "uncond+cond+skip, rescaled"
 
 def test_measures_calls_and_their_steps(tmp_path: Path, tiny: tuple[str, ...]) -> None:
     output = tmp_path / "sample.json"
-    answer = run("bench", "sample", *tiny, "--num-inference-steps=8", "--rounds=2", f"--output={output}")
+    answer = invoke("bench", "sample", *tiny, "--num-inference-steps=8", "--rounds=2", f"--output={output}")
     assert answer.returncode == 0, answer.stderr
     result = json.loads(output.read_text())
     assert result["complete"] and result["steps"] == 8

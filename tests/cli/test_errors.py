@@ -1,6 +1,6 @@
 """Arguments and checkpoints that cannot be used: one line each, and nothing written.
 
-They are asked in this process, but for three of each program that a process of its own answers.
+The command line is called in this process; three cases of each program start it as users do.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from tests.support.cli import (
     run,
 )
 
-# By name of the case.
-IN_A_PROCESS = {
+# The cases that start the program.
+STARTED = {
     "unknown flag",
     "weights cut short",
     "missing shard",
@@ -203,7 +203,7 @@ def checkpoint(tmp_path: Path, ltx_checkpoint: Path) -> Path:
 
 
 def answered(case: str, *arguments: str | Path | int) -> subprocess.CompletedProcess[str]:
-    return (run if case in IN_A_PROCESS else invoke)(*arguments)
+    return (run if case in STARTED else invoke)(*arguments)
 
 
 def generate(checkpoint: Path, engines: Path, tmp_path: Path, *arguments: str | Path) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Mistakes of the sort that matter, and the tests that must notice each: `make mistakes` plants them in a copy."""
+"""Mistakes that matter, and the tests that must notice each: `make mistakes` plants them in a copy."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Runs pytest once per line of its input, in a fork: what takes seconds to import is imported once.
 
-A line holds the tests' ids; the answer is the exit status, and what pytest printed lies in the file `printed`.
+A line holds the tests' ids. The answer is the exit status; the file `printed` has what pytest printed.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _IMPORTED = (
 
 
 def run_pytest(tests: list[str]) -> int:
-    """In this process; what it prints goes to the file."""
+    """In this process; what it prints goes to the file. Engines are kept for the next run."""
     printed = os.open("printed", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(printed, 1)
     os.dup2(printed, 2)
     import pytest
 
-    return int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
+    return int(pytest.main(["-x", "-q", *tests]))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,13 @@ IN_BUILD_ENGINES = (
         ),
     ),
     Mistake(
+        "the build imports the runtime",
+        "build_engines/progress.py",
+        "from typing import Protocol",
+        "from typing import Protocol\n\nfrom stg_trt.runtime.noise import draw as draw",
+        ("tests/test_architecture.py::test_parts_import_only_what_they_may",),
+    ),
+    Mistake(
         "a folder in which nothing was built stays",
         "build_engines/build_folder.py",
         "                folder.rmdir()\n",

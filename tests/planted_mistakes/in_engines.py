@@ -159,6 +159,13 @@ IN_ENGINES = (
         (f"{_MANIFEST}::test_a_write_that_fails_leaves_the_old_file",),
     ),
     Mistake(
+        "what is below the engines imports them",
+        "stg_trt/system/versions.py",
+        "from importlib.metadata import",
+        "import stg_trt.engines.key\nfrom importlib.metadata import",
+        ("tests/test_architecture.py::test_parts_import_only_what_they_may",),
+    ),
+    Mistake(
         "an interrupt is swallowed",
         "stg_trt/system/interruptible.py",
         "        _finish(thread, future)\n        raise\n",

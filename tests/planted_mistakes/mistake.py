@@ -23,7 +23,9 @@ class Mistake:
         """The checkout at `root` with the mistake, restored afterwards."""
         path = root / self.file
         text = path.read_text("utf-8")
-        assert text.count(self.old) == 1, f"{self.file}: expected once, got {text.count(self.old)}: {self.old}"
+        assert text.count(self.old) == 1, (
+            f"{self.file}: expected once, got {text.count(self.old)}: {self.old}"
+        )
         path.write_text(text.replace(self.old, self.new), "utf-8")
         try:
             yield

@@ -1,4 +1,4 @@
-"""The command line: in this process, which is quick, or in one of its own, as users run it."""
+"""The command line: called in this process, which is quick, or started as users start it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def invoke(*args: str | Path | int) -> subprocess.CompletedProcess[str]:
 def answer_of(program: Callable[[], None], *args: str | Path | int) -> subprocess.CompletedProcess[str]:
     """What an entry point of the command line returns and prints, compiled code and warnings included."""
     command = ["stg-trt", *map(str, args)]
-    handler, status = signal.getsignal(signal.SIGINT), 0
+    handlers, status = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}, 0
     with ExitStack() as stack:
         stdout, stderr = (stack.enter_context(tempfile.TemporaryFile("a+")) for _ in range(2))
         stack.enter_context(written_to(1, stdout))
@@ -59,7 +59,8 @@ def answer_of(program: Callable[[], None], *args: str | Path | int) -> subproces
             assert isinstance(ended.code, int)
             status = ended.code
         finally:
-            signal.signal(signal.SIGINT, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         printed = [read_again(file) for file in (stdout, stderr)]
     return subprocess.CompletedProcess(command, status, *printed)
 
@@ -92,13 +93,13 @@ def read_again(file: IO[str]) -> str:
     return file.read()
 
 
-def run(*args: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+def run(*args: str | Path | int, **options: Any) -> subprocess.CompletedProcess[str]:
     """`stg-trt` with arguments, to its end, in a process of its own."""
     settings = {"capture_output": True, "text": True, "timeout": 180, "cwd": ROOT, **options}
     return subprocess.run([PROGRAM, *map(str, args)], **settings)
 
 
-def start(*args: str | Path, **options: Any) -> subprocess.Popen[str]:
+def start(*args: str | Path | int, **options: Any) -> subprocess.Popen[str]:
     """`stg-trt` with arguments, running."""
     settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT, **options}
     return subprocess.Popen([PROGRAM, *map(str, args)], **settings)
