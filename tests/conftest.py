@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from stg_trt import VideoPipeline
 from stg_trt.build_engines import build
 from tests.support.cli import keep_one_block
-from tests.support.family_cases import CASES, LTX, FamilyCase
+from tests.support.family_cases import CASES, LTX, FamilyCase, Sizes
 from tests.support.whole_pipelines import TEXT_LENGTH
 
 # The processes of a run take files in this order: one that takes minutes must not begin when the others end.
@@ -128,7 +128,7 @@ def whole_engines(built_once: BuiltOnce) -> Callable[[FamilyCase, Path], Path]:
 
     def engines(case: FamilyCase, checkpoint: Path) -> Path:
         def fill(folder: Path) -> None:
-            sizes = {**case.sizes, "text_length": TEXT_LENGTH}
+            sizes: Sizes = {**case.sizes, "text_length": TEXT_LENGTH}
             build(checkpoint, folder, **sizes, stg_blocks=[1], max_batch=2, verify_timesteps=1)
 
         return built_once(f"{case}-whole-engines", fill)

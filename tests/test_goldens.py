@@ -77,6 +77,16 @@ def layout(request: pytest.FixtureRequest) -> str:
     return name
 
 
+def flipped(call: dict[str, Any]) -> dict[str, Any]:
+    """The same call with other noise."""
+    return call | {"latents": call["latents"].flip(1)}
+
+
+def joined(call: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The videos of both, under the options of the first."""
+    return {k: torch.cat([v, other[k]]) if isinstance(v, Tensor) else v for k, v in call.items()}
+
+
 @pytest.fixture(scope="module")
 def opened(golden_engines: Callable[[FamilyCase], Path]) -> Open:
     """A family's pipeline over the engines of a layout, opened once."""
@@ -104,10 +114,8 @@ def test_every_step_matches_in_both_layouts(opened: Open, case: FamilyCase, gold
 @pytest.mark.parametrize(("case", "golden"), GOLDENS, ids=str)
 def test_two_videos_equal_one_by_one(opened: Open, layout: str, case: FamilyCase, golden: str) -> None:
     pipeline, call = opened(case, layout), arguments(golden, case.goldens)
-    other = {k: v.flip(1) if k == "latents" else v for k, v in call.items()}
-    other["prompt_embeds"] = other["prompt_embeds"] * 0.5
-    both = {k: torch.cat([v, other[k]]) if isinstance(v, Tensor) else v for k, v in call.items()}
-    together = pipeline(**both | {"generator": [seeded(1), seeded(2)]}).frames
+    other = flipped(call) | {"prompt_embeds": call["prompt_embeds"] * 0.5}
+    together = pipeline(**joined(call, other) | {"generator": [seeded(1), seeded(2)]}).frames
     apart = torch.cat(
         [pipeline(**one | {"generator": seeded(i)}).frames for i, one in ((1, call), (2, other))]
     )
@@ -134,7 +142,11 @@ def test_stg_on_a_range_of_steps(opened: Open, layout: str, case: FamilyCase) ->
     call |= {"stg_scale": 1.0, "stg_mode": mode, "stg_blocks": blocks}
     steps = len(every_step(pipeline, **call | {"generator": seeded(1)}))
     listed = [float(1 <= i < 3) for i in range(steps)]
-    settings = {"range": {"stg_range": (1, 3)}, "list": {"stg_scale": listed}, "off": {"stg_scale": 0.0}}
+    settings: dict[str, dict[str, Any]] = {
+        "range": {"stg_range": (1, 3)},
+        "list": {"stg_scale": listed},
+        "off": {"stg_scale": 0.0},
+    }
     taken = {
         name: every_step(pipeline, **call | given | {"generator": seeded(1)})
         for name, given in settings.items()

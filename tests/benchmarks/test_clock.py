@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ MIB = 1 << 20
 
 def test_works_take_turns() -> None:
     order: list[str] = []
-    works = {name: Work(lambda name=name: order.append(name)) for name in "AB"}
+    works = {name: Work(partial(order.append, name)) for name in "AB"}
     times = alternate(works, 4, Cpu())
     assert order == ["A", "B"] * (WARMUPS + 4)
     assert all(len(t.device_s) == len(t.host_s) == 4 for t in times.values())

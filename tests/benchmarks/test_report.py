@@ -24,10 +24,11 @@ MACHINE = {
     "versions": {"torch": "2.13.0"},
     "complete": True,
 }
+WORKLOAD = {"height": 480, "width": 704, "num_frames": 121, "text_length": 128, "precision": "bf16"}
 LTX = {
     "model": "ltx-video-2b",
     "backend": "inductor",
-    "workload": {"height": 480, "width": 704, "num_frames": 121, "text_length": 128, "precision": "bf16"},
+    "workload": WORKLOAD,
     "gemm": {"dtype": "bfloat16", "size": 8192, "tflops": 700.0},
 }
 
@@ -98,7 +99,7 @@ def test_a_missed_target_is_published_with_its_reason(tmp_path: Path) -> None:
 
 
 def test_targets_are_for_the_model_and_size_they_name(tmp_path: Path) -> None:
-    small = {**STEP, "workload": {**LTX["workload"], "height": 704, "width": 1216}}
+    small = {**STEP, "workload": {**WORKLOAD, "height": 704, "width": 1216}}
     on_a_cpu, shortened = {**STEP, "gpu": None}, {**STEP, "blocks": [3]}
     results = save(tmp_path, small=small, cpu=on_a_cpu, shortened=shortened)
     write_report(results, tmp_path / "report.md", None)

@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -47,8 +46,15 @@ STARTED = {
     "size",
     "negative stg scale",
 }
-BUILD = {"--height": "128", "--width": "160", "--num-frames": "17", "--text-length": "9", "--stg-blocks": "1"}
-BUILD_ARGUMENTS = {
+Flags = dict[str, str | None]
+BUILD: Flags = {
+    "--height": "128",
+    "--width": "160",
+    "--num-frames": "17",
+    "--text-length": "9",
+    "--stg-blocks": "1",
+}
+BUILD_ARGUMENTS: dict[str, tuple[Flags, str]] = {
     "unknown flag": ({"--hieght": "128"}, r"No such option: --hieght .*: see stg-trt build --help"),
     "no number": ({"--height": "tall"}, "Invalid value for '--height': .*: see stg-trt build --help"),
     "no size": ({"--height": None}, "Missing option '--height': see stg-trt build --help"),
@@ -125,11 +131,11 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"expected \S+ of shape .* from config.json, got .*: the folder mixes two models",
     ),
     "missing shard": (
-        lambda c: (shard(c), (c / "transformer" / "second.safetensors").unlink()),
+        lambda c: (shard(c) / "second.safetensors").unlink(),
         "expected the weights transformer/second.safetensors, got no such file: download",
     ),
     "broken index": (
-        lambda c: (shard(c), (c / f"transformer/{WEIGHTS}.index.json").write_text('{"weight_map": 3}')),
+        lambda c: (shard(c) / f"{WEIGHTS}.index.json").write_text('{"weight_map": 3}'),
         "expected weight_map in .*index.json to name files beside it, got something else: download",
     ),
 }  # fmt: skip
@@ -179,12 +185,12 @@ def cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def shard(checkpoint: Path) -> None:
-    """Splits the weights into two files and their index."""
+def shard(checkpoint: Path) -> Path:
+    """Splits the weights into two files and their index, and returns their folder."""
     folder = checkpoint / "transformer"
     names = {"first.safetensors": slice(None, 9), "second.safetensors": slice(9, None)}
     tensors = load_file(folder / WEIGHTS)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for name, part in names.items():
         keys = list(tensors)[part]
         save_file({key: tensors[key] for key in keys}, folder / name)
@@ -192,6 +198,7 @@ def shard(checkpoint: Path) -> None:
     (folder / WEIGHTS).unlink()
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    return folder
 
 
 @pytest.fixture
@@ -202,14 +209,16 @@ def checkpoint(tmp_path: Path, ltx_checkpoint: Path) -> Path:
     return tmp_path / "checkpoint"
 
 
-def answered(case: str, *arguments: str | Path | int) -> subprocess.CompletedProcess[str]:
+def answered(case: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return (run if case in STARTED else invoke)(*arguments)
 
 
-def generate(checkpoint: Path, engines: Path, tmp_path: Path, *arguments: str | Path) -> tuple[Any, ...]:
+def generate(
+    checkpoint: Path, engines: Path, tmp_path: Path, *arguments: str | Path
+) -> tuple[str | Path, ...]:
     """The command line of a call of two steps."""
     output = () if "--output" in arguments else ("--output", tmp_path / "x.safetensors")
-    return ("generate", checkpoint, "--engines", engines, "--num-inference-steps", 2, *output, *arguments)
+    return ("generate", checkpoint, "--engines", engines, "--num-inference-steps=2", *output, *arguments)
 
 
 @pytest.mark.parametrize("case", BUILD_ARGUMENTS)

@@ -7,7 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from stg_trt import VideoPipeline
 from stg_trt.engines.engine import Context, Engine
 from stg_trt.engines.store import Build, EngineRequest, EngineStore
 from stg_trt.errors import EngineRejected, InvalidRequest
-from stg_trt.guidance.presets import load_preset
+from stg_trt.guidance.presets import BlockSets, Scale, load_preset
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.checkpoint import Checkpoint
@@ -33,6 +33,17 @@ TOLERANCE = 2e-4
 FIRST_PASS, SECOND_PASS = "ltx-video-13b-0.9.8-dev", "ltx-video-13b-0.9.8-dev-second-pass"
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 Edit = Callable[[int, Tensor], Tensor]
+
+
+class Scales(TypedDict, total=False):
+    """How steps are guided, as the pipeline and `Guidance.for_steps` take it."""
+
+    guidance_scale: Scale
+    stg_scale: Scale
+    rescale: Scale
+    stg_mode: str
+    stg_blocks: BlockSets
+    stg_range: tuple[int, int]
 
 
 def condition(videos: int, seed: int) -> TextCondition:
@@ -148,7 +159,7 @@ def assert_same(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
         assert (ours - theirs).abs().max() <= TOLERANCE, f"step {i}"
 
 
-MIXED: dict[str, Any] = {
+MIXED: Scales = {
     "stg_scale": [1.0, 2.0, 1.5, 0.0],
     "stg_blocks": [[1], [3], [1, 3], []],
     "rescale": [0.0, 0.7, 0.0, 0.5],
@@ -157,8 +168,10 @@ MIXED: dict[str, Any] = {
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0, [3.0, 1.0, 5.0, 1.0]], ids=["off", "on", "per step"])
 @pytest.mark.parametrize("mode", ["stg-a", "stg-r"])
-def test_block_sets_may_change_every_step(pipeline: VideoPipeline, model: Any, mode: str, cfg: Any) -> None:
-    scales = {**MIXED, "stg_mode": mode, "guidance_scale": cfg}
+def test_block_sets_may_change_every_step(
+    pipeline: VideoPipeline, model: Any, mode: str, cfg: float | list[float]
+) -> None:
+    scales: Scales = {**MIXED, "stg_mode": mode, "guidance_scale": cfg}
     guidance = Guidance.for_steps([0.0] * STEPS, **scales)
     expected = eager(model, scheduler_of(pipeline), guidance, noise())
     assert_same(every_step(pipeline, **call(**scales)), expected)
@@ -167,8 +180,9 @@ def test_block_sets_may_change_every_step(pipeline: VideoPipeline, model: Any, m
 
 
 def test_a_range_of_steps(pipeline: VideoPipeline, model: Any) -> None:
-    scales = {"guidance_scale": 3.0, "stg_scale": 2.0, "stg_blocks": [3], "stg_range": (1, 3), "rescale": 0.0}
-    guidance = Guidance.for_steps([0.0] * STEPS, **{**scales, "stg_mode": "stg-a"})
+    scales: Scales = {"guidance_scale": 3.0, "stg_scale": 2.0, "stg_blocks": [3], "rescale": 0.0}
+    scales["stg_range"] = (1, 3)
+    guidance = Guidance.for_steps([0.0] * STEPS, **scales | {"stg_mode": "stg-a"})
     assert guidance.stg_scale == (0.0, 2.0, 2.0, 0.0)
     expected = eager(model, scheduler_of(pipeline), guidance, noise())
     assert_same(every_step(pipeline, **call(**scales)), expected)
@@ -195,9 +209,9 @@ def test_a_preset_for_blocks_that_were_not_cut_is_explained(pipeline: VideoPipel
 
 
 def test_cfg_off_needs_no_negative_prompt(pipeline: VideoPipeline, model: Any) -> None:
-    scales = {"guidance_scale": 1.0, "stg_scale": 1.0, "stg_blocks": [3], "rescale": 0.7}
-    without = {"negative_prompt_embeds": None, "negative_prompt_attention_mask": None}
-    guidance = Guidance.for_steps([0.0] * STEPS, **{**scales, "stg_mode": "stg-a"})
+    scales: Scales = {"guidance_scale": 1.0, "stg_scale": 1.0, "stg_blocks": [3], "rescale": 0.7}
+    without: dict[str, Any] = {"negative_prompt_embeds": None, "negative_prompt_attention_mask": None}
+    guidance = Guidance.for_steps([0.0] * STEPS, **scales | {"stg_mode": "stg-a"})
     expected = eager(model, scheduler_of(pipeline), guidance, noise())
     assert_same(every_step(pipeline, **call(**scales, **without)), expected)
     with pytest.raises(InvalidRequest, match="negative_prompt_embeds: expected"):
@@ -292,7 +306,7 @@ def test_guidance_without_a_negative_prompt_is_refused_before_any_step(
 
 
 def test_a_run_that_is_left_leaves_nothing_behind(pipeline: VideoPipeline, sampler: Sampler) -> None:
-    guidance = Guidance.for_steps([0.0] * STEPS, **MIXED, guidance_scale=3.0)
+    guidance = Guidance.for_steps([0.0] * STEPS, **MIXED | {"guidance_scale": 3.0})
     whole = [step.latents for step in sample(sampler, scheduler_of(pipeline), guidance)]
     next(sample(sampler, scheduler_of(pipeline), Guidance.for_steps([0.0] * STEPS, guidance_scale=9.0)))
     again = [step.latents for step in sample(sampler, scheduler_of(pipeline), guidance)]
@@ -312,7 +326,7 @@ def halved(index: int, latents: Tensor) -> Tensor:
 
 
 def test_the_callback_may_replace_the_latents(pipeline: VideoPipeline, model: Any) -> None:
-    scales = {**MIXED, "guidance_scale": 3.0, "stg_mode": "stg-a"}
+    scales: Scales = {**MIXED, "guidance_scale": 3.0, "stg_mode": "stg-a"}
     guidance = Guidance.for_steps([0.0] * STEPS, **scales)
     expected = eager(model, scheduler_of(pipeline), guidance, noise(), halved)
     assert_same(every_step(pipeline, halved, **call(**scales)), expected)
@@ -361,8 +375,8 @@ def test_a_solver_with_history_steps_as_diffusers_does(
     stg: float,
 ) -> None:
     pipeline = with_scheduler(ltx_checkpoint, ltx_engines, tmp_path, name)
-    scales = {"guidance_scale": cfg, "stg_scale": stg, "stg_blocks": [1], "rescale": 0.0}
-    guidance = Guidance.for_steps([0.0] * steps, **{**scales, "stg_mode": "stg-a"})
+    scales: Scales = {"guidance_scale": cfg, "stg_scale": stg, "stg_blocks": [1], "rescale": 0.0}
+    guidance = Guidance.for_steps([0.0] * steps, **scales | {"stg_mode": "stg-a"})
     expected = eager(model, scheduler_of(pipeline, steps), guidance, noise())
     assert_same(every_step(pipeline, **call(**scales, num_inference_steps=steps)), expected)
 

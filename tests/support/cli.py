@@ -33,13 +33,13 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 SMALL = ("--height=32", "--width=32", "--num-frames=9", "--text-length=4", "--stg-blocks=")
 
 
-def invoke(*args: str | Path | int) -> subprocess.CompletedProcess[str]:
+def invoke(*args: str | Path) -> subprocess.CompletedProcess[str]:
     """`stg-trt` with arguments, through its entry point, in this process and in ROOT."""
     with chdir(ROOT):
         return answer_of(main, *args)
 
 
-def answer_of(program: Callable[[], None], *args: str | Path | int) -> subprocess.CompletedProcess[str]:
+def answer_of(program: Callable[[], None], *args: str | Path) -> subprocess.CompletedProcess[str]:
     """What an entry point of the command line returns and prints, compiled code and warnings included."""
     command = ["stg-trt", *map(str, args)]
     handlers, status = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}, 0
@@ -93,13 +93,13 @@ def read_again(file: IO[str]) -> str:
     return file.read()
 
 
-def run(*args: str | Path | int, **options: Any) -> subprocess.CompletedProcess[str]:
+def run(*args: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
     """`stg-trt` with arguments, to its end, in a process of its own."""
     settings = {"capture_output": True, "text": True, "timeout": 180, "cwd": ROOT, **options}
     return subprocess.run([PROGRAM, *map(str, args)], **settings)
 
 
-def start(*args: str | Path | int, **options: Any) -> subprocess.Popen[str]:
+def start(*args: str | Path, **options: Any) -> subprocess.Popen[str]:
     """`stg-trt` with arguments, running."""
     settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT, **options}
     return subprocess.Popen([PROGRAM, *map(str, args)], **settings)
