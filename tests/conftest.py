@@ -43,16 +43,38 @@ _BUILD_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "
 BuiltOnce = Callable[[str, Callable[[Path], object]], Path]
 
 
+# Fixtures that make a test slow, and why; `golden_engines` is quick for LTX-Video alone.
+SLOW_FIXTURES = {
+    "inductor_engines": "compiles packages with AOTInductor",
+    "whole_engines": "builds the engines of a whole pipeline",
+    "golden_engines": "builds the engines of every family",
+}
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     tests = Path(__file__).parent
     order = {tests / name: place for place, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: order.get(item.path, len(order)))
+    for item in items:
+        mark_slow(item)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU, and torch finds none here")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def mark_slow(item: pytest.Item) -> None:
+    """By its fixtures; a mark of its own must say why."""
+    fixtures: list[str] = getattr(item, "fixturenames", [])
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    for name in SLOW_FIXTURES.keys() & {*fixtures}:
+        if name != "golden_engines" or parameters.get("case", LTX) is not LTX:
+            item.add_marker(pytest.mark.slow(reason=SLOW_FIXTURES[name]))
+    for mark in item.iter_markers("slow"):
+        assert mark.kwargs.keys() == {"reason"}, f"{item.nodeid}: a slow test says why: slow(reason=...)"
 
 
 def pytest_collection_finish() -> None:

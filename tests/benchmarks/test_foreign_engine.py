@@ -15,6 +15,7 @@ from stg_trt.benchmarks import foreign_engine
 from tests.support.cli import invoke
 
 
+@pytest.mark.slow(reason="compiles engines with TensorRT-RTX")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which answers otherwise")
 def test_the_answer_of_a_machine_without_a_gpu(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs the wheel of TensorRT-RTX")

@@ -37,6 +37,7 @@ def test_every_part_is_recorded(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "gpu.json").read_text())["complete"]
 
 
+@pytest.mark.slow(reason="waits for parts to be cut off")
 def test_a_failure_and_a_cut_do_not_stop_the_others(tmp_path: Path) -> None:
     sleeps = "import time; print('begun', flush=True); time.sleep(60)"
     parts = [python("bad", "raise SystemExit(3)"), python("slow", sleeps, 5), python("good", "print('kept')")]
@@ -49,6 +50,7 @@ def test_a_failure_and_a_cut_do_not_stop_the_others(tmp_path: Path) -> None:
     assert rows(tmp_path)[1]["last_lines"][0] == "begun"
 
 
+@pytest.mark.slow(reason="waits for parts to be cut off")
 def test_no_part_begins_when_the_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "_SMALLEST_S", 1)
     parts = [python("long", "import time; time.sleep(60)"), python("late", "pass")]
@@ -58,6 +60,7 @@ def test_no_part_begins_when_the_time_is_up(tmp_path: Path, monkeypatch: pytest.
     assert ends == ["cut off", "not started: no time left"]
 
 
+@pytest.mark.slow(reason="waits for parts to be cut off")
 def test_a_part_takes_its_children_with_it(tmp_path: Path) -> None:
     """A compiler's workers must not run on beside the next part."""
     child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"

@@ -135,6 +135,7 @@ def test_frozen_rows_are_named(module: SegmentModule, specs: tuple[TensorSpec, .
         trace("seg", module, specs, (X,), max_rows)
 
 
+@pytest.mark.slow(reason="traces pieces of every family")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_segment_is_the_chain_of_its_pieces(case: FamilyCase, tmp_path: Path) -> None:
     """Run one after the other they are the segment, whatever is perturbed; rows stay free in every kind."""
@@ -198,6 +199,7 @@ def test_pieces_trace_equally_where_only_their_weights_differ(ltx_checkpoint: Pa
     assert len({first, *others}) == 4
 
 
+@pytest.mark.slow(reason="compiles a package with AOTInductor")
 def test_no_weight_becomes_part_of_a_package(tmp_path: Path) -> None:
     module = Foldable()
     program = trace("x", module, (X,), (X,), 6)

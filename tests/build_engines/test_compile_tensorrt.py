@@ -31,6 +31,8 @@ from stg_trt.models.segment import LAYOUTS, Segment, cut
 
 pytest.importorskip("tensorrt_rtx", reason="needs the wheel of TensorRT-RTX")
 
+pytestmark = pytest.mark.slow(reason="compiles engines with TensorRT-RTX")
+
 BACKEND = "tensorrt-rtx"
 TARGETS = {"segmented": ("sm_120", "sm_89"), "twin": ("sm_120",)}
 SIZE: dict[str, Any] = {"height": 128, "width": 128, "num_frames": 25, "text_length": 16}

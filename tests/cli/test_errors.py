@@ -35,6 +35,7 @@ from tests.support.cli import (
     invoke,
     keep_one_block,
     run,
+    some_started,
 )
 
 # The cases that start the program.
@@ -221,7 +222,7 @@ def generate(
     return ("generate", checkpoint, "--engines", engines, "--num-inference-steps=2", *output, *arguments)
 
 
-@pytest.mark.parametrize("case", BUILD_ARGUMENTS)
+@pytest.mark.parametrize("case", some_started(BUILD_ARGUMENTS, STARTED))
 def test_build_arguments(case: str, tmp_path: Path, ltx_checkpoint: Path) -> None:
     changed, pattern = BUILD_ARGUMENTS[case]
     options = {**BUILD, **changed}
@@ -262,7 +263,7 @@ def test_a_shortened_model_builds_with_a_key_of_its_own(tmp_path: Path, ltx_chec
     assert stops.keys() == {1, 2} and len(set(stops.values())) == 2
 
 
-@pytest.mark.parametrize("case", CHECKPOINTS)
+@pytest.mark.parametrize("case", some_started(CHECKPOINTS, STARTED))
 def test_checkpoints(case: str, tmp_path: Path, checkpoint: Path) -> None:
     damage, pattern = CHECKPOINTS[case]
     damage(checkpoint)
@@ -286,7 +287,7 @@ def test_a_sharded_checkpoint_builds(tmp_path: Path, checkpoint: Path) -> None:
     assert EngineStore.open(tmp_path / "out").find(EngineRequest(height=32)).load_engines(Cpu())
 
 
-@pytest.mark.parametrize("case", GENERATE)
+@pytest.mark.parametrize("case", some_started(GENERATE, STARTED))
 def test_generate_arguments(
     case: str, tmp_path: Path, ltx_checkpoint: Path, ltx_engines: Path, embeds: Path
 ) -> None:
@@ -333,6 +334,7 @@ def test_embeds_that_do_not_fit(
     assert [path.name for path in tmp_path.iterdir()] == ["wrong.safetensors"]
 
 
+@pytest.mark.slow(reason="starts the program four times")
 def test_help_answers_at_once_and_without_torch() -> None:
     seconds = []
     for _ in range(3):

@@ -37,6 +37,8 @@ from tests.support.cli import (
 )
 from tests.support.endless_graph import loop_after
 
+pytestmark = pytest.mark.slow(reason="starts programs and interrupts them")
+
 UNVERIFIED = (*SMALL, "--verify-timesteps=0")
 CUT = (*UNVERIFIED, "--stg-blocks=0")
 SEGMENTS = ("text", "front", "block_0", "back")

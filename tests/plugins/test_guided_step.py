@@ -60,6 +60,7 @@ def test_kernel_equals_the_reference(
     check_every_step(machine, passes, dtype, 2, length, name)
 
 
+@pytest.mark.slow(reason="runs half a million threads on the host")
 def test_more_values_than_the_largest_grid_has_threads_for(machine: Machine) -> None:
     """In the first step, and in one that reads the history."""
     check_every_step(machine, GROUPS, "bfloat16", 1, 600_001, "unipc", steps=2)

@@ -12,12 +12,13 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, chdir, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import IO, Any
 from unittest import mock
 
+import pytest
 from safetensors.torch import load_file, save_file
 
 from stg_trt.cli.main import main
@@ -115,6 +116,12 @@ def cpu_seconds_of_ended_children() -> float:
     """Of this process, so far; other programs on the machine do not stretch it."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
+
+
+def some_started(cases: Iterable[str], started: Collection[str]) -> list[object]:
+    """Names of cases, as parameters; those that start the program are slow."""
+    slow = pytest.mark.slow(reason="starts the program")
+    return [pytest.param(case, marks=slow if case in started else ()) for case in cases]
 
 
 def assert_one_line_error(result: subprocess.CompletedProcess[str], pattern: str) -> None:
