@@ -17,7 +17,7 @@ from stg_trt.runtime.step import Step, StepKey
 from .clock import Work
 from .memory import memory_in_use
 from .scenario import Inputs, Scenario
-from .verify import by_group
+from .verify import rows_by_pass
 
 
 class LoadedBuild:
@@ -25,7 +25,7 @@ class LoadedBuild:
 
     def __init__(self, scenario: Scenario, build: Build, inputs: Inputs, device: Device) -> None:
         self.build = build
-        self._setting = scenario
+        self._scenario = scenario
         self._inputs = inputs
         self._device = device
         self._before_bytes = memory_in_use(device)
@@ -59,10 +59,10 @@ class LoadedBuild:
     def program(self, plan: StepPlan) -> Step:
         """A whole step of the plan: row fan-out, engines, guidance, solver."""
         stg = "skip" in plan.passes
-        guidance = self._setting.guidance(self._inputs.solver, stg=stg)
+        guidance = self._scenario.guidance(self._inputs.solver, stg=stg)
         key = StepKey.of(guidance, self._inputs.solver, self._inputs.middle)
         assert key.passes == plan.passes
-        runner = BoundPlan(plan, self._engines, self.state.buffers, self._setting.family.borders)
+        runner = BoundPlan(plan, self._engines, self.state.buffers, self._scenario.family.borders)
         return Step(key, runner, self.state, self._device.stream)
 
     def captured(self, program: Step) -> StepGraph:
@@ -90,7 +90,7 @@ class LoadedBuild:
             pred.fill_(float("nan"))
             self.reset()
             program.enqueue()
-            return by_group(pred.float(), passes)
+            return rows_by_pass(pred.float(), passes)
 
     def to_json(self) -> dict[str, Any]:
         """For a result."""

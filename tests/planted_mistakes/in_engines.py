@@ -177,14 +177,14 @@ IN_ENGINES = (
         "stg_trt/cli/main.py",
         "    sys.exit(1)\n",
         "    sys.exit(0)\n",
-        ("tests/cli/test_errors.py::test_mistakes_before_a_command",),
+        ("tests/cli/test_main.py::test_mistakes_before_a_command",),
     ),
     Mistake(
         "ONNX Runtime's want of memory is told as a defect",
         "stg_trt/cli/main.py",
         "|failed to allocate",
         "",
-        ("tests/cli/test_errors.py::test_out_of_memory",),
+        ("tests/cli/test_main.py::test_out_of_memory",),
     ),
     Mistake(
         "all passes in full cost what the shared ones do",
