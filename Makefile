@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint lint-proof wheel in-place kernels plugins bench-gpu clean
+.PHONY: demo test quick mistakes lint lint-proof wheel in-place kernels plugins bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/python -m examples.moving_shapes.demo --output demo
@@ -13,6 +13,15 @@ demo: $(STAMP)
 TEST_PROCESSES ?= 2
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
+# Without the tests that are marked slow.
+quick: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder \
+		-m "not slow"
+
+# Plants mistakes in a copy of the checkout and runs the tests that must notice them; ONLY=guidance chooses some.
+mistakes: $(STAMP)
+	$(BIN)/python -m tests.planted_mistakes --processes $(TEST_PROCESSES) $(if $(ONLY),--only $(ONLY))
 
 lint: $(STAMP) in-place
 	$(BIN)/ruff check .

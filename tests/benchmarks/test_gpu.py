@@ -16,7 +16,7 @@ from stg_trt.benchmarks import gpu
 from stg_trt.benchmarks.gpu import GpuRun, Part, planned_parts, run_part
 from stg_trt.errors import GateMissed, InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint
-from tests.support.cli import assert_one_line_error, run
+from tests.support.cli import assert_one_line_error, invoke
 
 WORKLOADS = ("step", "peers", "sample")
 
@@ -37,6 +37,7 @@ def test_every_part_is_recorded(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "gpu.json").read_text())["complete"]
 
 
+@pytest.mark.slow(reason="waits for parts to be cut off")
 def test_a_failure_and_a_cut_do_not_stop_the_others(tmp_path: Path) -> None:
     sleeps = "import time; print('begun', flush=True); time.sleep(60)"
     parts = [python("bad", "raise SystemExit(3)"), python("slow", sleeps, 5), python("good", "print('kept')")]
@@ -49,6 +50,7 @@ def test_a_failure_and_a_cut_do_not_stop_the_others(tmp_path: Path) -> None:
     assert rows(tmp_path)[1]["last_lines"][0] == "begun"
 
 
+@pytest.mark.slow(reason="waits for parts to be cut off")
 def test_no_part_begins_when_the_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "_SMALLEST_S", 1)
     parts = [python("long", "import time; time.sleep(60)"), python("late", "pass")]
@@ -58,6 +60,7 @@ def test_no_part_begins_when_the_time_is_up(tmp_path: Path, monkeypatch: pytest.
     assert ends == ["cut off", "not started: no time left"]
 
 
+@pytest.mark.slow(reason="waits for parts to be cut off")
 def test_a_part_takes_its_children_with_it(tmp_path: Path) -> None:
     """A compiler's workers must not run on beside the next part."""
     child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
@@ -132,7 +135,7 @@ def test_the_planned_commands_parse(tmp_path: Path) -> None:
     of_each_kind = {part.name.split()[0]: part for part in parts if part.name.startswith(WORKLOADS)}
     assert of_each_kind.keys() == set(WORKLOADS)
     for part in of_each_kind.values():
-        answer = run("bench", *part.command[3:])
+        answer = invoke("bench", *part.command[3:])
         assert_one_line_error(answer, "backend: expected one of .*, got 'no-such-backend'")
 
 
@@ -143,6 +146,6 @@ def test_time_is_needed(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and this would use it")
 def test_no_gpu(tmp_path: Path) -> None:
-    result = run("bench", "gpu", f"--output={tmp_path / 'results'}", "--backend=tensorrt")
+    result = invoke("bench", "gpu", f"--output={tmp_path / 'results'}", "--backend=tensorrt")
     assert_one_line_error(result, "device: expected an NVIDIA GPU, got none")
     assert not (tmp_path / "results").exists()
