@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 .PHONY: demo test lint wheel in-place kernels plugins bench-gpu clean
 
 demo: $(STAMP)
-	$(BIN)/python examples/moving_shapes/demo.py --output demo
+	$(BIN)/python -m examples.moving_shapes.demo --output demo
 
 # Two processes, a file of tests in each at a time; one thread in each, so that they leave each other a core.
 TEST_PROCESSES ?= 2

@@ -18,32 +18,32 @@ class Event(Protocol):
     """A point in the order of a device's work."""
 
     def since(self, earlier: Event) -> float:
-        """Seconds between two marks, once both were reached."""
+        """Seconds since an earlier event, once both were reached."""
 
 
-class _Instant:
+class _HostEvent:
     def __init__(self) -> None:
         self.at = time.perf_counter()
 
     def since(self, earlier: Event) -> float:
-        assert isinstance(earlier, _Instant)
+        assert isinstance(earlier, _HostEvent)
         return self.at - earlier.at
 
 
-class _Event:
+class _CudaEvent:
     def __init__(self) -> None:
         self.event = torch.cuda.Event(enable_timing=True)
         self.event.record()
 
     def since(self, earlier: Event) -> float:
-        assert isinstance(earlier, _Event)
+        assert isinstance(earlier, _CudaEvent)
         self.event.synchronize()
         return float(earlier.event.elapsed_time(self.event)) / 1e3
 
 
-def mark(device: Device) -> Event:
-    """A mark after what was enqueued so far; inside the device's scope."""
-    return _Event() if device.torch_device.type == "cuda" else _Instant()
+def record_event(device: Device) -> Event:
+    """An event after what was enqueued so far; inside the device's scope."""
+    return _CudaEvent() if device.torch_device.type == "cuda" else _HostEvent()
 
 
 def synchronize(device: Device) -> None:
@@ -77,10 +77,10 @@ def alternate(works: Mapping[str, Work], rounds: int, device: Device) -> dict[st
     times = {name: Times() for name in works}
     synchronize(device)
     for i in range(WARMUPS + rounds):
-        marks = {name: _timed(work, device) for name, work in works.items()}
+        events = {name: _timed(work, device) for name, work in works.items()}
         synchronize(device)
         if i >= WARMUPS:
-            for name, (start, end, host_s) in marks.items():
+            for name, (start, end, host_s) in events.items():
                 times[name].device_s.append(end.since(start))
                 times[name].host_s.append(host_s)
     return times
@@ -89,12 +89,12 @@ def alternate(works: Mapping[str, Work], rounds: int, device: Device) -> dict[st
 def _timed(work: Work, device: Device) -> tuple[Event, Event, float]:
     with device.scope():
         work.reset()
-        start, host_start = mark(device), time.perf_counter()
+        start, host_start = record_event(device), time.perf_counter()
         work.run()
-        return start, mark(device), time.perf_counter() - host_start
+        return start, record_event(device), time.perf_counter() - host_start
 
 
-def paired_ratio(above: Times, below: Times) -> float:
+def median_ratio(above: Times, below: Times) -> float:
     """Median over the rounds of the ratio of two works."""
     ratios = sorted(a / b for a, b in zip(above.device_s, below.device_s, strict=True))
     return ratios[len(ratios) // 2]

@@ -107,7 +107,7 @@ def step(
 ) -> None:
     """Time a CFG+STG step with the shared prefix against full passes, twins and CFG; graph on and off."""
     size = (height, width, num_frames, text_length)
-    scenario = _setting(checkpoint, size, stg_mode, stg_blocks, backend, target, blocks, precision)
+    scenario = _scenario(checkpoint, size, stg_mode, stg_blocks, backend, target, blocks, precision)
     from .step import StepBenchmark
 
     StepBenchmark(scenario, _layouts(layouts), rounds).run(output, engines)
@@ -136,7 +136,7 @@ def sample(
 ) -> None:
     """Time whole sampling calls: in all, per step by guidance state, and what the loop adds."""
     size = (height, width, num_frames, text_length)
-    scenario = _setting(checkpoint, size, stg_mode, stg_blocks, backend, target, blocks, precision)
+    scenario = _scenario(checkpoint, size, stg_mode, stg_blocks, backend, target, blocks, precision)
     from .sample import SampleBenchmark
 
     _layouts(layout)
@@ -160,18 +160,17 @@ def peers(
     layout: Layout = "segmented",
     peers: Annotated[
         str, typer.Option(help="Who takes part; the others are recorded as left out.")
-    ] = "eager,compiled",
-    compile_mode: Annotated[str, typer.Option(help="The mode of torch.compile.")] = "default",
+    ] = "eager,compiled,compiled_max_autotune,torch_tensorrt",
     rounds: Rounds = 20,
     engines: Engines = None,
 ) -> None:
-    """Time a CFG+STG step against diffusers' transformer, eager and under torch.compile."""
+    """Time a CFG+STG step against diffusers' transformer: eager, and as compilers make it."""
     size = (height, width, num_frames, text_length)
-    scenario = _setting(checkpoint, size, stg_mode, stg_blocks, backend, target, blocks, precision)
+    scenario = _scenario(checkpoint, size, stg_mode, stg_blocks, backend, target, blocks, precision)
     from .peers import PeersBenchmark
 
     _layouts(layout)
-    PeersBenchmark(scenario, tuple(peers.split(",")), compile_mode, layout, rounds).run(output, engines)
+    PeersBenchmark(scenario, tuple(peers.split(",")), layout, rounds).run(output, engines)
 
 
 @bench.command()
@@ -230,7 +229,7 @@ def report(
     results: Annotated[list[Path], typer.Argument(help="JSON files of results.")],
     output: Annotated[Path, typer.Option(help="Markdown file; the plot gets its name with .png.")],
     reasons: Annotated[
-        Path | None, typer.Option(help="JSON object: why a target was missed, by the target's name.")
+        Path | None, typer.Option(help="JSON object: why a goal was missed, by the goal's name.")
     ] = None,
 ) -> None:
     """Write results as Markdown tables and a plot."""
@@ -240,7 +239,7 @@ def report(
         print(path)
 
 
-def _setting(
+def _scenario(
     checkpoint: str | None,
     size: tuple[int, int, int, int | None],
     stg_mode: str,

@@ -18,7 +18,7 @@ from stg_trt.models.workload import Workload
 
 
 @dataclass(frozen=True)
-class UncutModel:
+class DiffusersModel:
     """One family's transformer in diffusers.
 
     `arguments` are what its pipeline passes beside latents and timestep, for the rows of a text and a frame
@@ -31,14 +31,14 @@ class UncutModel:
     skipping: Callable[[Any], Any]
 
 
-def uncut_model(family: ModelFamily) -> UncutModel:
+def diffusers_model(family: ModelFamily) -> DiffusersModel:
     """The family's entry; raises InvalidRequest where there is none."""
-    if family.name not in _UNCUT:
+    if family.name not in _MODELS:
         raise InvalidRequest(
-            f"checkpoint: expected a model of {', '.join(_UNCUT)}, got {family.name}, which the benchmarks "
+            f"checkpoint: expected a model of {', '.join(_MODELS)}, got {family.name}, which the benchmarks "
             "cannot compare with diffusers: use stg-trt bench build"
         )
-    return _UNCUT[family.name]
+    return _MODELS[family.name]
 
 
 class ValuesOnlyInSkipRow:
@@ -166,10 +166,10 @@ def _mochi_arguments(
     return {"encoder_hidden_states": text.embeds, "encoder_attention_mask": text.mask}
 
 
-_UNCUT = {
-    "hunyuan-video": UncutModel(_hunyuan_video_arguments, "attn", VideoSeesTextInSkipRow),
-    "cogvideox": UncutModel(_cogvideox_arguments, "attn1", TextFirstInSkipRow),
-    "ltx-video": UncutModel(_ltx_video_arguments, "attn1", ValuesOnlyInSkipRow),
-    "mochi": UncutModel(_mochi_arguments, "attn1", VideoSeesTextInSkipRow),
-    "wan2.1": UncutModel(_wan_arguments, "attn1", ValuesOnlyInSkipRow),
+_MODELS = {
+    "hunyuan-video": DiffusersModel(_hunyuan_video_arguments, "attn", VideoSeesTextInSkipRow),
+    "cogvideox": DiffusersModel(_cogvideox_arguments, "attn1", TextFirstInSkipRow),
+    "ltx-video": DiffusersModel(_ltx_video_arguments, "attn1", ValuesOnlyInSkipRow),
+    "mochi": DiffusersModel(_mochi_arguments, "attn1", VideoSeesTextInSkipRow),
+    "wan2.1": DiffusersModel(_wan_arguments, "attn1", ValuesOnlyInSkipRow),
 }

@@ -1,4 +1,4 @@
-"""The uncut diffusers transformer, with the perturbation as public STG pipelines write it."""
+"""The diffusers transformer, with the perturbation as public STG pipelines write it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stg_trt.guidance.combine import combine
 from stg_trt.models.text import TextCondition
 from stg_trt.runtime.noise import draw
 
-from .diffusers_models import uncut_model
+from .diffusers_models import diffusers_model
 from .scenario import Inputs, Scenario
 
 Forward = Callable[..., Any]
@@ -25,17 +25,17 @@ _BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks", "blocks")
 @contextmanager
 def perturbed_skip_row(scenario: Scenario, model: Any) -> Iterator[None]:
     """The last row of the batch perturbed; the model is restored afterwards."""
-    uncut, perturbation = uncut_model(scenario.family), scenario.perturbation
+    known, perturbation = diffusers_model(scenario.family), scenario.perturbation
     every = [block for name in _BLOCK_LISTS for block in getattr(model, name, ())]
     blocks = [every[block] for block in perturbation.blocks]
-    attentions = [getattr(block, uncut.attention) for block in blocks]
+    attentions = [getattr(block, known.attention) for block in blocks]
     processors = [attention.processor for attention in attentions]
     try:
         for block, attention in zip(blocks, attentions, strict=True):
             if perturbation.mode == "stg-r":
                 block.forward = _keeping_skip_row(block.forward)
             else:
-                attention.processor = uncut.skipping(attention.processor)
+                attention.processor = known.skipping(attention.processor)
         yield
     finally:
         for block, attention, processor in zip(blocks, attentions, processors, strict=True):
@@ -66,7 +66,7 @@ def lower_precision(model: Any, dtype: torch.dtype) -> Any:
 
 
 class EagerStep:
-    """A step on the uncut model, its passes in one batch of a row each.
+    """A step on the whole diffusers model, its passes in one batch of a row each.
 
     `model` is a diffusers transformer of the scenario, or what torch.compile makes of it; the caller
     perturbs its skip row.
@@ -91,8 +91,8 @@ class EagerStep:
             text.mask.to(device),
             None if text.pooled is None else text.pooled.to(device, dtype),
         )
-        family = scenario.family
-        self._arguments = uncut_model(family).arguments(family, text, scenario.workload, inputs.frame_rate)
+        family, workload = scenario.family, scenario.workload
+        self._arguments = diffusers_model(family).arguments(family, text, workload, inputs.frame_rate)
 
     @torch.no_grad()
     def preds(self, latents: Tensor, step: int) -> Tensor:

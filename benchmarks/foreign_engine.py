@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from stg_trt.engines.store import Build, EngineStore
-from stg_trt.errors import BackendUnavailable
+from stg_trt.errors import BackendUnavailable, GateMissed
 from stg_trt.models.plan import GROUPS, plan_step
 from stg_trt.runtime.device import open_device
 
@@ -23,7 +23,7 @@ from .verify import Reference, load_model
 BACKEND = "tensorrt-rtx"
 TARGET = "sm_80"
 _MODEL = Path(__file__).parent / "models" / "ltx-video-128x2"
-_SETTING = Scenario(
+_SCENARIO = Scenario(
     checkpoint=str(_MODEL),
     height=128,
     width=128,
@@ -39,10 +39,10 @@ _LIMIT_S = 60
 
 def try_foreign_engine(output: Path) -> None:
     """Builds for SM 8.0, then loads, runs and compares in another process; records what each stage said."""
-    results = record.Record(output, "foreign-engine", **_SETTING.to_json())
+    results = record.Record(output, "foreign-engine", **_SCENARIO.to_json())
     with tempfile.TemporaryDirectory() as root:
         try:
-            _SETTING.build("segmented", Path(root))
+            _SCENARIO.build("segmented", Path(root))
         except BackendUnavailable as error:
             results.add(stages=[], answer=str(error))
         else:
@@ -77,15 +77,17 @@ def _load_and_run(root: str) -> None:
 
 
 def _run(build: Build) -> None:
-    device, inputs = _SETTING.device(), _SETTING.inputs()
-    reference = Reference.of_step(_SETTING, load_model(_SETTING, device), inputs, device)
-    loaded = LoadedBuild(_SETTING, build, inputs, device)
+    device, inputs = _SCENARIO.device(), _SCENARIO.inputs()
+    reference = Reference.of_step(_SCENARIO, load_model(_SCENARIO, device), inputs, device)
+    loaded = LoadedBuild(_SCENARIO, build, inputs, device)
     print("run", flush=True)
-    program = loaded.program(plan_step(loaded.sampler.segments, GROUPS, _SETTING.perturbation))
+    program = loaded.program(plan_step(loaded.sampler.segments, GROUPS, _SCENARIO.perturbation))
     preds = loaded.preds(program)
     print("compare", flush=True)
-    errors = reference.check("foreign engine", preds)
-    print(f"ran, relative L2 {max(errors.values()):.1e}", flush=True)
+    verdict = reference.check("foreign engine", preds)
+    if reference.doubts or verdict.doubts:
+        raise GateMissed("; ".join((*reference.doubts, *verdict.doubts)))
+    print(f"ran, relative L2 {max(verdict.errors.values()):.1e}", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from stg_trt.runtime.step_key import StepKey
 from .clock import Work
 from .memory import memory_in_use
 from .scenario import Inputs, Scenario
-from .verify import by_group
+from .verify import rows_by_pass
 
 
 class LoadedBuild:
@@ -26,7 +26,7 @@ class LoadedBuild:
 
     def __init__(self, scenario: Scenario, build: Build, inputs: Inputs, device: Device) -> None:
         self.build = build
-        self._setting = scenario
+        self._scenario = scenario
         self._inputs = inputs
         self._device = device
         self._before_bytes = memory_in_use(device)
@@ -60,10 +60,10 @@ class LoadedBuild:
     def program(self, plan: StepPlan) -> Step:
         """A whole step of the plan: row fan-out, engines, guidance, solver."""
         stg = "skip" in plan.passes
-        guidance = self._setting.guidance(self._inputs.solver, stg=stg)
+        guidance = self._scenario.guidance(self._inputs.solver, stg=stg)
         key = StepKey.of(guidance, self._inputs.solver, self._inputs.middle)
         assert key.passes == plan.passes
-        borders = self._setting.family.borders
+        borders = self._scenario.family.borders
         bound = BoundPlan(plan, self._engines, self.state.buffers, borders, self._device)
         return Step(key, bound, self.state, self._device)
 
@@ -92,7 +92,7 @@ class LoadedBuild:
             pred.fill_(float("nan"))
             self.reset()
             program.enqueue()
-            return by_group(pred.float(), passes)
+            return rows_by_pass(pred.float(), passes)
 
     def to_json(self) -> dict[str, Any]:
         """For a result."""

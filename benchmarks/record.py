@@ -1,4 +1,8 @@
-"""A result file: machine, versions, commit and date, checked for before anything is measured."""
+"""A result file: machine, versions, commit and date, checked for before anything is measured.
+
+What a benchmark adds to it is its own affair, but for three entries that all results have: `complete`,
+`trusted`, and `doubts`, which are the reasons where it is not.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stg_trt.errors import InvalidRequest
+from stg_trt.errors import GateMissed, InvalidRequest
 from stg_trt.system.files import write_atomically
 from stg_trt.system.gpu import find_gpu
 from stg_trt.system.versions import installed_version
@@ -39,16 +43,34 @@ class Record:
         """Makes the folder; raises InvalidRequest where the file could not be written."""
         check_output(path)
         self._path = path
-        self.result: dict[str, Any] = {**environment(), "benchmark": benchmark, **facts, "complete": False}
+        self.result: dict[str, Any] = {
+            **environment(),
+            "benchmark": benchmark,
+            **facts,
+            "complete": False,
+            "trusted": True,
+            "doubts": [],
+        }
 
     def add(self, **parts: Any) -> None:
         """Keeps what was measured, should the rest be cut off."""
         self.result |= parts
         write_atomically(self._path, (json.dumps(self.result, indent=1) + "\n").encode())
 
+    def distrust(self, doubts: Iterable[str]) -> None:
+        """Adds reasons why this must not be published, if there are any; measuring goes on."""
+        known = [*self.result["doubts"], *doubts]
+        if known:
+            self.add(trusted=False, doubts=known)
+
     def finish(self) -> None:
-        """Marks the result as everything that was asked for."""
+        """Marks the result as everything that was asked for; raises GateMissed where it is not trusted."""
         self.add(complete=True)
+        if self.result["doubts"]:
+            raise GateMissed(
+                f"{'; '.join(self.result['doubts'])}: what was measured is kept as untrusted, and the report "
+                "does not publish it"
+            )
 
 
 def check_output(path: Path) -> None:

@@ -10,24 +10,29 @@ from typing import Any
 from stg_trt.errors import BackendUnavailable, InvalidRequest
 from stg_trt.system.files import write_atomically
 
+from .goals import Outcome, find_outcomes, is_trusted
 from .record import check_output
-from .targets import outcomes
+from .roofline import format_share
 
 Row = dict[str, Any]
 
 # All of them share one table; every other result has a section of its own.
 _BUILD = "build"
+_GPU = "gpu"
 
 
 def write_report(paths: Sequence[Path], output: Path, reasons: Path | None) -> list[Path]:
-    """Writes `output` (.md) and a plot of timings beside it; raises InvalidRequest for what is no result."""
+    """Writes `output` (.md) and a plot of timings beside it; raises InvalidRequest for what is no result.
+
+    A result that is not trusted is named with its reasons, and none of its numbers.
+    """
     if output.suffix != ".md":
         raise InvalidRequest(f"output: expected a name ending in .md, got {output}: rename it")
     check_output(output)
-    results = [_read(path) for path in paths]
+    results = [result for path in paths for result in _read(path)]
     why = _read_reasons(reasons) if reasons else {}
     written = [output]
-    plotted = [result for result in results if result.get("timings")]
+    plotted = [(_title(result), result) for result in results if result.get("timings") and is_trusted(result)]
     if plotted:
         _check_plotting()
         from .plot import save_plot
@@ -39,7 +44,8 @@ def write_report(paths: Sequence[Path], output: Path, reasons: Path | None) -> l
     return written
 
 
-def _read(path: Path) -> Row:
+def _read(path: Path) -> list[Row]:
+    """The results in a file: one, or those of all parts of a run on a GPU after the run itself."""
     try:
         result = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -48,19 +54,20 @@ def _read(path: Path) -> Row:
         raise InvalidRequest(
             f"report: expected a result of stg-trt bench, got {path}: leave it out or measure again"
         )
-    return result
+    parts = result["parts"] if result["benchmark"] == _GPU else []
+    return [result, *(part["result"] for part in parts if part.get("result"))]
 
 
 def _read_reasons(path: Path) -> dict[str, str]:
-    """Why a target was missed, by the target's name."""
+    """Why a goal was missed, by the goal's name."""
     try:
         reasons = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise InvalidRequest(
-            f"reasons: expected a JSON object of texts by target, got {path} ({error}): check it"
+            f"reasons: expected a JSON object of texts by goal, got {path} ({error}): check it"
         ) from error
     if not isinstance(reasons, dict) or not all(isinstance(text, str) for text in reasons.values()):
-        raise InvalidRequest(f"reasons: expected a JSON object of texts by target, got {path}: correct it")
+        raise InvalidRequest(f"reasons: expected a JSON object of texts by goal, got {path}: correct it")
     return reasons
 
 
@@ -75,38 +82,61 @@ def _check_plotting() -> None:
 
 
 def _text(results: Sequence[Row], reasons: dict[str, str], plot: str | None) -> str:
-    parts = ["# Benchmarks", _targets(results, reasons)]
+    parts = ["# Benchmarks", _goals(results, reasons)]
     if plot:
-        parts.append(f"![Milliseconds of a step, with the floor of its operations]({plot})")
+        parts.append(f"![Milliseconds of a step, with the roofline of its operations]({plot})")
     builds = [result for result in results if result["benchmark"] == _BUILD]
     if builds:
         parts.append(_builds(builds))
     for result in results:
         if result["benchmark"] == _BUILD:
             continue
-        parts += [f"## {_title(result)}", _measured_on(result), SECTIONS[result["benchmark"]](result)]
+        parts += [f"## {_title(result)}", _measured_on(result), _section(result)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _targets(results: Sequence[Row], reasons: dict[str, str]) -> str:
-    """Which targets were met; a missed one with its reason."""
-    rows = []
-    for outcome in outcomes(results):
-        target = outcome.target
-        bound = f"{'<=' if target.at_most else '>='} {target.bound:g}"
-        if outcome.value is None:
-            rows.append([target.name, outcome.gpu, bound, "not measured", ""])
-            continue
-        met = target.met(outcome.value)
-        why = "" if met else reasons.get(target.name, "reason not known yet")
-        rows.append(
-            [target.name, outcome.gpu, bound, f"{outcome.value:.3f}", "met" if met else f"missed: {why}"]
-        )
-    return _table(["target", "GPU", "bound", "measured", ""], rows) if rows else ""
+def _goals(results: Sequence[Row], reasons: dict[str, str]) -> str:
+    """Which goals were met; a missed one with its reason."""
+    rows = [
+        [
+            outcome.goal.name,
+            outcome.result["gpu"]["name"],
+            f"{'<=' if outcome.goal.at_most else '>='} {outcome.goal.bound:g}",
+            *_reached(outcome, reasons),
+        ]
+        for outcome in find_outcomes(results)
+    ]
+    return _table(["goal", "GPU", "bound", "measured", ""], rows) if rows else ""
+
+
+def _reached(outcome: Outcome, reasons: dict[str, str]) -> tuple[str, str]:
+    """What was measured, and what that means."""
+    value = outcome.value
+    if value is None:
+        return ("not measured" if is_trusted(outcome.result) else "not trusted"), ""
+    if outcome.goal.is_met(value):
+        return f"{value:.3f}", "met"
+    return f"{value:.3f}", f"missed: {reasons.get(outcome.goal.name, 'reason not known yet')}"
+
+
+def _section(result: Row) -> str:
+    """A result's tables; of one that is not trusted the reasons alone."""
+    if not is_trusted(result):
+        return f"Not published, since it is not trusted: {'; '.join(result['doubts'])}."
+    return "\n\n".join([SECTIONS[result["benchmark"]](result), _optimisations(result)]).rstrip()
+
+
+def _optimisations(result: Row) -> str:
+    """What each was expected to gain, and what it did gain, where that was measured; empty without any."""
+    rows = [
+        [row["name"], str(row["expected"]), str(row.get("measured") or "not measured")]
+        for row in result.get("optimisations", [])
+    ]
+    return _table(["optimisation", "expected", "measured"], rows) if rows else ""
 
 
 def _title(result: Row) -> str:
-    words = [result["benchmark"]]
+    words = ["rehearsal" if result.get("rehearsal") else result["benchmark"]]
     if "model" in result:
         words.append(_named(result))
     if "workload" in result and "width" in result["workload"]:
@@ -123,18 +153,19 @@ def _measured_on(result: Row) -> str:
         machine = f"{gpu['name']}, driver {gpu['driver']}, CUDA {gpu['cuda']}"
     versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
     lines = [f"{machine}; commit {result['commit']}, {result['date']}; {versions}."]
-    if "gemm" in result:
-        gemm = result["gemm"]
+    if "peak_matmul" in result:
+        peak = result["peak_matmul"]
         lines.append(
-            f"The floor is at {gemm['tflops']:.2f} TFLOP/s, a {gemm['size']}^3 {gemm['dtype']} product."
+            f"MFU is of {peak['tflops']:.2f} TFLOP/s, the fastest {peak['dtype']} product: "
+            f"{'x'.join(map(str, peak['shape']))} by {peak['library']}."
         )
-    if result.get("left_out"):
-        lines.append(f"Left out: {', '.join(result['left_out'])}.")
+    for name, reason in result.get("left_out", {}).items():
+        lines.append(f"Left out: {name} ({reason}).")
     return " ".join(lines)
 
 
 def _timings(result: Row) -> str:
-    """Step and peers: percentiles, share of the floor, memory, and what was counted on a GPU."""
+    """Step and peers: percentiles, utilisation, memory, and what was counted on a GPU."""
     optional = {"kernels": "kernels", "launches": "launches", "host_syncs": "host syncs"}
     timings = result.get("timings", {})
     shown = [key for key in optional if any(key in row for row in timings.values())]
@@ -144,7 +175,7 @@ def _timings(result: Row) -> str:
         "p10",
         "p90",
         "GFLOP",
-        "of the floor",
+        "MFU",
         "peak MB",
         *(optional[k] for k in shown),
     ]
@@ -153,7 +184,7 @@ def _timings(result: Row) -> str:
             name,
             *(f"{row[key]:.2f}" for key in ("median_ms", "p10_ms", "p90_ms")),
             f"{row['gflop']:,.1f}",
-            f"{row['share_of_floor']:.0%}",
+            format_share(row["mfu"]),
             f"{row['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in row else "",
             *(str(row.get(key, "")) for key in shown),
         ]
@@ -190,7 +221,7 @@ def _kernels(result: Row) -> str:
             f"{row['median_ms']:.4f}",
             f"{row['gb_per_s']:.0f}",
             f"{row['copy_gb_per_s']:.0f}",
-            f"{row['share_of_copy']:.0%}",
+            format_share(row["share_of_copy"]),
         ]
         for row in result["kernels"]
     ]
@@ -249,8 +280,15 @@ def _foreign_engine(result: Row) -> str:
 
 
 def _gpu_parts(result: Row) -> str:
-    rows = [[part["name"], part["ended"], f"{part['seconds']:.0f}"] for part in result["parts"]]
-    return _table(["part", "ended", "s"], rows)
+    """How each part of a run ended; a rehearsal says first that it is one."""
+    parts = result["parts"]
+    rows = [[part["name"], part["ended"], _test_counts(part), f"{part['seconds']:.0f}"] for part in parts]
+    table = _table(["part", "ended", "tests", "s"], rows, 3)
+    return f"{result['rehearsal']}\n\n{table}" if result.get("rehearsal") else table
+
+
+def _test_counts(part: Row) -> str:
+    return ", ".join(f"{count} {outcome}" for outcome, count in part.get("tests", {}).items())
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
@@ -265,5 +303,5 @@ SECTIONS: dict[str, Callable[[Row], str]] = {
     "sample": _sample,
     "kernels": _kernels,
     "foreign-engine": _foreign_engine,
-    "gpu": _gpu_parts,
+    _GPU: _gpu_parts,
 }

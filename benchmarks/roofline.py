@@ -1,43 +1,106 @@
-"""The rate of a large matrix product, measured in the same run: the floor of everything made of them."""
+"""The roofline of a step: the fastest matrix product of this run, and which share of it a model reaches.
+
+One library at one shape is no ceiling: MKL on another maker's CPU multiplies at a third of what the engines
+reach. So several of both are tried, on the same device, in the same dtype, with as many threads.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from statistics import median
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import torch
 
-from stg_trt.runtime.device import Device
+from stg_trt.runtime.device import Device, open_device
 
-from .clock import Work, alternate
+from .clock import record_event, synchronize
+from .matmuls import LIBRARIES, Multiply, Shape
 
-_SIZES = {"cuda": 8192, "cpu": 1024}
-_ROUNDS = 10
+ABOVE_CEILING = "above the measured ceiling: calibration too low"
+# Two measurements of the same rate differ by less.
+_MOST_SHARE = 1.05
+# A cube, a larger one, and the rows of a video times a layer's weights.
+_SHAPES: dict[str, tuple[Shape, ...]] = {
+    "cpu": ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 512, 2048)),
+    "cuda": ((4096, 4096, 4096), (8192, 8192, 8192), (16384, 2048, 8192)),
+}
+_MOST_RUNS, _BUDGET_S = 10, 0.3
 
 
 @dataclass(frozen=True)
-class Floor:
-    """FLOP/s of a square matrix product in the engines' dtype."""
+class PeakMatmul:
+    """The fastest matrix product: its rate, and what reached it."""
 
     dtype: str
-    size: int
+    library: str
+    shape: Shape
+    threads: int
     flops_per_s: float
 
     def ms(self, flops: int) -> float:
         """Milliseconds that so many operations would take at this rate."""
         return flops / self.flops_per_s * 1e3
 
+    def mfu(self, flops: int, ms: float) -> float | None:
+        """Model FLOPs utilisation: the share of this rate that so many operations in that time reach.
+
+        None where it is above what two measurements of one rate differ by.
+        """
+        return share_of_ceiling(self.ms(flops) / ms)
+
     def to_json(self) -> dict[str, Any]:
         """For a result."""
-        return {"dtype": self.dtype, "size": self.size, "tflops": round(self.flops_per_s / 1e12, 4)}
+        facts = asdict(self)
+        return {**facts, "tflops": round(facts.pop("flops_per_s") / 1e12, 4)}
 
 
-def measure_floor(device: Device, dtype: str) -> Floor:
-    """Multiplies two random matrices again and again."""
-    size = _SIZES[device.torch_device.type]
-    options = {"device": device.torch_device, "dtype": getattr(torch, dtype)}
-    left, right, out = (torch.randn(size, size, **options) for _ in range(3))
-    work = Work(lambda: (torch.mm(left, right, out=out), None)[1])
-    seconds = alternate({"product": work}, _ROUNDS, device)["product"].device_s
-    return Floor(dtype, size, 2 * size**3 / median(seconds))
+def share_of_ceiling(share: float) -> float | None:
+    """The share, or None where the ceiling it is of was measured too low."""
+    return round(share, 4) if share <= _MOST_SHARE else None
+
+
+def format_share(share: float | None) -> str:
+    """A share as it is printed; one that is None says why."""
+    return ABOVE_CEILING if share is None else f"{share:.0%}"
+
+
+def measure_peak_matmul(device: Device, dtype: str) -> PeakMatmul:
+    """The best of all libraries and shapes, measured once in this process for the device and dtype."""
+    return _measured(device.torch_device.type, dtype, torch.get_num_threads())
+
+
+@cache
+def _measured(kind: str, dtype: str, threads: int) -> PeakMatmul:
+    device = open_device(kind)
+    rates = [
+        PeakMatmul(dtype, library, shape, threads, _rate(multiply, shape, device))
+        for library, prepare in LIBRARIES[kind].items()
+        for shape in _SHAPES[kind]
+        if (multiply := prepare(shape, getattr(torch, dtype), device)) is not None
+    ]
+    return max(rates, key=lambda peak: peak.flops_per_s)
+
+
+def _rate(multiply: Multiply, shape: Shape, device: Device) -> float:
+    """FLOP/s of the fastest run."""
+    m, k, n = shape
+    return 2 * m * k * n / min(_seconds(multiply, device))
+
+
+def _seconds(multiply: Multiply, device: Device) -> Iterator[float]:
+    """Seconds of some runs after a first one; fewer where they are long."""
+    with device.scope():
+        multiply()
+        spent = 0.0
+        for _ in range(_MOST_RUNS):
+            synchronize(device)
+            start = record_event(device)
+            multiply()
+            end = record_event(device)
+            synchronize(device)
+            yield (seconds := end.since(start))
+            spent += seconds
+            if spent > _BUDGET_S:
+                return

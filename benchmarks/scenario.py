@@ -26,7 +26,7 @@ from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
 from stg_trt.runtime.device import Device, open_device
 
-from .diffusers_models import uncut_model
+from .diffusers_models import diffusers_model
 
 SMALL_MODEL = Path(__file__).parent / "models" / "ltx-video-512x12"
 _SMALL_BLOCKS = (8,)
@@ -53,7 +53,7 @@ class Scenario:
 
     def check(self) -> None:
         """Raises InvalidRequest or BackendUnavailable for what cannot be measured, before a build."""
-        uncut_model(self.family)
+        diffusers_model(self.family)
         backend = backend_for(self.backend)
         check_target(backend, self.target or backend.targets[0].name, self.workload.precision)
         self.family.check(self.workload)

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from stg_trt.errors import GateMissed
 from stg_trt.models.plan import StepPlan, full_plan, plan_step
 from stg_trt.models.segment import Segment
 from stg_trt.runtime.device import Device
@@ -21,13 +20,13 @@ from stg_trt.runtime.graph import StepGraph
 from stg_trt.runtime.step import Step
 
 from . import record
-from .clock import Times, alternate, paired_ratio
+from .clock import Times, alternate, median_ratio
 from .launches import count_launches
 from .loaded_build import LoadedBuild
 from .memory import working_bytes
-from .roofline import Floor, measure_floor
+from .roofline import PeakMatmul, format_share, measure_peak_matmul
 from .scenario import Scenario
-from .verify import Reference, distance, load_model
+from .verify import Reference, finite_or_none, load_model, relative_l2
 
 NO_GRAPH = " (no graph)"
 
@@ -61,11 +60,14 @@ class StepBenchmark:
         results = record.Record(output, "step", **scenario.to_json(), rounds=self.rounds)
         device = scenario.device()
         inputs = scenario.inputs()
-        floor = measure_floor(device, scenario.workload.dtype)
+        peak = measure_peak_matmul(device, scenario.workload.dtype)
         model = load_model(scenario, device)
         reference = Reference.of_step(scenario, model, inputs, device)
         weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        results.add(gemm=floor.to_json(), verification_limits=reference.limits, model_bytes=weights)
+        results.add(
+            peak_matmul=peak.to_json(), verification_limits=reference.limits_to_json(), model_bytes=weights
+        )
+        results.distrust(reference.doubts)
         del model
         variants: dict[str, Variant] = {}
         with ExitStack() as stack:
@@ -73,15 +75,15 @@ class StepBenchmark:
             for layout in self.layouts:
                 build = scenario.build(layout, root)
                 added = _variants(LoadedBuild(scenario, build, inputs, device), scenario, device)
-                results.add(**_verified(added, reference, results.result))
+                _verify(added, reference, results)
                 variants |= added
                 times = alternate(
                     {n: v.loaded.work(v.program) for n, v in variants.items()}, self.rounds, device
                 )
-                results.add(**_timings(variants, times, floor), **_ratios(variants, times))
+                results.add(**_timings(variants, times, peak), **_ratios(variants, times))
             _count(results, variants, device)
-            results.finish()
         _print(results.result)
+        results.finish()
 
 
 def _plans(layout: str, segments: Sequence[Segment], scenario: Scenario) -> dict[str, StepPlan]:
@@ -108,32 +110,34 @@ def _variants(loaded: LoadedBuild, scenario: Scenario, device: Device) -> dict[s
     return variants
 
 
-def _verified(
-    variants: dict[str, Variant], reference: Reference, known: dict[str, Any]
-) -> dict[str, dict[str, Any]]:
-    """Relative L2 of every variant's rows; raises GateMissed for one that is wrong."""
+def _verify(variants: dict[str, Variant], reference: Reference, results: record.Record) -> None:
+    """Records the relative L2 of every variant's rows, and a doubt for each that is wrong."""
     preds = {name: variant.loaded.preds(variant.program) for name, variant in variants.items()}
-    errors = {name: reference.check(name, rows) for name, rows in preds.items()}
-    parts: dict[str, Any] = {"verification": {**known.get("verification", {}), **errors}}
+    verdicts = {name: reference.check(name, rows) for name, rows in preds.items()}
+    errors = {name: verdict.to_json() for name, verdict in verdicts.items()}
+    results.add(verification={**results.result.get("verification", {}), **errors})
+    results.distrust(doubt for verdict in verdicts.values() for doubt in verdict.doubts)
     if "full" in preds and "shared" in preds:
-        parts["max_abs_shared_against_full"] = _compared(preds["shared"], preds["full"], reference.limits)
-    return parts
+        _compare(preds["shared"], preds["full"], reference.limits, results)
 
 
-def _compared(shared: dict[str, Tensor], full: dict[str, Tensor], limits: dict[str, float]) -> float:
-    """Largest difference; raises GateMissed unless the shared plan predicts what the full one does."""
-    for group, limit in limits.items():
-        error = distance(shared[group], full[group])
-        if not error <= limit:
-            raise GateMissed(
-                f"step: expected {group} of the shared plan within a relative L2 of {limit:.1e} of the full "
-                f"one, got {error:.1e}: do not trust timings of these engines"
-            )
-    return max(float((shared[group] - full[group]).abs().max()) for group in limits)
+def _compare(
+    shared: dict[str, Tensor], full: dict[str, Tensor], limits: dict[str, float], results: record.Record
+) -> None:
+    """Records how far the shared plan's rows are from the full one's, and a doubt where that is too far."""
+    errors = {name: relative_l2(shared[name], full[name]) for name in limits}
+    results.distrust(
+        f"shared: expected {name} within a relative L2 of {limits[name]:.1e} of the full plan's, "
+        f"got {error:.1e}"
+        for name, error in errors.items()
+        if not error <= limits[name]
+    )
+    worst = max(float((shared[name] - full[name]).abs().max()) for name in limits)
+    results.add(max_abs_shared_against_full=finite_or_none(worst))
 
 
-def _timings(variants: dict[str, Variant], times: dict[str, Times], floor: Floor) -> dict[str, Any]:
-    """Percentiles of each variant with its operations and its share of the floor; one entry per layout."""
+def _timings(variants: dict[str, Variant], times: dict[str, Times], peak: PeakMatmul) -> dict[str, Any]:
+    """Percentiles of each variant, its operations and their roofline; one entry per layout."""
     rows = {}
     for name, variant in variants.items():
         row: dict[str, Any] = record.percentiles(times[name].device_s)
@@ -142,8 +146,8 @@ def _timings(variants: dict[str, Variant], times: dict[str, Times], floor: Floor
             **row,
             **record.percentiles(times[name].host_s, "host_"),
             "gflop": round(variant.flops / 1e9, 2),
-            "floor_ms": round(floor.ms(variant.flops), 4),
-            "share_of_floor": round(floor.ms(variant.flops) / row["median_ms"], 4),
+            "roofline_ms": round(peak.ms(variant.flops), 4),
+            "mfu": peak.mfu(variant.flops, row["median_ms"]),
             "layout": variant.loaded.build.manifest.layout,
             "graph_nodes": nodes,
         }
@@ -163,7 +167,7 @@ def _ratios(variants: dict[str, Variant], times: dict[str, Times]) -> dict[str, 
     )
     for key, above, below in pairs:
         if above in times and below in times:
-            ratios[key] = round(paired_ratio(times[above], times[below]), 4)
+            ratios[key] = round(median_ratio(times[above], times[below]), 4)
             ratios[f"{key}_flops"] = round(variants[above].flops / variants[below].flops, 4)
     if "shared_over_full" in ratios:
         ratios["deviation"] = round(ratios["shared_over_full"] / ratios["shared_over_full_flops"] - 1, 4)
@@ -185,11 +189,11 @@ def _count(results: record.Record, variants: dict[str, Variant], device: Device)
 
 def _print(result: dict[str, Any]) -> None:
     table = Table(title=f"{result['model']}, one step on {result['backend']}", title_justify="left")
-    for column in ("plan", "median ms", "p10", "p90", "GFLOP", "of the floor", "peak MB"):
+    for column in ("plan", "median ms", "p10", "p90", "GFLOP", "MFU", "peak MB"):
         table.add_column(column, justify="left" if column == "plan" else "right")
     for name, row in result["timings"].items():
         times = (f"{row[key]:.2f}" for key in ("median_ms", "p10_ms", "p90_ms", "gflop"))
-        table.add_row(name, *times, f"{row['share_of_floor']:.0%}", f"{row['peak_bytes'] / 1e6:.0f}")
+        table.add_row(name, *times, format_share(row["mfu"]), f"{row['peak_bytes'] / 1e6:.0f}")
     console = Console()
     console.print(table)
     if "shared_over_full" in result:

@@ -11,15 +11,15 @@ from pathlib import Path
 import stg_trt
 from stg_trt.engines import manifest as manifests
 from stg_trt.engines.auto_backend import AUTO, choose_backend
-from stg_trt.engines.backends import backend_for
+from stg_trt.engines.backends import THIS_GPU, backend_for
 from stg_trt.engines.key import EngineKey, code_version, digest
 from stg_trt.engines.manifest import Manifest, SegmentRecord
 from stg_trt.engines.store import check_file
-from stg_trt.errors import EngineRejected
+from stg_trt.errors import BackendUnavailable, EngineRejected
 from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.segment import Segment
 from stg_trt.models.workload import Workload
-from stg_trt.system.gpu import find_gpu
+from stg_trt.system.gpu import GpuIdentity, find_gpu
 
 from .build_folder import fresh_folder, locked_folder
 from .compilers import compiler_for
@@ -112,6 +112,7 @@ class _Builder:
         self.weights = options.checkpoint.fingerprint()
         self.compiler = compiler_for(options)
         self.backend_version = self.compiler.version
+        self.gpus = {target: _compiled_on(target, options.backend.name) for target in options.targets}
 
     def run(self) -> list[Path]:
         """Builds what is missing under the locks of the build folders."""
@@ -198,6 +199,7 @@ class _Builder:
             versions=versions,
             backend=options.backend.name,
             target=target,
+            gpu=self.gpus[target],
             family=options.checkpoint.family.name,
             transformer_config=options.checkpoint.transformer_config,
             vae_config=options.checkpoint.vae_config,
@@ -225,8 +227,22 @@ class _Builder:
             backend=options.backend.name,
             backend_version=self.backend_version,
             target=target,
+            gpu=self.gpus[target],
             flags=self.compiler.flags(target),
         )
+
+
+def _compiled_on(target: str, backend: str) -> GpuIdentity | None:
+    """The GPU that engines for `this-gpu` are compiled on and for; None for other targets."""
+    if target != THIS_GPU:
+        return None
+    gpu = find_gpu()
+    if gpu is None:
+        raise BackendUnavailable(
+            f"{backend}: expected an NVIDIA GPU for --target {THIS_GPU}, got none: "
+            "build on the machine that will run the engines, or use --backend onnxruntime"
+        )
+    return gpu.identity
 
 
 def _with(manifest: Manifest, record: SegmentRecord) -> Manifest:

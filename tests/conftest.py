@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from stg_trt import VideoPipeline
 from stg_trt.build_engines import build
 from tests.support.cli import keep_one_block
-from tests.support.family_cases import CASES, LTX, FamilyCase
+from tests.support.family_cases import CASES, LTX, FamilyCase, Sizes
 from tests.support.whole_pipelines import TEXT_LENGTH
 
 # The processes of a run take files in this order: one that takes minutes must not begin when the others end.
@@ -125,7 +125,7 @@ def checkpoint(case: FamilyCase, built_once: BuiltOnce) -> Path:
 @pytest.fixture(scope="module")
 def pipeline(case: FamilyCase, checkpoint: Path, built_once: BuiltOnce) -> VideoPipeline:
     """Of the whole checkpoint; 2 videos, and block 1 can be perturbed."""
-    sizes = {**case.sizes, "text_length": TEXT_LENGTH}
+    sizes: Sizes = {**case.sizes, "text_length": TEXT_LENGTH}
     engines = built_once(
         f"{case}-whole-engines",
         lambda folder: build(checkpoint, folder, **sizes, stg_blocks=[1], max_batch=2, verify_timesteps=1),

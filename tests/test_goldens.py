@@ -76,6 +76,16 @@ def layout(request: pytest.FixtureRequest) -> str:
     return name
 
 
+def flipped(call: dict[str, Any]) -> dict[str, Any]:
+    """The same call with other noise."""
+    return call | {"latents": call["latents"].flip(1)}
+
+
+def joined(call: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The videos of both, under the options of the first."""
+    return {k: torch.cat([v, other[k]]) if isinstance(v, Tensor) else v for k, v in call.items()}
+
+
 def open_pipeline(case: FamilyCase, engines: Engines, layout: str) -> VideoPipeline:
     return VideoPipeline.from_pretrained(case.goldens, engines=engines(case), layout=layout)
 
@@ -95,10 +105,8 @@ def test_two_videos_equal_one_by_one(
     golden_engines: Engines, layout: str, case: FamilyCase, golden: str
 ) -> None:
     pipeline, call = open_pipeline(case, golden_engines, layout), arguments(golden, case.goldens)
-    other = {k: v.flip(1) if k == "latents" else v for k, v in call.items()}
-    other["prompt_embeds"] = other["prompt_embeds"] * 0.5
-    both = {k: torch.cat([v, other[k]]) if isinstance(v, Tensor) else v for k, v in call.items()}
-    together = pipeline(**both | {"generator": [seeded(1), seeded(2)]}).frames
+    other = flipped(call) | {"prompt_embeds": call["prompt_embeds"] * 0.5}
+    together = pipeline(**joined(call, other) | {"generator": [seeded(1), seeded(2)]}).frames
     apart = torch.cat(
         [pipeline(**one | {"generator": seeded(i)}).frames for i, one in ((1, call), (2, other))]
     )
@@ -125,7 +133,11 @@ def test_stg_on_a_range_of_steps(golden_engines: Engines, layout: str, case: Fam
     call |= {"stg_scale": 1.0, "stg_mode": mode, "stg_blocks": blocks}
     steps = len(every_step(pipeline, **call | {"generator": seeded(1)}))
     listed = [float(1 <= i < 3) for i in range(steps)]
-    settings = {"range": {"stg_range": (1, 3)}, "list": {"stg_scale": listed}, "off": {"stg_scale": 0.0}}
+    settings: dict[str, dict[str, Any]] = {
+        "range": {"stg_range": (1, 3)},
+        "list": {"stg_scale": listed},
+        "off": {"stg_scale": 0.0},
+    }
     taken = {
         name: every_step(pipeline, **call | given | {"generator": seeded(1)})
         for name, given in settings.items()

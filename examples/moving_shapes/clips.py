@@ -60,7 +60,8 @@ def shape_mask(shape: str, centre_x: float, centre_y: float, radius: float) -> A
     else:
         raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
     blocks = inside.reshape(SIZE, SUPERSAMPLING, SIZE, SUPERSAMPLING)
-    return blocks.mean(axis=(1, 3), dtype=np.float32)
+    covered: Array = blocks.mean(axis=(1, 3), dtype=np.float32)
+    return covered
 
 
 def make_clip(label: Label, rng: np.random.Generator) -> Array:

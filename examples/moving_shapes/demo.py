@@ -33,7 +33,8 @@ PROMPTS = (
     "a blue triangle moving right",
     "a yellow circle moving down",
 )
-SIZES = {"height": 48, "width": 48, "num_frames": 9}
+SIZE = 48
+NUM_FRAMES = 9
 STG_BLOCK = 5
 STEPS = 20
 FRAME_RATE = 25.0
@@ -81,7 +82,9 @@ def build_layouts(checkpoint: Path, engines: Path) -> None:
             build(
                 checkpoint,
                 engines,
-                **SIZES,
+                height=SIZE,
+                width=SIZE,
+                num_frames=NUM_FRAMES,
                 text_length=16,
                 stg_blocks=[STG_BLOCK],
                 stg_mode="stg-a",
@@ -105,7 +108,9 @@ def generate(settings: tuple[Setting, ...], checkpoint: Path, engines: Path) -> 
                 clock = _Clock(setting, lambda: progress.advance(task))
                 result = pipelines[setting.layout](
                     prompt=prompt,
-                    **SIZES,
+                    height=SIZE,
+                    width=SIZE,
+                    num_frames=NUM_FRAMES,
                     frame_rate=FRAME_RATE,
                     num_inference_steps=STEPS,
                     guidance_scale=3.0,
@@ -147,7 +152,8 @@ def save(settings: tuple[Setting, ...], output: Path) -> None:
 def contact_sheet(settings: tuple[Setting, ...]) -> Image.Image:
     """Rows are prompts, columns are settings; each cell shows the first, middle and last frame."""
     scale, gap, text = 2, 12, 18
-    cell_width, cell_height = 3 * SIZES["width"] * scale + 8, SIZES["height"] * scale
+    side = SIZE * scale
+    cell_width, cell_height = 3 * side + 8, side
     sheet = Image.new(
         "RGB",
         (len(settings) * (cell_width + gap) + gap, len(PROMPTS) * (cell_height + text + gap) + text + gap),
@@ -162,10 +168,8 @@ def contact_sheet(settings: tuple[Setting, ...]) -> Image.Image:
             draw.text((left, top), PROMPTS[row], fill="gray")
             for i, frame in enumerate((frames[0], frames[len(frames) // 2], frames[-1])):
                 image = Image.fromarray((frame * 255).round().clip(0, 255).astype(np.uint8))
-                image = image.resize(
-                    (SIZES["width"] * scale, SIZES["height"] * scale), Image.Resampling.NEAREST
-                )
-                sheet.paste(image, (left + i * (SIZES["width"] * scale + 4), top + text))
+                image = image.resize((side, side), Image.Resampling.NEAREST)
+                sheet.paste(image, (left + i * (side + 4), top + text))
     return sheet
 
 

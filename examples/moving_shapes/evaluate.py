@@ -1,6 +1,6 @@
 """How often the sampled clips show what their prompts say: without guidance, with CFG, and with STG on top.
 
-python evaluate.py --engines /tmp/moving_shapes_engines
+python -m examples.moving_shapes.evaluate --engines /tmp/moving_shapes_engines
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from clips import FRAME_RATE, LABELS, NUM_FRAMES, SIZE, Label
-from measure import Measurement, measure
-from report import PARTS, plot, table
 
 from stg_trt import VideoPipeline
 from stg_trt.build_engines import build
+
+from .clips import FRAME_RATE, LABELS, NUM_FRAMES, SIZE, Label
+from .measure import Measurement, measure
+from .report import PARTS, plot, table
 
 HERE = Path(__file__).parent
 BLOCKS = (2, 5)

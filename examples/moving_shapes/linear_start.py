@@ -15,9 +15,10 @@ from itertools import islice
 
 import numpy as np
 import torch
-from clips import clips
 from diffusers import AutoencoderKLLTXVideo
 from torch import Tensor, nn
+
+from .clips import clips
 
 CONSTANT = 64.0
 CHANGE_CHANNELS = 6

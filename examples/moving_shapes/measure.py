@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from clips import BACKGROUND, COLOURS, DIRECTIONS, SHAPES, SIZE, Array, Label, shape_mask
+
+from .clips import BACKGROUND, COLOURS, DIRECTIONS, SHAPES, SIZE, Array, Label, shape_mask
 
 UNCLEAR = "unclear"
 FOREGROUND_LEVEL = 0.3

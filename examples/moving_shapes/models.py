@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from clips import VOCABULARY
 from diffusers import (
     AutoencoderKLLTXVideo,
     FlowMatchEulerDiscreteScheduler,
@@ -13,6 +12,8 @@ from diffusers import (
     LTXVideoTransformer3DModel,
 )
 from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+
+from .clips import VOCABULARY
 
 WIDTH = 128
 LATENT_CHANNELS = 32
@@ -116,7 +117,7 @@ def make_scheduler() -> FlowMatchEulerDiscreteScheduler:
     )
 
 
-class ShapesPipeline(LTXPipeline):
+class ShapesPipeline(LTXPipeline):  # type: ignore[misc]  # has no types
     """LTXPipeline for clips of 48x48: its own check wants multiples of 32, as the published VAE does."""
 
     def check_inputs(self, prompt: Any, height: int, width: int, **given: Any) -> None:

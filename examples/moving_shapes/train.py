@@ -1,6 +1,6 @@
 """Train the small LTX-Video pipeline on generated clips and save it as a diffusers folder.
 
-python train.py --output checkpoint
+python -m examples.moving_shapes.train --output checkpoint
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import models
 import numpy as np
 import torch
-from clips import FRAME_RATE, LABELS, NUM_FRAMES, SIZE, Array, Label, clips
 from diffusers import AutoencoderKLLTXVideo, LTXPipeline, LTXVideoTransformer3DModel
-from linear_start import start_linear
 from torch import Tensor, nn
+
+from . import models
+from .clips import FRAME_RATE, LABELS, NUM_FRAMES, SIZE, Array, Label, clips
+from .linear_start import start_linear
 
 TEXT_LENGTH = 16
 EMPTY_SHARE = 0.1
@@ -263,7 +264,8 @@ def flow_loss(pipe: LTXPipeline, forward: Callable[..., Any], latents: Tensor, l
             return_dict=False,
         )[0]
     error = (pred.float() - (noise - latents)) ** 2
-    return error[factors > 0].mean()
+    loss: Tensor = error[factors > 0].mean()
+    return loss
 
 
 def save(pipe: LTXPipeline, output: Path) -> None:

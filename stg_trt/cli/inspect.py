@@ -46,8 +46,8 @@ def describe(build: Build) -> dict[str, Any]:
         **manifest.model_dump(
             mode="json",
             include={
-                "family", "backend", "target", "layout", "stg_mode", "stg_blocks", "max_batch", "workload",
-                "weights", "versions", "stg_trt_version",
+                "family", "backend", "target", "gpu", "layout", "stg_mode", "stg_blocks", "max_batch",
+                "workload", "weights", "versions", "stg_trt_version",
             },
         ),
         "guidance_states": states,
@@ -104,6 +104,11 @@ def _states(build: Build) -> dict[str, dict[str, Any]]:
     return states
 
 
+def _compiled_for(build: dict[str, Any]) -> str:
+    gpu = build["gpu"]
+    return f"{gpu['name']} with driver {gpu['driver']}" if gpu else str(build["target"])
+
+
 def _print(console: Any, build: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
@@ -114,7 +119,7 @@ def _print(console: Any, build: dict[str, Any]) -> None:
         f"[bold]{escape(build['folder'])}[/bold]: {build['family']}, {size}, "
         f"{workload['text_length']} text tokens, {workload['precision']}, {build['layout']}, "
         f"{build['stg_mode']} {build['stg_blocks']}, at most {build['max_batch']} videos, "
-        f"{build['backend']} for {build['target']}"
+        f"{build['backend']} for {_compiled_for(build)}"
         + ("" if build["complete"] else " [red](not finished)[/red]")
     )
     table = Table()

@@ -40,8 +40,11 @@ class Backend:
         )
 
 
+THIS_GPU = "this-gpu"
+"""The target of backends whose engines are compiled on, and for, the GPU of this machine."""
+
 _CPU = Target("cpu", "cpu", ("fp32",))
-_THIS_GPU = Target("this-gpu", "cuda", ("bf16",))
+_THIS_GPU = Target(THIS_GPU, "cuda", ("bf16",))
 _RTX_TARGETS = ("sm_120", "sm_89", "sm_86", "sm_80", "sm_75", "sm_121")
 _BACKENDS = {
     backend.name: backend

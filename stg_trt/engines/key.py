@@ -12,13 +12,14 @@ from typing import Any
 from stg_trt.models import families
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import TensorSpec
+from stg_trt.system.gpu import GpuIdentity
 
-KEY_VERSION = 1
+KEY_VERSION = 2
 
 
 @dataclass(frozen=True)
 class EngineKey:
-    """What one engine is made from; `rows` is the profile (min, opt, max)."""
+    """What one engine is made from; `rows` is the profile (min, opt, max), `gpu` that of `this-gpu`."""
 
     weights: str
     code: str
@@ -31,6 +32,7 @@ class EngineKey:
     backend: str
     backend_version: str
     target: str
+    gpu: GpuIdentity | None
     flags: tuple[str, ...]
     version: int = KEY_VERSION
 

@@ -16,8 +16,9 @@ from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import TensorSpec
 from stg_trt.models.workload import Workload
 from stg_trt.system.files import write_atomically
+from stg_trt.system.gpu import GpuIdentity
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FILE_NAME = "manifest.json"
 
 
@@ -62,13 +63,17 @@ class SegmentRecord(_Record):
 
 
 class Manifest(_Record):
-    """One build: a model at one size, in one layout, for one backend and target."""
+    """One build: a model at one size, in one layout, for one backend and target.
+
+    `gpu` is the one that a build for `this-gpu` was compiled on.
+    """
 
     schema_version: int = SCHEMA_VERSION
     stg_trt_version: str
     versions: dict[str, str]
     backend: str
     target: str
+    gpu: GpuIdentity | None
     family: str
     transformer_config: dict[str, Any]
     vae_config: dict[str, Any] | None

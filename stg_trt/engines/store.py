@@ -14,15 +14,13 @@ from stg_trt.models.families.base import ModelFamily
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.segment import check_layout
 from stg_trt.system.files import file_sha256
+from stg_trt.system.gpu import Machine
 from stg_trt.system.stream import Stream
 
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """What a call needs of a build; None accepts anything. `perturbations` are those of its steps.
-
-    `machine` is what there is to run on: the GPU's compute capability (sm_90), or cpu.
-    """
+    """What a call needs of a build; None accepts anything. `perturbations` are those of its steps."""
 
     weights: str | None = None
     height: int | None = None
@@ -33,7 +31,7 @@ class EngineRequest:
     layout: str | None = None
     backend: str | None = None
     target: str | None = None
-    machine: str | None = None
+    machine: Machine | None = None
 
     def __post_init__(self) -> None:
         if self.layout is not None:
@@ -160,13 +158,16 @@ def _device(manifest: Manifest) -> str:
     return backend_for(manifest.backend).target(manifest.target).device
 
 
-def _cannot_run(manifest: Manifest, machine: str) -> str | None:
+def _cannot_run(manifest: Manifest, machine: Machine) -> str | None:
     if _device(manifest) == "cpu":
         return None
-    if machine == "cpu":
+    gpu = machine.gpu
+    if gpu is None:
         return "runs on an NVIDIA GPU, this machine has none: build with --backend onnxruntime"
-    if manifest.target.startswith("sm_") and manifest.target != machine:
-        return f"compiled for {manifest.target}, this GPU is {machine}: build with --target {machine}"
+    if manifest.target.startswith("sm_") and manifest.target != gpu.sm:
+        return f"compiled for {manifest.target}, this GPU is {gpu.sm}: build with --target {gpu.sm}"
+    if manifest.gpu is not None and manifest.gpu != gpu.identity:
+        return f"compiled for {manifest.gpu}, this GPU is {gpu.identity}: build the engines again here"
     return None
 
 

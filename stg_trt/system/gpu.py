@@ -7,6 +7,22 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class GpuIdentity:
+    """What engines compiled for one GPU are tied to: their kernels were chosen by timing them on it.
+
+    `sm` is its compute capability, as targets name it (sm_90); `driver` is the driver's major version.
+    """
+
+    name: str
+    sm: str
+    multiprocessors: int
+    driver: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.sm}, {self.multiprocessors} multiprocessors, driver {self.driver})"
+
+
+@dataclass(frozen=True)
 class Gpu:
     """`sm` is its compute capability, as targets name it: sm_90."""
 
@@ -15,6 +31,18 @@ class Gpu:
     memory_bytes: int
     multiprocessors: int
     driver: str
+
+    @property
+    def identity(self) -> GpuIdentity:
+        """What tells it from other GPUs to an engine."""
+        return GpuIdentity(self.name, self.sm, self.multiprocessors, self.driver.split(".")[0])
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What engines can run on: the CPU and, where there is one, a GPU."""
+
+    gpu: Gpu | None = None
 
 
 def find_gpu() -> Gpu | None:
@@ -33,10 +61,9 @@ def find_gpu() -> Gpu | None:
     )
 
 
-def this_machine() -> str:
-    """What engines can run on here: the GPU's compute capability, or cpu."""
-    gpu = find_gpu()
-    return "cpu" if gpu is None else gpu.sm
+def this_machine() -> Machine:
+    """What engines can run on here."""
+    return Machine(find_gpu())
 
 
 def _driver() -> str:

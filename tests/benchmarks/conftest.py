@@ -8,7 +8,7 @@ import pytest
 
 from stg_trt.benchmarks.scenario import Scenario
 from tests.support.cli import ROOT
-from tests.support.family_cases import WAN
+from tests.support.family_cases import WAN, FamilyCase
 
 MODEL = ROOT / "benchmarks/models/ltx-video-128x2"
 
@@ -40,6 +40,12 @@ def scenario() -> Scenario:
 
 
 @pytest.fixture
-def wan_setting() -> Scenario:
+def wan_scenario() -> Scenario:
     """The Wan model and size in Python."""
-    return Scenario(str(WAN.goldens), **WAN.sizes, stg_mode="stg-a", stg_blocks=(2,), backend="onnxruntime")
+    return scenario_of(WAN, "stg-a", (2,))
+
+
+def scenario_of(case: FamilyCase, mode: str, blocks: tuple[int, ...]) -> Scenario:
+    """A family's tiny transformer at the size of its goldens, on ONNX Runtime."""
+    sizes = (case.workload.height, case.workload.width, case.workload.num_frames, case.workload.text_length)
+    return Scenario(str(case.goldens), *sizes, stg_mode=mode, stg_blocks=blocks, backend="onnxruntime")

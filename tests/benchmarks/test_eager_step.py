@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from stg_trt.benchmarks.diffusers_models import _UNCUT
+from stg_trt.benchmarks.diffusers_models import _MODELS
 from stg_trt.benchmarks.eager_step import EagerStep, lower_precision, perturbed_skip_row
 from stg_trt.benchmarks.scenario import Scenario
+from tests.benchmarks.conftest import scenario_of
 from tests.support.eager_reference import perturbed
 from tests.support.family_cases import CASES, TIMESTEP, FamilyCase
 
-COMPARED = [case for case in CASES if case.family.name in _UNCUT]
+COMPARED = [case for case in CASES if case.family.name in _MODELS]
 
 
 @pytest.mark.parametrize("mode", ["stg-a", "stg-r"])
@@ -22,9 +23,7 @@ COMPARED = [case for case in CASES if case.family.name in _UNCUT]
 @pytest.mark.parametrize("case", COMPARED, ids=str)
 @torch.no_grad()
 def test_rows_equal_passes_of_their_own(case: FamilyCase, mode: str, blocks: tuple[int, ...]) -> None:
-    scenario = Scenario(
-        str(case.goldens), **case.sizes, stg_mode=mode, stg_blocks=blocks, backend="onnxruntime"
-    )
+    scenario = scenario_of(case, mode, blocks)
     model, inputs = scenario.opened.load_transformer(), scenario.inputs(4)
     same_timestep = replace(inputs.solver, timesteps=(TIMESTEP,) * 4)
     inputs = replace(inputs, solver=same_timestep)
@@ -63,10 +62,10 @@ def test_a_block_with_two_streams_keeps_both_rows(scenario: Scenario, named: boo
         assert [stream[:, 0, 0].tolist() for stream in first(video, text)] == [[1, 1, 1], [2, 2, 2]]
 
 
-def test_lower_precision_is_that_of_diffusers(wan_setting: Scenario) -> None:
-    model = lower_precision(wan_setting.opened.load_transformer(), torch.bfloat16)
+def test_lower_precision_is_that_of_diffusers(wan_scenario: Scenario) -> None:
+    model = lower_precision(wan_scenario.opened.load_transformer(), torch.bfloat16)
     expected = type(model).from_pretrained(
-        wan_setting.source, subfolder="transformer", torch_dtype=torch.bfloat16
+        wan_scenario.source, subfolder="transformer", torch_dtype=torch.bfloat16
     )
     found = {name: tensor.dtype for name, tensor in model.named_parameters()}
     assert found == {name: tensor.dtype for name, tensor in expected.named_parameters()}

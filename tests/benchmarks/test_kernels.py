@@ -29,7 +29,7 @@ def test_measures_every_kernel_on_every_size(tmp_path: Path) -> None:
     ]
     for row in result["kernels"]:
         assert row["implementation"] == "torch reference"
-        assert row["relative_error"] <= 1e-5 and row["gb_per_s"] > 0 and row["share_of_copy"] > 0
+        assert row["relative_error"] <= 1e-5 and row["gb_per_s"] > 0
 
 
 def test_counts_the_bytes_of_every_pass_over_the_rows(tmp_path: Path) -> None:
@@ -44,15 +44,20 @@ def test_counts_the_bytes_of_every_pass_over_the_rows(tmp_path: Path) -> None:
     }
 
 
-def test_a_wrong_kernel_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_kernel_is_timed_but_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def off(state: Any, *arguments: Any, **options: Any) -> None:
         guided_step(state, *arguments, **options)
         state.latents.mul_(1.001)
 
     monkeypatch.setattr(operations, "guided_step", off)
-    with pytest.raises(GateMissed, match=r"guided_step: expected torch reference within .* got 1.0e-03"):
+    with pytest.raises(
+        GateMissed, match=r"guided_step: expected torch reference of 1000 elements .* got 1.0e-03"
+    ):
         KernelBenchmark("cpu", (1000,), 1).run(tmp_path / "kernels.json")
-    assert not (tmp_path / "kernels.json").exists()
+    result = json.loads((tmp_path / "kernels.json").read_text())
+    assert result["complete"] and not result["trusted"] and len(result["kernels"]) == len(KERNELS)
+    off_kernels = [kernel.name for kernel in KERNELS if kernel.name.startswith("guided_step")]
+    assert [doubt.split(":")[0] for doubt in result["doubts"]] == off_kernels
 
 
 def test_elements_are_numbers(tmp_path: Path) -> None:

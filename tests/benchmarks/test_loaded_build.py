@@ -12,20 +12,20 @@ from stg_trt.benchmarks.scenario import Scenario
 from stg_trt.models.plan import plan_step
 
 
-def test_a_step_starts_from_a_history(engines: Path, wan_setting: Scenario) -> None:
-    inputs, device = wan_setting.inputs(6), wan_setting.device()
+def test_a_step_starts_from_a_history(engines: Path, wan_scenario: Scenario) -> None:
+    inputs, device = wan_scenario.inputs(6), wan_scenario.device()
     assert None in inputs.solver.single_step and inputs.middle == 3
-    loaded = LoadedBuild(wan_setting, wan_setting.build("segmented", engines), inputs, device)
-    plan = plan_step(loaded.sampler.segments, wan_setting.passes, wan_setting.perturbation)
+    loaded = LoadedBuild(wan_scenario, wan_scenario.build("segmented", engines), inputs, device)
+    plan = plan_step(loaded.sampler.segments, wan_scenario.passes, wan_scenario.perturbation)
     work = loaded.work(loaded.program(plan))
     for _ in range(2):
         work.reset()
         work.run()
     found = loaded.state.latents
 
-    model, preds = wan_setting.opened.load_transformer(), [*inputs.earlier]
-    with perturbed_skip_row(wan_setting, model):
-        eager = EagerStep(wan_setting, model, inputs, torch.float32, "cpu")
+    model, preds = wan_scenario.opened.load_transformer(), [*inputs.earlier]
+    with perturbed_skip_row(wan_scenario, model):
+        eager = EagerStep(wan_scenario, model, inputs, torch.float32, "cpu")
         expected = eager.step(inputs.noise, inputs.middle, preds)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert len(preds) == inputs.middle + 1

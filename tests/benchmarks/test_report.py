@@ -1,4 +1,4 @@
-"""`stg-trt bench report`: tables, targets and a plot from results alone."""
+"""`stg-trt bench report`: tables, goals and a plot from results alone."""
 
 from __future__ import annotations
 
@@ -24,11 +24,16 @@ MACHINE = {
     "versions": {"torch": "2.13.0"},
     "complete": True,
 }
-LTX = {
+LTX: dict[str, Any] = {
     "model": "ltx-video-2b",
     "backend": "inductor",
     "workload": {"height": 480, "width": 704, "num_frames": 121, "text_length": 128, "precision": "bf16"},
-    "gemm": {"dtype": "bfloat16", "size": 8192, "tflops": 700.0},
+    "peak_matmul": {
+        "dtype": "bfloat16",
+        "library": "cuBLASLt",
+        "shape": [8192, 8192, 8192],
+        "tflops": 700.0,
+    },
 }
 
 
@@ -38,8 +43,8 @@ def row(median_ms: float, **more: Any) -> dict[str, Any]:
         "p10_ms": median_ms * 0.9,
         "p90_ms": median_ms * 1.2,
         "gflop": 50000.0,
-        "floor_ms": 60.0,
-        "share_of_floor": 60 / median_ms,
+        "roofline_ms": 60.0,
+        "mfu": 60 / median_ms,
         **more,
     }
 
@@ -58,7 +63,7 @@ PEERS = {
     **MACHINE,
     **LTX,
     "benchmark": "peers",
-    "left_out": ["compiled"],
+    "left_out": {"compiled": "not named by --peers"},
     "timings": {"stg_trt": row(100), "eager": row(160)},
     "eager_over_stg_trt": 1.6,
 }
@@ -70,7 +75,7 @@ def save(folder: Path, **results: Any) -> list[Path]:
     return [folder / f"{name}.json" for name in results]
 
 
-def test_tables_targets_and_plot(tmp_path: Path) -> None:
+def test_tables_goals_and_plot(tmp_path: Path) -> None:
     paths = save(tmp_path, step=STEP, peers=PEERS)
     answer = run("bench", "report", *paths, "--output", tmp_path / "out" / "report.md")
     assert answer.returncode == 0, answer.stderr
@@ -86,23 +91,83 @@ def test_tables_targets_and_plot(tmp_path: Path) -> None:
     )
     assert "| torch.compile / stg_trt | NVIDIA Example | >= 1.25 | not measured |  |" in text
     assert "| engine bytes / model bytes | NVIDIA Example | <= 1.05 | 1.010 | met |" in text
-    assert "Left out: compiled." in text and "(report.png)" in text
+    assert "Left out: compiled (not named by --peers)." in text
+    assert "MFU is of 700.00 TFLOP/s, the fastest bfloat16 product: 8192x8192x8192 by cuBLASLt." in text
+    assert "(report.png)" in text
     assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_missed_target_is_published_with_its_reason(tmp_path: Path) -> None:
+def test_a_missed_goal_is_published_with_its_reason(tmp_path: Path) -> None:
     reasons = tmp_path / "reasons.json"
     reasons.write_text(json.dumps({"diffusers eager / stg_trt": "attention is the same kernel"}))
     write_report(save(tmp_path, peers=PEERS), tmp_path / "report.md", reasons)
     assert "| 1.600 | missed: attention is the same kernel |" in (tmp_path / "report.md").read_text()
 
 
-def test_targets_are_for_the_model_and_size_they_name(tmp_path: Path) -> None:
+def test_goals_are_for_the_model_and_size_they_name(tmp_path: Path) -> None:
     small = {**STEP, "workload": {**LTX["workload"], "height": 704, "width": 1216}}
     on_a_cpu, shortened = {**STEP, "gpu": None}, {**STEP, "blocks": [3]}
     results = save(tmp_path, small=small, cpu=on_a_cpu, shortened=shortened)
     write_report(results, tmp_path / "report.md", None)
-    assert "| target |" not in (tmp_path / "report.md").read_text()
+    assert "| goal |" not in (tmp_path / "report.md").read_text()
+
+
+def test_a_result_that_is_not_trusted_is_not_published(tmp_path: Path) -> None:
+    untrusted = {**PEERS, "trusted": False, "doubts": ["stg_trt: expected cond within 1e-2, got inf"]}
+    write_report(save(tmp_path, step=STEP, peers=untrusted), tmp_path / "report.md", None)
+    text = (tmp_path / "report.md").read_text()
+    assert "Not published, since it is not trusted: stg_trt: expected cond within 1e-2, got inf." in text
+    assert "| diffusers eager / stg_trt | NVIDIA Example | >= 1.7 | not trusted |  |" in text
+    assert "| eager |" not in text and "1.600" not in text
+    assert "| STG step / CFG step | NVIDIA Example | <= 1.18 | 1.176 | met |" in text
+
+
+def test_a_share_above_the_ceiling_is_no_share(tmp_path: Path) -> None:
+    above = {**STEP, "timings": {"shared": {**row(100), "mfu": None}}}
+    write_report(save(tmp_path, step=above), tmp_path / "report.md", None)
+    text = (tmp_path / "report.md").read_text()
+    assert "| 50,000.0 | above the measured ceiling: calibration too low |" in text
+
+
+def test_optimisations_have_what_was_expected_of_them(tmp_path: Path) -> None:
+    listed = [
+        {"name": "half RoPE tables", "expected": "-2 ms", "measured": "-1.7 ms"},
+        {"name": "GELU in the product", "expected": "-3.7 ms"},
+    ]
+    write_report(save(tmp_path, step={**STEP, "optimisations": listed}), tmp_path / "report.md", None)
+    text = (tmp_path / "report.md").read_text()
+    assert "| half RoPE tables | -2 ms | -1.7 ms |\n| GELU in the product | -3.7 ms | not measured |" in text
+
+
+def test_a_run_on_a_gpu_brings_the_results_of_its_parts(tmp_path: Path) -> None:
+    parts = [
+        {"name": "kernel tests", "ended": "done", "seconds": 21.0, "tests": {"passed": 586}},
+        {
+            "name": "step",
+            "ended": "cut off after 150 s",
+            "seconds": 150.0,
+            "result": {**STEP, "complete": False},
+        },
+    ]
+    run_on_gpu = {**MACHINE, "benchmark": "gpu", "rehearsal": None, "parts": parts}
+    write_report(save(tmp_path, gpu=run_on_gpu), tmp_path / "report.md", None)
+    text = (tmp_path / "report.md").read_text()
+    assert "| kernel tests | done | 586 passed | 21 |" in text
+    assert "## step, ltx-video-2b, 704x480x121 bf16, inductor (cut off)\n" in text
+    assert "| STG step / CFG step | NVIDIA Example | <= 1.18 | 1.176 | met |" in text
+
+
+def test_a_rehearsal_says_that_it_is_one(tmp_path: Path) -> None:
+    rehearsal = {
+        **MACHINE,
+        "gpu": None,
+        "benchmark": "gpu",
+        "rehearsal": "A rehearsal on a CPU.",
+        "parts": [],
+    }
+    write_report(save(tmp_path, rehearsal=rehearsal), tmp_path / "report.md", None)
+    text = (tmp_path / "report.md").read_text()
+    assert "## rehearsal\n" in text and "A rehearsal on a CPU.\n" in text
 
 
 def test_a_result_that_was_cut_off_says_so(tmp_path: Path) -> None:

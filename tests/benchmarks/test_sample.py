@@ -10,10 +10,12 @@ import pytest
 from stg_trt.benchmarks.sample import SampleBenchmark
 from stg_trt.benchmarks.scenario import Scenario
 from stg_trt.errors import GateMissed
+from tests.benchmarks.conftest import scenario_of
 from tests.support.broken_plan import unperturbed
 from tests.support.cli import run
 from tests.support.family_cases import COGVIDEOX, WAN, FamilyCase
 
+CALLS = {"stg", "stg in the middle", "cfg"}
 CFG, STG = "uncond+cond, rescaled", "uncond+cond+skip, rescaled"
 
 
@@ -38,18 +40,17 @@ def test_measures_calls_and_their_steps(tmp_path: Path, tiny: tuple[str, ...]) -
 @pytest.mark.parametrize("case", [WAN, COGVIDEOX["5b"]], ids=str)
 def test_a_multi_step_solver(tmp_path: Path, engines: Path, case: FamilyCase) -> None:
     """Of which one adds noise."""
-    scenario = Scenario(
-        str(case.goldens), **case.sizes, stg_mode="stg-a", stg_blocks=(2,), backend="onnxruntime"
-    )
+    scenario = scenario_of(case, "stg-a", (2,))
     SampleBenchmark(scenario, "segmented", 4, 1).run(tmp_path / "sample.json", engines)
     result = json.loads((tmp_path / "sample.json").read_text())
     assert result["complete"] and result["verification"]["relative_l2"] <= 1e-4
 
 
-def test_a_broken_plan_is_not_timed(
+def test_a_broken_plan_is_timed_but_not_trusted(
     tmp_path: Path, engines: Path, scenario: Scenario, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("stg_trt.runtime.sampler.plan_step", unperturbed)
     with pytest.raises(GateMissed, match=r"sample: expected latents within .* after 2 steps, got"):
         SampleBenchmark(scenario, "segmented", 4, 1).run(tmp_path / "sample.json", engines)
-    assert not (tmp_path / "sample.json").exists()
+    result = json.loads((tmp_path / "sample.json").read_text())
+    assert result["complete"] and not result["trusted"] and result["calls"].keys() == CALLS

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from stg_trt.benchmarks import step
+from stg_trt.benchmarks.loaded_build import LoadedBuild
 from stg_trt.benchmarks.report import write_report
 from stg_trt.benchmarks.scenario import Scenario
 from stg_trt.benchmarks.step import NO_GRAPH, StepBenchmark
@@ -39,13 +41,14 @@ def test_measures_every_plan(tmp_path: Path, tiny: tuple[str, ...]) -> None:
     assert {name: row["layout"] for name, row in result["timings"].items()} == PLANS
     for row in result["timings"].values():
         assert 0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"]
-        assert row["share_of_floor"] == pytest.approx(row["floor_ms"] / row["median_ms"], rel=0.01)
+        assert row["roofline_ms"] > 0 and (row["mfu"] is None or 0 < row["mfu"] <= 1.05)
         assert row["peak_bytes"] >= 0 and row["gflop"] > 0 and row["host_median_ms"] > 0
     assert result["shared_over_full_flops"] < 1 < result["stg_over_cfg_flops"]
     expected = result["shared_over_full"] / result["shared_over_full_flops"] - 1
     assert result["deviation"] == pytest.approx(expected, abs=2e-4)
     assert "by FLOPs" in answer.stdout and "shared / full: " in answer.stdout
-    assert result["gemm"]["dtype"] == "float32" and result["gemm"]["tflops"] > 0
+    assert result["peak_matmul"]["dtype"] == "float32" and result["peak_matmul"]["tflops"] > 0
+    assert result["trusted"] and result["doubts"] == []
     assert result["gpu"] is None and {"torch", "diffusers", "onnxruntime"} <= result["versions"].keys()
     for errors in result["verification"].values():
         assert max(errors.values()) <= 1e-4
@@ -82,14 +85,42 @@ def test_the_segmented_layout_holds_its_weights_once(
     assert result["model_bytes"] <= once < 1.3 * result["model_bytes"] < twice
 
 
-def test_a_broken_plan_is_not_timed(
+def test_a_broken_plan_is_timed_but_not_trusted(
     tmp_path: Path, engines: Path, scenario: Scenario, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Time on a GPU may not come again; the report refuses it."""
     monkeypatch.setattr(step, "plan_step", unperturbed)
-    with pytest.raises(GateMissed, match=r"shared: expected skip within .* got .*: do not trust timings"):
+    with pytest.raises(
+        GateMissed, match=r"shared: expected skip within .* got .*: what was measured is kept"
+    ):
         StepBenchmark(scenario, ("segmented",), 1).run(tmp_path / "step.json", engines)
     result = read(tmp_path / "step.json")
-    assert "timings" not in result and not result["complete"]
+    assert (
+        result["complete"] and not result["trusted"] and result["timings"].keys() == {"shared", "full", "cfg"}
+    )
+    assert any(doubt.startswith("shared: expected skip within a relative L2") for doubt in result["doubts"])
+    assert any("of the full plan's" in doubt for doubt in result["doubts"])
+    write_report([tmp_path / "step.json"], tmp_path / "report.md", None)
+    text = (tmp_path / "report.md").read_text()
+    assert "Not published, since it is not trusted: shared: expected skip" in text
+    assert "median ms" not in text and not (tmp_path / "report.png").exists()
+
+
+def test_predictions_that_are_no_numbers_are_recorded(
+    tmp_path: Path, engines: Path, scenario: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As JSON has none for them."""
+    preds = LoadedBuild.preds
+
+    def broken(self: LoadedBuild, program: Any) -> dict[str, torch.Tensor]:
+        return {name: rows * float("nan") for name, rows in preds(self, program).items()}
+
+    monkeypatch.setattr(LoadedBuild, "preds", broken)
+    with pytest.raises(GateMissed, match=r"shared: expected uncond within .*, got inf"):
+        StepBenchmark(scenario, ("segmented",), 1).run(tmp_path / "step.json", engines)
+    result = json.loads((tmp_path / "step.json").read_text(), parse_constant=pytest.fail)
+    assert result["verification"]["shared"] == {"uncond": None, "cond": None, "skip": None}
+    assert result["max_abs_shared_against_full"] is None
 
 
 def test_a_perturbation_without_effect_cannot_be_checked(
@@ -98,6 +129,7 @@ def test_a_perturbation_without_effect_cannot_be_checked(
     monkeypatch.setattr("stg_trt.benchmarks.verify._FLOAT32_LIMIT", 1e3)
     with pytest.raises(GateMissed, match="the check would see no difference"):
         StepBenchmark(scenario, ("segmented",), 1).run(tmp_path / "step.json", engines)
+    assert not read(tmp_path / "step.json")["trusted"]
 
 
 def test_what_is_measured_is_kept(

@@ -69,7 +69,7 @@ def test_a_lock_file_that_another_builder_has_removed_is_not_the_lock(
 ) -> None:
     """It was opened before, and is locked after; by then its name is that of another's."""
     path = tmp_path / LOCK_NAME
-    removed = []
+    removed: list[int] = []
 
     class Late(FileLock):
         def acquire(self, *args: Any, **options: Any) -> Any:
@@ -90,7 +90,7 @@ def test_a_lock_file_that_another_builder_has_removed_is_not_the_lock(
 
 
 def test_a_removed_folder_is_held_by_one_at_a_time(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", HOLDER, tmp_path / "build", tmp_path / "alone"]
+    command = (sys.executable, "-c", HOLDER, tmp_path / "build", tmp_path / "alone")
     holders = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(4)]
     errors = [holder.communicate(timeout=120)[1] for holder in holders]
     assert [holder.returncode for holder in holders] == [0] * 4, errors

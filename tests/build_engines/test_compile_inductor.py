@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from stg_trt.build_engines.compile_inductor import InductorCompiler
 from stg_trt.build_engines.compiler import Job
 from stg_trt.build_engines.options import BuildOptions
 from stg_trt.build_engines.reusable_files import ReusableFiles
-from stg_trt.build_engines.trace import fingerprint, trace, weights_of
+from stg_trt.build_engines.trace import trace
 from stg_trt.engines import cuda_toolkit
 from stg_trt.engines import manifest as manifests
 from stg_trt.engines.backends import backend_for
@@ -33,14 +32,13 @@ from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.models.workload import Workload
 from stg_trt.runtime.device import Cpu
 from tests.support.cli import assert_one_line_error, contents, run
-from tests.support.family_cases import CASES, LTX, FamilyCase
+from tests.support.family_cases import CASES, LTX, FamilyCase, Sizes
 from tests.support.frozen_segments import BranchesOnRows, ViewsTwoRows
 
 X = TensorSpec("x", "float32", (ROWS, 4, 6))
 Y = TensorSpec("y", "float32", (ROWS, 4, 6))
 CPU = torch.device("cpu")
 SKIPPED = Segment("skipped", 1, 4, True, True, skipped=Perturbation("stg-a", (2,)))
-BUILD = {**LTX.sizes, "backend": "inductor", "target": "cpu", "max_batch": 2}
 FLAGS = ("--height=128", "--width=160", "--num-frames=17", "--text-length=9", "--max-batch=2")
 
 
@@ -89,12 +87,25 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+def build_on_cpu(checkpoint: Path, output: Path, blocks: list[int], mode: str) -> list[Path]:
+    return build(
+        checkpoint,
+        output,
+        **LTX.sizes,
+        backend="inductor",
+        target="cpu",
+        max_batch=2,
+        stg_blocks=blocks,
+        stg_mode=mode,
+    )
+
+
 def compiler_of(
     checkpoint: Path,
     output: Path,
     precision: str,
     target: str = "cpu",
-    sizes: Mapping[str, int] = LTX.sizes,
+    sizes: Sizes = LTX.sizes,
 ) -> InductorCompiler:
     workload = Workload(**sizes, precision=precision)
     options = BuildOptions(
@@ -152,19 +163,19 @@ def test_a_segment_is_the_chain_of_its_pieces(case: FamilyCase, tmp_path: Path) 
                 results = part(*(state[name] for name in part.inputs))
                 state |= dict(zip(part.outputs, results, strict=True))
                 borders = family.inputs(piece, case.workload), family.outputs(piece, case.workload)
-                assert trace(piece.name, part, *borders, 6).graph_signature.parameters
+                assert trace(piece.name, part, *borders, 6).reads
         assert all(torch.equal(state[name], tensor) for name, tensor in wanted.items())
 
 
 def test_pieces_trace_equally_where_only_their_weights_differ(ltx_checkpoint: Path) -> None:
     checkpoint = Checkpoint.open(ltx_checkpoint)
-    family, workload = checkpoint.family, Workload(**LTX.sizes)
+    family, workload = checkpoint.family, LTX.workload
     other = Checkpoint.open(ltx_checkpoint, random_weights=True).load_transformer()
 
     def traced(piece: Segment, transformer: Any, max_rows: int = 6) -> str:
         module = family.module(transformer, piece, expand_masks=False)
         specs = family.inputs(piece, workload), family.outputs(piece, workload)
-        return fingerprint(trace("x", module, *specs, max_rows))
+        return trace("x", module, *specs, max_rows).fingerprint
 
     transformer = checkpoint.load_transformer()
     first = traced(Segment("block", 0, 1), transformer)
@@ -180,9 +191,9 @@ def test_pieces_trace_equally_where_only_their_weights_differ(ltx_checkpoint: Pa
 
 def test_no_weight_becomes_part_of_a_package(tmp_path: Path) -> None:
     module = Foldable()
-    program = trace("x", module, (X,), (X,), 6)
-    weights = weights_of(program)
-    package = compile_package(program, tmp_path / "x.pt2", CPU)
+    traced = trace("x", module, (X,), (X,), 6)
+    weights = traced.weights_of(module)
+    package = compile_package(traced.program, tmp_path / "x.pt2", CPU)
     assert fused_attentions(package) == 0
     assert list(tmp_path.iterdir()) == [package]
     loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", True, 1, -1)
@@ -229,7 +240,8 @@ def unfused(self: SegmentModule, q: Tensor, k: Tensor, v: Tensor, bias: Tensor |
     if bias is not None:
         return scaled_dot_product_attention(q, k, v, attn_mask=bias)
     weights = (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).exp()
-    return (weights / weights.sum(dim=3, keepdim=True)) @ v
+    attended: Tensor = (weights / weights.sum(dim=3, keepdim=True)) @ v
+    return attended
 
 
 def test_an_attention_that_is_not_fused_misses_its_gate(
@@ -237,7 +249,7 @@ def test_an_attention_that_is_not_fused_misses_its_gate(
 ) -> None:
     monkeypatch.setattr(SegmentModule, "attend", unfused)
     with pytest.raises(GateMissed, match="front: expected 2 fused attentions, got 1: an attention of this"):
-        build(ltx_checkpoint, beside, **BUILD, stg_blocks=[1], stg_mode="stg-r")
+        build_on_cpu(ltx_checkpoint, beside, [1], "stg-r")
     assert compiled == ["block"]
     (folder,) = beside.glob("segmented-stg-r-1-*")
     assert {path.suffix for path in folder.iterdir() if path.name != ".lock"} == {
@@ -251,7 +263,7 @@ def test_what_inductor_refuses_is_told_in_one_line(tmp_path: Path, monkeypatch: 
         raise RuntimeError("no such\n\nkernel")
 
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", refuses)
-    program = trace("x", Foldable(), (X,), (X,), 6)
+    program = trace("x", Foldable(), (X,), (X,), 6).program
     with pytest.raises(GateMissed, match=r"^x: inductor cannot compile it: no such kernel$"):
         compile_package(program, tmp_path / "x.pt2", CPU)
     assert not list(tmp_path.iterdir())
@@ -284,7 +296,7 @@ def test_an_interrupted_build_is_finished(
     for path in (*folder.glob("*.pt2"), *folder.glob("*.safetensors")):
         if path.name not in {file.name for record in kept for file in record.files}:
             path.unlink()
-    assert build(ltx_checkpoint, beside, **BUILD, stg_blocks=[1, 3], stg_mode="stg-a") == [folder]
+    assert build_on_cpu(ltx_checkpoint, beside, [1, 3], "stg-a") == [folder]
     after = contents(folder)
     assert compiled == [] and after.keys() == before.keys()
     assert all(after[name] == before[name] for name in after if name != "manifest.json")

@@ -198,7 +198,8 @@ def unfused(self: SegmentModule, q: Tensor, k: Tensor, v: Tensor, bias: Tensor |
     if bias is not None:
         return scaled_dot_product_attention(q, k, v, attn_mask=bias)
     weights = (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).float().exp()
-    return (weights / weights.sum(dim=3, keepdim=True)).to(q.dtype) @ v
+    attended: Tensor = (weights / weights.sum(dim=3, keepdim=True)).to(q.dtype) @ v
+    return attended
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.segment import TEXT, Segment
 
 NAME = "front"
+# Timesteps, and for each of them the inputs and the outputs of the segment.
+Eager = tuple[list[float], list[State], list[State]]
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +35,12 @@ def reference(checkpoint: Checkpoint, build: Build, segments: tuple[Segment, ...
 
 
 @pytest.fixture(scope="module")
-def eager(
-    ltx_checkpoint: Path, build: Build, segments: tuple[Segment, ...]
-) -> tuple[list[float], list[State], list[State]]:
+def eager(ltx_checkpoint: Path, build: Build, segments: tuple[Segment, ...]) -> Eager:
     """Timesteps, inputs and eager outputs of the front."""
     return run(Checkpoint.open(ltx_checkpoint), build, segments)
 
 
-def run(
-    checkpoint: Checkpoint, build: Build, segments: tuple[Segment, ...]
-) -> tuple[list[float], list[State], list[State]]:
+def run(checkpoint: Checkpoint, build: Build, segments: tuple[Segment, ...]) -> Eager:
     chain = reference(checkpoint, build, segments, 3)
     segment = next(segment for segment in segments if segment.name == NAME)
     inputs = chain.inputs(segment)
@@ -53,7 +51,7 @@ def graph(build: Build) -> Run:
     return graph_runner(build.folder / f"{NAME}.onnx")
 
 
-def test_the_right_graph_passes_at_every_timestep(build: Build, eager: tuple[list, list, list]) -> None:
+def test_the_right_graph_passes_at_every_timestep(build: Build, eager: Eager) -> None:
     timesteps, inputs, expected = eager
     results = verify(NAME, graph(build), timesteps, inputs, expected)
     assert [result.timestep for result in results] == timesteps
@@ -62,7 +60,9 @@ def test_the_right_graph_passes_at_every_timestep(build: Build, eager: tuple[lis
     assert record is not None and record.verification == results
 
 
-def test_timesteps_are_first_middle_and_last(ltx_checkpoint: Path, build: Build, segments: tuple) -> None:
+def test_timesteps_are_first_middle_and_last(
+    ltx_checkpoint: Path, build: Build, segments: tuple[Segment, ...]
+) -> None:
     checkpoint = Checkpoint.open(ltx_checkpoint)
     scheduler = checkpoint.scheduler()
     family = checkpoint.family
@@ -86,7 +86,7 @@ def test_a_graph_of_other_weights_is_caught(
 @pytest.mark.parametrize("step", [0, 2])
 @pytest.mark.parametrize("error", [3 * FLOAT32.relative_l2, float("nan"), float("inf")], ids=str)
 def test_one_wrong_output_at_one_timestep_is_caught(
-    build: Build, eager: tuple[list, list, list], output: str, step: int, error: float
+    build: Build, eager: Eager, output: str, step: int, error: float
 ) -> None:
     timesteps, inputs, expected = eager
     wrong: list[dict[str, Tensor]] = [dict(state) for state in expected]
@@ -95,7 +95,7 @@ def test_one_wrong_output_at_one_timestep_is_caught(
         verify(NAME, graph(build), timesteps, inputs, wrong)
 
 
-def test_the_tolerance_is_the_compilers(build: Build, eager: tuple[list, list, list]) -> None:
+def test_the_tolerance_is_the_compilers(build: Build, eager: Eager) -> None:
     timesteps, inputs, expected = eager
     wrong = [{name: tensor * 1.01 for name, tensor in state.items()} for state in expected]
     verify(NAME, graph(build), timesteps, inputs, wrong, Tolerance(2e-2, 0.999))

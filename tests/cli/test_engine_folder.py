@@ -69,8 +69,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         rf"built by stg_trt 0\.0\.9, this is .*: {AGAIN}",
     ),
     "other schema": (
-        lambda b: rewrite(b, schema_version=2),
-        rf"expected schema version 1, got 2: {AGAIN}",
+        lambda b: rewrite(b, schema_version=1),
+        rf"expected schema version 2, got 1: {AGAIN}",
     ),
     "no builds": (shutil.rmtree, "expected a build in .*, got an empty folder: build first"),
 }

@@ -28,8 +28,15 @@ from tests.support.cli import (
     run,
 )
 
-BUILD = {"--height": "128", "--width": "160", "--num-frames": "17", "--text-length": "9", "--stg-blocks": "1"}
-BUILD_ARGUMENTS = {
+Flags = dict[str, str | None]
+BUILD: Flags = {
+    "--height": "128",
+    "--width": "160",
+    "--num-frames": "17",
+    "--text-length": "9",
+    "--stg-blocks": "1",
+}
+BUILD_ARGUMENTS: dict[str, tuple[Flags, str]] = {
     "unknown flag": ({"--hieght": "128"}, r"No such option: --hieght .*: see stg-trt build --help"),
     "no number": ({"--height": "tall"}, "Invalid value for '--height': .*: see stg-trt build --help"),
     "no size": ({"--height": None}, "Missing option '--height': see stg-trt build --help"),
@@ -106,11 +113,11 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"expected \S+ of shape .* from config.json, got .*: the folder mixes two models",
     ),
     "missing shard": (
-        lambda c: (shard(c), (c / "transformer" / "second.safetensors").unlink()),
+        lambda c: (shard(c) / "second.safetensors").unlink(),
         "expected the weights transformer/second.safetensors, got no such file: download",
     ),
     "broken index": (
-        lambda c: (shard(c), (c / f"transformer/{WEIGHTS}.index.json").write_text('{"weight_map": 3}')),
+        lambda c: (shard(c) / f"{WEIGHTS}.index.json").write_text('{"weight_map": 3}'),
         "expected weight_map in .*index.json to name files beside it, got something else: download",
     ),
 }  # fmt: skip
@@ -184,12 +191,12 @@ def cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def shard(checkpoint: Path) -> None:
-    """Splits the weights into two files and their index."""
+def shard(checkpoint: Path) -> Path:
+    """Splits the weights into two files and their index, and returns their folder."""
     folder = checkpoint / "transformer"
     names = {"first.safetensors": slice(None, 9), "second.safetensors": slice(9, None)}
     tensors = load_file(folder / WEIGHTS)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for name, part in names.items():
         keys = list(tensors)[part]
         save_file({key: tensors[key] for key in keys}, folder / name)
@@ -197,6 +204,7 @@ def shard(checkpoint: Path) -> None:
     (folder / WEIGHTS).unlink()
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    return folder
 
 
 @pytest.fixture
@@ -211,7 +219,7 @@ def generate(
     checkpoint: Path, engines: Path, tmp_path: Path, *arguments: str | Path
 ) -> subprocess.CompletedProcess[str]:
     output = () if "--output" in arguments else ("--output", tmp_path / "x.safetensors")
-    return run("generate", checkpoint, "--engines", engines, "--num-inference-steps", 2, *output, *arguments)
+    return run("generate", checkpoint, "--engines", engines, "--num-inference-steps=2", *output, *arguments)
 
 
 @pytest.mark.parametrize("case", BUILD_ARGUMENTS)

@@ -131,7 +131,7 @@ def test_an_interrupted_generation_writes_nothing(
     tmp_path: Path, ltx_checkpoint: Path, ltx_engines: Path, embeds: Path
 ) -> None:
     arguments = ("--engines", ltx_engines, "--output", tmp_path / "x.safetensors", "--embeds", embeds)
-    command = [PROGRAM, "generate", ltx_checkpoint, *arguments, "--num-inference-steps=600"]
+    command = (PROGRAM, "generate", ltx_checkpoint, *arguments, "--num-inference-steps=600")
     # On a terminal the bar says when the sampling has begun.
     interrupt_at(b"sampling", command, lambda: None)
     assert not os.listdir(tmp_path)
@@ -146,7 +146,7 @@ def test_an_interrupt_ends_a_running_call(
     shutil.copytree(source, engines / source.name)
     never_end(engines / source.name, "front")
     arguments = ("--engines", engines, "--output", tmp_path / "x.safetensors", "--embeds", embeds)
-    command = [PROGRAM, "generate", ltx_checkpoint, *arguments, "--num-inference-steps=2"]
+    command = (PROGRAM, "generate", ltx_checkpoint, *arguments, "--num-inference-steps=2")
     assert interrupt_at(b"sampling", command, a_moment) < CPU_SECONDS_TO_END
     assert os.listdir(tmp_path) == ["engines"]
 
@@ -155,7 +155,7 @@ def test_an_interrupt_ends_the_numerics_gate(tmp_path: Path, one_block: Path) ->
     """The graph that the gate runs never comes back."""
     program = tmp_path / "program.py"
     program.write_text(ENDLESS_GATE)
-    command = [sys.executable, program, "build", one_block, "--output", tmp_path / "engines", *SMALL]
+    command = (sys.executable, program, "build", one_block, "--output", tmp_path / "engines", *SMALL)
     assert interrupt_at(b"verify", command, a_moment) < CPU_SECONDS_TO_END
     assert os.listdir(tmp_path) == ["program.py"]
 
@@ -202,7 +202,8 @@ def interrupt_at(sign: bytes, command: Sequence[str | Path], meanwhile: Callable
     os.close(ours)
     assert process.returncode == 1 and b"Traceback" not in shown
     assert b"stg-trt: interrupted: " in shown.splitlines()[-1]
-    return cpu_seconds_of_ended_children() - others_s - until_then.user - until_then.system
+    before_s: float = until_then.user + until_then.system
+    return cpu_seconds_of_ended_children() - others_s - before_s
 
 
 def a_moment() -> None:

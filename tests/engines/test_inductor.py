@@ -27,7 +27,7 @@ from stg_trt.runtime.graph import StepGraph
 from stg_trt.system.gpu import find_gpu
 from tests.conftest import build_goldens
 from tests.support.family_cases import LTX
-from tests.test_goldens import arguments, every_step
+from tests.test_goldens import arguments, every_step, flipped, joined
 
 MAX_ROWS = 6
 CPU = torch.device("cpu")
@@ -81,9 +81,8 @@ def test_every_step_matches(pipeline: VideoPipeline, ltx_checkpoint: Path, case:
 @pytest.mark.parametrize("case", LTX.golden_names)
 def test_two_videos_equal_one_by_one(pipeline: VideoPipeline, ltx_checkpoint: Path, case: str) -> None:
     call = arguments(case, ltx_checkpoint)
-    other = {k: v.flip(1) if k == "latents" else v for k, v in call.items()}
-    both = {k: torch.cat([v, other[k]]) if isinstance(v, Tensor) else v for k, v in call.items()}
-    together = pipeline(**both).frames
+    other = flipped(call)
+    together = pipeline(**joined(call, other)).frames
     apart = torch.cat([pipeline(**call).frames, pipeline(**other).frames])
     assert not torch.allclose(apart[0], apart[1], atol=1e-2)
     assert (together - apart).abs().max() <= 1e-5

@@ -11,8 +11,10 @@ from stg_trt.engines.key import EngineKey, code_version, digest
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import TensorSpec
+from stg_trt.system.gpu import GpuIdentity
 
 SPEC = TensorSpec("latents", "bfloat16", ("rows", 60, 8))
+GPU = GpuIdentity("NVIDIA H100 80GB HBM3", "sm_90", 132, "580")
 KEY = EngineKey(
     weights="aa",
     code="bb",
@@ -25,6 +27,7 @@ KEY = EngineKey(
     backend="tensorrt-rtx",
     backend_version="1.7.1",
     target="sm_120",
+    gpu=None,
     flags=("strongly_typed",),
 )
 OTHERS: dict[str, list[Any]] = {
@@ -56,6 +59,13 @@ OTHERS: dict[str, list[Any]] = {
     "backend": ["tensorrt"],
     "backend_version": ["1.7.2"],
     "target": ["sm_89"],
+    "gpu": [
+        GPU,
+        dataclasses.replace(GPU, name="NVIDIA H100 PCIe"),
+        dataclasses.replace(GPU, sm="sm_80"),
+        dataclasses.replace(GPU, multiprocessors=114),
+        dataclasses.replace(GPU, driver="570"),
+    ],
     "flags": [(), ("strongly_typed", "max_aux_streams=0")],
     "version": [0],
 }

@@ -15,6 +15,7 @@ from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import TensorSpec
 from stg_trt.models.workload import Workload
+from stg_trt.system.gpu import GpuIdentity
 
 RECORD = SegmentRecord(
     segment=Segment("skipped", 0, 6, True, True, skipped=Perturbation("stg-a", (3,))),
@@ -37,6 +38,7 @@ MANIFEST = Manifest(
     versions={"torch": "2.9"},
     backend="tensorrt-rtx",
     target="sm_120",
+    gpu=GpuIdentity("NVIDIA GeForce RTX 5090", "sm_120", 170, "580"),
     family="ltx-video",
     transformer_config={"num_layers": 6, "qk_norm": "rms_norm_across_heads", "norm_eps": 1e-6},
     vae_config=None,
@@ -131,8 +133,8 @@ def test_a_missing_entry_is_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_another_version_is_refused(tmp_path: Path) -> None:
-    manifests.save(MANIFEST.model_copy(update={"schema_version": 2}), tmp_path)
-    with pytest.raises(EngineRejected, match="expected schema version 1, got 2: build the engines again"):
+    manifests.save(MANIFEST.model_copy(update={"schema_version": 1}), tmp_path)
+    with pytest.raises(EngineRejected, match="expected schema version 2, got 1: build the engines again"):
         manifests.load(tmp_path)
     manifests.save(MANIFEST.model_copy(update={"stg_trt_version": "0.0.9"}), tmp_path)
     with pytest.raises(EngineRejected, match=rf"built by stg_trt 0\.0\.9, this is {stg_trt.__version__}"):
@@ -156,8 +158,8 @@ def test_entries_are_checked_even_when_signed(tmp_path: Path, change: dict[str, 
         (b"", "not JSON"),
         (b"{", "not JSON"),
         (b"\xff\xfe\x00", "not JSON"),
-        (b"[1]", "expected schema version 1, got list"),
-        (b"{}", "expected schema version 1, got None"),
+        (b"[1]", "expected schema version 2, got list"),
+        (b"{}", "expected schema version 2, got None"),
     ],
     ids=["missing", "empty", "cut", "binary", "list", "object"],
 )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.workload import Workload
 from stg_trt.runtime.device import Cpu
 from stg_trt.system.files import file_sha256
+from stg_trt.system.gpu import Gpu, Machine
 
 MANIFEST = Manifest(
     stg_trt_version=stg_trt.__version__,
     versions={},
     backend="onnxruntime",
     target="cpu",
+    gpu=None,
     family="any",
     transformer_config={},
     vae_config=None,
@@ -58,6 +61,10 @@ def add(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return written
+
+
+def machine(sm: str) -> Machine:
+    return Machine(Gpu("a GPU", sm, 80 << 30, 132, "580.65"))
 
 
 def perturbed(*perturbations: Perturbation) -> dict[str, Any]:
@@ -143,14 +150,44 @@ def test_a_machine_is_given_what_it_can_run(tmp_path: Path, add: Callable[..., P
     for name, (backend, target) in names.items():
         add(name, backend=backend, target=target)
     store = EngineStore.open(tmp_path)
-    for machine, best in {"cpu": "b", "sm_120": "d", "sm_89": "e", "sm_90": "c"}.items():
-        assert store.find(EngineRequest(machine=machine)).folder.name == best
+    assert store.find(EngineRequest(machine=Machine())).folder.name == "b"
+    for sm, best in {"sm_120": "d", "sm_89": "e", "sm_90": "c"}.items():
+        assert store.find(EngineRequest(machine=machine(sm))).folder.name == best
     with pytest.raises(
         EngineRejected, match="d: compiled for sm_120, this GPU is sm_90: build with --target"
     ):
-        store.find(EngineRequest(machine="sm_90", backend="tensorrt-rtx"))
+        store.find(EngineRequest(machine=machine("sm_90"), backend="tensorrt-rtx"))
     with pytest.raises(EngineRejected, match="e: runs on an NVIDIA GPU, this machine has none: build with"):
-        store.find(EngineRequest(machine="cpu", backend="tensorrt-rtx"))
+        store.find(EngineRequest(machine=Machine(), backend="tensorrt-rtx"))
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        ({"name": "NVIDIA H100 PCIe"}, r"NVIDIA H100 PCIe \(sm_90, 132 multiprocessors, driver 580\)"),
+        ({"sm": "sm_80"}, r"NVIDIA H100 \(sm_80, 132 multiprocessors, driver 580\)"),
+        ({"multiprocessors": 114}, r"NVIDIA H100 \(sm_90, 114 multiprocessors, driver 580\)"),
+        ({"driver": "570.12"}, r"NVIDIA H100 \(sm_90, 132 multiprocessors, driver 570\)"),
+    ],
+    ids=["name", "sm", "multiprocessors", "driver"],
+)
+def test_an_engine_of_another_gpu_is_refused(
+    tmp_path: Path, add: Callable[..., Path], change: dict[str, Any], got: str
+) -> None:
+    h100 = Gpu("NVIDIA H100", "sm_90", 80 << 30, 132, "580.95")
+    other = replace(h100, driver="580.65")
+    assert h100.identity == other.identity
+    here = Machine(h100)
+    add("foreign", backend="tensorrt", target="this-gpu", gpu=replace(other, **change).identity)
+    with pytest.raises(
+        EngineRejected,
+        match=rf"foreign: compiled for {got}, this GPU is NVIDIA H100 \(sm_90, 132 multiprocessors, driver "
+        r"580\): build the engines again here$",
+    ):
+        EngineStore.open(tmp_path).find(EngineRequest(machine=here))
+    # What is built again here lies beside it, and is found.
+    add("here", backend="tensorrt", target="this-gpu", gpu=other.identity)
+    assert EngineStore.open(tmp_path).find(EngineRequest(machine=here)).folder.name == "here"
 
 
 def test_all_candidates_are_explained(tmp_path: Path, add: Callable[..., Path]) -> None:
@@ -236,4 +273,4 @@ def test_a_loaded_engine_runs_on_what_is_bound(ltx_engines: Path) -> None:
     first.enqueue(0)
     assert outputs[0].isfinite().all() and outputs[1].isnan().all()
     second.enqueue(0)
-    assert not torch.allclose(*outputs)
+    assert not torch.allclose(outputs[0], outputs[1])

@@ -20,12 +20,14 @@ from stg_trt.engines import tensorrt
 from stg_trt.engines.store import EngineStore
 from stg_trt.errors import BackendUnavailable, EngineRejected, OutOfDeviceMemory
 from stg_trt.models.segment import LAYOUTS
+from stg_trt.system.gpu import Gpu, Machine
 from tests.support.family_cases import LTX, FamilyCase
 from tests.support.simulated_cuda import RuleBroken, SimulatedCuda
 from tests.support.simulated_tensorrt import ALIGNMENT, SimulatedTensorRT, SimulatedTensorRTRtx
 from tests.test_goldens import GOLDENS, arguments, every_step
 
 MAX_ROWS = 6
+H100 = Gpu("NVIDIA H100", "sm_90", 80 << 30, 132, "580.65")
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,7 @@ def device(sim: SimulatedTensorRT, monkeypatch: pytest.MonkeyPatch) -> Simulated
 
 def replace_gpu(monkeypatch: pytest.MonkeyPatch, simulated: SimulatedCuda) -> None:
     monkeypatch.setattr("stg_trt.runtime.pipeline.open_device", lambda name: simulated)
-    monkeypatch.setattr("stg_trt.runtime.pipeline.this_machine", lambda: "sm_90")
+    monkeypatch.setattr("stg_trt.runtime.pipeline.this_machine", lambda: Machine(H100))
 
 
 def context(sim: SimulatedTensorRT, engines: Path, name: str = "text") -> tensorrt.TensorRTContext:

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import LTXPipeline
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "moving_shapes"
-sys.path.insert(0, str(EXAMPLE))
+from examples.moving_shapes import clips, measure, models
+from examples.moving_shapes.demo import CHECKPOINT
 
-import clips  # noqa: E402
-import measure  # noqa: E402
-import models  # noqa: E402
-
-CHECKPOINT = EXAMPLE / "checkpoint"
 MAX_BYTES = 15_000_000
 PROMPTS = (
     clips.Label("red", "circle", "left"),
@@ -31,16 +25,16 @@ PROMPTS = (
 @pytest.fixture(scope="module")
 def pipe() -> models.ShapesPipeline:
     """The checkpoint, ready to sample clips of the size it was trained on."""
-    loaded = models.ShapesPipeline.from_pretrained(CHECKPOINT)
+    loaded: models.ShapesPipeline = models.ShapesPipeline.from_pretrained(CHECKPOINT)
     loaded.set_progress_bar_config(disable=True)
     return loaded
 
 
 def sample(
-    pipe: LTXPipeline, labels: tuple[clips.Label, ...], steps: int, cfg_scale: float, size: int = clips.SIZE
+    pipe: LTXPipeline, labels: Sequence[clips.Label], steps: int, cfg_scale: float, size: int = clips.SIZE
 ) -> clips.Array:
     """Clips for some labels, from a fixed seed."""
-    return pipe(
+    frames: clips.Array = pipe(
         prompt=[label.prompt for label in labels],
         negative_prompt="",
         height=size,
@@ -53,6 +47,7 @@ def sample(
         max_sequence_length=16,
         output_type="np",
     ).frames
+    return frames
 
 
 def test_labels_cover_every_combination() -> None:

@@ -270,7 +270,7 @@ def test_refuses_what_is_not_linear_and_deterministic(make: Callable[[int], Any]
 
 
 def test_refuses_a_scheduler_whose_step_rolls_its_own_dice() -> None:
-    class Dice(diffusers.FlowMatchEulerDiscreteScheduler):
+    class Dice(diffusers.FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]  # has no types
         def step(self, model_output: Any, timestep: Any, sample: Any, return_dict: bool = True) -> Any:
             return (sample + torch.empty_like(sample).normal_(),)
 

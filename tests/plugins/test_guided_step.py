@@ -72,6 +72,7 @@ def test_the_reference_steps_as_the_solver_does(name: str) -> None:
     latents, initial = state.latents.clone(), state.latents.clone()
     noise = torch.full((sum(solver.draws), 2, 5), torch.nan)
     if name == "cogvideox_dpm":
+        assert state.history is not None
         noise[list(solver.used_draws(STEPS))] = state.history[state.table.capacity :]
     preds: list[torch.Tensor] = []
     for step, pair in enumerate(solver.single_step):
@@ -79,6 +80,6 @@ def test_the_reference_steps_as_the_solver_does(name: str) -> None:
         preds.append(
             combine(cond, uncond, skip, cfg_scale=3.0, stg_scale=1.0, rescale=guidance.rescale[step])
         )
-        latents = solver.advance(step, latents, preds, initial, noise)
+        latents = solver.advance(step, latents, preds, initial, list(noise))
         guided_step(state, StepKey(GROUPS, None, True, pair is not None, cfg_zero_star=False))
         torch.testing.assert_close(state.latents, latents, rtol=2e-5, atol=2e-5)

@@ -58,12 +58,17 @@ def test_kernel_equals_the_reference(
     machine: Machine, shape: str, dtype: str, centred: bool, in_place: bool, shift: int
 ) -> None:
     rows, tokens, channels, group, table = SHAPES[shape]
-    inputs = [(3 * random(rows, tokens, channels, seed=seed) + 1).to(machine.device) for seed in (1, 2)]
-    inputs = [shifted(x.to(getattr(torch, dtype)), shift) for x in inputs]
+
+    def made(seed: int) -> Tensor:
+        values = 3 * random(rows, tokens, channels, seed=seed) + 1
+        return shifted(values.to(machine.device, getattr(torch, dtype)), shift)
+
+    inputs = made(1), made(2)
     norm, tables = norms(group, machine.device, centred), rope(tokens, table, machine.device)
     expected = [norm_rope(x, side, tables) for x, side in zip(inputs, norm, strict=True)]
-    outputs = inputs if in_place else [torch.full_like(x, torch.nan) for x in inputs]
-    kernel = QKNormRopeKernel(machine.kernels, (*inputs,), (*outputs,), norm, tables)
+    empty = torch.full_like(inputs[0], torch.nan), torch.full_like(inputs[1], torch.nan)
+    outputs = inputs if in_place else empty
+    kernel = QKNormRopeKernel(machine.kernels, inputs, outputs, norm, tables)
     machine.enqueue(kernel)
     for got, wanted in zip(outputs, expected, strict=True):
         tolerance = TOLERANCES[dtype]

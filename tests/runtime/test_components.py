@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -61,17 +62,16 @@ def test_videos_are_decoded_one_at_a_time(
     case: FamilyCase, pipeline: VideoPipeline, vae_tiling: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     components = reopened(case, pipeline, vae_tiling=vae_tiling).components
-    vae, rows = components._pipeline.vae, []
-    decode = vae.decode
-    monkeypatch.setattr(
-        vae, "decode", lambda z, *rest, **more: rows.append(len(z)) or decode(z, *rest, **more)
-    )
+    vae = components._pipeline.vae
+    decode = Mock(side_effect=vae.decode)
+    monkeypatch.setattr(vae, "decode", decode)
     latents = call(case, pipeline, PROMPTS)["latents"]
     with torch.no_grad():
         both, first, second = (
             components.decode(some, case.workload, CPU, "np") for some in (latents, latents[:1], latents[1:])
         )
-    assert rows == [1] * 4 and np.abs(both[0] - both[1]).max() > 1e-2
+    assert [len(call.args[0]) for call in decode.call_args_list] == [1] * 4
+    assert np.abs(both[0] - both[1]).max() > 1e-2
     assert np.array_equal(both, np.concatenate([first, second]))
 
 
@@ -88,9 +88,10 @@ def test_noise_of_decoding_is_that_of_diffusers(
     type(plain).from_config(plain.config, **case.noisy_vae).save_pretrained(noisy / "vae")
     scheduler = case.schedulers[0]
     frames = []
-    for options in (case.decode_options, {}):
+    every: tuple[Mapping[str, Any], ...] = (case.decode_options, {})
+    for options in every:
         for drawn in ([[seeded(1), seeded(2)] for _ in range(2)], [seeded(1), seeded(1)]):
-            given = call(case, pipeline, PROMPTS) | {"num_inference_steps": 1} | options
+            given = call(case, pipeline, PROMPTS) | {"num_inference_steps": 1, **options}
             expected = of_diffusers(case, noisy, scheduler, "np", **given, generator=drawn[0])
             opened = VideoPipeline(Checkpoint.open(noisy), pipeline.store)
             opened.scheduler = scheduler
@@ -102,7 +103,9 @@ def test_noise_of_decoding_is_that_of_diffusers(
 
 
 @pytest.mark.parametrize("case", TILED_BY_CONFIGURATION[:1], ids=str, indirect=True)
-def test_the_command_line_decodes_in_tiles(case: FamilyCase, pipeline: VideoPipeline, tmp_path: Path) -> None:
+def test_the_command_line_decodes_in_tiles(
+    case: FamilyCase, checkpoint: Path, pipeline: VideoPipeline, tmp_path: Path
+) -> None:
     given = call(case, pipeline, PROMPTS[:1]) | {"latents": None, "num_inference_steps": 1}
     videos = []
     for on in (True, False):
@@ -111,9 +114,9 @@ def test_the_command_line_decodes_in_tiles(case: FamilyCase, pipeline: VideoPipe
         save_video(frames[0], tmp_path / "expected.mp4", opened.family.defaults.frame_rate)
         videos.append(read_video(tmp_path / "expected.mp4"))
     output = tmp_path / "x.mp4"
-    options = ("--engines", pipeline.store.root, "--output", output, "--prompt", PROMPTS[0], "--seed", 3)
+    options = ("--engines", pipeline.store.root, "--output", output, "--prompt", PROMPTS[0], "--seed=3")
     fixed = ("--negative-prompt", NEGATIVE, "--num-inference-steps=1", "--guidance-scale=4", "--vae-tiling")
-    result = run("generate", pipeline.checkpoint.folder, *options, *fixed)
+    result = run("generate", checkpoint, *options, *fixed)
     assert result.returncode == 0, result.stderr
     # Rounding differs between processes, and what the codec makes of it.
     got = read_video(output)

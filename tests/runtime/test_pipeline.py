@@ -26,14 +26,14 @@ from tests.support.whole_pipelines import PROMPTS, STEPS, TEXT_LENGTH, call, of_
 def test_cfg_is_that_of_diffusers(
     case: FamilyCase, checkpoint: Path, pipeline: VideoPipeline, output_type: str
 ) -> None:
-    given = call(case, pipeline, PROMPTS)
+    shared = call(case, pipeline, PROMPTS)
     for scheduler in case.schedulers:
         pipeline.scheduler = scheduler
         # A solver may add noise.
         noise = [[seeded(1), seeded(2)] for _ in range(2)]
-        expected = of_diffusers(case, checkpoint, scheduler, output_type, **given, generator=noise[0])
-        scales = {"stg_scale": 0.0, "rescale": 0.0}
-        got = pipeline(**given, **scales, output_type=output_type, generator=noise[1]).frames
+        expected = of_diffusers(case, checkpoint, scheduler, output_type, **shared, generator=noise[0])
+        given = shared | {"stg_scale": 0.0, "rescale": 0.0, "generator": noise[1]}
+        got = pipeline(**given, output_type=output_type).frames
         assert got.shape == expected.shape and np.std(np.asarray(expected)) > 0.01
         assert np.abs(np.asarray(got) - np.asarray(expected)).max() <= 1e-4
 
@@ -69,6 +69,7 @@ def test_padded_embeddings_are_refused_where_padding_takes_part(
     if case.padding != "kept":
         pytest.skip("padding is masked or zeros")
     width = pipeline.family.tensors(case.workload)["prompt_embeds"].shape[-1]
+    assert isinstance(width, int)
     embeds = {name: torch.randn(1, 5, width) for name in ("prompt_embeds", "negative_prompt_embeds")}
     given = call(case, pipeline, PROMPTS[:1]) | {"prompt": None, "negative_prompt": None} | embeds
     with pytest.raises(InvalidRequest, match=f"prompt_embeds: expected {TEXT_LENGTH} tokens .*got 5: pad"):

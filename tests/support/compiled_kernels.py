@@ -61,7 +61,7 @@ def compile_kernels(path: Path) -> Path:
 def compile_on_host(*options: str | Path, sources: Sequence[Path]) -> None:
     """With g++ and the emulation of CUDA; a vector at an address that a GPU would refuse ends the process."""
     checks = ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
-    folders = ["-I", CUDA_ON_HOST, "-I", PLUGINS]
+    folders: list[str | Path] = ["-I", CUDA_ON_HOST, "-I", PLUGINS]
     emulation = [path for path in CUDA_ON_HOST.glob("*.cpp") if not path.stem.endswith("_test")]
     run("g++", "-O1", "-std=c++17", *checks, *folders, *options, *emulation, "-x", "c++", *sources)
 

@@ -134,7 +134,8 @@ class _Engine:
         self.cache: _RuntimeCache | None = None
 
     def get_tensor_name(self, index: int) -> str:
-        return list(self.nodes)[index]
+        name: str = list(self.nodes)[index]
+        return name
 
     def get_tensor_mode(self, name: str) -> TensorIOMode:
         return self.nodes[name][1]
@@ -167,6 +168,7 @@ class _Engine:
             if self.sim.capturing:
                 raise RuleBroken("kernels were compiled during capture")
             self.cache.kernels.add(kernel)
+            assert isinstance(self.sim, SimulatedTensorRTRtx)
             self.sim.compilations += 1
 
 

@@ -27,7 +27,7 @@ from stg_trt.runtime.device import Cpu
 from stg_trt.runtime.state import StepBuffers, find_ping_pong
 from tests.support.eager_engine import EagerEngine
 from tests.support.eager_reference import perturbed
-from tests.support.family_cases import CASES, TIMESTEP, FamilyCase, Published
+from tests.support.family_cases import CASES, TIMESTEP, FamilyCase, Published, SomeSizes
 
 BLOCK_SETS: dict[str, Callable[[int], tuple[int, ...]]] = {
     "first": lambda count: (0,),
@@ -268,7 +268,7 @@ def test_what_becomes_of_padding(case: FamilyCase) -> None:
     [(one, sizes, message) for one in CASES for sizes, message in one.refused_sizes],
     ids=str,
 )
-def test_sizes_that_a_model_cannot_have(one: FamilyCase, sizes: dict[str, int], message: str) -> None:
+def test_sizes_that_a_model_cannot_have(one: FamilyCase, sizes: SomeSizes, message: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         one.family.check(replace(one.workload, **sizes))
     assert str(refused.value) == message

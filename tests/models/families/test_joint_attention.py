@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stg_trt.models.families import joint_attention
 from stg_trt.models.families.joint_attention import QKV, JointAttentionSegment
@@ -17,7 +17,7 @@ class Attention(JointAttentionSegment):
     """No blocks: only the attention is called."""
 
     def __init__(self, expand_masks: bool) -> None:
-        super().__init__(Segment("mid"), nn.ModuleList(), (1, 1, 1), (), (), expand_masks)
+        super().__init__(Segment("mid"), (), (1, 1, 1), (), (), expand_masks)
 
 
 @pytest.fixture
@@ -44,7 +44,8 @@ def masked(video: QKV, text: QKV, bias: Tensor, perturbed: bool) -> Tensor:
     if perturbed:
         seen[:TOKENS, :TOKENS] = torch.eye(TOKENS, dtype=torch.bool)
     logits = query @ key.transpose(-1, -2) / SIZE**0.5 + bias + torch.where(seen, 0.0, -torch.inf)
-    return (logits.softmax(-1) @ value).transpose(1, 2).flatten(2)
+    attended: Tensor = logits.softmax(-1) @ value
+    return attended.transpose(1, 2).flatten(2)
 
 
 @pytest.mark.parametrize("chunk", [2048, 4])

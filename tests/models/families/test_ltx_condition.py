@@ -18,7 +18,7 @@ from stg_trt.guidance.solver import SolverTable
 from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.families.base import ModelFamily
 from stg_trt.models.workload import Workload
-from tests.support.family_cases import LTX
+from tests.support.family_cases import LTX, Sizes
 
 PROMPTS = ["a red circle moving left", "a blue square"]
 TEXT_LENGTH = 16
@@ -37,7 +37,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pipeline(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> VideoPipeline:
     engines = tmp_path_factory.mktemp("condition-engines")
-    sizes = {**LTX.sizes, "text_length": TEXT_LENGTH}
+    sizes: Sizes = {**LTX.sizes, "text_length": TEXT_LENGTH}
     build(checkpoint, engines, **sizes, stg_blocks=[1], max_batch=2, verify_timesteps=1)
     return VideoPipeline.from_pretrained(checkpoint, engines=engines)
 

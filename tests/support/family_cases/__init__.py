@@ -1,6 +1,6 @@
 """The table of families that the tests go through."""
 
-from tests.support.family_cases.case import TIMESTEP, FamilyCase, Published
+from tests.support.family_cases.case import TIMESTEP, FamilyCase, Published, Sizes, SomeSizes
 from tests.support.family_cases.cogvideox import COGVIDEOX
 from tests.support.family_cases.hunyuan_video import HUNYUAN_VIDEO
 from tests.support.family_cases.ltx import LTX
@@ -17,6 +17,8 @@ __all__ = [
     "WAN",
     "FamilyCase",
     "Published",
+    "Sizes",
+    "SomeSizes",
 ]
 
 CASES = (LTX, WAN, MOCHI, HUNYUAN_VIDEO, *COGVIDEOX.values())

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from stg_trt.models.workload import Workload
 
 GOLDENS = Path(__file__).parents[2] / "goldens"
 TIMESTEP = 731.0
-Sizes = dict[str, int]
 Grid = tuple[int, int, int]
 SMALL_TILES = {
     "tile_sample_min_height": 32,
@@ -28,6 +27,25 @@ SMALL_TILES = {
 }
 Uncut = Callable[[Any, Tensor, TextCondition], Tensor]
 Tables = Callable[[Any, Grid, float], dict[str, Tensor]]
+Refused = tuple[dict[str, Any], dict[str, Any], str]
+
+
+class Sizes(TypedDict):
+    """The sizes of a build, as `build` and `Workload` take them."""
+
+    height: int
+    width: int
+    num_frames: int
+    text_length: int
+
+
+class SomeSizes(TypedDict, total=False):
+    """Sizes to change in others."""
+
+    height: int
+    width: int
+    num_frames: int
+    text_length: int
 
 
 @dataclass(frozen=True)
@@ -68,7 +86,7 @@ class FamilyCase:
     model_class: Any
     uncut: Uncut
     tables: Tables
-    table_sizes: tuple[tuple[Sizes, Grid], ...]
+    table_sizes: tuple[tuple[SomeSizes, Grid], ...]
     video: slice | None
     padding: Literal["masked", "zeroed", "kept"]
     golden_names: tuple[str, ...]
@@ -76,8 +94,8 @@ class FamilyCase:
     twins: tuple[tuple[str, tuple[int, ...]], ...]
     wide: tuple[str, ...]
     narrow: frozenset[str]
-    refused_sizes: tuple[tuple[Sizes, str], ...]
-    refused: tuple[tuple[dict[str, Any], dict[str, Any], str], ...]
+    refused_sizes: tuple[tuple[SomeSizes, str], ...]
+    refused: tuple[Refused, ...]
     refused_indexes: tuple[tuple[dict[str, Any], str], ...]
     published: tuple[Published, ...]
     pipeline_class: Any

@@ -20,7 +20,16 @@ from transformers import T5Config, T5EncoderModel
 
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
-from tests.support.family_cases.case import GOLDENS, TIMESTEP, FamilyCase, Grid, Published
+from tests.support.family_cases.case import (
+    GOLDENS,
+    TIMESTEP,
+    FamilyCase,
+    Grid,
+    Published,
+    Refused,
+    Sizes,
+    SomeSizes,
+)
 from tests.support.family_cases.tiny_text import TEXT_WIDTH, make_text_encoder, make_tokenizer
 
 SCHEDULE = {
@@ -33,7 +42,7 @@ SCHEDULE = {
 }
 DDIM = CogVideoXDDIMScheduler(**SCHEDULE, snr_shift_scale=3.0)
 DPM = CogVideoXDPMScheduler(**SCHEDULE, snr_shift_scale=1.0)
-SIZES = {"height": 48, "width": 64, "num_frames": 9, "text_length": 9}
+SIZES: Sizes = {"height": 48, "width": 64, "num_frames": 9, "text_length": 9}
 
 
 def save_pipeline(folder: Path, scheduler: Any, **options: Any) -> None:
@@ -108,7 +117,7 @@ def tables(model: Any, grid: Grid, frame_rate: float) -> dict[str, Tensor]:
     return {"positions": both[0, embedding.max_text_seq_length :].float()}
 
 
-IMAGE_TO_VIDEO = (
+IMAGE_TO_VIDEO: tuple[Refused, ...] = (
     (
         {"in_channels": 8},
         {},
@@ -128,7 +137,7 @@ IMAGE_TO_VIDEO = (
     ),
     ({}, {"temporal_compression_ratio": None}, "expected temporal_compression_ratio in vae/config.json as a"),
 )
-REFUSED_SIZES: tuple[tuple[dict[str, int], str], ...] = (
+REFUSED_SIZES: tuple[tuple[SomeSizes, str], ...] = (
     ({"height": 40}, "height: expected a positive multiple of 16, got 40: use 32"),
     ({"width": 0}, "width: expected a positive multiple of 16, got 0: use 16"),
     ({"num_frames": 8}, "num_frames: expected 4k+1, got 8: use 9"),
@@ -140,8 +149,8 @@ REFUSED_SIZES: tuple[tuple[dict[str, int], str], ...] = (
 def case(name: str, scheduler: Any, published: Published, **options: Any) -> FamilyCase:
     """What the three have in common; `options` are the transformer's."""
     in_time = options.get("patch_size_t", 1)
-    small: dict[str, int] = {"height": 16, "width": 32, "num_frames": 1}
-    past_tables = (
+    small: SomeSizes = {"height": 16, "width": 32, "num_frames": 1}
+    past_tables: tuple[SomeSizes, str] = (
         {"width": 176},
         "width: expected at most 160, the end of the position tables, got 176: use 160",
     )

@@ -13,7 +13,7 @@ _SIZE = {"height": 480, "width": 704, "num_frames": 121, "precision": "bf16"}
 
 
 @dataclass(frozen=True)
-class Target:
+class Goal:
     """One number of one benchmark and its bound."""
 
     name: str
@@ -31,28 +31,33 @@ class Target:
         sized = all(workload.get(name) == value for name, value in _SIZE.items())
         return not self.of_model or (result.get("model") == _MODEL and not result.get("blocks") and sized)
 
-    def met(self, value: float) -> bool:
+    def is_met(self, value: float) -> bool:
         """Whether a measured value is within the bound."""
         return value <= self.bound if self.at_most else value >= self.bound
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A target and what was measured on one GPU; None where the result lacks it."""
+    """A goal, and the result that it applies to."""
 
-    target: Target
-    gpu: str
-    value: float | None
+    goal: Goal
+    result: Result
+
+    @property
+    def value(self) -> float | None:
+        """What was measured; None where the result lacks it, or is not trusted."""
+        return self.goal.read(self.result) if is_trusted(self.result) else None
 
 
-def outcomes(results: Sequence[Result]) -> list[Outcome]:
-    """Every target for every result that it applies to."""
-    return [
-        Outcome(target, result["gpu"]["name"], target.read(result))
-        for target in TARGETS
-        for result in results
-        if target.applies(result)
-    ]
+def find_outcomes(results: Sequence[Result]) -> list[Outcome]:
+    """Every goal for every result that it applies to."""
+    return [Outcome(goal, result) for goal in GOALS for result in results if goal.applies(result)]
+
+
+def is_trusted(result: Result) -> bool:
+    """Whether what was timed had predicted the right thing."""
+    trusted: bool = result.get("trusted", True)
+    return trusted
 
 
 def _overhead(result: Result) -> float | None:
@@ -62,7 +67,8 @@ def _overhead(result: Result) -> float | None:
 
 def _share_of_copy(result: Result) -> float | None:
     rows = [row for row in result["kernels"] if row["name"] == "guided_step"]
-    return float(max(rows, key=lambda row: row["elements"])["share_of_copy"]) if rows else None
+    share: float | None = max(rows, key=lambda row: row["elements"])["share_of_copy"] if rows else None
+    return share
 
 
 def _copies_of_weights(result: Result) -> float | None:
@@ -70,11 +76,11 @@ def _copies_of_weights(result: Result) -> float | None:
     return segmented["weight_bytes"] / result["model_bytes"] if segmented else None
 
 
-TARGETS = (
-    Target("STG step / CFG step", "step", lambda r: r.get("stg_over_cfg"), 1.18, True),
-    Target("torch.compile / stg_trt", "peers", lambda r: r.get("compiled_over_stg_trt"), 1.25, False),
-    Target("diffusers eager / stg_trt", "peers", lambda r: r.get("eager_over_stg_trt"), 1.7, False),
-    Target("loop beyond its steps, of a call", "sample", _overhead, 0.02, True),
-    Target("guided_step, share of copy bandwidth", "kernels", _share_of_copy, 0.7, False, of_model=False),
-    Target("engine bytes / model bytes", "step", _copies_of_weights, 1.05, True),
+GOALS = (
+    Goal("STG step / CFG step", "step", lambda r: r.get("stg_over_cfg"), 1.18, True),
+    Goal("torch.compile / stg_trt", "peers", lambda r: r.get("compiled_over_stg_trt"), 1.25, False),
+    Goal("diffusers eager / stg_trt", "peers", lambda r: r.get("eager_over_stg_trt"), 1.7, False),
+    Goal("loop beyond its steps, of a call", "sample", _overhead, 0.02, True),
+    Goal("guided_step, share of copy bandwidth", "kernels", _share_of_copy, 0.7, False, of_model=False),
+    Goal("engine bytes / model bytes", "step", _copies_of_weights, 1.05, True),
 )
