@@ -56,7 +56,8 @@ def test_a_wrong_kernel_is_timed_but_not_trusted(tmp_path: Path, monkeypatch: py
         KernelBenchmark("cpu", (1000,), 1).run(tmp_path / "kernels.json")
     result = json.loads((tmp_path / "kernels.json").read_text())
     assert result["complete"] and not result["trusted"] and len(result["kernels"]) == len(KERNELS)
-    assert [doubt.split(":")[0] for doubt in result["doubts"]] == ["guided_step", "guided_step, no rescale"]
+    off_kernels = [kernel.name for kernel in KERNELS if kernel.name.startswith("guided_step")]
+    assert [doubt.split(":")[0] for doubt in result["doubts"]] == off_kernels
 
 
 def test_elements_are_numbers(tmp_path: Path) -> None:
