@@ -108,8 +108,8 @@ def _is_message(node: ast.AST, call: ast.Call) -> bool:
 
 def _constant(message: ast.expr) -> str:
     if isinstance(message, ast.JoinedStr):
-        return "".join(part.value if isinstance(part, ast.Constant) else "X" for part in message.values)
-    return message.value if isinstance(message, ast.Constant) else "X"
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "X" for part in message.values)
+    return str(message.value) if isinstance(message, ast.Constant) else "X"
 
 
 def test_every_message_is_in_troubleshooting() -> None:
