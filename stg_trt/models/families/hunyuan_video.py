@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.families.base import POOLED, Defaults, vae_video
-from stg_trt.models.families.dit import State, gated, rms_norm, rotate
+from stg_trt.models.families.dit import State, gated, half_table, rms_norm, rotate
 from stg_trt.models.families.joint_attention import (
     QKV,
     JointAttentionDiT,
@@ -166,7 +166,7 @@ def normed_qkv(attn: Any, x: Tensor, names: Sequence[str]) -> QKV:
 def rotated(qkv: QKV, state: State, dtype: torch.dtype) -> QKV:
     """Queries and keys rotated by their positions, in float32, then in `dtype`."""
     rope = state["rope_cos"], state["rope_sin"]
-    return QKV(rotate(qkv.query, *rope).to(dtype), rotate(qkv.key, *rope).to(dtype), qkv.value)
+    return QKV(rotate(qkv.query, *rope, dtype), rotate(qkv.key, *rope, dtype), qkv.value)
 
 
 class HunyuanVideo(JointAttentionDiT):
@@ -270,7 +270,7 @@ class HunyuanVideo(JointAttentionDiT):
     def own_tensors(self, workload: Workload) -> tuple[TensorSpec, ...]:
         channels, *latents = self.latent_shape(workload)
         dtype, length, tokens = workload.dtype, workload.text_length, self.tokens(workload)
-        table = (tokens, self.integer("attention_head_dim"))
+        table = (tokens, self.integer("attention_head_dim") // 2)
         guided = self.embedded_guidance is not None
         return (
             TensorSpec("latents", dtype, (ROWS, channels, *latents)),
@@ -336,8 +336,8 @@ class HunyuanVideo(JointAttentionDiT):
             "text_mean": (text.embeds.float() * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True),
             POOLED: text.pooled,
             "key_bias": self.key_bias(mask, workload),
-            "rope_cos": cos,
-            "rope_sin": sin,
+            "rope_cos": half_table(cos),
+            "rope_sin": half_table(sin),
         }
         if self.embedded_guidance is not None:
             default = torch.full((len(mask),), self.embedded_guidance)
