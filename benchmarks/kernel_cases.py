@@ -100,7 +100,7 @@ def _qk_norm_rope(elements: int, device: Device) -> Case:
 
     q, k = random(*shape).to(dtype), random(*shape).to(dtype)
     norms = Norm(random(_WIDTH)), Norm(random(_WIDTH))
-    rope = Rope(random(*shape[1:]), random(*shape[1:]))
+    rope = Rope(*(random(shape[1], _WIDTH // 2) for _ in range(2)))
     outputs = torch.empty_like(q), torch.empty_like(k)
     if isinstance(device.operations, KernelOperations):
         kernel = QKNormRopeKernel(device.operations.kernels, (q, k), outputs, norms, rope)
@@ -131,8 +131,8 @@ def _norm_rope(x: Tensor, norm: Norm, rope: Rope) -> Tensor:
         x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + norm.eps) * norm.weight.double()
     )
     a, b = normed[..., 0::2], normed[..., 1::2]
-    rotated = torch.stack([-b, a], -1).flatten(-2)
-    return normed * rope.cos.double() + rotated * rope.sin.double()
+    cos, sin = rope.cos.double(), rope.sin.double()
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
 
 
 def _relative(got: Tensor, expected: Tensor) -> float:

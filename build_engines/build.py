@@ -61,10 +61,8 @@ def build(
     """Builds engines below `output` and returns the build folders, one per target.
 
     `backend` may be auto: the best that this machine can run. `target` may name several, separated by commas;
-    it and `precision` default to the backend's, `text_length` to the family's. `blocks` keeps so many of each
-    list, with random weights; `plugins` are our own kernels; `builder_optimization_level` is TensorRT's. An
-    interrupted build's segments are re-used.
-
+    it and `precision` default to the backend's, `text_length` to the family's. `blocks` shortens each list of
+    blocks, with random weights; `plugins` are our own kernels. An interrupted build's segments are reused.
     Raises InvalidRequest for options that cannot be used and GateMissed for a segment that fails a check.
     """
     opened = Checkpoint.open(checkpoint, random_weights=random_weights).shortened(blocks)
@@ -74,16 +72,12 @@ def build(
     chosen = backend_for(backend)
     targets = tuple((target or chosen.targets[0].name).split(","))
     defaults = opened.family.defaults
+    text_length = defaults.text_length if text_length is None else text_length
+    precision = precision or chosen.target(targets[0]).precisions[0]
     options = BuildOptions(
         checkpoint=opened,
         output=Path(output),
-        workload=Workload(
-            height,
-            width,
-            num_frames,
-            defaults.text_length if text_length is None else text_length,
-            precision or chosen.target(targets[0]).precisions[0],
-        ),
+        workload=Workload(height, width, num_frames, text_length, precision),
         stg_blocks=tuple(sorted(defaults.stg_blocks if stg_blocks is None else stg_blocks)),
         stg_mode=defaults.stg_mode if stg_mode is None else stg_mode,
         layout=layout,

@@ -10,7 +10,7 @@ from types import ModuleType
 from stg_trt.errors import BackendUnavailable
 from stg_trt.system.files import LIBRARIES
 
-PLUGIN_NAMESPACE, PLUGIN_VERSION = "stg_trt", "1"
+PLUGIN_NAMESPACE, PLUGIN_VERSION = "stg_trt", "2"
 # The library of our plugins, where it was built.
 PLUGINS = LIBRARIES / "libstg_tensorrt_plugins.so"
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from stg_trt.runtime.kernels.qk_norm_rope import Norm, QKNormRopeKernel, Rope, norm_rope
 from tests.support.compiled_kernels import Machine
 
-# rows, tokens, channels, channels normed together, channels of the tables (0: no rotation).
+# rows, tokens, channels, channels normed together, channels that the tables cover (0: no rotation).
 SHAPES = {
     "all-channels": (2, 5, 2048, 2048, 2048),
     "ragged-channels": (2, 5, 1004, 1004, 1004),
@@ -44,7 +44,7 @@ def norms(group: int, device: torch.device, centred: bool) -> tuple[Norm, Norm]:
 def rope(tokens: int, channels: int, device: torch.device) -> Rope | None:
     if channels == 0:
         return None
-    return Rope(*(random(tokens, channels, seed=seed).to(device) for seed in (30, 40)))
+    return Rope(*(random(tokens, channels // 2, seed=seed).to(device) for seed in (30, 40)))
 
 
 def shifted(tensor: Tensor, by: int) -> Tensor:
@@ -88,10 +88,11 @@ def test_the_reference_is_torchs_norm_and_diffusers_rotation(group: int) -> None
     from diffusers.models.transformers.transformer_ltx import apply_rotary_emb
 
     x, weight = random(2, 5, 24, seed=1), random(group, seed=2)
-    angles = random(5, 12, seed=3).repeat_interleave(2, dim=1)
+    angles = random(5, 12, seed=3)
     tables = Rope(angles.cos(), angles.sin())
     normed = F.rms_norm(x.unflatten(-1, (-1, group)), (group,), weight, 1e-6).flatten(-2)
-    expected = apply_rotary_emb(normed, (tables.cos[None], tables.sin[None]))
+    both = (table.repeat_interleave(2, dim=1)[None] for table in (tables.cos, tables.sin))
+    expected = apply_rotary_emb(normed, tuple(both))
     torch.testing.assert_close(norm_rope(x, Norm(weight), tables), expected)
 
 
