@@ -19,12 +19,12 @@ from stg_trt.models.families.wan import Wan
 from tests.conftest import BuiltOnce
 from tests.docs.pages import PAGES, snippets
 from tests.support.family_cases import WAN
-from tests.support.family_cases.case import Sizes
+from tests.support.family_cases.case import SomeSizes
 from tests.support.whole_pipelines import TEXT_LENGTH
 
 # The pages' size becomes that of a small model, and their numbers of steps a few.
 SMALL = {"height": 48, "width": 64, "num_frames": 9, "num_inference_steps": 6}
-SIZES: Sizes = {"height": SMALL["height"], "width": SMALL["width"], "num_frames": SMALL["num_frames"]}
+SIZES: SomeSizes = {"height": SMALL["height"], "width": SMALL["width"], "num_frames": SMALL["num_frames"]}
 BLOCKS = 9
 COMMANDS = [
     (page, line.split("#")[0].strip())
