@@ -19,12 +19,17 @@ from stg_trt.models.families.wan import Wan
 from tests.conftest import BuiltOnce
 from tests.docs.pages import PAGES, snippets
 from tests.support.family_cases import WAN
-from tests.support.family_cases.case import SomeSizes
+from tests.support.family_cases.case import Sizes
 from tests.support.whole_pipelines import TEXT_LENGTH
 
 # The pages' size becomes that of a small model, and their numbers of steps a few.
 SMALL = {"height": 48, "width": 64, "num_frames": 9, "num_inference_steps": 6}
-SIZES: SomeSizes = {"height": SMALL["height"], "width": SMALL["width"], "num_frames": SMALL["num_frames"]}
+SIZES: Sizes = {
+    "height": SMALL["height"],
+    "width": SMALL["width"],
+    "num_frames": SMALL["num_frames"],
+    "text_length": TEXT_LENGTH,
+}
 BLOCKS = 9
 COMMANDS = [
     (page, line.split("#")[0].strip())
@@ -104,7 +109,7 @@ def test_python_of_other_pages_runs_with_a_pipeline(page: str, workplace: Path) 
     blocks = snippets(page, "python")
     if not blocks:
         return
-    build("wan-1.3b", "engines", **SIZES, text_length=TEXT_LENGTH, stg_blocks=[1], verify_timesteps=0)
+    build("wan-1.3b", "engines", **SIZES, stg_blocks=[1], verify_timesteps=0)
     names: dict[str, Any] = {"pipe": VideoPipeline.from_pretrained("wan-1.3b", engines="engines")}
     for code in blocks:
         exec(code, names)
