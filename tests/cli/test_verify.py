@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from tests.support.tiny_graph import write_graph
 
 pytest.importorskip("polygraphy", reason="needs the extra verify")
 
-SMALL = {"height": 32, "width": 32, "num_frames": 9, "text_length": 4, "stg_blocks": []}
+SMALL: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 9, "text_length": 4, "stg_blocks": []}
 
 
 @pytest.fixture(scope="module")
