@@ -18,39 +18,40 @@ def combine(
     rescale: float | Tensor = 0.0,
     cfg_zero_star: bool = False,
 ) -> Tensor:
-    """uncond + cfg*(cond - uncond) + stg*(cond - skip), rescaled; float32, (batch, ...) as the inputs.
+    """uncond + cfg*(cond - uncond) + stg*(cond - skip), rescaled: (videos, ...) in float32 or above.
 
-    A prediction whose scale is off (cfg 1, stg 0) is not read; a scale on the device counts as on. Float64
-    stays float64. Raises InvalidRequest where a prediction that is read is None.
+    A scale is a number, or a tensor (1,) on the device, which the host never reads. A pass whose scale is the
+    number that turns it off (cfg 1, stg 0) is not read. Raises InvalidRequest where one that is on is None.
     """
-    cond = pred = _widened(pred_cond)
+    pred = cond = _float32(pred_cond)
     if _is_on(cfg_scale, off=1):
-        uncond = _widened(_needed(pred_uncond, "pred_uncond", f"cfg_scale {cfg_scale}", "1"))
+        uncond = _needed(pred_uncond, "uncond", "cfg_scale", cfg_scale, off=1)
         if cfg_zero_star:
-            uncond = _projected(cond, uncond)
+            uncond = _project(cond, uncond)
         pred = uncond + cfg_scale * (cond - uncond)
     if _is_on(stg_scale, off=0):
-        skip = _widened(_needed(pred_skip, "pred_skip", f"stg_scale {stg_scale}", "0"))
+        skip = _needed(pred_skip, "skip", "stg_scale", stg_scale, off=0)
         pred = pred + stg_scale * (cond - skip)
     if _is_on(rescale, off=0):
         pred = pred * (rescale * _std(cond) / _std(pred) + (1 - rescale))
     return pred
 
 
-def _is_on(scale: float | Tensor, off: float) -> bool:
-    """Reads no tensor, since that would wait for the device."""
+def _is_on(scale: float | Tensor, off: int) -> bool:
     return isinstance(scale, Tensor) or scale != off
 
 
-def _needed(pred: Tensor | None, name: str, scale: str, off: str) -> Tensor:
+def _needed(pred: Tensor | None, row: str, name: str, scale: float | Tensor, off: int) -> Tensor:
     if pred is None:
         raise InvalidRequest(
-            f"{name}: expected a tensor for {scale}, got None: compute that pass or set it to {off}"
+            f"pred_{row}: expected a tensor for {name} {scale}, got None: compute that pass or set it to "
+            f"{off}"
         )
-    return pred
+    return _float32(pred)
 
 
-def _widened(pred: Tensor) -> Tensor:
+def _float32(pred: Tensor) -> Tensor:
+    """Lower precisions as float32; float64 stays."""
     return pred.to(torch.promote_types(pred.dtype, torch.float32))
 
 
@@ -59,7 +60,7 @@ def _std(pred: Tensor) -> Tensor:
     return pred.std(dim=tuple(range(1, pred.ndim)), keepdim=True)
 
 
-def _projected(cond: Tensor, uncond: Tensor) -> Tensor:
+def _project(cond: Tensor, uncond: Tensor) -> Tensor:
     """CFG-Zero* (arXiv 2503.18886): uncond * <cond, uncond> / (|uncond|^2 + 1e-8), per video."""
     dims = tuple(range(1, cond.ndim))
     dot = (cond * uncond).sum(dims, keepdim=True)
