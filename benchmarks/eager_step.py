@@ -107,7 +107,7 @@ class EagerStep:
 
     def step(self, latents: Tensor, step: int, preds: list[Tensor]) -> Tensor:
         """The latents after a step; its guided prediction is added to those of the steps before it."""
-        rows = dict(zip(self._passes, self.preds(latents, step).split(1), strict=True))
+        rows = dict(zip(self._passes, self.preds(latents, step).float().split(1), strict=True))
         guidance = self._guidance
         pred = combine(
             rows["cond"],

@@ -55,10 +55,6 @@ def _float32(pred: Tensor) -> Tensor:
     return pred.to(torch.promote_types(pred.dtype, torch.float32))
 
 
-def _widened(pred: Tensor) -> Tensor:
-    return pred.to(torch.promote_types(pred.dtype, torch.float32))
-
-
 def _std(pred: Tensor) -> Tensor:
     """Unbiased standard deviation per video, shaped to broadcast."""
     return pred.std(dim=tuple(range(1, pred.ndim)), keepdim=True)
