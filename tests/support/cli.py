@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from stg_trt.cli.main import main
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(sys.executable).with_name("stg-trt")
 # What a build reports where stderr is no terminal: its name and segments, then a line per segment.
 PROGRESS = re.compile(
