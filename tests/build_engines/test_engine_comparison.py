@@ -15,7 +15,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from stg_trt.build_engines import build
+from stg_trt import build
 from stg_trt.build_engines.compiler import BFLOAT16
 from stg_trt.build_engines.engine_comparison import (
     REQUEST,

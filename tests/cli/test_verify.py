@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from stg_trt.build_engines import build
+from stg_trt import build
 from stg_trt.engines import manifest as manifests
 from stg_trt.engines.manifest import FileRecord
 from stg_trt.engines.store import EngineStore

@@ -19,11 +19,10 @@ import torch
 from diffusers import LTXVideoTransformer3DModel
 from torch import Tensor
 
-from stg_trt import VideoPipeline
+from stg_trt import VideoPipeline, build
 from stg_trt.benchmarks.eager_step import EagerStep, perturbed_skip_row
 from stg_trt.benchmarks.scenario import Inputs, Scenario
 from stg_trt.benchmarks.verify import relative_l2
-from stg_trt.build_engines import build
 from stg_trt.engines import inductor
 from stg_trt.engines.store import EngineStore
 from stg_trt.errors import EngineRejected
@@ -166,7 +165,7 @@ def test_every_step_matches(
     for i, (latents, wanted) in enumerate(zip(steps, expected, strict=True)):
         assert relative_l2(latents.cpu(), wanted) <= place.limit, f"step {i}"
     if place is GPU:
-        programs: list[Any] = [p for s in pipeline._samplers.values() for p in s._programs.values()]
+        programs: list[Any] = [p for s in pipeline._samplers.values() for p in s._bound.values()]
         assert programs and all(isinstance(p, StepGraph) and p._graph is not None for p in programs)
         assert not [w for w in recwarn.list if "capture failed" in str(w.message)]
 
