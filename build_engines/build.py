@@ -74,16 +74,12 @@ def build(
     chosen = backend_for(backend)
     targets = tuple((target or chosen.targets[0].name).split(","))
     defaults = opened.family.defaults
+    length = defaults.text_length if text_length is None else text_length
+    precision = precision or chosen.target(targets[0]).precisions[0]
     options = BuildOptions(
         checkpoint=opened,
         output=Path(output),
-        workload=Workload(
-            height,
-            width,
-            num_frames,
-            defaults.text_length if text_length is None else text_length,
-            precision or chosen.target(targets[0]).precisions[0],
-        ),
+        workload=Workload(height, width, num_frames, length, precision),
         stg_blocks=tuple(sorted(defaults.stg_blocks if stg_blocks is None else stg_blocks)),
         stg_mode=defaults.stg_mode if stg_mode is None else stg_mode,
         layout=layout,

@@ -28,15 +28,35 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
+class Distance:
+    """How far one tensor is from another."""
+
+    cosine: float
+    relative_l2: float
+    max_abs: float
+
+
+@dataclass(frozen=True)
 class Tolerance:
-    """How far from eager float32 a segment may be."""
+    """How far from float32 a segment may be."""
 
     relative_l2: float
     cosine: float
 
+    def allows(self, found: Distance) -> bool:
+        """Whether the distance is inside; that of NaN is not."""
+        return found.relative_l2 <= self.relative_l2 and found.cosine >= self.cosine
+
 
 # Float32 against float32: what is left is the order of summation.
 FLOAT32 = Tolerance(1e-4, 1 - 1e-6)
+# Rounding after every operation of a segment's blocks, with which eager bfloat16 stays below half of this.
+BFLOAT16 = Tolerance(3e-2, 1 - 1e-3)
+
+
+def tolerance_of(precision: str) -> Tolerance:
+    """What engines that compute in fp32 or bf16 may differ by."""
+    return FLOAT32 if precision == "fp32" else BFLOAT16
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from stg_trt.engines.tensorrt_library import PLUGINS
+from stg_trt.engines.tensorrt_library import PLUGINS, PROGRAMS
 from stg_trt.models.tensor_spec import TensorSpec
 
 from .tensorrt_recipe import Recipe
@@ -20,9 +20,8 @@ _SHAPES = ("min", "opt", "max")
 
 def tensorrt_commands(recipe: Recipe) -> tuple[str, str]:
     """One line of trtexec, one of Polygraphy."""
-    if recipe.backend == "tensorrt-rtx":
-        return shlex.join(_trtexec(recipe, "tensorrt_rtx")), _polygraphy_rtx(recipe)
-    return shlex.join(_trtexec(recipe, "trtexec")), _polygraphy(recipe)
+    polygraphy = _polygraphy_rtx if recipe.backend == "tensorrt-rtx" else _polygraphy
+    return shlex.join(_trtexec(recipe)), polygraphy(recipe)
 
 
 def onnxruntime_command(graph: Path, inputs: Sequence[TensorSpec], rows: int) -> str:
@@ -33,9 +32,9 @@ def onnxruntime_command(graph: Path, inputs: Sequence[TensorSpec], rows: int) ->
     )
 
 
-def _trtexec(recipe: Recipe, program: str) -> list[str]:
+def _trtexec(recipe: Recipe) -> list[str]:
     words = [
-        program,
+        PROGRAMS[recipe.backend],
         f"--onnx={KEPT_GRAPHS}/{recipe.graph.name}",
         f"--saveEngine={recipe.engine.name}",
         "--skipInference",

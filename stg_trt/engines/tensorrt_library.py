@@ -13,6 +13,8 @@ from stg_trt.system.files import LIBRARIES
 PLUGIN_NAMESPACE, PLUGIN_VERSION = "stg_trt", "1"
 # The library of our plugins, where it was built.
 PLUGINS = LIBRARIES / "libstg_tensorrt_plugins.so"
+PROGRAMS = {"tensorrt": "trtexec", "tensorrt-rtx": "tensorrt_rtx"}
+"""Each library's own program that builds engines from graphs."""
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 # The oldest version and the newest major one with every call that is made here. TensorRT imports
 # RMSNormalization since 10.15, Attention since 10.14; all other calls are older.

@@ -17,14 +17,14 @@ INPUT = TensorSpec("prompt_embeds", "float32", (ROWS, 9, 24))
 OUTPUT = TensorSpec("text", "float32", (ROWS, 9, 32))
 
 
-def write_graph(path: Path, scale: float = 1.0) -> Path:
+def write_graph(path: Path, tokens: int = 9) -> Path:
     """Projects a prompt, as a family's text segment does."""
-    weight = scale * np.random.default_rng(0).standard_normal((24, 32)).astype(np.float32)
+    weight = np.random.default_rng(0).standard_normal((24, 32)).astype(np.float32)
     graph = helper.make_graph(
         [helper.make_node("MatMul", [INPUT.name, "weight"], [OUTPUT.name])],
         path.stem,
         *(
-            [helper.make_tensor_value_info(spec.name, TensorProto.FLOAT, spec.shape)]
+            [helper.make_tensor_value_info(spec.name, TensorProto.FLOAT, (ROWS, tokens, spec.shape[2]))]
             for spec in (INPUT, OUTPUT)
         ),
         [numpy_helper.from_array(weight, "weight")],
