@@ -20,6 +20,7 @@ _PACKAGES = (
     "onnxruntime",
     "tensorrt-rtx-cu13",
     "tensorrt-cu13",
+    "polygraphy",
 )
 
 

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from stg_trt import build
 from stg_trt.build_engines.compile_tensorrt import Cancelled, build_engine, compile_tensorrt
+from stg_trt.build_engines.fused_attention import count_in_plan
 from stg_trt.build_engines.progress import Silent
 from stg_trt.build_engines.tensorrt_recipe import Recipe
 from stg_trt.engines import manifest as manifests
@@ -253,6 +254,18 @@ def recipe(builds: dict[str, list[Path]], model: Path, tmp_path: Path) -> Recipe
     return Recipe(graph, record.inputs, ((1, 2, 3),), BACKEND, "sm_120")
 
 
+def test_profiles_share_the_weights_and_add_kernels(recipe: Recipe, model: Path) -> None:
+    """Why TensorRT-RTX is given one: a plan names its attentions once per profile, and grows with each."""
+    weight = Checkpoint.open(model, random_weights=True).load_transformer().proj_in.weight.bfloat16()
+    places = []
+    for profiles in (((1, 2, 3),), ((1, 1, 1), (2, 2, 2), (3, 3, 3))):
+        several = replace(recipe, profiles=profiles)
+        build_engine(load_library(BACKEND), several, threading.Event(), lambda phase: None)
+        assert count_in_plan(several.engine) == 6 * len(profiles)
+        places.append(sum(several.engine.read_bytes().count(stored) for stored in either_way(weight)))
+    assert places[0] == places[1] > 0
+
+
 def test_an_event_cancels_the_compiler(recipe: Recipe) -> None:
     cancel = threading.Event()
     phases: list[str] = []
@@ -293,5 +306,10 @@ def test_random_weights_reach_the_engines(builds: dict[str, list[Path]], model: 
     assert manifests.load(builds["twin"][0]).weights == checkpoint.fingerprint()
     weight = checkpoint.load_transformer().proj_in.weight.bfloat16()
     data = (builds["twin"][0] / "normal.sm_120.engine").read_bytes()
-    transposed = weight.t().contiguous().view(torch.int16).numpy().tobytes()
-    assert weight.view(torch.int16).numpy().tobytes() in data or transposed in data
+    assert any(stored in data for stored in either_way(weight))
+
+
+def either_way(weight: Tensor) -> tuple[bytes, bytes]:
+    """A weight as bytes, and transposed: a plan may hold either."""
+    plain, transposed = (tensor.contiguous().view(torch.int16).numpy() for tensor in (weight, weight.t()))
+    return plain.tobytes(), transposed.tobytes()

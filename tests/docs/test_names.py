@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import typer.main
 
-from stg_trt import VideoPipeline, build
+from stg_trt import VideoPipeline, build, errors
 from stg_trt.build_engines.command import build as build_command
 from stg_trt.cli.main import _application
 from stg_trt.models.checkpoint import Checkpoint, published
@@ -30,7 +30,7 @@ FAMILIES = {
     "CogVideoX": "cogvideox-2b",
     "Wan 2.1": "wan2.1-t2v-1.3b",
 }
-ERRORS = {"InvalidRequest", "EngineRejected", "GateMissed", "OutOfDeviceMemory", "BackendUnavailable"}
+MESSAGES = {error.__name__ for error in errors.StgTrtError.__subclasses__()} | {"warnings.warn"}
 COSTS = table("docs/models.md", "configuration")
 
 
@@ -88,22 +88,13 @@ def test_every_command_is_shown() -> None:
 
 def messages() -> Iterator[tuple[str, str]]:
     """Where a message for users is, and the message with X for what is not constant."""
-    for path in sorted(
-        path
-        for folder in ("stg_trt", "runtime", "build_engines", "benchmarks")
-        for path in (ROOT / folder).rglob("*.py")
-    ):
+    folders = ("stg_trt", "runtime", "build_engines", "benchmarks")
+    for path in sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            call = node.exc if isinstance(node, ast.Raise) else node
-            if isinstance(call, ast.Call) and call.args and _is_message(node, call):
-                message = _constant(call.args[0])
+            if isinstance(node, ast.Call) and node.args and ast.unparse(node.func) in MESSAGES:
+                message = _constant(node.args[0])
                 if message.strip("X"):
                     yield path.relative_to(ROOT).as_posix(), message
-
-
-def _is_message(node: ast.AST, call: ast.Call) -> bool:
-    name = ast.unparse(call.func)
-    return name == "warnings.warn" or (isinstance(node, ast.Raise) and name in ERRORS)
 
 
 def _constant(message: ast.expr) -> str:

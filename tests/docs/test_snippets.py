@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import typer.main
-from diffusers import WanTransformer3DModel
 
 from stg_trt import VideoPipeline, build
 from stg_trt.cli.main import _application
@@ -30,13 +29,18 @@ SIZES: Sizes = {
     "num_frames": SMALL["num_frames"],
     "text_length": TEXT_LENGTH,
 }
-BLOCKS = 9
+BLOCK = 1
 COMMANDS = [
     (page, line.split("#")[0].strip())
     for page in PAGES
     for block in snippets(page, "sh")
     for line in block.splitlines()
     if line.startswith("stg-trt ")
+]
+
+
+OTHER_PYTHON_PAGES = [
+    page for page in PAGES if snippets(page, "python") and page not in ("README.md", "docs/quickstart.md")
 ]
 
 
@@ -61,23 +65,26 @@ def shrunk(code: str) -> str:
     return code
 
 
-def save_checkpoint(folder: Path) -> None:
-    """A small Wan with enough blocks for its family's default STG."""
-    WAN.save_pipeline(folder)
-    model = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer")
-    WanTransformer3DModel.from_config({**model.config, "num_layers": BLOCKS}).save_pretrained(
-        folder / "transformer"
-    )
+def save_workplace(folder: Path) -> None:
+    """A small checkpoint under the pages' name, and the engines that they build: they find them built."""
+    WAN.save_pipeline(folder / "wan-1.3b")
+    build(folder / "wan-1.3b", folder / "engines", **SIZES, stg_blocks=[BLOCK])
 
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built_once: BuiltOnce) -> Path:
-    """An empty folder with a small checkpoint under the name that the pages use; a run takes few steps."""
-    shutil.copytree(built_once("documented-checkpoint", save_checkpoint), tmp_path / "wan-1.3b")
-    monkeypatch.chdir(tmp_path)
-    steps = replace(Wan.defaults, num_inference_steps=SMALL["num_inference_steps"])
-    monkeypatch.setattr(Wan, "defaults", steps)
-    return tmp_path
+    """The working folder of the pages' commands and code; the family's defaults fit the small model."""
+    folder = tmp_path / "workplace"
+    shutil.copytree(built_once("documented-workplace", save_workplace), folder)
+    monkeypatch.chdir(folder)
+    small = replace(
+        Wan.defaults,
+        stg_blocks=(BLOCK,),
+        text_length=TEXT_LENGTH,
+        num_inference_steps=SMALL["num_inference_steps"],
+    )
+    monkeypatch.setattr(Wan, "defaults", small)
+    return folder
 
 
 def test_the_readmes_commands_run(workplace: Path) -> None:
@@ -104,12 +111,8 @@ def test_the_quickstarts_python_runs(workplace: Path) -> None:
     assert names["pipe"].interrupt
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page not in ("README.md", "docs/quickstart.md")])
+@pytest.mark.parametrize("page", OTHER_PYTHON_PAGES)
 def test_python_of_other_pages_runs_with_a_pipeline(page: str, workplace: Path) -> None:
-    blocks = snippets(page, "python")
-    if not blocks:
-        return
-    build("wan-1.3b", "engines", **SIZES, stg_blocks=[1], verify_timesteps=0)
     names: dict[str, Any] = {"pipe": VideoPipeline.from_pretrained("wan-1.3b", engines="engines")}
-    for code in blocks:
+    for code in snippets(page, "python"):
         exec(code, names)
