@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint wheel in-place kernels plugins bench-gpu clean
+.PHONY: demo test quick mistakes test-torch lint lint-proof wheel in-place kernels plugins bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/python -m examples.moving_shapes.demo --output demo
@@ -14,10 +14,41 @@ TEST_PROCESSES ?= 2
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
+# Without the tests that are marked slow.
+quick: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder \
+		-m "not slow"
+
+# Plants mistakes in a copy of the checkout and runs the tests that must notice them; ONLY=guidance chooses some.
+mistakes: $(STAMP)
+	$(BIN)/python -m tests.planted_mistakes --processes $(TEST_PROCESSES) $(if $(ONLY),--only $(ONLY))
+
+# The tests of what compiles and of what measures under another torch, such as that of a host with a GPU. PyPI's build
+# for CUDA runs on a CPU too, and takes 5 GB: make test-torch TORCH=2.11.0 PYTHON=python3.12
+TORCH ?= 2.11.0
+TORCH_VENV := build/torch-$(TORCH)
+TORCH_TESTS ?= tests/engines tests/build_engines tests/benchmarks
+test-torch: $(TORCH_VENV)/.installed
+	OMP_NUM_THREADS=1 $(TORCH_VENV)/bin/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile \
+		--no-loadscope-reorder $(TORCH_TESTS)
+
+# The other versions are those that the project is tested with.
+$(TORCH_VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(TORCH_VENV)
+	grep -v '^torch==' constraints.txt > $(TORCH_VENV)/constraints.txt
+	$(TORCH_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(TORCH_VENV)/bin/python -m pip install --quiet -c $(TORCH_VENV)/constraints.txt torch==$(TORCH) \
+		--editable '.[benchmarks]' pytest pytest-xdist
+	touch $@
+
 lint: $(STAMP) in-place
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	cd $(IN_PLACE) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml
+
+# Mistakes at the borders between folders, each of which mypy must report.
+lint-proof: lint
+	$(BIN)/python .ci/lint_proof.py
 
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel --outdir dist .
@@ -38,8 +69,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt --editable '.[dev]'
 	touch $@
 
+# For one GPU alone: make kernels CUDA_ARCHITECTURES=90-real
 kernels: $(STAMP)
-	cmake -S . -B build/kernels -DCMAKE_BUILD_TYPE=Release
+	cmake -S . -B build/kernels -DCMAKE_BUILD_TYPE=Release \
+		$(addprefix -DCMAKE_CUDA_ARCHITECTURES=,$(CUDA_ARCHITECTURES))
 	cmake --build build/kernels --parallel
 	ctest --test-dir build/kernels --output-on-failure
 	cmake --install build/kernels --prefix .
@@ -51,12 +84,15 @@ plugins: $(STAMP)
 	cmake --build build/plugins --parallel
 	cmake --install build/plugins --prefix .
 
-# In the environment that is there, without a network: torch for CUDA, and this checkout installed in it.
-# ONLY=cogvideox,wan runs the parts with these words in their names.
-OUTPUT ?= benchmarks/results
+# In the environment that is there, without a network or an install. ONLY=cogvideox,wan runs the parts with these
+# words in their names; DEVICE=cpu rehearses all parts with small models.
+DEVICE ?= cuda
+OUTPUT ?= $(if $(filter cpu,$(DEVICE)),build/rehearsal,benchmarks/results)
 MINUTES ?= 9
-bench-gpu:
-	$(PYTHON) -m benchmarks gpu --output $(OUTPUT) --minutes $(MINUTES) $(if $(ONLY),--only $(ONLY))
+bench-gpu: in-place
+	PYTHONSAFEPATH=1 PYTHONPATH=$(abspath $(IN_PLACE))$(addprefix :,$(PYTHONPATH)) $(PYTHON) -m stg_trt.benchmarks gpu \
+		--device $(DEVICE) --output $(OUTPUT) --minutes $(MINUTES) \
+		$(if $(BACKEND),--backend $(BACKEND)) $(if $(ONLY),--only "$(ONLY)")
 
 clean:
 	rm -rf $(VENV) dist demo build

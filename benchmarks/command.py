@@ -208,20 +208,25 @@ def foreign_engine(output: Output) -> None:
 def gpu(
     output: Annotated[Path, typer.Option(help="Folder of the JSON files.")],
     minutes: Annotated[float, typer.Option(help="Time for everything.")] = 9,
-    backend: Annotated[str, typer.Option(help="What compiles and runs the engines.")] = "inductor",
+    device: Annotated[str, typer.Option(help="cuda, or cpu for a rehearsal with small models.")] = "cuda",
+    backend: Annotated[
+        str | None, typer.Option(help="What compiles and runs the engines. [default: the device's]")
+    ] = None,
     only: Annotated[
         str | None, typer.Option(help="Words of the parts' names: cogvideox,wan. [default: all parts]")
     ] = None,
 ) -> None:
     """Everything that needs a GPU, most valuable first; what is done when the time is up is kept."""
-    from stg_trt.engines.backends import backend_for
+    from stg_trt.errors import InvalidRequest
     from stg_trt.runtime.device import open_device
 
     from .gpu import bench_gpu
+    from .gpu_plan import SCALES
 
-    backend_for(backend)
-    open_device("cuda")
-    bench_gpu(output, minutes, backend, only)
+    if device not in SCALES:
+        raise InvalidRequest(f"device: expected one of {', '.join(SCALES)}, got {device!r}: use cuda")
+    open_device(device)
+    bench_gpu(output, minutes, SCALES[device], backend, only)
 
 
 @bench.command()

@@ -156,7 +156,8 @@ def _cogvideox_arguments(
     family: Any, text: TextCondition, workload: Workload, frame_rate: float
 ) -> dict[str, Any]:
     tables = family.position_tables(workload, frame_rate)
-    rope = tuple(tables[name].to(text.embeds.device) for name in ("rope_cos", "rope_sin") if name in tables)
+    halves = [tables[name].to(text.embeds.device) for name in ("rope_cos", "rope_sin") if name in tables]
+    rope = tuple(half.repeat_interleave(2, -1) for half in halves)
     return {"encoder_hidden_states": text.embeds, "image_rotary_emb": rope or None}
 
 

@@ -1,226 +1,157 @@
 """`make bench-gpu`: everything that only a GPU can tell, most valuable first, within a number of minutes.
 
-Every part is a process of its own with a limit of its own; what it has measured is in its JSON when it is
-cut off, and gpu.json says how each part ended.
+Each part is a process with a limit. gpu.json says from the start how each part stands; the result of one that
+has ended, or was cut off, is in it at once, and until then in a file beside it. So a run leaves at most six
+files: gpu.json, gpu.log, gpu.md with its plot, and the results of the two parts that may be at work.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
 import signal
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stg_trt.errors import GateMissed, InvalidRequest
+from stg_trt.errors import BackendUnavailable, GateMissed, InvalidRequest
 
 from . import record
+from .gpu_plan import IN_PLACE, KERNEL_LIBRARY, REHEARSAL, Part, Scale, Stage, choose_parts, plan_stages
+from .part_process import Log, PartProcess
+from .report import write_report
 
-ROOT = Path(__file__).parents[1]
-_LIBRARY = ROOT / "stg_trt" / "lib" / "libstg_kernels.so"
+REHEARSED = "A rehearsal on a CPU with small models: no number of it says anything about a GPU."
 _SMALLEST_S = 15
-_GRACE_S = 5
 _KEPT_LINES = 40
-_BUILD = "kernel build"
-
-
-@dataclass(frozen=True)
-class Part:
-    """One command and the seconds that it may take."""
-
-    name: str
-    command: tuple[str, ...]
-    limit_s: float
-
-
-@dataclass(frozen=True)
-class Model:
-    """A published configuration at one size, perturbed as its family's defaults say."""
-
-    name: str
-    width: int
-    height: int
-    num_frames: int
-    stg_mode: str
-    stg_block: int
-
-    def __str__(self) -> str:
-        return f"{self.name}-{self.width}x{self.height}x{self.num_frames}"
-
-    @property
-    def options(self) -> tuple[str, ...]:
-        """What `bench` calls them."""
-        size = (f"--height={self.height}", f"--width={self.width}", f"--num-frames={self.num_frames}")
-        perturbed = (f"--stg-mode={self.stg_mode}", f"--stg-blocks={self.stg_block}")
-        return (f"--checkpoint={self.name}", *size, *perturbed)
-
-
-LTX = Model("ltx-video-2b", 704, 480, 121, "stg-a", 19)
-LARGE_LTX = Model("ltx-video-2b", 1216, 704, 121, "stg-a", 19)
-COGVIDEOX = Model("cogvideox-2b", 720, 480, 49, "stg-r", 11)
-WAN = Model("wan2.1-t2v-1.3b", 832, 480, 81, "stg-r", 8)
-
-
-def planned_parts(output: Path, engines: Path, backend: str) -> list[Part]:
-    """Tests, the step, its peers, the kernels, the foreign engine, whole calls; then larger models."""
-    tests = (sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", str(ROOT / "tests"))
-
-    def measure(workload: str, model: Model, limit_s: float, *options: str) -> Part:
-        places = (f"--engines={engines}", f"--output={output / f'{workload}-{model}.json'}")
-        arguments = (*model.options, f"--backend={backend}", *places, *options)
-        return Part(f"{workload} {model}", _bench(workload, *arguments), limit_s)
-
-    kernels = ("--device=cuda", f"--output={output / 'kernels.json'}")
-    larger = [
-        part
-        for model in (LARGE_LTX, COGVIDEOX, WAN)
-        for part in (
-            measure("step", model, 240, "--layouts=segmented", "--rounds=5"),
-            measure("peers", model, 240, "--rounds=5"),
-        )
-    ]
-    return [
-        Part("gpu tests", tests, 180),
-        *_kernel_build(),
-        measure("step", LTX, 300),
-        measure("peers", LTX, 240),
-        Part("kernels", _bench("kernels", *kernels), 60),
-        Part("foreign engine", _bench("foreign-engine", f"--output={output / 'foreign-engine.json'}"), 90),
-        measure("sample", LTX, 90, "--rounds=3"),
-        *larger,
-    ]
-
-
-def chosen_parts(parts: Sequence[Part], only: str | None) -> list[Part]:
-    """Those whose names have one of the comma-separated words of `only` in them; None is all of them.
-
-    The build of the kernels, where it is planned, is always one of them: the others run with them. Raises
-    InvalidRequest for a word that no name has.
-    """
-    if only is None:
-        return [*parts]
-    words = [word.strip() for word in only.split(",")]
-    unknown = [word for word in words if not word or not any(word in part.name for part in parts)]
-    if unknown:
-        names = ", ".join(part.name for part in parts)
-        raise InvalidRequest(
-            f"only: expected words of the parts {names}, got {unknown[0]!r}: correct it or leave it out"
-        )
-    return [part for part in parts if part.name == _BUILD or any(word in part.name for word in words)]
-
-
-def _bench(*arguments: str) -> tuple[str, ...]:
-    """A command of this program, under the name that it was started with."""
-    return (sys.executable, "-m", str(__package__), *arguments)
-
-
-def _kernel_build() -> list[Part]:
-    """The CUDA kernels, for this GPU alone, where they are not there and there is a compiler."""
-    if _LIBRARY.exists() or not (shutil.which("cmake") and shutil.which("nvcc")):
-        return []
-    folder = "build/kernels-native"
-    configure = f"cmake -S . -B {folder} -DCMAKE_CUDA_ARCHITECTURES=native -DBUILD_TESTING=OFF"
-    steps = (configure, f"cmake --build {folder} --parallel", f"cmake --install {folder} --prefix .")
-    return [Part(_BUILD, ("sh", "-c", " && ".join(steps)), 90)]
 
 
 class GpuRun:
-    """Runs parts in order until the time is up."""
+    """Runs stages in order until the time is up; `name` is that of its files."""
 
-    def __init__(self, output: Path, minutes: float) -> None:
+    def __init__(self, output: Path, name: str, minutes: float, scale: Scale) -> None:
         if minutes <= 0:
             raise InvalidRequest(f"minutes: expected more than 0, got {minutes}: use 9")
         self._deadline = time.monotonic() + 60 * minutes
-        self._results = record.Record(output / "gpu.json", "gpu", minutes=minutes, parts=[])
+        self._scale = scale
+        rehearsal = REHEARSED if scale is REHEARSAL else None
+        facts = {"device": scale.device, "rehearsal": rehearsal, "minutes": minutes}
+        self._results = record.Record(output / f"{name}.json", "gpu", **facts, parts=[])
+        self._log = Log(output / f"{name}.log")
+        if rehearsal is not None:
+            self._log.write(rehearsal)
 
-    def run(self, parts: Sequence[Part]) -> None:
+    def run(self, stages: Sequence[Stage]) -> None:
         """Runs and records them; raises GateMissed in the end unless all were done."""
-        for part in parts:
-            left_s = self._deadline - time.monotonic()
-            if left_s < min(_SMALLEST_S, part.limit_s):
-                self._add(part, "not started: no time left", 0.0, [])
-                continue
-            print(f"== {part.name}", flush=True)
-            start = time.monotonic()
-            ended, lines = run_part(part, min(part.limit_s, left_s))
-            seconds = time.monotonic() - start
-            print(f"== {part.name}: {ended}, {seconds:.0f} s", flush=True)
-            self._add(part, ended, seconds, lines)
-        self._results.finish()
+        try:
+            self._results.add(parts=[_row(part, "not started") for stage in stages for part in stage])
+            for stage in stages:
+                left_s = self._deadline - time.monotonic()
+                if left_s >= min(_SMALLEST_S, *(part.limit_s for part in stage)):
+                    self._run(stage, left_s)
+                    continue
+                for part in stage:
+                    self._set(_row(part, "not started: no time left"))
+            self._results.finish()
+            for row in self._results.result["parts"]:
+                self._log.write(f"== {row['name']}: {row['ended']}, {row['seconds']:.0f} s")
+        finally:
+            self._log.close()
         ends = {row["name"]: row["ended"] for row in self._results.result["parts"]}
         missed = [f"{name} {ended}" for name, ended in ends.items() if ended != "done"]
         if missed:
             raise GateMissed(
-                f"gpu: expected every part done, got {'; '.join(missed)}: gpu.json has their last lines; "
+                f"gpu: expected every part done, got {'; '.join(missed)}: the JSON has their last lines; "
                 "what they measured is kept"
             )
 
-    def _add(self, part: Part, ended: str, seconds: float, lines: list[str]) -> None:
-        row: dict[str, Any] = {
-            "name": part.name,
-            "command": [*part.command],
-            "ended": ended,
-            "seconds": round(seconds, 1),
-            "last_lines": lines[-_KEPT_LINES:],
-        }
-        self._results.add(parts=[*self._results.result["parts"], row])
-
-
-def run_part(part: Part, limit_s: float) -> tuple[str, list[str]]:
-    """How the part ended, and what it printed, which is shown as it comes."""
-    process = subprocess.Popen(
-        part.command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    lines: list[str] = []
-    reader = threading.Thread(target=_show, args=(process, lines), daemon=True)
-    reader.start()
-    try:
-        status = process.wait(limit_s)
-        ended = "done" if status == 0 else f"failed with exit status {status}"
-    except subprocess.TimeoutExpired:
-        ended = f"cut off after {limit_s:.0f} s"
-    finally:
-        _stop(process)
-    reader.join(_GRACE_S)
-    return ended, lines
-
-
-def _show(process: subprocess.Popen[str], lines: list[str]) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        lines.append(line.rstrip("\n"))
-        print(line, end="", flush=True)
-
-
-def _stop(process: subprocess.Popen[str]) -> None:
-    """Ends the part with everything that it started: first as Ctrl-C would, then at once."""
-    for signum in (signal.SIGINT, signal.SIGKILL):
+    def _run(self, stage: Stage, left_s: float) -> None:
+        """Runs the parts of a stage at the same time; the one with the shortest limit is waited for first."""
+        running: list[PartProcess] = []
         try:
-            os.killpg(process.pid, signum)
-            process.wait(_GRACE_S)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
+            for part in sorted(stage, key=lambda part: part.limit_s):
+                if part.output is not None:
+                    # Of an earlier run that was killed.
+                    part.output.unlink(missing_ok=True)
+                self._set(_row(part, "running"))
+                self._log.write(f"== {part.name}")
+                running.append(PartProcess(part, _environment(self._scale), self._log))
+            while running:
+                process = running[0]
+                self._keep(process, process.finish(min(process.part.limit_s, left_s)))
+                running.pop(0)
+        finally:
+            for process in running:
+                process.stop()
+                self._keep(process, "interrupted")
+
+    def _keep(self, process: PartProcess, ended: str) -> None:
+        """Moves what a part measured into the run's own result."""
+        part = process.part
+        row = _row(part, ended) | {
+            "seconds": round(process.seconds, 1),
+            "last_lines": process.lines[-_KEPT_LINES:],
+        }
+        if tests := process.count_tests():
+            row["tests"] = tests
+        if part.output is not None and part.output.exists():
+            row["result"] = json.loads(part.output.read_text("utf-8"))
+        self._set(row)
+        if part.output is not None:
+            part.output.unlink(missing_ok=True)
+        self._log.write(f"== {part.name}: {ended}, {process.seconds:.0f} s")
+
+    def _set(self, row: dict[str, Any]) -> None:
+        rows = self._results.result["parts"]
+        self._results.add(parts=[row if old["name"] == row["name"] else old for old in rows])
 
 
-def bench_gpu(output: Path, minutes: float, backend: str, only: str | None = None) -> None:
-    """All parts, or those that `only` names, with engines that are thrown away afterwards."""
+def _row(part: Part, ended: str) -> dict[str, Any]:
+    return {"name": part.name, "command": [*part.command], "ended": ended, "seconds": 0.0}
+
+
+def _environment(scale: Scale) -> dict[str, str]:
+    """That of the parts: they import the package in place, not from the folder that they run in."""
+    paths = [str(IN_PLACE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
+    if scale is REHEARSAL:
+        return environment | {"CUDA_VISIBLE_DEVICES": ""}
+    if KERNEL_LIBRARY.exists():
+        environment["STG_TRT_TEST_KERNELS"] = str(KERNEL_LIBRARY)
+    return environment
+
+
+def bench_gpu(output: Path, minutes: float, scale: Scale, backend: str | None, only: str | None) -> None:
+    """All parts, or those that `only` names, with engines that are thrown away afterwards; then the report.
+
+    Raises InvalidRequest without the tree of `make in-place`, in which the parts run.
+    """
+    if not (IN_PLACE / "stg_trt").is_dir():
+        raise InvalidRequest(f"gpu: expected the package in {IN_PLACE}, got none: run make bench-gpu")
     # A part has a session of its own: it must not outlive this process.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    name = "rehearsal" if scale is REHEARSAL else "gpu"
+    if only is not None:
+        # The results of all parts stay as they are.
+        name += "".join(f"-{word.strip().replace(' ', '-')}" for word in only.split(","))
     with tempfile.TemporaryDirectory() as engines:
-        parts = chosen_parts(planned_parts(output.resolve(), Path(engines), backend), only)
-        GpuRun(output, minutes).run(parts)
+        stages = plan_stages(scale, output.resolve(), Path(engines), backend or scale.backend)
+        chosen = choose_parts(stages, only)
+        run = GpuRun(output, name, minutes, scale)
+        try:
+            run.run(chosen)
+        finally:
+            _report(output / name)
+
+
+def _report(path: Path) -> None:
+    """Writes tables and a plot beside the JSON; says so where there is nothing to plot with."""
+    result = path.with_name(f"{path.name}.json")
+    if not result.exists():
+        return
+    try:
+        write_report([result], path.with_name(f"{path.name}.md"), None)
+    except BackendUnavailable as error:
+        print(error)

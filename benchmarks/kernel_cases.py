@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stg_trt.guidance.combine import combine
+from stg_trt.guidance.resolved import ResolvedGuidance
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.families.base import keep_attention_spec
@@ -99,7 +100,7 @@ def _qk_norm_rope(elements: int, device: Device) -> Case:
 
     q, k = random(*shape).to(dtype), random(*shape).to(dtype)
     norms = Norm(random(_WIDTH)), Norm(random(_WIDTH))
-    rope = Rope(random(*shape[1:]), random(*shape[1:]))
+    rope = Rope(*(random(shape[1], _WIDTH // 2) for _ in range(2)))
     outputs = torch.empty_like(q), torch.empty_like(k)
     if isinstance(device.operations, KernelOperations):
         kernel = QKNormRopeKernel(device.operations.kernels, (q, k), outputs, norms, rope)
@@ -130,8 +131,8 @@ def _norm_rope(x: Tensor, norm: Norm, rope: Rope) -> Tensor:
         x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + norm.eps) * norm.weight.double()
     )
     a, b = normed[..., 0::2], normed[..., 1::2]
-    rotated = torch.stack([-b, a], -1).flatten(-2)
-    return normed * rope.cos.double() + rotated * rope.sin.double()
+    cos, sin = rope.cos.double(), rope.sin.double()
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
 
 
 def _relative(got: Tensor, expected: Tensor) -> float:
@@ -148,11 +149,13 @@ def _tables(rescaled: bool = True, cfg_zero_star: bool = False) -> tuple[Guidanc
     solver = SolverTable.from_scheduler(FlowMatchEulerDiscreteScheduler(), _STEPS)
     guidance = Guidance.for_steps(
         [0.0] * _STEPS,
-        guidance_scale=3.0,
-        stg_scale=1.0,
-        rescale=0.7 if rescaled else 0.0,
-        stg_blocks=[0],
-        cfg_zero_star=cfg_zero_star,
+        ResolvedGuidance(
+            guidance_scale=3.0,
+            stg_scale=1.0,
+            rescale=0.7 if rescaled else 0.0,
+            stg_blocks=[0],
+            cfg_zero_star=cfg_zero_star,
+        ),
     )
     return guidance, solver
 

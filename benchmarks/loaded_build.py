@@ -50,13 +50,6 @@ class LoadedBuild:
         """Takes the memory again, after graphs were captured."""
         self.loaded_bytes = max(0, memory_in_use(self._device) - self._before_bytes)
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the engine files; several segments may name the same one."""
-        return sum(
-            file.bytes for file in {file for record in self.build.manifest.segments for file in record.files}
-        )
-
     def program(self, plan: StepPlan) -> Step:
         """A whole step of the plan: row fan-out, engines, guidance, solver."""
         stg = "skip" in plan.passes
@@ -98,7 +91,7 @@ class LoadedBuild:
         """For a result."""
         seconds = [record.seconds for record in self.build.manifest.segments]
         return {
-            "weight_bytes": self.weight_bytes,
+            "weight_bytes": self.build.manifest.engine_bytes,
             "loaded_bytes": self.loaded_bytes,
             "build_s": round(sum(sum(stages.values()) for stages in seconds), 1),
             "build_peak_bytes": max(record.peak_bytes for record in self.build.manifest.segments),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from stg_trt.engines.backends import backend_for, check_target
 from stg_trt.engines.manifest import load
 from stg_trt.engines.store import Build
 from stg_trt.errors import InvalidRequest
+from stg_trt.guidance.resolved import ResolvedGuidance
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.checkpoint import Checkpoint
@@ -149,15 +150,8 @@ class Scenario:
 
     def guidance(self, solver: SolverTable, *, stg: bool = True) -> Guidance:
         """The family's scales on every step, with or without the skip pass."""
-        defaults = self.family.defaults
-        return Guidance.for_steps(
-            solver.noise_levels,
-            guidance_scale=defaults.guidance_scale,
-            stg_scale=defaults.stg_scale if stg else 0.0,
-            rescale=defaults.rescale,
-            stg_mode=self.stg_mode,
-            stg_blocks=self.perturbation.blocks,
-        )
+        usual = ResolvedGuidance.of_family(self.family.defaults, self.perturbation)
+        return Guidance.for_steps(solver.noise_levels, usual if stg else replace(usual, stg_scale=0.0))
 
     def to_json(self) -> dict[str, Any]:
         """For a result."""

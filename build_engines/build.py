@@ -26,6 +26,7 @@ from .compilers import compiler_for
 from .options import BuildOptions
 from .progress import Progress, Silent
 from .reference import Reference
+from .reproduction import KEPT_GRAPHS
 from .reusable_files import ReusableFiles
 from .segment_build import SegmentBuild
 
@@ -54,14 +55,14 @@ def build(
     verify_timesteps: int = 3,
     keep_onnx: bool = False,
     plugins: Sequence[str] = (),
+    builder_optimization_level: int | None = None,
     progress: Progress | None = None,
 ) -> list[Path]:
     """Builds engines below `output` and returns the build folders, one per target.
 
     `backend` may be auto: the best that this machine can run. `target` may name several, separated by commas;
-    it and `precision` default to the backend's, `text_length` to the family's. `blocks` keeps so many of each
-    list, with random weights; `plugins` are our own kernels. An interrupted build's segments are re-used.
-
+    it and `precision` default to the backend's, `text_length` to the family's. `blocks` shortens each list of
+    blocks, with random weights; `plugins` are our own kernels. An interrupted build's segments are reused.
     Raises InvalidRequest for options that cannot be used and GateMissed for a segment that fails a check.
     """
     opened = Checkpoint.open(checkpoint, random_weights=random_weights).shortened(blocks)
@@ -71,16 +72,12 @@ def build(
     chosen = backend_for(backend)
     targets = tuple((target or chosen.targets[0].name).split(","))
     defaults = opened.family.defaults
+    length = defaults.text_length if text_length is None else text_length
+    precision = precision or chosen.target(targets[0]).precisions[0]
     options = BuildOptions(
         checkpoint=opened,
         output=Path(output),
-        workload=Workload(
-            height,
-            width,
-            num_frames,
-            defaults.text_length if text_length is None else text_length,
-            precision or chosen.target(targets[0]).precisions[0],
-        ),
+        workload=Workload(height, width, num_frames, length, precision),
         stg_blocks=tuple(sorted(defaults.stg_blocks if stg_blocks is None else stg_blocks)),
         stg_mode=defaults.stg_mode if stg_mode is None else stg_mode,
         layout=layout,
@@ -90,6 +87,7 @@ def build(
         verify_timesteps=verify_timesteps,
         keep_onnx=keep_onnx,
         plugins=tuple(sorted(set(plugins))),
+        builder_optimization_level=builder_optimization_level,
     )
     opened.check()
     with fresh_folder(options.output):
@@ -159,7 +157,7 @@ class _Builder:
                     self.progress.finish(segment, record, reused=False)
             finally:
                 if options.keep_onnx:
-                    _keep(work, work.with_name("onnx"))
+                    _keep(work, work.with_name(KEPT_GRAPHS))
                 shutil.rmtree(work, ignore_errors=True)
         for target, folder in folders.items():
             manifests.save(manifest[target].model_copy(update={"complete": True}), folder)
@@ -221,7 +219,7 @@ class _Builder:
             segment=segment,
             inputs=tuple(family.inputs(segment, options.workload)),
             outputs=tuple(family.outputs(segment, options.workload)),
-            rows=options.rows(segment),
+            profiles=self.compiler.profiles(segment),
             precision=options.workload.precision,
             opset=self.compiler.opset,
             backend=options.backend.name,

@@ -24,15 +24,12 @@ from stg_trt.models.segment import Segment
 from stg_trt.system.stream import Stream, open_stream
 
 from .aoti_package import OPTIONS, compile_package, fused_attentions
-from .compiler import CPU, FLOAT32, Compiled, Compiler, Exported, Job, Tolerance
+from .compiler import CPU, Compiled, Compiler, Exported, Job, Tolerance, tolerance_of
 from .inductor_runs import InductorRuns
 from .options import BuildOptions
 from .piece_key import PieceKey
 from .reusable_files import ReusableFiles
 from .trace import Trace, trace
-
-# Rounding after every operation of a segment's blocks, with which eager bfloat16 stays below half of this.
-_BFLOAT16 = Tolerance(3e-2, 1 - 1e-3)
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ class InductorCompiler(Compiler):
     @property
     def tolerance(self) -> Tolerance:
         """That of the engine's own arithmetic."""
-        return FLOAT32 if self.options.workload.precision == "fp32" else _BFLOAT16
+        return tolerance_of(self.options.workload.precision)
 
     def flags(self, target: str) -> tuple[str, ...]:
         """The options, and the instruction sets that the code needs."""

@@ -18,6 +18,9 @@ from stg_trt.models.tensor_spec import TensorSpec
 from .options import BuildOptions
 from .reusable_files import ReusableFiles
 
+Rows = tuple[int, int, int]
+"""The rows of a profile: min, opt, max."""
+
 Run = Callable[[dict[str, Tensor]], list[Tensor]]
 """A segment's outputs, in order, for its inputs by name, on the CPU."""
 
@@ -25,15 +28,35 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
+class Distance:
+    """How far one tensor is from another."""
+
+    cosine: float
+    relative_l2: float
+    max_abs: float
+
+
+@dataclass(frozen=True)
 class Tolerance:
-    """How far from eager float32 a segment may be."""
+    """How far from float32 a segment may be."""
 
     relative_l2: float
     cosine: float
 
+    def allows(self, found: Distance) -> bool:
+        """Whether the distance is inside; that of NaN is not."""
+        return found.relative_l2 <= self.relative_l2 and found.cosine >= self.cosine
+
 
 # Float32 against float32: what is left is the order of summation.
 FLOAT32 = Tolerance(1e-4, 1 - 1e-6)
+# Rounding after every operation of a segment's blocks, with which eager bfloat16 stays below half of this.
+BFLOAT16 = Tolerance(3e-2, 1 - 1e-3)
+
+
+def tolerance_of(precision: str) -> Tolerance:
+    """What engines that compute in fp32 or bf16 may differ by."""
+    return FLOAT32 if precision == "fp32" else BFLOAT16
 
 
 @dataclass(frozen=True)
@@ -43,7 +66,7 @@ class Job:
     segment: Segment
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    rows: tuple[int, int, int]
+    rows: Rows
     work: Path
     on_progress: Callable[[str], None]
 
@@ -58,15 +81,16 @@ class Exported:
 
 @dataclass(frozen=True)
 class Compiled:
-    """Finished files, the engine's own first, and what the gates measured.
+    """Finished files, the engine's own first, and what the gates measured, None where it cannot be known.
 
-    `runner` loads the engine, where only it shows the numerics.
+    `runner` loads the engine, where only it shows the numerics. `commands` of other tools do the same.
     """
 
     files: tuple[Path, ...]
-    fused_attentions: int
+    fused_attentions: int | None
     activation_bytes: int | None
     runner: Callable[[], Run] | None = None
+    commands: tuple[str, ...] = ()
 
 
 class Compiler(ABC):
@@ -91,6 +115,10 @@ class Compiler(ABC):
     def flags(self, target: str) -> tuple[str, ...]:
         """Options and facts of the compilation that belong to the engine's key."""
         return ()
+
+    def profiles(self, segment: Segment) -> tuple[Rows, ...]:
+        """The rows that the segment's engine is compiled for; a context picks the profile of its own."""
+        return (self.options.rows(segment),)
 
     def reference_device(self) -> torch.device:
         """Where the eager reference runs."""

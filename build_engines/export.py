@@ -16,11 +16,12 @@ from stg_trt.errors import GateMissed
 from stg_trt.models.families.base import SegmentModule
 from stg_trt.models.segment import engine_outputs
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
+from stg_trt.system.units import GIB
 
 from .dynamic_rows import traced_with
 
 # protobuf refuses messages of 2 GiB; weights above this go to a file beside the graph.
-_EMBEDDED_BYTES = 1 << 30
+_EMBEDDED_BYTES = GIB
 
 
 def export(

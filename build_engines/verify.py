@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import asdict
 
 import numpy as np
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch import Tensor
 from stg_trt.engines.manifest import Verification
 from stg_trt.errors import GateMissed
 
-from .compiler import FLOAT32, Run, Tolerance
+from .compiler import FLOAT32, Distance, Run, Tolerance
 
 
 def verify(
@@ -24,29 +26,31 @@ def verify(
     """Compares all outputs at each timestep; raises GateMissed, naming the segment, where they differ."""
     results = []
     for timestep, feed, wanted in zip(timesteps, inputs, expected, strict=True):
-        got = run(feed)
-        worst = max(
-            (_compare(timestep, want, have) for want, have in zip(wanted.values(), got, strict=True)),
-            # NaN compares as false with everything: it is the worst, wherever it is.
-            key=lambda found: found.relative_l2 if math.isfinite(found.relative_l2) else math.inf,
-        )
-        if not (worst.relative_l2 <= tolerance.relative_l2 and worst.cosine >= tolerance.cosine):
+        found = distance(wanted.values(), run(feed))
+        if not tolerance.allows(found):
             raise GateMissed(
                 f"{name}: numerics: expected relative L2 <= {tolerance.relative_l2} against eager float32, "
-                f"got {worst.relative_l2:.2e} (cosine {worst.cosine:.6f}) at timestep {timestep}: the export "
+                f"got {found.relative_l2:.2e} (cosine {found.cosine:.6f}) at timestep {timestep}: the export "
                 "of this segment is wrong"
             )
-        results.append(worst)
+        results.append(Verification(timestep=timestep, **asdict(found)))
     return tuple(results)
 
 
-def _compare(timestep: float, wanted: Tensor, got: Tensor) -> Verification:
+def distance(wanted: Iterable[Tensor], got: Iterable[Tensor]) -> Distance:
+    """How far some outputs are from the wanted ones, where that is farthest."""
+    return max(
+        (_distance(want, have) for want, have in zip(wanted, got, strict=True)),
+        # NaN compares as false with everything: it is the worst, wherever it is.
+        key=lambda found: found.relative_l2 if math.isfinite(found.relative_l2) else math.inf,
+    )
+
+
+def _distance(wanted: Tensor, got: Tensor) -> Distance:
     a, b = (tensor.double().numpy().ravel() for tensor in (wanted, got))
     norm = float(np.linalg.norm(a)) or 1.0
-    cosine = float(a @ b) / (norm * (float(np.linalg.norm(b)) or 1.0))
-    return Verification(
-        timestep=timestep,
-        cosine=cosine,
+    return Distance(
+        cosine=float(a @ b) / (norm * (float(np.linalg.norm(b)) or 1.0)),
         relative_l2=float(np.linalg.norm(a - b)) / norm,
         max_abs=float(np.abs(a - b).max()),
     )

@@ -10,7 +10,7 @@
 #endif
 
 // Raised whenever a struct or a function of a kernel changes: the Python side refuses any other.
-#define STG_KERNELS_ABI 4
+#define STG_KERNELS_ABI 5
 
 enum StgDtype { kStgFloat32 = 0, kStgFloat16 = 1, kStgBfloat16 = 2 };
 

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, cast
 
 import typer
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
+    from stg_trt.engines.store import EngineRequest, EngineStore
     from stg_trt.models.checkpoint import Checkpoint
 
-    from .pipeline import VideoPipeline
-
-_EMBEDS = (
-    "prompt_embeds",
-    "prompt_attention_mask",
-    "pooled_prompt_embeds",
-    "negative_prompt_embeds",
-    "negative_prompt_attention_mask",
-    "negative_pooled_prompt_embeds",
-    "latents",
-)
+    from .pipeline import StepCallback, VideoPipeline
 
 
+class EmbedsFile(TypedDict, total=False):
+    """The tensors that `--embeds` may hold, by the names of the pipeline's arguments."""
+
+    prompt_embeds: Tensor
+    prompt_attention_mask: Tensor
+    pooled_prompt_embeds: Tensor
+    negative_prompt_embeds: Tensor
+    negative_prompt_attention_mask: Tensor
+    negative_pooled_prompt_embeds: Tensor
+    latents: Tensor
+
+
+_EMBEDS = tuple(EmbedsFile.__annotations__)
 Embeds = Annotated[
     Path | None, typer.Option(help=f"Instead of a prompt: safetensors with {', '.join(_EMBEDS)}.")
 ]
@@ -59,34 +65,29 @@ def generate(
     vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in tiles: less memory.")] = False,
 ) -> None:
     """Generate videos with compiled engines."""
+    from stg_trt.engines.store import EngineRequest
+    from stg_trt.guidance.options import GuidanceOptions
     from stg_trt.models.perturbation import parse_blocks
 
     # What can be refused without the models is refused before the seconds that diffusers' import takes.
     _check_output(output)
     opened = _open_checkpoint(checkpoint, decodes=output.suffix == ".mp4" or bool(prompt))
-    perturbed = {"stg_mode": stg_mode, "stg_blocks": parse_blocks(stg_blocks), "preset": preset}
-    scales = _scales(guidance_scale=guidance_scale, stg_scale=stg_scale, rescale=rescale)
-    size = {"height": height, "width": width, "num_frames": num_frames}
-    kind: dict[str, Any] = {"layout": layout, "backend": backend}
-    _check_engines(opened, engines, stg_mode, size, kind)
-    given = _read_embeds(embeds) if embeds is not None else {}
-    pipeline = _open_pipeline(checkpoint, engines, **kind, offload=offload, vae_tiling=vae_tiling)
-    frames = _sample(
-        pipeline,
-        prompt=prompt or None,
-        negative_prompt=negative_prompt,
-        **size,
-        frame_rate=frame_rate,
-        num_inference_steps=num_inference_steps,
-        embedded_guidance=embedded_guidance,
-        use_dynamic_cfg=use_dynamic_cfg,
-        **scales,
-        **perturbed,
-        num_videos_per_prompt=num_videos_per_prompt,
-        generator=_generator(seed),
-        output_type="np" if output.suffix == ".mp4" else "latent",
-        **given,
-    )
+    options = GuidanceOptions(
+        guidance_scale=_scale("guidance_scale", guidance_scale), stg_scale=_scale("stg_scale", stg_scale),
+        rescale=_scale("rescale", rescale), stg_mode=stg_mode, stg_blocks=parse_blocks(stg_blocks),
+        preset=preset, use_dynamic_cfg=use_dynamic_cfg, embedded_guidance=embedded_guidance,
+    )  # fmt: skip
+    request = EngineRequest(height=height, width=width, num_frames=num_frames, layout=layout, backend=backend)
+    store = _open_engines(engines, request, opened)
+    given: EmbedsFile = {} if embeds is None else _read_embeds(embeds)
+    pipeline = _open_pipeline(opened, store, request, offload=offload, vae_tiling=vae_tiling)
+    with _progress_bar() as advance:
+        frames = pipeline(
+            prompt=prompt or None, negative_prompt=negative_prompt, height=height, width=width,
+            num_frames=num_frames, frame_rate=frame_rate, num_inference_steps=num_inference_steps,
+            guidance=options, num_videos_per_prompt=num_videos_per_prompt, generator=_generator(seed),
+            output_type="np" if output.suffix == ".mp4" else "latent", callback_on_step_end=advance, **given,
+        ).frames  # fmt: skip
     for path in _save(frames, output, frame_rate or pipeline.family.defaults.frame_rate):
         print(path)
 
@@ -118,25 +119,32 @@ def _open_checkpoint(checkpoint: str, *, decodes: bool) -> Checkpoint:
     return opened
 
 
-def _check_engines(
-    checkpoint: Checkpoint, engines: Path, stg_mode: str | None, size: dict[str, Any], kind: dict[str, Any]
-) -> None:
-    """Whether the size is one that the model has, and any build in the folder fits it."""
-    from stg_trt.engines.store import EngineRequest, EngineStore, find_possible
-    from stg_trt.models.perturbation import check_mode
+def _open_engines(engines: Path, request: EngineRequest, checkpoint: Checkpoint) -> EngineStore:
+    """The folder; refused where the size is none of the model's, or no build in it fits the request here."""
+    from dataclasses import replace
+
+    from stg_trt.engines.store import EngineStore, find_possible
     from stg_trt.system.gpu import this_machine
 
-    if stg_mode is not None:
-        check_mode(stg_mode)
-    request = EngineRequest(**kind, **size, machine=this_machine())
-    find_possible(EngineStore.open(engines), request, checkpoint.family)
+    store = EngineStore.open(engines)
+    find_possible(store, replace(request, machine=this_machine()), checkpoint.family)
+    return store
 
 
-def _open_pipeline(checkpoint: str, engines: Path, **options: Any) -> VideoPipeline:
+def _open_pipeline(
+    checkpoint: Checkpoint, store: EngineStore, request: EngineRequest, *, offload: bool, vae_tiling: bool
+) -> VideoPipeline:
     from .pipeline import VideoPipeline
 
     _quiet_libraries()
-    return VideoPipeline.from_pretrained(checkpoint, engines, **options)
+    return VideoPipeline(
+        checkpoint,
+        store,
+        layout=request.layout,
+        backend=request.backend,
+        offload=offload,
+        vae_tiling=vae_tiling,
+    )
 
 
 def _generator(seed: int) -> Generator:
@@ -156,8 +164,9 @@ def _quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def _sample(pipeline: VideoPipeline, **arguments: Any) -> Any:
-    """Runs the pipeline under a progress bar."""
+@contextmanager
+def _progress_bar() -> Iterator[StepCallback]:
+    """A bar on a terminal, and the callback that moves it."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -165,14 +174,10 @@ def _sample(pipeline: VideoPipeline, **arguments: Any) -> Any:
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("loading", total=None)
 
-        def advance(pipe: Any, step: int, timestep: float, tensors: dict[str, Tensor]) -> None:
+        def advance(pipe: VideoPipeline, step: int, timestep: float, tensors: dict[str, Tensor]) -> None:
             progress.update(task, description="sampling", completed=step + 1, total=pipe.num_timesteps)
 
-        return pipeline(**arguments, callback_on_step_end=advance).frames
-
-
-def _scales(**texts: str | None) -> dict[str, float | list[float] | None]:
-    return {name: _scale(name, text) for name, text in texts.items()}
+        yield advance
 
 
 def _scale(name: str, text: str | None) -> float | list[float] | None:
@@ -190,7 +195,7 @@ def _scale(name: str, text: str | None) -> float | list[float] | None:
     return values if len(values) > 1 else values[0]
 
 
-def _read_embeds(path: Path) -> dict[str, Tensor]:
+def _read_embeds(path: Path) -> EmbedsFile:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -207,7 +212,7 @@ def _read_embeds(path: Path) -> dict[str, Tensor]:
         raise InvalidRequest(
             f"embeds: expected tensors {', '.join(_EMBEDS)}, got also {', '.join(unknown)}: leave those out"
         )
-    return tensors
+    return cast(EmbedsFile, tensors)
 
 
 def _save(frames: Any, output: Path, frame_rate: float) -> list[Path]:

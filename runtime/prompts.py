@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,8 +13,6 @@ from stg_trt.models.families.base import POOLED
 from stg_trt.models.tensor_spec import TensorSpec
 from stg_trt.models.text import TextCondition
 
-Encode = Callable[[list[str]], TextCondition]
-
 
 @dataclass(frozen=True)
 class Embeddings:
@@ -23,6 +21,53 @@ class Embeddings:
     embeds: Tensor | None
     mask: Tensor | None
     pooled: Tensor | None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What one pass is conditioned on: texts to encode, or embeddings where `texts` is None.
+
+    `prefix` is that of the embeddings' arguments: none, or negative_. `count` is how many videos the
+    embeddings must have; None leaves it to them.
+    """
+
+    texts: list[str] | None
+    given: Embeddings
+    prefix: str = ""
+    count: int | None = None
+
+    def padded(self, specs: Mapping[str, TensorSpec], needs_mask: bool) -> TextCondition:
+        """The embeddings that were given, padded to the engines' text length.
+
+        `specs` are those of the engines; prompt_embeds is (rows, text length, width) there. Without
+        `needs_mask`, embeddings given without a mask are all real tokens. Raises InvalidRequest for others.
+        """
+        embeds, mask = self._embeds_and_mask(needs_mask)
+        _, length, width = specs["prompt_embeds"].shape
+        assert isinstance(length, int)
+        fits = embeds.ndim == 3 and embeds.shape[1] <= length and embeds.shape[2] == width
+        if not fits or (self.count is not None and len(embeds) != self.count):
+            raise InvalidRequest(
+                f"{self.prefix}prompt_embeds: expected ({self.count or 'videos'}, <= {length}, {width}), "
+                f"got {tuple(embeds.shape)}: pass embeddings of this model's text encoder, or rebuild with a "
+                "larger --text-length"
+            )
+        if mask.shape != embeds.shape[:2]:
+            raise InvalidRequest(
+                f"{self.prefix}prompt_attention_mask: expected {tuple(embeds.shape[:2])}, got "
+                f"{tuple(mask.shape)}: one entry per token"
+            )
+        name = f"{self.prefix}{POOLED}"
+        pooled = _checked_pooled(name, self.given.pooled, specs.get(POOLED), len(embeds))
+        missing = length - embeds.shape[1]
+        return TextCondition(pad(embeds, (0, 0, 0, missing)), pad(mask.float(), (0, missing)), pooled)
+
+    def _embeds_and_mask(self, needs_mask: bool) -> tuple[Tensor, Tensor]:
+        embeds = _needed(f"{self.prefix}prompt_embeds", self.given.embeds)
+        mask = self.given.mask
+        if mask is None and not needs_mask:
+            return embeds, embeds.new_ones(embeds.shape[:2])
+        return embeds, _needed(f"{self.prefix}prompt_attention_mask", mask)
 
 
 @dataclass(frozen=True)
@@ -53,78 +98,38 @@ class Prompts:
             raise InvalidRequest(
                 f"num_videos_per_prompt: expected at least 1, got {self.videos_per_prompt}: use 1"
             )
-        if self.videos == 0:
+        if self.count == 0:
             raise InvalidRequest("prompt: expected at least one prompt, got an empty list: give one")
 
     @property
-    def texts(self) -> list[str]:
-        """The prompts as a list; empty where embeddings were given."""
-        return [self.prompt] if isinstance(self.prompt, str) else list(self.prompt or [])
+    def count(self) -> int:
+        """Prompts, as texts or as embeddings."""
+        if self.given.embeds is not None:
+            return len(self.given.embeds)
+        return 1 if isinstance(self.prompt, str) else len(self.prompt or [])
 
     @property
     def videos(self) -> int:
         """Videos to generate."""
-        embeds = self.given.embeds
-        return (len(self.texts) if embeds is None else len(embeds)) * self.videos_per_prompt
+        return self.count * self.videos_per_prompt
 
-    def conditions(
-        self, encode: Encode, specs: Mapping[str, TensorSpec], needs_uncond: bool, needs_mask: bool
-    ) -> tuple[TextCondition, TextCondition | None]:
-        """Conditions of the cond rows and, where a step computes them, of the uncond rows.
+    @property
+    def cond(self) -> Prompt:
+        """Of the conditional pass."""
+        return Prompt([self.prompt] if isinstance(self.prompt, str) else self.prompt, self.given)
 
-        `specs` are those of the engines; prompt_embeds is (rows, text length, width) there. Without
-        `needs_mask`, embeddings given without a mask are all real tokens.
-        """
-        if self.given.embeds is not None:
-            cond = _checked("", self.given, specs, needs_mask)
-        else:
-            cond = encode(self.texts)
-        uncond = self._uncond(encode, specs, needs_mask, len(cond.embeds)) if needs_uncond else None
-        times = self.videos_per_prompt
-        return cond.repeated(times), uncond.repeated(times) if uncond is not None else None
-
-    def _uncond(
-        self, encode: Encode, specs: Mapping[str, TensorSpec], needs_mask: bool, count: int
-    ) -> TextCondition:
-        if self.given.embeds is not None:
-            return _checked("negative_", self.negative, specs, needs_mask, count)
+    @property
+    def uncond(self) -> Prompt:
+        """Of the unconditional pass; raises InvalidRequest for a wrong number of negative prompts."""
+        if self.given.embeds is not None or self.negative.embeds is not None:
+            return Prompt(None, self.negative, "negative_", self.count)
         negative = self.negative_prompt
-        texts = list(negative) if isinstance(negative, list) else [negative or ""] * count
-        if len(texts) != count:
+        texts = negative if isinstance(negative, list) else [negative or ""] * self.count
+        if len(texts) != self.count:
             raise InvalidRequest(
-                f"negative_prompt: expected one text or {count}, got {len(texts)}: give one per prompt"
+                f"negative_prompt: expected one text or {self.count}, got {len(texts)}: give one per prompt"
             )
-        return encode(texts)
-
-
-def _checked(
-    prefix: str,
-    given: Embeddings,
-    specs: Mapping[str, TensorSpec],
-    needs_mask: bool,
-    count: int | None = None,
-) -> TextCondition:
-    """Embeddings with their mask, padded to the engines' text length."""
-    name, mask_name = f"{prefix}prompt_embeds", f"{prefix}prompt_attention_mask"
-    embeds, mask = given.embeds, given.mask
-    if mask is None and not needs_mask and embeds is not None:
-        mask = embeds.new_ones(embeds.shape[:2])
-    embeds, mask = _needed(name, embeds), _needed(mask_name, mask)
-    _, length, width = specs["prompt_embeds"].shape
-    assert isinstance(length, int)
-    fits = embeds.ndim == 3 and embeds.shape[1] <= length and embeds.shape[2] == width
-    if not fits or (count is not None and len(embeds) != count):
-        raise InvalidRequest(
-            f"{name}: expected ({count or 'videos'}, <= {length}, {width}), got {tuple(embeds.shape)}: "
-            "pass embeddings of this model's text encoder, or rebuild with a larger --text-length"
-        )
-    if mask.shape != embeds.shape[:2]:
-        raise InvalidRequest(
-            f"{mask_name}: expected {tuple(embeds.shape[:2])}, got {tuple(mask.shape)}: one entry per token"
-        )
-    pooled = _checked_pooled(f"{prefix}{POOLED}", given.pooled, specs.get(POOLED), len(embeds))
-    missing = length - embeds.shape[1]
-    return TextCondition(pad(embeds, (0, 0, 0, missing)), pad(mask.float(), (0, missing)), pooled)
+        return Prompt(texts, self.negative)
 
 
 def _checked_pooled(name: str, pooled: Tensor | None, spec: TensorSpec | None, count: int) -> Tensor | None:

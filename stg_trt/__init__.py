@@ -7,20 +7,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stg_trt.build_engines.build import build
-    from stg_trt.guidance.presets import TimestepBins
+    from stg_trt.guidance.bins import TimestepBins
+    from stg_trt.guidance.options import GuidanceOptions
     from stg_trt.guidance.tables import Guidance
     from stg_trt.models.perturbation import Perturbation
     from stg_trt.runtime.pipeline import VideoPipeline
 
 __version__ = "0.1.0"
-__all__ = ["Guidance", "Perturbation", "TimestepBins", "VideoPipeline", "__version__", "build"]
+__all__ = [
+    "Guidance",
+    "GuidanceOptions",
+    "Perturbation",
+    "TimestepBins",
+    "VideoPipeline",
+    "__version__",
+    "build",
+]
 
 _MODULES = {
     "Guidance": "stg_trt.guidance.tables",
+    "GuidanceOptions": "stg_trt.guidance.options",
     "Perturbation": "stg_trt.models.perturbation",
-    "TimestepBins": "stg_trt.guidance.presets",
+    "TimestepBins": "stg_trt.guidance.bins",
     "VideoPipeline": "stg_trt.runtime.pipeline",
-    "build": "stg_trt.build_engines",
+    "build": "stg_trt.build_engines.build",
 }
 
 

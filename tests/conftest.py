@@ -16,8 +16,7 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
-from stg_trt import VideoPipeline
-from stg_trt.build_engines import build
+from stg_trt import VideoPipeline, build
 from tests.support.cli import keep_one_block
 from tests.support.family_cases import CASES, LTX, FamilyCase, Sizes
 from tests.support.whole_pipelines import TEXT_LENGTH
@@ -37,22 +36,44 @@ LONGEST_FIRST = (
     "benchmarks/test_gpu.py",
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 _BUILD_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 BuiltOnce = Callable[[str, Callable[[Path], object]], Path]
 
 
+# Fixtures that make a test slow, and why; `golden_engines` is quick for LTX-Video alone.
+SLOW_FIXTURES = {
+    "inductor_engines": "compiles packages with AOTInductor",
+    "whole_engines": "builds the engines of a whole pipeline",
+    "golden_engines": "builds the engines of every family",
+}
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     tests = Path(__file__).parent
     order = {tests / name: place for place, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: order.get(item.path, len(order)))
+    for item in items:
+        mark_slow(item)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU, and torch finds none here")
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def mark_slow(item: pytest.Item) -> None:
+    """By its fixtures; a mark of its own must say why."""
+    fixtures: list[str] = getattr(item, "fixturenames", [])
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    for name in SLOW_FIXTURES.keys() & {*fixtures}:
+        if name != "golden_engines" or parameters.get("case", LTX) is not LTX:
+            item.add_marker(pytest.mark.slow(reason=SLOW_FIXTURES[name]))
+    for mark in item.iter_markers("slow"):
+        assert mark.kwargs.keys() == {"reason"}, f"{item.nodeid}: a slow test says why: slow(reason=...)"
 
 
 def pytest_collection_finish() -> None:
@@ -122,15 +143,26 @@ def checkpoint(case: FamilyCase, built_once: BuiltOnce) -> Path:
     return built_once(f"{case}-whole-checkpoint", case.save_pipeline)
 
 
+@pytest.fixture(scope="session")
+def whole_engines(built_once: BuiltOnce) -> Callable[[FamilyCase, Path], Path]:
+    """Of a family's whole tiny checkpoint: 2 videos, and block 1 can be perturbed."""
+
+    def engines(case: FamilyCase, checkpoint: Path) -> Path:
+        def fill(folder: Path) -> None:
+            sizes: Sizes = {**case.sizes, "text_length": TEXT_LENGTH}
+            build(checkpoint, folder, **sizes, stg_blocks=[1], max_batch=2, verify_timesteps=1)
+
+        return built_once(f"{case}-whole-engines", fill)
+
+    return engines
+
+
 @pytest.fixture(scope="module")
-def pipeline(case: FamilyCase, checkpoint: Path, built_once: BuiltOnce) -> VideoPipeline:
-    """Of the whole checkpoint; 2 videos, and block 1 can be perturbed."""
-    sizes: Sizes = {**case.sizes, "text_length": TEXT_LENGTH}
-    engines = built_once(
-        f"{case}-whole-engines",
-        lambda folder: build(checkpoint, folder, **sizes, stg_blocks=[1], max_batch=2, verify_timesteps=1),
-    )
-    return VideoPipeline.from_pretrained(checkpoint, engines=engines)
+def pipeline(
+    case: FamilyCase, checkpoint: Path, whole_engines: Callable[[FamilyCase, Path], Path]
+) -> VideoPipeline:
+    """Over the engines of the whole checkpoint."""
+    return VideoPipeline.from_pretrained(checkpoint, engines=whole_engines(case, checkpoint))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from types import FunctionType, ModuleType
 
@@ -21,6 +21,19 @@ from stg_trt.models.checkpoint import Checkpoint, published
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ("build_engines", "runtime", "benchmarks")
 PRODUCT = ("stg_trt", *PROGRAMS)
+# What each part may import of the others. Programs never import each other; benchmarks measure the other two.
+LIBRARY = {"errors", "system", "models", "guidance", "engines"}
+MAY_IMPORT = {
+    "stg_trt/errors.py": set(),
+    "stg_trt/system": {"errors"},
+    "stg_trt/models": {"errors"},
+    "stg_trt/guidance": {"errors", "models"},
+    "stg_trt/engines": {"errors", "models", "system"},
+    "stg_trt/cli": {*LIBRARY, *PROGRAMS},
+    "build_engines": {*LIBRARY, "cli"} - {"guidance"},
+    "runtime": {*LIBRARY, "cli"},
+    "benchmarks": {*LIBRARY, "cli", *PROGRAMS},
+}
 # The lazy names of the package, and the command line that gathers the programs.
 LAZY_BORDERS = {"stg_trt/__init__.py", "stg_trt/cli/main.py", "stg_trt/cli/doctor.py"}
 TENSORRT_BOUNDARY = "stg_trt/engines/tensorrt_library.py"
@@ -42,17 +55,18 @@ DYNAMIC_IMPORTS = ("import_module", "__import__", "find_spec")
 
 
 def sources(*folders: str) -> list[str]:
-    """Paths of Python files, relative to the checkout."""
-    return sorted(
-        path.relative_to(ROOT).as_posix() for folder in folders for path in (ROOT / folder).rglob("*.py")
-    )
+    """Paths of Python files, relative to the checkout; a folder may be one of them."""
+    found = [path for folder in folders for path in (ROOT / folder, *(ROOT / folder).rglob("*.py"))]
+    return sorted(path.relative_to(ROOT).as_posix() for path in found if path.suffix == ".py")
 
 
+@cache
 def text(path: str) -> str:
     return (ROOT / path).read_text("utf-8")
 
 
-def imported(path: str, source: str) -> set[str]:
+@cache
+def imported(path: str, source: str) -> frozenset[str]:
     """Dotted names that a file imports, relative and constant dynamic ones included.
 
     A program's name inside the wheel, stg_trt.runtime, counts as its own name, runtime.
@@ -68,7 +82,7 @@ def imported(path: str, source: str) -> set[str]:
             names |= {origin, *(f"{origin}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Call) and node.args:
             names |= set(_dynamic(node))
-    return {re.sub(rf"^stg_trt\.({'|'.join(PROGRAMS)})\b", r"\1", name) for name in names}
+    return frozenset(re.sub(rf"^stg_trt\.({'|'.join(PROGRAMS)})\b", r"\1", name) for name in names)
 
 
 def _dynamic(call: ast.Call) -> Iterator[str]:
@@ -107,13 +121,29 @@ def test_every_way_to_import_is_seen(path: str, source: str, name: str) -> None:
     assert name in imported(path, source)
 
 
-def test_the_library_imports_no_program() -> None:
+def test_parts_import_only_what_they_may() -> None:
+    found = {part: parts_imported(part) - MAY_IMPORT[part] for part in MAY_IMPORT}
+    assert not {part: names for part, names in found.items() if names}
+
+
+def parts_imported(part: str) -> set[str]:
+    """Programs, folders of the library and lazy names, other than the part itself."""
+    own = Path(part).stem
+    names = {name for path in sources(part) for name in imported(path, text(path))}
+    inside = {name.split(".")[1] for name in names if name.startswith("stg_trt.")}
+    return (inside - {"__version__"} | names & set(PROGRAMS)) - {own}
+
+
+def test_every_part_has_its_walls() -> None:
+    folders = {path.parent.as_posix() for path in map(Path, sources(*PRODUCT))}
+    tops = {"/".join(folder.split("/")[: 2 if folder.startswith("stg_trt/") else 1]) for folder in folders}
+    assert tops - {"stg_trt"} == {part for part in MAY_IMPORT if not part.endswith(".py")}
+
+
+def test_programs_meet_the_library_in_few_places() -> None:
     assert importers("stg_trt", *PROGRAMS) == LAZY_BORDERS
-
-
-def test_the_two_programs_do_not_import_each_other() -> None:
-    assert not importers("build_engines", "runtime")
-    assert not importers("runtime", "build_engines")
+    for program in PROGRAMS:
+        assert importers(program, "stg_trt.cli") == {f"{program}/__main__.py"}
 
 
 def test_one_module_imports_tensorrt() -> None:
@@ -121,7 +151,8 @@ def test_one_module_imports_tensorrt() -> None:
     dynamic = {
         path
         for path in sources(*PRODUCT)
-        if "tensorrt_rtx" in text(path) or re.search(r"""import\w*\(\s*f?["']tensorrt\b""", text(path))
+        if re.search(r"""import\w*\(\s*f?["']tensorrt""", text(path))
+        or ("tensorrt_rtx" in text(path) and any(name in text(path) for name in DYNAMIC_IMPORTS))
     }
     assert statements | dynamic <= {TENSORRT_BOUNDARY}
     assert "tensorrt_rtx" in text(TENSORRT_BOUNDARY)
@@ -156,15 +187,15 @@ def _named(word: str) -> re.Pattern[str]:
     return re.compile(f"({word}|{word.capitalize()}|{word.upper()})(?![a-z])")
 
 
-@pytest.mark.parametrize("module", sorted({module for module, _ in families._FAMILIES.values()}))
-def test_a_family_is_named_in_its_own_file_and_the_table_only(module: str) -> None:
-    pattern = _named(module.split("_")[0])
-    named = {
-        path
-        for path in sources("stg_trt", "build_engines", "runtime")
-        if pattern.search(path) or pattern.search(text(path))
-    }
-    assert named == {f"stg_trt/models/families/{module}.py", "stg_trt/models/families/__init__.py"}
+def test_a_family_is_named_in_its_own_file_and_the_table_only() -> None:
+    for module, _ in families._FAMILIES.values():
+        pattern = _named(module.split("_")[0])
+        named = {
+            path
+            for path in sources("stg_trt", "build_engines", "runtime")
+            if pattern.search(path) or pattern.search(text(path))
+        }
+        assert named == {f"stg_trt/models/families/{module}.py", "stg_trt/models/families/__init__.py"}
 
 
 def test_every_published_configuration_is_of_a_known_family() -> None:
@@ -177,17 +208,16 @@ def test_names_are_nouns_of_the_house() -> None:
     assert not [path for path, found in words.items() if found & FORBIDDEN_NOUNS]
 
 
-@pytest.mark.parametrize("path", sources(*PRODUCT, "tests"))
-def test_modules_and_functions_are_short(path: str) -> None:
-    source = text(path)
-    assert len(source.splitlines()) <= MAX_MODULE_LINES
-    functions = [
-        node
-        for node in ast.walk(ast.parse(source))
+def test_modules_and_functions_are_short() -> None:
+    modules = {path: len(text(path).splitlines()) for path in sources(*PRODUCT, "tests")}
+    assert not {path: lines for path, lines in modules.items() if lines > MAX_MODULE_LINES}
+    functions = {
+        f"{path}: {node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for path in modules
+        for node in ast.walk(ast.parse(text(path)))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
-    lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
-    assert not {name: lines for name, lines in lengths.items() if lines > MAX_FUNCTION_LINES}
+    }
+    assert not {name: lines for name, lines in functions.items() if lines > MAX_FUNCTION_LINES}
 
 
 def test_nothing_is_left_for_later() -> None:
@@ -195,16 +225,24 @@ def test_nothing_is_left_for_later() -> None:
     assert not [path for path in sources(*PRODUCT, "tests", "examples") if marks.search(text(path))]
 
 
-@pytest.mark.parametrize("path", sources(*PRODUCT))
-def test_modules_have_docstrings(path: str) -> None:
-    assert ast.get_docstring(ast.parse(text(path)))
+def test_modules_have_docstrings() -> None:
+    assert not [path for path in sources(*PRODUCT) if not ast.get_docstring(ast.parse(text(path)))]
 
 
-@pytest.mark.parametrize("path", [path for path in sources(*PRODUCT) if "__main__" not in path])
-def test_public_names_have_docstrings(path: str) -> None:
+def test_public_names_have_docstrings() -> None:
+    without = [
+        f"{path}: {name}"
+        for path in sources(*PRODUCT)
+        if "__main__" not in path
+        for name, docstring in public_docstrings(module_of(path))
+        if not docstring
+    ]
+    assert not without
+
+
+def module_of(path: str) -> ModuleType:
     dotted = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-    module = importlib.import_module(dotted if dotted.startswith("stg_trt") else f"stg_trt.{dotted}")
-    assert not [name for name, docstring in public_docstrings(module) if not docstring]
+    return importlib.import_module(dotted if dotted.startswith("stg_trt") else f"stg_trt.{dotted}")
 
 
 def public_docstrings(module: ModuleType) -> Iterator[tuple[str, str | None]]:

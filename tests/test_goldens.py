@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from stg_trt.engines.store import EngineStore
 from stg_trt.models.segment import LAYOUTS
 from tests.support.family_cases import CASES, COGVIDEOX, FamilyCase
 
-Engines = Callable[[FamilyCase], Path]
+Open = Callable[[FamilyCase, str], VideoPipeline]
 GOLDENS = [(case, golden) for case in CASES for golden in case.golden_names]
 
 
@@ -86,25 +87,33 @@ def joined(call: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     return {k: torch.cat([v, other[k]]) if isinstance(v, Tensor) else v for k, v in call.items()}
 
 
-def open_pipeline(case: FamilyCase, engines: Engines, layout: str) -> VideoPipeline:
-    return VideoPipeline.from_pretrained(case.goldens, engines=engines(case), layout=layout)
+@pytest.fixture(scope="module")
+def opened(golden_engines: Callable[[FamilyCase], Path]) -> Open:
+    """A family's pipeline over the engines of a layout, opened once."""
+
+    @cache
+    def pipeline(case: FamilyCase, layout: str) -> VideoPipeline:
+        return VideoPipeline.from_pretrained(case.goldens, engines=golden_engines(case), layout=layout)
+
+    return pipeline
 
 
 @pytest.mark.parametrize(("case", "golden"), GOLDENS, ids=str)
-def test_every_step_matches(golden_engines: Engines, layout: str, case: FamilyCase, golden: str) -> None:
-    pipeline = open_pipeline(case, golden_engines, layout)
+def test_every_step_matches_in_both_layouts(opened: Open, case: FamilyCase, golden: str) -> None:
     expected = load_file(case.goldens / f"{golden}.safetensors")
-    steps = every_step(pipeline, **arguments(golden, case.goldens))
-    assert len(steps) == sum(name.startswith("expected_step_") for name in expected)
-    for i, latents in enumerate(steps):
-        assert (latents - expected[f"expected_step_{i:02d}"]).abs().max() <= 1e-4, f"step {i}"
+    last = []
+    for layout in LAYOUTS:
+        steps = every_step(opened(case, layout), **arguments(golden, case.goldens))
+        assert len(steps) == sum(name.startswith("expected_step_") for name in expected)
+        for i, latents in enumerate(steps):
+            assert (latents - expected[f"expected_step_{i:02d}"]).abs().max() <= 1e-4, f"{layout}, step {i}"
+        last.append(steps[-1])
+    assert (last[0] - last[1]).abs().max() <= 1e-5 * last[0].abs().max().clamp_min(1)
 
 
 @pytest.mark.parametrize(("case", "golden"), GOLDENS, ids=str)
-def test_two_videos_equal_one_by_one(
-    golden_engines: Engines, layout: str, case: FamilyCase, golden: str
-) -> None:
-    pipeline, call = open_pipeline(case, golden_engines, layout), arguments(golden, case.goldens)
+def test_two_videos_equal_one_by_one(opened: Open, layout: str, case: FamilyCase, golden: str) -> None:
+    pipeline, call = opened(case, layout), arguments(golden, case.goldens)
     other = flipped(call) | {"prompt_embeds": call["prompt_embeds"] * 0.5}
     together = pipeline(**joined(call, other) | {"generator": [seeded(1), seeded(2)]}).frames
     apart = torch.cat(
@@ -115,8 +124,8 @@ def test_two_videos_equal_one_by_one(
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_call_leaves_nothing_behind(golden_engines: Engines, layout: str, case: FamilyCase) -> None:
-    pipeline = open_pipeline(case, golden_engines, layout)
+def test_a_call_leaves_nothing_behind(opened: Open, layout: str, case: FamilyCase) -> None:
+    pipeline = opened(case, layout)
     first = arguments(case.golden_names[0], case.goldens) | {"stg_scale": 0.0}
     plain = pipeline(**first | {"generator": seeded(1)}).frames
     for golden in case.golden_names:
@@ -125,9 +134,9 @@ def test_a_call_leaves_nothing_behind(golden_engines: Engines, layout: str, case
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_stg_on_a_range_of_steps(golden_engines: Engines, layout: str, case: FamilyCase) -> None:
+def test_stg_on_a_range_of_steps(opened: Open, layout: str, case: FamilyCase) -> None:
     """By range or by one scale per step; the other steps are those without."""
-    pipeline = open_pipeline(case, golden_engines, layout)
+    pipeline = opened(case, layout)
     mode, blocks = case.twins[0]
     call = arguments(case.golden_names[-1], case.goldens)
     call |= {"stg_scale": 1.0, "stg_mode": mode, "stg_blocks": blocks}
@@ -147,18 +156,9 @@ def test_stg_on_a_range_of_steps(golden_engines: Engines, layout: str, case: Fam
     assert not torch.allclose(taken["range"][1], taken["off"][1], atol=1e-4)
 
 
-@pytest.mark.parametrize(("case", "golden"), GOLDENS, ids=str)
-def test_layouts_agree(golden_engines: Engines, case: FamilyCase, golden: str) -> None:
-    results = [
-        open_pipeline(case, golden_engines, layout)(**arguments(golden, case.goldens)).frames
-        for layout in LAYOUTS
-    ]
-    assert (results[0] - results[1]).abs().max() <= 1e-5 * results[0].abs().max().clamp_min(1)
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_inspect_shows_the_states_that_the_model_is_used_in(
-    golden_engines: Engines, layout: str, case: FamilyCase
+    golden_engines: Callable[[FamilyCase], Path], layout: str, case: FamilyCase
 ) -> None:
     builds = EngineStore.open(golden_engines(case)).builds
     described = describe(next(build for build in builds if build.manifest.layout == layout))
@@ -170,10 +170,11 @@ def test_inspect_shows_the_states_that_the_model_is_used_in(
     assert all(set(segment["rows"]) == set(states) for segment in described["segments"])
 
 
-def test_noise_is_that_of_the_call(golden_engines: Engines, layout: str) -> None:
+def test_noise_is_that_of_the_call(golden_engines: Callable[[FamilyCase], Path], layout: str) -> None:
     """Of a solver that adds it, after runs that add none, or more of it."""
     case = COGVIDEOX["5b"]
-    pipeline, call = open_pipeline(case, golden_engines, layout), arguments("stg_r", case.goldens)
+    engines, call = golden_engines(case), arguments("stg_r", case.goldens)
+    pipeline = VideoPipeline.from_pretrained(case.goldens, engines=engines, layout=layout)
     first, adding = pipeline(**call).frames, pipeline.scheduler
     again = call | {"generator": seeded(11)}
     assert torch.equal(pipeline(**again).frames, first)

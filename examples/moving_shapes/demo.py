@@ -19,8 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from stg_trt import VideoPipeline
-from stg_trt.build_engines import build
+from stg_trt import VideoPipeline, build
 from stg_trt.build_engines.display import BuildDisplay
 from stg_trt.cli.inspect import describe
 from stg_trt.engines.store import EngineStore

@@ -17,8 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stg_trt import VideoPipeline
-from stg_trt.build_engines import build
+from stg_trt import VideoPipeline, build
 
 from .clips import FRAME_RATE, LABELS, NUM_FRAMES, SIZE, Label
 from .measure import Measurement, measure

@@ -9,6 +9,7 @@
 namespace stg {
 
 constexpr int kNormVector = 8;  // channels of a thread: 16 bytes of a 16-bit type
+constexpr int kNormPairs = kNormVector / 2;
 constexpr int64_t kMaxGroup = 1024 * kNormVector;
 
 // 1/sqrt(mean of squares + eps)
@@ -24,8 +25,8 @@ struct Pair {
 };
 
 // (a, b) -> (a*cos - b*sin, b*cos + a*sin)
-STG_BOTH Pair rotate(Pair x, Pair cos, Pair sin) {
-  return Pair{x.even * cos.even - x.odd * sin.even, x.odd * cos.odd + x.even * sin.odd};
+STG_BOTH Pair rotate(Pair x, float cos, float sin) {
+  return Pair{x.even * cos - x.odd * sin, x.odd * cos + x.even * sin};
 }
 
 // `lanes` neighbouring threads of a warp share a group; 0: the whole block does.
@@ -70,15 +71,15 @@ STG_BOTH NormPlace norm_place(const StgQKNormRope& p, const NormLaunch& launch, 
                    token < p.tokens ? kNormVector : 0};
 }
 
-// Channels of the tables; they start again where every head has the same.
+// Pairs of the tables; they start again where every head has the same.
 template <bool kAligned>
-STG_BOTH void load_table(const float* table, const StgQKNormRope& p, NormPlace at, float (&to)[kNormVector]) {
-  const float* row = table + at.token * p.table_channels;
-  const uint32_t channels = static_cast<uint32_t>(p.table_channels), channel = static_cast<uint32_t>(at.channel);
+STG_BOTH void load_table(const float* table, const StgQKNormRope& p, NormPlace at, float (&to)[kNormPairs]) {
+  const float* row = table + at.token * p.table_pairs;
+  const uint32_t pairs = static_cast<uint32_t>(p.table_pairs), pair = static_cast<uint32_t>(at.channel) / 2;
   if (kAligned) {
-    load<true>(row + channel % channels, at.left, to);
+    load<true>(row + pair % pairs, at.left, to);
   } else {
-    for (int i = 0; i < kNormVector; ++i) to[i] = i < at.left ? row[(channel + i) % channels] : 0.0f;
+    for (int i = 0; i < kNormPairs; ++i) to[i] = 2 * i < at.left ? row[(pair + i) % pairs] : 0.0f;
   }
 }
 
@@ -98,14 +99,13 @@ STG_BOTH float norm_factor(const StgQKNormRope& p, NormPlace at, GroupSum& group
 }
 
 struct NormTables {
-  float cos[kNormVector];
-  float sin[kNormVector];
+  float cos[kNormPairs];
+  float sin[kNormPairs];
 };
 
 STG_BOTH void rotate_pairs(const NormTables& tables, float (&x)[kNormVector]) {
   for (int i = 0; i < kNormVector; i += 2) {
-    const Pair pair = rotate(Pair{x[i], x[i + 1]}, Pair{tables.cos[i], tables.cos[i + 1]},
-                             Pair{tables.sin[i], tables.sin[i + 1]});
+    const Pair pair = rotate(Pair{x[i], x[i + 1]}, tables.cos[i / 2], tables.sin[i / 2]);
     x[i] = pair.even;
     x[i + 1] = pair.odd;
   }
@@ -155,8 +155,7 @@ inline bool norm_valid(const StgQKNormRope& p) {
   if (p.group <= 0 || p.group > kMaxGroup || p.channels <= 0 || p.channels % p.group != 0) return false;
   if ((p.k == nullptr) != (p.k_out == nullptr) || (p.cos == nullptr) != (p.sin == nullptr)) return false;
   if (p.cos != nullptr) {
-    const int64_t table = p.table_channels;
-    if (p.group % 2 != 0 || table <= 0 || table % 2 != 0 || p.channels % table != 0) return false;
+    if (p.group % 2 != 0 || p.table_pairs <= 0 || p.channels % (2 * p.table_pairs) != 0) return false;
   }
   if (p.channels > INT32_MAX || p.rows > INT32_MAX) return false;
   const NormLaunch launch = norm_launch(p);
@@ -171,8 +170,7 @@ bool norm_aligned(const StgQKNormRope& p) {
   for (const float* values : {p.q_weight, p.k_weight, p.q_bias, p.k_bias}) {
     if (!vectors_fit(values, p.group, kNormVector)) return false;
   }
-  return p.cos == nullptr || (vectors_fit(p.cos, p.table_channels, kNormVector) &&
-                              vectors_fit(p.sin, p.table_channels, kNormVector));
+  return p.cos == nullptr || (vectors_fit(p.cos, p.table_pairs, kNormPairs) && vectors_fit(p.sin, p.table_pairs, kNormPairs));
 }
 
 }  // namespace stg

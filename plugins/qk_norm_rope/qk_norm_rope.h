@@ -13,13 +13,13 @@ struct StgQKNormRope {
   const float* k_weight;
   const float* q_bias;    // (group), or null
   const float* k_bias;
-  const float* cos;       // (tokens, table_channels), or null: no rotation
+  const float* cos;       // (tokens, table_pairs), one entry per pair; or null: no rotation
   const float* sin;
   int64_t rows;
   int64_t tokens;
   int64_t channels;
   int64_t group;           // channels that are normalised together: all, or those of a head; at most 8192
-  int64_t table_channels;  // all channels, or those of a head where every head has the same table
+  int64_t table_pairs;     // of all channels, or of those of a head where every head has the same table
   float eps;
   int32_t centred;         // 1: the mean is subtracted first (layer norm)
   int32_t dtype;

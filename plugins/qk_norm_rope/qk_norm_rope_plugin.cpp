@@ -1,7 +1,7 @@
 // stg_trt::QKNormRope of ONNX as a TensorRT plugin.
 //
 // Inputs: q and k (rows, tokens, channels) in float32, float16 or bfloat16; their weights (group), cos and
-// sin (tokens, table channels), all float32. Outputs: q and k. Attributes: group, 0 for all channels; eps.
+// sin (tokens, table pairs), all float32. Outputs: q and k. Attributes: group, 0 for all channels; eps.
 // TensorRT finds the creators through the exported functions; nothing of TensorRT is linked.
 #include <NvInfer.h>
 #include <cuda_runtime_api.h>
@@ -17,7 +17,7 @@ namespace {
 using namespace nvinfer1;
 
 constexpr char kName[] = "QKNormRope";
-constexpr char kVersion[] = "1";
+constexpr char kVersion[] = "2";
 constexpr char kNamespace[] = "stg_trt";
 
 enum Input { kQ, kK, kQWeight, kKWeight, kCos, kSin, kInputs };
@@ -118,7 +118,7 @@ class QKNormRope final : public IPluginV3, public IPluginV3OneCore, public IPlug
     norm.tokens = in[kQ].dims.d[1];
     norm.channels = in[kQ].dims.d[2];
     norm.group = in[kQWeight].dims.d[0];
-    norm.table_channels = in[kCos].dims.d[1];
+    norm.table_pairs = in[kCos].dims.d[1];
     norm.eps = attributes_.eps;
     norm.dtype = dtype_of(in[kQ].type);
     return stg_qk_norm_rope(&norm, stream);
@@ -134,17 +134,17 @@ class QKNormRope final : public IPluginV3, public IPluginV3OneCore, public IPlug
   }
 
  private:
-  // q and k alike; one weight per channel of a group; tables for all channels or for a part that repeats.
+  // q and k alike; one weight per channel of a group; tables for the pairs of all channels or of a part that repeats.
   bool fits(PluginTensorDesc const* tensors) const {
     const Dims& q = tensors[kQ].dims;
     const Dims& k = tensors[kK].dims;
     if (q.nbDims != 3 || k.nbDims != 3 || tensors[kCos].dims.nbDims != 2 || tensors[kSin].dims.nbDims != 2) return false;
     const int64_t channels = q.d[2], group = attributes_.group == 0 ? channels : attributes_.group;
-    const int64_t table = tensors[kCos].dims.d[1];
+    const int64_t pairs = tensors[kCos].dims.d[1];
     return k.d[1] == q.d[1] && k.d[2] == channels && group > 0 && group % 2 == 0 && channels % group == 0 &&
            tensors[kQWeight].dims.nbDims == 1 && tensors[kQWeight].dims.d[0] == group &&
-           tensors[kKWeight].dims.nbDims == 1 && tensors[kKWeight].dims.d[0] == group && table > 0 &&
-           table % 2 == 0 && channels % table == 0 && tensors[kSin].dims.d[1] == table;
+           tensors[kKWeight].dims.nbDims == 1 && tensors[kKWeight].dims.d[0] == group && pairs > 0 &&
+           channels % (2 * pairs) == 0 && tensors[kSin].dims.d[1] == pairs;
   }
 
   Attributes attributes_;

@@ -15,7 +15,7 @@ using stg_test::values;
 constexpr float kEps = 0.25f;
 
 struct Case {
-  int64_t rows, tokens, channels, group, table;  // table 0: no rotation
+  int64_t rows, tokens, channels, group, table;  // table: channels that it covers; 0: no rotation
   bool keys, centred, in_place;
 };
 
@@ -31,8 +31,8 @@ Tensors tensors_of(const Case& c) {
     t.weight[side] = values(c.group, side + 3);
     t.bias[side] = values(c.group, side + 5);
   }
-  t.cos = values(c.tokens * c.table, 7);
-  t.sin = values(c.tokens * c.table, 8);
+  t.cos = values(c.tokens * c.table / 2, 7);
+  t.sin = values(c.tokens * c.table / 2, 8);
   return t;
 }
 
@@ -54,7 +54,7 @@ cudaError_t run(const Case& c, const Tensors& t, int64_t shift, std::vector<floa
   p.q_weight = t.weight[0].data(), p.k_weight = t.weight[1].data();
   if (c.centred) p.q_bias = t.bias[0].data(), p.k_bias = t.bias[1].data();
   if (c.table) p.cos = t.cos.data(), p.sin = t.sin.data();
-  p.rows = c.rows, p.tokens = c.tokens, p.channels = c.channels, p.group = c.group, p.table_channels = c.table;
+  p.rows = c.rows, p.tokens = c.tokens, p.channels = c.channels, p.group = c.group, p.table_pairs = c.table / 2;
   p.eps = kEps;
   p.centred = c.centred;
   const int error = stg_qk_norm_rope(&p, nullptr);
@@ -86,7 +86,7 @@ std::vector<double> expected(const Case& c, const Tensors& t, int side) {
         result.push_back(x[i]);
         continue;
       }
-      const int64_t entry = at / c.channels % c.tokens * c.table + (at % c.channels + i) % c.table;
+      const int64_t entry = (at / c.channels % c.tokens * c.table + (at % c.channels + i) % c.table) / 2;
       const double other = i % 2 == 0 ? -x[i + 1] : x[i - 1];
       result.push_back(x[i] * t.cos[entry] + other * t.sin[entry]);
     }
@@ -117,17 +117,17 @@ void check_valid(Checks& checks) {
   StgQKNormRope p{};
   p.q = p.q_out = &one;
   p.cos = p.sin = &one;
-  p.rows = p.tokens = 1, p.channels = 64, p.group = p.table_channels = 32;
+  p.rows = p.tokens = 1, p.channels = 64, p.group = p.table_pairs = 32;
   checks.expect(stg::norm_valid(p), "valid", p.channels, p.group);
   for (int64_t group : {0, 48, 16384}) {
     StgQKNormRope other = p;
     other.group = group;
     checks.expect(!stg::norm_valid(other), "a group that does not fit", p.channels, group);
   }
-  for (int64_t table : {0, 1, 48}) {
+  for (int64_t pairs : {0, 24, 64}) {
     StgQKNormRope other = p;
-    other.table_channels = table;
-    checks.expect(!stg::norm_valid(other), "a table that does not fit", p.channels, table);
+    other.table_pairs = pairs;
+    checks.expect(!stg::norm_valid(other), "a table that does not fit", p.channels, pairs);
   }
   p.k = &one;
   checks.expect(!stg::norm_valid(p), "k without k_out", 0, 0);

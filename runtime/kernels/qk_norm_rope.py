@@ -29,7 +29,7 @@ class QKNormRopeParameters(ctypes.Structure):
         ("tokens", ctypes.c_int64),
         ("channels", ctypes.c_int64),
         ("group", ctypes.c_int64),
-        ("table_channels", ctypes.c_int64),
+        ("table_pairs", ctypes.c_int64),
         ("eps", ctypes.c_float),
         ("centred", ctypes.c_int32),
         ("dtype", ctypes.c_int32),
@@ -48,7 +48,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Rope:
-    """Float32 tables (tokens, channels), or (tokens, channels of a head) where all heads have the same."""
+    """Float32 tables (tokens, pairs of channels), or of a head's pairs where all heads have the same."""
 
     cos: Tensor
     sin: Tensor
@@ -86,7 +86,7 @@ class QKNormRopeKernel:
             tokens=tokens,
             channels=channels,
             group=len(q_norm.weight),
-            table_channels=rope.cos.shape[-1] if rope else 0,
+            table_pairs=rope.cos.shape[-1] if rope else 0,
             eps=q_norm.eps,
             centred=q_norm.centred,
             dtype=DTYPES[q.dtype],
@@ -107,8 +107,7 @@ def norm_rope(x: Tensor, norm: Norm, rope: Rope | None) -> Tensor:
         groups = groups + norm.bias
     normed: Tensor = groups.flatten(-2)
     if rope is not None:
-        heads = normed.unflatten(-1, (-1, rope.cos.shape[-1]))
-        even, odd = heads.unflatten(-1, (-1, 2)).unbind(-1)
-        rotated = torch.stack([-odd, even], dim=-1).flatten(-2)
-        normed = (heads * rope.cos[:, None] + rotated * rope.sin[:, None]).flatten(-2)
+        even, odd = normed.unflatten(-1, (-1, rope.cos.shape[-1], 2)).unbind(-1)
+        cos, sin = rope.cos[:, None], rope.sin[:, None]
+        normed = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-3)
     return normed.to(x.dtype)

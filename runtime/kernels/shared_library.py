@@ -13,7 +13,7 @@ from torch import Tensor
 from stg_trt.errors import BackendUnavailable
 from stg_trt.system.files import LIBRARIES
 
-ABI = 4
+ABI = 5
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _LIBRARY = LIBRARIES / "libstg_kernels.so"
 _KERNELS = ("stg_copy_rows", "stg_fan_out_rows", "stg_guided_step", "stg_qk_norm_rope")

@@ -6,6 +6,7 @@ import platform
 import warnings
 from typing import TYPE_CHECKING
 
+from stg_trt.system.units import GIB
 from stg_trt.system.versions import installed_version
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def _inductor_state(gpu: Gpu | None) -> tuple[str, str]:
 def _described(gpu: Gpu | None) -> str:
     if gpu is None:
         return "GPU: none"
-    memory = gpu.memory_bytes / (1 << 30)
+    memory = gpu.memory_bytes / GIB
     return f"GPU: {gpu.name}, {gpu.sm}, {memory:.0f} GiB, driver {gpu.driver}"
 
 

@@ -47,6 +47,7 @@ def _application() -> typer.Typer:
     # The programs import the library; here, and only here, the library's command line gathers them.
     from stg_trt.benchmarks.command import bench
     from stg_trt.build_engines.command import build
+    from stg_trt.build_engines.verify_command import verify
     from stg_trt.cli.doctor import doctor
     from stg_trt.cli.inspect import inspect
     from stg_trt.runtime.command import generate
@@ -55,6 +56,7 @@ def _application() -> typer.Typer:
     app.command()(build)
     app.command()(generate)
     app.command()(inspect)
+    app.command()(verify)
     app.add_typer(bench, name="bench")
     app.command()(doctor)
     return app

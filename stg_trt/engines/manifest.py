@@ -44,7 +44,10 @@ class Verification(_Record):
 
 
 class SegmentRecord(_Record):
-    """A finished segment: what it is, what it was made from, and what the gates found."""
+    """A finished segment: what it is, what it was made from, and what the gates found.
+
+    `commands` of the field's own tools build or run the same graph, where `--keep-onnx` has left it.
+    """
 
     segment: Segment
     inputs: tuple[TensorSpec, ...]
@@ -58,8 +61,14 @@ class SegmentRecord(_Record):
     fused_attentions: int | None
     activation_bytes: int | None
     verification: tuple[Verification, ...]
+    commands: tuple[str, ...]
     seconds: dict[str, float]
     peak_bytes: int
+
+    @property
+    def engine_bytes(self) -> int:
+        """Size of the segment's files."""
+        return sum(file.bytes for file in self.files)
 
 
 class Manifest(_Record):
@@ -90,6 +99,11 @@ class Manifest(_Record):
     def perturbation(self) -> Perturbation:
         """What the build can perturb."""
         return Perturbation(self.stg_mode, self.stg_blocks)
+
+    @property
+    def engine_bytes(self) -> int:
+        """Size of the engines; a file that several segments share counts once."""
+        return sum(file.bytes for file in {file for record in self.segments for file in record.files})
 
     def record(self, name: str) -> SegmentRecord | None:
         """The finished segment of that name."""

@@ -130,12 +130,15 @@ class EngineStore:
 def find_possible(store: EngineStore, request: EngineRequest, family: ModelFamily) -> Build:
     """The first build that fits; raises InvalidRequest for a size that no build of the family can have.
 
-    That is looked at before the sizes of the builds, whose lack would ask for a build that is impossible.
+    Impossible sizes are reported first; otherwise the error would suggest a build that cannot exist.
     """
-    any_size = replace(request, height=None, width=None, num_frames=None, videos=1)
-    known = store.find(any_size).manifest.workload
-    family.check(known.resized(request.height, request.width, request.num_frames))
-    return store.find(request)
+    try:
+        return store.find(request)
+    except EngineRejected:
+        any_size = replace(request, height=None, width=None, num_frames=None, videos=1)
+        known = store.find(any_size).manifest.workload
+        family.check(known.resized(request.height, request.width, request.num_frames))
+        raise
 
 
 def check_file(path: Path, record: manifests.FileRecord) -> None:

@@ -1,97 +1,51 @@
-"""Published guidance tables, shipped as JSON, and the bins they are made of."""
+"""Published guidance tables, shipped as JSON, with the steps they belong to."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from itertools import pairwise
-from typing import Generic, TypeVar
-
-import torch
 
 from stg_trt.errors import InvalidRequest
+from stg_trt.guidance.bins import TimestepBins
+from stg_trt.guidance.resolved import ResolvedGuidance
 
-T = TypeVar("T")
-
-
-Blocks = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class TimestepBins(Generic[T]):
-    """A table over sigma in 0..1: a step takes the first bin whose edge is <= the step's, else the last.
-
-    Compared in float32, as timesteps are. Source: `guidance_timesteps` in Lightricks' own pipeline.
-    """
-
-    edges: tuple[float, ...]
-    values: tuple[T, ...]
-
-    def __post_init__(self) -> None:
-        if not self.edges or len(self.edges) != len(self.values):
-            raise InvalidRequest(
-                f"bins: expected one value per edge, got {len(self.values)} for {len(self.edges)} edges: "
-                "add or drop some"
-            )
-        if not all(0 <= edge <= 1 for edge in self.edges):
-            raise InvalidRequest(
-                f"bins: expected edges in 0..1, got {self.edges}: divide timesteps by the training steps"
-            )
-        if any(left <= right for left, right in pairwise(self.edges)):
-            raise InvalidRequest(f"bins: expected falling edges, got {self.edges}: sort them from 1 to 0")
-
-    def at(self, sigma: float) -> T:
-        """The value for one step's sigma."""
-        edges = torch.tensor(self.edges, dtype=torch.float32)
-        reached = (edges <= torch.tensor(sigma, dtype=torch.float32)).nonzero()
-        return self.values[int(reached[0]) if len(reached) else -1]
-
-
-Scale = float | Sequence[float] | TimestepBins[float]
-
-
-BlockSets = Sequence[int] | Sequence[Sequence[int]] | TimestepBins[Blocks]
+_FOLDER = resources.files("stg_trt") / "presets"
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Published guidance tables with the steps they belong to; see `load_preset`."""
+    """Published tables and their steps; see `load_preset`."""
 
     num_inference_steps: int
     drop_first: int
     drop_last: int
-    stg_mode: str
-    cfg_zero_star: bool
-    guidance_scale: Scale
-    stg_scale: Scale
-    rescale: Scale
-    stg_blocks: BlockSets
+    guidance: ResolvedGuidance
+
+
+def check_preset(name: str) -> None:
+    """Raises InvalidRequest unless `stg_trt/presets` has a file of that name."""
+    files = (entry.name for entry in _FOLDER.iterdir())
+    known = sorted(file.removesuffix(".json") for file in files if file.endswith(".json"))
+    if name not in known:
+        raise InvalidRequest(f"preset: expected one of {', '.join(known)}, got {name!r}: correct the name")
 
 
 def load_preset(name: str) -> Preset:
-    """A preset shipped in `stg_trt/presets`, by file name without `.json`."""
-    folder = resources.files("stg_trt") / "presets"
-    known = sorted(
-        entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json")
-    )
-    if name not in known:
-        raise InvalidRequest(f"preset: expected one of {', '.join(known)}, got {name!r}: correct the name")
-    data = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    """A preset by its file's name without `.json`."""
+    check_preset(name)
+    data = json.loads((_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     edges = tuple(data["edges"])
 
     def bins(key: str) -> TimestepBins[float]:
         return TimestepBins(edges, tuple(float(value) for value in data[key]))
 
-    return Preset(
-        num_inference_steps=data["num_inference_steps"],
-        drop_first=data["drop_first"],
-        drop_last=data["drop_last"],
-        stg_mode=data["stg_mode"],
-        cfg_zero_star=data["cfg_zero_star"],
+    guidance = ResolvedGuidance(
         guidance_scale=bins("guidance_scale"),
         stg_scale=bins("stg_scale"),
         rescale=bins("rescale"),
+        stg_mode=data["stg_mode"],
         stg_blocks=TimestepBins(edges, tuple(tuple(blocks) for blocks in data["stg_blocks"])),
+        cfg_zero_star=data["cfg_zero_star"],
     )
+    return Preset(data["num_inference_steps"], data["drop_first"], data["drop_last"], guidance)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.guidance.presets import Blocks, BlockSets, Preset, Scale, T, TimestepBins, load_preset
-from stg_trt.models.perturbation import Perturbation
+from stg_trt.guidance.bins import Blocks, BlockSets, Scale, T, TimestepBins
+from stg_trt.guidance.resolved import OFF, ResolvedGuidance
+from stg_trt.models.perturbation import Perturbation, check_mode
 
 
 def dynamic_cfg(scale: float, timesteps: Sequence[float]) -> list[float]:
@@ -20,9 +21,6 @@ def dynamic_cfg(scale: float, timesteps: Sequence[float]) -> list[float]:
     steps = len(timesteps)
     parts = [((steps - timestep) / steps) ** 5 for timestep in timesteps]
     return [1 + scale * (1 - math.cos(math.pi * part)) / 2 for part in parts]
-
-
-_OFF = Preset(0, 0, 0, "stg-a", False, guidance_scale=1.0, stg_scale=0.0, rescale=0.0, stg_blocks=())
 
 
 @dataclass(frozen=True)
@@ -50,10 +48,7 @@ class Guidance:
             raise InvalidRequest(
                 f"embedded_guidance: expected a number that is finite, got {self.embedded}: correct the value"
             )
-        if self.mode not in ("stg-a", "stg-r"):
-            raise InvalidRequest(
-                f"stg_mode: expected 'stg-a' or 'stg-r', got {self.mode!r}: choose one of the two"
-            )
+        check_mode(self.mode)
         for i, blocks in enumerate(self.blocks):
             if not all(type(block) is int and block >= 0 for block in blocks):
                 raise InvalidRequest(
@@ -64,35 +59,24 @@ class Guidance:
     def for_steps(
         cls,
         sigmas: Sequence[float],
-        *,
-        guidance_scale: Scale | None = None,
-        stg_scale: Scale | None = None,
-        rescale: Scale | None = None,
-        stg_mode: str | None = None,
-        stg_blocks: BlockSets | None = None,
-        stg_range: tuple[int, int] | None = None,
-        preset: str | None = None,
-        cfg_zero_star: bool | None = None,
-        embedded_guidance: float | None = None,
+        given: ResolvedGuidance = OFF,
+        timesteps: Sequence[float] = (),
     ) -> Guidance:
         """Tables for the steps at `sigmas` (in 0..1 where bins read them).
 
-        A scale is a number, a list with one entry per step, or TimestepBins; blocks likewise. STG is off
-        outside the steps [start, stop) of `stg_range`. What is None comes from the preset, else it is off.
-        Raises InvalidRequest for lists of the wrong length and values out of range.
+        `timesteps` are the scheduler's, for `use_dynamic_cfg` alone. Raises InvalidRequest for lists of the
+        wrong length, values out of range, and STG without blocks.
         """
-        given = load_preset(preset) if preset is not None else _OFF
-        stg = _per_step("stg_scale", given.stg_scale if stg_scale is None else stg_scale, sigmas)
+        stg = _per_step("stg_scale", given.stg_scale, sigmas)
+        cfg = _swinging(given.guidance_scale, timesteps) if given.use_dynamic_cfg else given.guidance_scale
         guidance = cls(
-            cfg_scale=_per_step(
-                "guidance_scale", given.guidance_scale if guidance_scale is None else guidance_scale, sigmas
-            ),
-            stg_scale=_within(stg, stg_range),
-            rescale=_per_step("rescale", given.rescale if rescale is None else rescale, sigmas),
-            blocks=_blocks_per_step(given.stg_blocks if stg_blocks is None else stg_blocks, sigmas),
-            mode=given.stg_mode if stg_mode is None else stg_mode,
-            cfg_zero_star=given.cfg_zero_star if cfg_zero_star is None else cfg_zero_star,
-            embedded=embedded_guidance,
+            cfg_scale=_per_step("guidance_scale", cfg, sigmas),
+            stg_scale=_within(stg, given.stg_range),
+            rescale=_per_step("rescale", given.rescale, sigmas),
+            blocks=_blocks_per_step(given.stg_blocks, sigmas),
+            mode=given.stg_mode,
+            cfg_zero_star=given.cfg_zero_star,
+            embedded=given.embedded_guidance,
         )
         for i, (scale, blocks) in enumerate(zip(guidance.stg_scale, guidance.blocks, strict=True)):
             if scale != 0 and not blocks:
@@ -101,6 +85,21 @@ class Guidance:
                     "name the blocks or set stg_scale to 0 there"
                 )
         return guidance
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that the tables are for."""
+        return len(self.cfg_scale)
+
+    @property
+    def needs_uncond(self) -> bool:
+        """Whether any step computes the unconditional pass."""
+        return any("uncond" in self.passes(step) for step in range(self.num_steps))
+
+    @property
+    def perturbations(self) -> frozenset[Perturbation]:
+        """All that the steps perturb."""
+        return frozenset(filter(None, map(self.perturbation, range(self.num_steps))))
 
     def passes(self, step: int) -> tuple[str, ...]:
         """The rows the step computes, of 'uncond', 'cond' and 'skip'."""
@@ -111,6 +110,16 @@ class Guidance:
     def perturbation(self, step: int) -> Perturbation | None:
         """What the step's skip row changes; None where it has no skip row."""
         return Perturbation(self.mode, self.blocks[step]) if "skip" in self.passes(step) else None
+
+
+def _swinging(scale: Scale, timesteps: Sequence[float]) -> list[float]:
+    """The scales of use_dynamic_cfg; at 1 and below there is no guidance that could change."""
+    if not isinstance(scale, int | float) or scale <= 1:
+        raise InvalidRequest(
+            f"use_dynamic_cfg: expected guidance_scale as one number above 1, got {scale}: give one, or turn "
+            "use_dynamic_cfg off"
+        )
+    return dynamic_cfg(scale, timesteps)
 
 
 def _per_step(name: str, value: Scale, sigmas: Sequence[float]) -> tuple[float, ...]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,22 +25,31 @@ class TextCondition:
     @classmethod
     def stacked(cls, texts: Sequence[TextCondition]) -> TextCondition:
         """The videos of all, in order."""
-        rows: dict[str, Any] = {}
-        for field in fields(cls):
-            tensors = [getattr(text, field.name) for text in texts]
-            rows[field.name] = None if tensors[0] is None else torch.cat(tensors)
-        return cls(**rows)
+        return cls(
+            torch.cat([text.embeds for text in texts]),
+            torch.cat([text.mask for text in texts]),
+            _stacked([text.pooled for text in texts]),
+            _stacked([text.guidance for text in texts]),
+        )
 
     def repeated(self, times: int) -> TextCondition:
         """Every video `times` times, next to each other."""
-        rows: dict[str, Any] = {}
-        for field in fields(self):
-            tensor = getattr(self, field.name)
-            rows[field.name] = None if tensor is None else tensor.repeat_interleave(times, 0)
-        return TextCondition(**rows)
+        return TextCondition(
+            self.embeds.repeat_interleave(times, 0),
+            self.mask.repeat_interleave(times, 0),
+            None if self.pooled is None else self.pooled.repeat_interleave(times, 0),
+            None if self.guidance is None else self.guidance.repeat_interleave(times, 0),
+        )
 
     def guided(self, embedded_guidance: float | None) -> TextCondition:
         """The same with an embedded guidance; None is the family's default."""
         if embedded_guidance is None:
             return self
         return replace(self, guidance=torch.full((len(self.embeds),), embedded_guidance))
+
+
+def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """None where no condition has the tensor; either all have it or none."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    assert len(given) in (0, len(tensors))
+    return torch.cat(given) if given else None

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from stg_trt.benchmarks.scenario import Scenario
+from tests.conftest import BuiltOnce
 from tests.support.cli import ROOT
 from tests.support.family_cases import WAN, FamilyCase
 
@@ -14,9 +15,9 @@ MODEL = ROOT / "benchmarks/models/ltx-video-128x2"
 
 
 @pytest.fixture(scope="session")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the first benchmark builds and the others find the engines."""
-    return tmp_path_factory.mktemp("benchmark-engines")
+def engines(built_once: BuiltOnce) -> Path:
+    """Where the first benchmark builds and the others, of any process, find the engines."""
+    return built_once("benchmark-engines", lambda folder: None)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from stg_trt.benchmarks.report import write_report
 from tests.benchmarks.conftest import MODEL
-from tests.support.cli import assert_one_line_error, run
+from tests.support.cli import assert_one_line_error, invoke
 
 SIZE = ("--height=64", "--width=64", "--num-frames=9", "--text-length=8")
 PLACE = ("--backend=onnxruntime", "--target=cpu", "--verify-timesteps=1", "--layouts=segmented")
@@ -16,7 +16,7 @@ PLACE = ("--backend=onnxruntime", "--target=cpu", "--verify-timesteps=1", "--lay
 def test_records_every_mode_and_fills_the_table(tmp_path: Path) -> None:
     output = tmp_path / "build.json"
     options = ("--blocks=1", "--stg-blocks=0", "--stg-modes=stg-r,stg-a")
-    answer = run("bench", "build", MODEL, *SIZE, *PLACE, *options, f"--output={output}")
+    answer = invoke("bench", "build", MODEL, *SIZE, *PLACE, *options, f"--output={output}")
     assert answer.returncode == 0, answer.stderr
     result = json.loads(output.read_text())
     assert result["complete"] and result["blocks"] == [1]
@@ -33,6 +33,6 @@ def test_records_every_mode_and_fills_the_table(tmp_path: Path) -> None:
 
 def test_blocks_that_are_not_there(tmp_path: Path) -> None:
     options = ("--blocks=3", f"--output={tmp_path / 'build.json'}")
-    result = run("bench", "build", MODEL, *SIZE, *PLACE, *options)
+    result = invoke("bench", "build", MODEL, *SIZE, *PLACE, *options)
     assert_one_line_error(result, "blocks: expected num_layers 1 to 2, got 3: write --blocks 2")
     assert not list(tmp_path.iterdir())

@@ -12,14 +12,15 @@ import pytest
 import torch
 
 from stg_trt.benchmarks import foreign_engine
-from tests.support.cli import run
+from tests.support.cli import invoke
 
 
+@pytest.mark.slow(reason="compiles engines with TensorRT-RTX")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which answers otherwise")
 def test_the_answer_of_a_machine_without_a_gpu(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs the wheel of TensorRT-RTX")
     output = tmp_path / "foreign-engine.json"
-    answer = run("bench", "foreign-engine", f"--output={output}")
+    answer = invoke("bench", "foreign-engine", f"--output={output}")
     assert answer.returncode == 0, answer.stderr
     result = json.loads(output.read_text())
     assert result["complete"] and result["target"] == "sm_80" and result["stages"] == ["device"]

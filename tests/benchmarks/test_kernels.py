@@ -13,12 +13,12 @@ from stg_trt.benchmarks.kernels import KernelBenchmark
 from stg_trt.errors import GateMissed
 from stg_trt.runtime import operations
 from stg_trt.runtime.guided_step import guided_step
-from tests.support.cli import assert_one_line_error, run
+from tests.support.cli import assert_one_line_error, invoke, run
 
 
 def test_measures_every_kernel_on_every_size(tmp_path: Path) -> None:
     output = tmp_path / "kernels.json"
-    answer = run(
+    answer = invoke(
         "bench", "kernels", "--device=cpu", "--elements=1001,4096", "--rounds=3", f"--output={output}"
     )
     assert answer.returncode == 0, answer.stderr

@@ -16,14 +16,14 @@ from stg_trt.benchmarks.peers import PeersBenchmark
 from stg_trt.benchmarks.scenario import Scenario
 from stg_trt.errors import GateMissed, InvalidRequest
 from tests.support.broken_plan import unperturbed
-from tests.support.cli import run
+from tests.support.cli import invoke
 
 ALL_BUT_EAGER = tuple(PEERS)[1:]
 
 
 def test_measures_eager_and_says_what_is_left_out(tmp_path: Path, tiny: tuple[str, ...]) -> None:
     output = tmp_path / "peers.json"
-    answer = run("bench", "peers", *tiny, "--peers=eager", "--rounds=2", f"--output={output}")
+    answer = invoke("bench", "peers", *tiny, "--peers=eager", "--rounds=2", f"--output={output}")
     assert answer.returncode == 0, answer.stderr
     result = json.loads(output.read_text())
     assert result["complete"] and result["left_out"] == dict.fromkeys(ALL_BUT_EAGER, "not named by --peers")
@@ -37,7 +37,7 @@ def test_measures_eager_and_says_what_is_left_out(tmp_path: Path, tiny: tuple[st
 
 def test_measures_a_family_with_a_multi_step_solver(tmp_path: Path, tiny_wan: tuple[str, ...]) -> None:
     output = tmp_path / "peers.json"
-    answer = run("bench", "peers", *tiny_wan, "--peers=eager", "--rounds=2", f"--output={output}")
+    answer = invoke("bench", "peers", *tiny_wan, "--peers=eager", "--rounds=2", f"--output={output}")
     assert answer.returncode == 0, answer.stderr
     result = json.loads(output.read_text())
     assert result["complete"] and max(result["verification"]["eager"].values()) <= 1e-4

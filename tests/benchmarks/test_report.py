@@ -11,7 +11,7 @@ import pytest
 
 from stg_trt.benchmarks.report import write_report
 from stg_trt.errors import BackendUnavailable, InvalidRequest
-from tests.support.cli import assert_one_line_error, run
+from tests.support.cli import assert_one_line_error, invoke
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 GPU = {"name": "NVIDIA Example", "driver": "580.1", "cuda": "13.0", "sm": "sm_90"}
@@ -77,7 +77,7 @@ def save(folder: Path, **results: Any) -> list[Path]:
 
 def test_tables_goals_and_plot(tmp_path: Path) -> None:
     paths = save(tmp_path, step=STEP, peers=PEERS)
-    answer = run("bench", "report", *paths, "--output", tmp_path / "out" / "report.md")
+    answer = invoke("bench", "report", *paths, "--output", tmp_path / "out" / "report.md")
     assert answer.returncode == 0, answer.stderr
     text = (tmp_path / "out" / "report.md").read_text()
     assert "## step, ltx-video-2b, 704x480x121 bf16, inductor\n" in text
@@ -186,7 +186,7 @@ def test_what_is_no_result(tmp_path: Path, content: str) -> None:
 
 
 def test_a_name_that_is_no_markdown(tmp_path: Path) -> None:
-    result = run("bench", "report", *save(tmp_path, step=STEP), "--output", tmp_path / "report.txt")
+    result = invoke("bench", "report", *save(tmp_path, step=STEP), "--output", tmp_path / "report.txt")
     assert_one_line_error(result, "output: expected a name ending in .md")
 
 

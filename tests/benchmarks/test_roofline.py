@@ -55,13 +55,18 @@ def test_the_best_of_several_libraries_and_shapes(monkeypatch: pytest.MonkeyPatc
 
         return prepare
 
-    slow, fast = dict.fromkeys(SHAPES, 1.0), {SHAPES[0]: 1.0, SHAPES[1]: 0.25}
-    libraries = {"slow": library("slow", slow), "fast": library("fast", fast), "none": lambda *_: None}
+    libraries = {
+        "busy": library("busy", {SHAPES[0]: 0.03}),
+        "slow": library("slow", dict.fromkeys(SHAPES, 0.01)),
+        "fast": library("fast", {SHAPES[0]: 0.01, SHAPES[1]: 0.0025}),
+        "none": lambda *_: None,
+    }
     monkeypatch.setitem(LIBRARIES, "cpu", libraries)
     monkeypatch.setattr(roofline, "_seconds", lambda multiply, device: iter([9.0, multiply()]))
     peak = measure_peak_matmul(Cpu(), "float32")
-    assert tried == [(name, shape) for name in ("slow", "fast") for shape in SHAPES]
-    assert (peak.library, peak.shape, peak.flops_per_s) == ("fast", SHAPES[1], 2 * 128**3 / 0.25)
+    # A product that takes long is not tried with a larger one.
+    assert tried == [("busy", SHAPES[0]), *((name, shape) for name in ("slow", "fast") for shape in SHAPES)]
+    assert (peak.library, peak.shape, peak.flops_per_s) == ("fast", SHAPES[1], 2 * 128**3 / 0.0025)
     assert peak.threads == torch.get_num_threads()
 
 

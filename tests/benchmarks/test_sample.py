@@ -12,7 +12,7 @@ from stg_trt.benchmarks.scenario import Scenario
 from stg_trt.errors import GateMissed
 from tests.benchmarks.conftest import scenario_of
 from tests.support.broken_plan import unperturbed
-from tests.support.cli import run
+from tests.support.cli import invoke
 from tests.support.family_cases import COGVIDEOX, WAN, FamilyCase
 
 CALLS = {"stg", "stg in the middle", "cfg"}
@@ -21,7 +21,7 @@ CFG, STG = "uncond+cond, rescaled", "uncond+cond+skip, rescaled"
 
 def test_measures_calls_and_their_steps(tmp_path: Path, tiny: tuple[str, ...]) -> None:
     output = tmp_path / "sample.json"
-    answer = run("bench", "sample", *tiny, "--num-inference-steps=8", "--rounds=2", f"--output={output}")
+    answer = invoke("bench", "sample", *tiny, "--num-inference-steps=8", "--rounds=2", f"--output={output}")
     assert answer.returncode == 0, answer.stderr
     result = json.loads(output.read_text())
     assert result["complete"] and result["steps"] == 8

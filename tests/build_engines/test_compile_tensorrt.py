@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from stg_trt.build_engines import build
-from stg_trt.build_engines.compile_tensorrt import Cancelled, _compile, compile_tensorrt
+from stg_trt import build
+from stg_trt.build_engines.compile_tensorrt import Cancelled, build_engine, compile_tensorrt
 from stg_trt.build_engines.progress import Silent
+from stg_trt.build_engines.tensorrt_recipe import Recipe
 from stg_trt.engines import manifest as manifests
 from stg_trt.engines.key import digest
 from stg_trt.engines.manifest import Manifest, SegmentRecord
@@ -31,8 +32,10 @@ from stg_trt.models.segment import LAYOUTS, Segment, cut
 
 pytest.importorskip("tensorrt_rtx", reason="needs the wheel of TensorRT-RTX")
 
+pytestmark = pytest.mark.slow(reason="compiles engines with TensorRT-RTX")
+
 BACKEND = "tensorrt-rtx"
-TARGETS = ("sm_120", "sm_89")
+TARGETS = {"segmented": ("sm_120", "sm_89"), "twin": ("sm_120",)}
 SIZE: dict[str, Any] = {"height": 128, "width": 128, "num_frames": 25, "text_length": 16}
 LARGE = SIZE | {"height": 1024, "width": 1024, "num_frames": 57}
 """8,192 tokens: scores of S x S no longer hide behind what grows linearly."""
@@ -93,7 +96,7 @@ def options(layout: str, output: Path) -> dict[str, Any]:
         "layout": layout,
         "precision": "bf16",
         "backend": BACKEND,
-        "target": ",".join(TARGETS),
+        "target": ",".join(TARGETS[layout]),
         "random_weights": True,
         "verify_timesteps": 1,
         "keep_onnx": True,
@@ -109,7 +112,7 @@ def builds(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, l
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_attention_is_one_fused_kernel(builds: dict[str, list[Path]], layout: str) -> None:
-    for folder, target in zip(builds[layout], TARGETS, strict=True):
+    for folder, target in zip(builds[layout], TARGETS[layout], strict=True):
         manifest = manifests.load(folder)
         assert manifest.complete and (manifest.backend, manifest.target) == (BACKEND, target)
         assert {r.segment.name: r.attentions for r in manifest.segments} == ATTENTIONS[layout]
@@ -119,7 +122,7 @@ def test_every_attention_is_one_fused_kernel(builds: dict[str, list[Path]], layo
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_manifests_say_all_and_files_are_what_they_say(builds: dict[str, list[Path]], layout: str) -> None:
     opt = {"front": 2, "normal": 2, "skipped": 1}
-    for folder, target in zip(builds[layout], TARGETS, strict=True):
+    for folder, target in zip(builds[layout], TARGETS[layout], strict=True):
         manifest = manifests.load(folder)
         assert manifest.versions[BACKEND] == library_version(BACKEND)
         listed = {file.name for record in manifest.segments for file in record.files}
@@ -130,7 +133,7 @@ def test_manifests_say_all_and_files_are_what_they_say(builds: dict[str, list[Pa
                 check_file(folder / file.name, file)
             assert record.key == digest(record.facts)
             assert record.facts["target"] == target and record.facts["graph_sha256"] == record.graph_sha256
-            assert record.facts["rows"] == [1, opt.get(record.segment.name, 3), 3]
+            assert record.facts["profiles"] == [[1, opt.get(record.segment.name, 3), 3]]
             assert record.verification[0].relative_l2 <= 1e-4
             assert record.activation_bytes and record.flops and record.peak_bytes > 1 << 20
             assert record.seconds.keys() == {"reference", "export", "verify", "compile"}
@@ -240,23 +243,17 @@ def test_nothing_of_a_missed_gate_is_kept(one_block: Callable[[], list[Path]]) -
 
 
 @pytest.fixture
-def arguments(builds: dict[str, list[Path]], model: Path, tmp_path: Path) -> dict[str, Any]:
+def recipe(builds: dict[str, list[Path]], model: Path, tmp_path: Path) -> Recipe:
     """What compiles the whole model for one target, in a folder of its own."""
     folder = builds["twin"][0]
     graph = tmp_path / "normal.onnx"
     graph.write_bytes((folder / "onnx" / graph.name).read_bytes())
     record = manifests.load(folder).record("normal")
     assert record is not None and record.segment == cut("twin", 3, "stg-a", (1,))[0]
-    return {
-        "graph": graph,
-        "inputs": record.inputs,
-        "rows": (1, 2, 3),
-        "backend": BACKEND,
-        "target": "sm_120",
-    }
+    return Recipe(graph, record.inputs, ((1, 2, 3),), BACKEND, "sm_120")
 
 
-def test_an_event_cancels_the_compiler(arguments: dict[str, Any]) -> None:
+def test_an_event_cancels_the_compiler(recipe: Recipe) -> None:
     cancel = threading.Event()
     phases: list[str] = []
 
@@ -265,13 +262,13 @@ def test_an_event_cancels_the_compiler(arguments: dict[str, Any]) -> None:
         cancel.set()
 
     with pytest.raises(Cancelled):
-        _compile(load_library(BACKEND), **arguments, cancel=cancel, on_progress=begun)
+        build_engine(load_library(BACKEND), recipe, cancel, begun)
     assert phases
-    assert [path.name for path in arguments["graph"].parent.iterdir()] == ["normal.onnx"]
+    assert [path.name for path in recipe.graph.parent.iterdir()] == ["normal.onnx"]
 
 
 @pytest.mark.usefixtures("interrupts")
-def test_an_interrupt_stops_the_compiler_at_once(arguments: dict[str, Any]) -> None:
+def test_an_interrupt_stops_the_compiler_at_once(recipe: Recipe) -> None:
     interrupted = threading.Event()
 
     def interrupt(phase: str) -> None:
@@ -280,15 +277,15 @@ def test_an_interrupt_stops_the_compiler_at_once(arguments: dict[str, Any]) -> N
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        compile_tensorrt(**arguments, on_progress=interrupt)
+        compile_tensorrt(recipe, 6, interrupt)
     assert not [thread for thread in threading.enumerate() if thread.name == "interruptible"]
-    assert [path.name for path in arguments["graph"].parent.iterdir()] == ["normal.onnx"]
+    assert [path.name for path in recipe.graph.parent.iterdir()] == ["normal.onnx"]
 
 
-def test_a_graph_that_cannot_be_read_is_named(arguments: dict[str, Any]) -> None:
-    arguments["graph"].write_bytes(b"not a graph")
+def test_a_graph_that_cannot_be_read_is_named(recipe: Recipe) -> None:
+    recipe.graph.write_bytes(b"not a graph")
     with pytest.raises(GateMissed, match="normal: tensorrt-rtx cannot read the graph: "):
-        compile_tensorrt(**arguments, on_progress=lambda phase: None)
+        compile_tensorrt(recipe, 6, lambda phase: None)
 
 
 def test_random_weights_reach_the_engines(builds: dict[str, list[Path]], model: Path) -> None:

@@ -15,6 +15,8 @@ from stg_trt.models.segment import Segment
 from tests.build_engines.test_compile_inductor import compiler_of
 from tests.support.family_cases import COGVIDEOX, HUNYUAN_VIDEO, MOCHI, WAN, FamilyCase
 
+pytestmark = pytest.mark.slow(reason="compiles packages with AOTInductor")
+
 MAX_ROWS = 6
 # LTX-Video is compiled whole elsewhere. HunyuanVideo has blocks of two kinds.
 BLOCKS = [(WAN, 2), (MOCHI, 2), (HUNYUAN_VIDEO, 0), (HUNYUAN_VIDEO, 4), (COGVIDEOX["2b"], 2)]

@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 
-from stg_trt.build_engines import build
+from stg_trt import build
 from stg_trt.build_engines.export import export
 from stg_trt.build_engines.float32_graph import widen
 from stg_trt.build_engines.onnx_compiler import graph_runner
@@ -63,7 +63,7 @@ def test_plugins_that_a_build_cannot_use(
 
 
 def test_plugins_that_were_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt_library, "_PLUGINS", tmp_path / "none.so")
+    monkeypatch.setattr(tensorrt_library, "PLUGINS", tmp_path / "none.so")
     with pytest.raises(BackendUnavailable, match=r"plugins: expected .*, got no such file: run make plugins"):
         build(
             LTX.goldens,

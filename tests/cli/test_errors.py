@@ -1,12 +1,13 @@
-"""Arguments and checkpoints that cannot be used: one line each, and nothing written."""
+"""Arguments and checkpoints that cannot be used: one line each, and nothing written.
+
+The command line is called in this process; three cases of each program start it as users do.
+"""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,17 +18,26 @@ from safetensors.torch import load_file, save_file
 from stg_trt.engines.store import EngineRequest, EngineStore
 from stg_trt.runtime.device import Cpu
 from tests.support.cli import (
-    PROGRAM,
     ROOT,
     SMALL,
     WEIGHTS,
     assert_one_line_error,
     contents,
-    cpu_seconds_of_ended_children,
+    invoke,
     keep_one_block,
     run,
+    some_started,
 )
 
+# The cases that start the program.
+STARTED = {
+    "unknown flag",
+    "weights cut short",
+    "missing shard",
+    "suffix",
+    "size",
+    "negative stg scale",
+}
 Flags = dict[str, str | None]
 BUILD: Flags = {
     "--height": "128",
@@ -156,30 +166,6 @@ GENERATE: dict[str, tuple[tuple[str, ...], str]] = {
 }  # fmt: skip
 
 
-# A command that asks for more memory than there is: of torch, of Python, of ONNX Runtime.
-REQUEST = """
-import numpy, onnx, onnxruntime, torch
-from stg_trt.cli.main import run_command
-
-def repeat(times):
-    float_, int_ = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
-    value = onnx.helper.make_tensor_value_info
-    node = onnx.helper.make_node("Expand", ["x", "shape"], ["y"])
-    shapes = [value("x", float_, [1]), value("shape", int_, [1])]
-    graph = onnx.helper.make_graph([node], "repeat", shapes, [value("y", float_, [None])])
-    model = onnx.helper.make_model(graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 20)])
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
-    session.run(None, {"x": numpy.zeros(1, numpy.float32), "shape": numpy.array([times])})
-
-def command() -> None:
-    ALLOCATION
-
-run_command(command)
-"""
-
-
 def edit(checkpoint: Path, name: str = "transformer/config.json", **entries: object) -> None:
     """Changes entries of a configuration; None drops one."""
     path = checkpoint / name
@@ -215,19 +201,25 @@ def checkpoint(tmp_path: Path, ltx_checkpoint: Path) -> Path:
     return tmp_path / "checkpoint"
 
 
+def answered(case: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return (run if case in STARTED else invoke)(*arguments)
+
+
 def generate(
     checkpoint: Path, engines: Path, tmp_path: Path, *arguments: str | Path
-) -> subprocess.CompletedProcess[str]:
+) -> tuple[str | Path, ...]:
+    """The command line of a call of two steps."""
     output = () if "--output" in arguments else ("--output", tmp_path / "x.safetensors")
-    return run("generate", checkpoint, "--engines", engines, "--num-inference-steps=2", *output, *arguments)
+    return ("generate", checkpoint, "--engines", engines, "--num-inference-steps=2", *output, *arguments)
 
 
-@pytest.mark.parametrize("case", BUILD_ARGUMENTS)
+@pytest.mark.parametrize("case", some_started(BUILD_ARGUMENTS, STARTED))
 def test_build_arguments(case: str, tmp_path: Path, ltx_checkpoint: Path) -> None:
     changed, pattern = BUILD_ARGUMENTS[case]
     options = {**BUILD, **changed}
     flags = [f"{name}={value}" for name, value in options.items() if value is not None]
-    assert_one_line_error(run("build", ltx_checkpoint, "--output", tmp_path / "out", *flags), pattern)
+    result = answered(case, "build", ltx_checkpoint, "--output", tmp_path / "out", *flags)
+    assert_one_line_error(result, pattern)
     assert not list(tmp_path.iterdir())
 
 
@@ -247,7 +239,7 @@ def test_build_arguments(case: str, tmp_path: Path, ltx_checkpoint: Path) -> Non
     ids=["none", "too many", "two lists", "no number", "real weights", "perturbed one is gone"],
 )
 def test_fewer_blocks(tmp_path: Path, ltx_checkpoint: Path, flags: tuple[str, ...], pattern: str) -> None:
-    result = run("build", ltx_checkpoint, "--output", tmp_path / "out", *SMALL, *flags)
+    result = invoke("build", ltx_checkpoint, "--output", tmp_path / "out", *SMALL, *flags)
     assert_one_line_error(result, pattern)
     assert not list(tmp_path.iterdir())
 
@@ -255,47 +247,46 @@ def test_fewer_blocks(tmp_path: Path, ltx_checkpoint: Path, flags: tuple[str, ..
 def test_a_shortened_model_builds_with_a_key_of_its_own(tmp_path: Path, ltx_checkpoint: Path) -> None:
     flags = (*SMALL, "--verify-timesteps=0", "--random-weights", "--output", tmp_path / "out")
     for blocks in (1, 2):
-        result = run("build", ltx_checkpoint, *flags, f"--blocks={blocks}")
+        result = invoke("build", ltx_checkpoint, *flags, f"--blocks={blocks}")
         assert result.returncode == 0, result.stderr
     store = EngineStore.open(tmp_path / "out")
     stops = {build.manifest.segments[-1].segment.stop: build.manifest.weights for build in store.builds}
     assert stops.keys() == {1, 2} and len(set(stops.values())) == 2
 
 
-@pytest.mark.parametrize("case", CHECKPOINTS)
+@pytest.mark.parametrize("case", some_started(CHECKPOINTS, STARTED))
 def test_checkpoints(case: str, tmp_path: Path, checkpoint: Path) -> None:
     damage, pattern = CHECKPOINTS[case]
     damage(checkpoint)
     before = contents(checkpoint) if checkpoint.exists() else {}
-    assert_one_line_error(
-        run("build", checkpoint, "--output", tmp_path / "out", *SMALL), f"checkpoint: {pattern}"
-    )
+    result = answered(case, "build", checkpoint, "--output", tmp_path / "out", *SMALL)
+    assert_one_line_error(result, f"checkpoint: {pattern}")
     assert not (tmp_path / "out").exists()
     assert before == (contents(checkpoint) if checkpoint.exists() else {})
 
 
 def test_a_published_configuration_has_no_weights(tmp_path: Path) -> None:
-    result = run("build", "ltx-video-2b", "--output", tmp_path / "out", *SMALL)
+    result = invoke("build", "ltx-video-2b", "--output", tmp_path / "out", *SMALL)
     assert_one_line_error(result, "got the configuration ltx-video-2b: .*add --random-weights")
 
 
 def test_a_sharded_checkpoint_builds(tmp_path: Path, checkpoint: Path) -> None:
     keep_one_block(checkpoint)
     shard(checkpoint)
-    result = run("build", checkpoint, "--output", tmp_path / "out", *SMALL, "--verify-timesteps", "1")
+    result = invoke("build", checkpoint, "--output", tmp_path / "out", *SMALL, "--verify-timesteps", "1")
     assert result.returncode == 0, result.stderr
     assert EngineStore.open(tmp_path / "out").find(EngineRequest(height=32)).load_engines(Cpu())
 
 
-@pytest.mark.parametrize("case", GENERATE)
+@pytest.mark.parametrize("case", some_started(GENERATE, STARTED))
 def test_generate_arguments(
     case: str, tmp_path: Path, ltx_checkpoint: Path, ltx_engines: Path, embeds: Path
 ) -> None:
     arguments, pattern = GENERATE[case]
     source = () if {"--prompt", "--embeds"} & set(arguments) else ("--embeds", embeds)
     before = contents(ltx_engines)
-    result = generate(ltx_checkpoint, ltx_engines, tmp_path, *source, "--layout", "segmented", *arguments)
-    assert_one_line_error(result, pattern)
+    command = generate(ltx_checkpoint, ltx_engines, tmp_path, *source, "--layout", "segmented", *arguments)
+    assert_one_line_error(answered(case, *command), pattern)
     assert not list(tmp_path.iterdir())
     assert contents(ltx_engines) == before
 
@@ -305,10 +296,10 @@ def test_a_prompt_that_is_too_long(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "examples/moving_shapes/checkpoint", checkpoint)
     keep_one_block(checkpoint)
     engines, output = tmp_path / "engines", tmp_path / "x.mp4"
-    built = run("build", checkpoint, "--output", engines, *SMALL, "--verify-timesteps=0")
+    built = invoke("build", checkpoint, "--output", engines, *SMALL, "--verify-timesteps=0")
     assert built.returncode == 0, built.stderr
     prompt = ("--prompt", "a red circle moves to the right")
-    result = run("generate", checkpoint, "--engines", engines, "--output", output, *prompt)
+    result = invoke("generate", checkpoint, "--engines", engines, "--output", output, *prompt)
     assert_one_line_error(result, r"expected at most 4 tokens, got (\d+): .*rebuild with --text-length \1$")
     assert not output.exists()
 
@@ -316,7 +307,7 @@ def test_a_prompt_that_is_too_long(tmp_path: Path) -> None:
 def test_embeds_that_do_not_fit(
     tmp_path: Path, ltx_checkpoint: Path, ltx_engines: Path, embeds: Path
 ) -> None:
-    tensors = load_file(embeds)
+    tensors, wrong_embeds = load_file(embeds), tmp_path / "wrong.safetensors"
     cases = {
         r"prompt_embeds: expected \(videos, <= 9, 24\), got \(1, 10, 24\): .*larger --text-length": {
             **tensors,
@@ -328,57 +319,7 @@ def test_embeds_that_do_not_fit(
         },
     }
     for pattern, wrong in cases.items():
-        save_file(wrong, tmp_path / "wrong.safetensors")
-        result = generate(ltx_checkpoint, ltx_engines, tmp_path, "--embeds", tmp_path / "wrong.safetensors")
+        save_file(wrong, wrong_embeds)
+        result = invoke(*generate(ltx_checkpoint, ltx_engines, tmp_path, "--embeds", wrong_embeds))
         assert_one_line_error(result, pattern)
     assert [path.name for path in tmp_path.iterdir()] == ["wrong.safetensors"]
-
-
-def test_help_answers_at_once_and_without_torch() -> None:
-    seconds = []
-    for _ in range(3):
-        start_s = cpu_seconds_of_ended_children()
-        answer = run("--help")
-        seconds.append(cpu_seconds_of_ended_children() - start_s)
-        assert answer.returncode == 0 and "generate" in answer.stdout and not answer.stderr
-    assert min(seconds) < 1
-    program = (
-        f"import runpy, sys; sys.argv = ['stg-trt', 'build', '--help']; runpy.run_path({str(PROGRAM)!r})"
-    )
-    listing = f"import atexit, sys; atexit.register(lambda: print(sorted(sys.modules))); {program}"
-    modules = subprocess.run(
-        [sys.executable, "-c", listing], capture_output=True, text=True, check=True
-    ).stdout
-    assert "'stg_trt.cli.main'" in modules
-    assert not re.search(r"'(torch|numpy|onnx|diffusers|transformers)'", modules)
-
-
-@pytest.mark.parametrize("program", ["build_engines", "runtime", "benchmarks"])
-def test_programs_run_from_the_checkout(program: str) -> None:
-    answer = subprocess.run(
-        [sys.executable, "-m", program, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert f"Usage: python -m {program}" in answer.stdout and not answer.stderr
-
-
-@pytest.mark.parametrize(
-    ("allocation", "pattern"),
-    [
-        (
-            "torch.empty(1 << 50)",
-            r"out of memory: .*can't allocate memory.* 4503599627370496 bytes.*: use",
-        ),
-        ("bytearray(1 << 60)", "out of memory: expected more free memory, got MemoryError: use fewer frames"),
-        ("repeat(1 << 44)", "out of memory: .*[Ff]ailed to allocate memory.*: use fewer frames"),
-    ],
-)
-def test_out_of_memory(allocation: str, pattern: str, tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(REQUEST.replace("ALLOCATION", allocation))
-    result = subprocess.run([sys.executable, program], capture_output=True, text=True)
-    assert_one_line_error(result, pattern)
-
-
-def test_mistakes_before_a_command() -> None:
-    assert_one_line_error(run("biuld"), "No such command 'biuld'.*: see stg-trt --help")
-    assert_one_line_error(run("build"), "Missing argument .*: see stg-trt build --help")

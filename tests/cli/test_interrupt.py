@@ -32,10 +32,12 @@ from tests.support.cli import (
     contents,
     cpu_seconds_of_ended_children,
     finish,
-    run,
+    invoke,
     start,
 )
 from tests.support.endless_graph import loop_after
+
+pytestmark = pytest.mark.slow(reason="starts programs and interrupts them")
 
 UNVERIFIED = (*SMALL, "--verify-timesteps=0")
 CUT = (*UNVERIFIED, "--stg-blocks=0")
@@ -111,7 +113,7 @@ def test_an_interrupted_build_resumes(kill: signal.Signals, tmp_path: Path, one_
         assert_one_line_error(result, "interrupted: nothing half-written is left, finished segments are kept")
         assert kept.keys() == {"manifest.json", "text.onnx", "front.onnx"}
         assert {*os.listdir(folder)} == {*kept, ".lock"}
-    again = run(*command)
+    again = invoke(*command)
     assert again.returncode == 0, again.stderr
     for segment in SEGMENTS[:2]:
         assert f"{segment}: already built" in again.stderr
@@ -235,12 +237,12 @@ def read(terminal: int) -> bytes:
 
 def test_a_build_continues_when_the_full_disk_has_space(disk: Path, one_block: Path) -> None:
     command = ("build", one_block, "--output", disk / "engines", *UNVERIFIED)
-    assert_one_line_error(run(*command), "expected free disk space, got none left: free some or choose")
+    assert_one_line_error(invoke(*command), "expected free disk space, got none left: free some or choose")
     (folder,) = (disk / "engines").iterdir()
     assert contents(folder).keys() == {"manifest.json", "text.onnx"}
     assert {*os.listdir(folder)} == {"manifest.json", "text.onnx", ".lock"}
     assert mount("-o", "remount,size=8m", disk) == 0
-    again = run(*command)
+    again = invoke(*command)
     assert again.returncode == 0 and "text: already built" in again.stderr, again.stderr
     assert_whole(disk / "engines")
 
@@ -253,7 +255,7 @@ def test_a_full_disk_keeps_the_old_result(
     fill(disk)
     before = contents(disk)
     arguments = ("--engines", ltx_engines, "--output", disk / "x.safetensors", "--embeds", embeds)
-    result = run("generate", ltx_checkpoint, *arguments, "--num-inference-steps=2")
+    result = invoke("generate", ltx_checkpoint, *arguments, "--num-inference-steps=2")
     assert_one_line_error(result, "expected free disk space, got none left: free some or choose")
     noise = np.random.default_rng(0).random((9, 64, 64, 3), np.float32)
     with pytest.raises(InvalidRequest, match="No space left on device: choose another or free disk space"):
@@ -267,8 +269,8 @@ def test_a_disk_that_cannot_be_written(
     assert mount("-o", "remount,ro", disk) == 0
     arguments = ("--engines", ltx_engines, "--output", disk / "x.safetensors", "--embeds", embeds)
     for result in (
-        run("generate", ltx_checkpoint, *arguments),
-        run("build", one_block, "--output", disk, *CUT),
+        invoke("generate", ltx_checkpoint, *arguments),
+        invoke("build", one_block, "--output", disk, *CUT),
     ):
         assert_one_line_error(result, "output: expected a folder that can be written, got .*: choose another")
     assert not os.listdir(disk)
@@ -276,7 +278,7 @@ def test_a_disk_that_cannot_be_written(
 
 def test_an_output_below_a_file(tmp_path: Path, one_block: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    result = run("build", one_block, "--output", tmp_path / "file" / "engines", *CUT)
+    result = invoke("build", one_block, "--output", tmp_path / "file" / "engines", *CUT)
     assert_one_line_error(
         result, r"output: expected a folder that can be written, got .* \(Not a directory\)"
     )

@@ -10,7 +10,7 @@ from stg_trt.engines import inductor_chain, tensorrt_library
 from stg_trt.engines.auto_backend import choose_backend, why_not
 from stg_trt.errors import BackendUnavailable
 from stg_trt.system.gpu import Gpu, find_gpu
-from tests.support.cli import SMALL, run
+from tests.support.cli import SMALL, invoke
 
 
 def gpu(sm: str) -> Gpu:
@@ -70,6 +70,8 @@ def test_without_a_gpu() -> None:
 def test_a_build_says_what_it_chose(tmp_path: Path, one_block: Path) -> None:
     if find_gpu() is not None:
         pytest.skip("needs a machine without a GPU")
-    result = run("build", one_block, "--output", tmp_path, *SMALL, "--verify-timesteps=0", "--backend=auto")
+    result = invoke(
+        "build", one_block, "--output", tmp_path, *SMALL, "--verify-timesteps=0", "--backend=auto"
+    )
     assert result.returncode == 0, result.stderr
     assert result.stderr.startswith("backend: onnxruntime for cpu (there is no NVIDIA GPU)\n")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from stg_trt import VideoPipeline
 from stg_trt.cli.doctor import backend_states
-from stg_trt.engines import inductor, inductor_chain
+from stg_trt.engines import inductor_chain
 from stg_trt.engines.inductor import InductorEngine, Scratch
 from stg_trt.engines.inductor_chain import Chain, check_machine, machine_facts
 from stg_trt.engines.store import Build, EngineRequest, EngineStore
@@ -23,9 +21,7 @@ from stg_trt.errors import EngineRejected
 from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.segment import engine_outputs
 from stg_trt.runtime.device import Cpu
-from stg_trt.runtime.graph import StepGraph
 from stg_trt.system.gpu import find_gpu
-from tests.conftest import build_goldens
 from tests.support.family_cases import LTX
 from tests.test_goldens import arguments, every_step, flipped, joined
 
@@ -237,44 +233,3 @@ def test_the_doctor_tells_what_inductor_can(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("CXX", "no-such-compiler")
     states = {name: (builds, runs) for name, builds, runs in backend_states(find_gpu())}
     assert states["inductor"][0].startswith("no: inductor: expected a C++ compiler, got no no-such-compiler")
-
-
-@pytest.fixture(scope="module")
-def on_gpu(tmp_path_factory: pytest.TempPathFactory, ltx_checkpoint: Path) -> Iterator[Path]:
-    """The engines of the goldens in bfloat16, compiled for this GPU."""
-    root = tmp_path_factory.mktemp("inductor-gpu-engines")
-    yield build_goldens(LTX, root, backend="inductor", target="this-gpu")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("layout", ["segmented", "twin"])
-@pytest.mark.parametrize("case", LTX.golden_names)
-def test_steps_on_a_gpu_are_captured_and_match(
-    on_gpu: Path, ltx_checkpoint: Path, recwarn: pytest.WarningsRecorder, case: str, layout: str
-) -> None:
-    """In bfloat16, and as CUDA graphs that were compared with a plain run."""
-    pipeline = VideoPipeline.from_pretrained(ltx_checkpoint, engines=on_gpu, layout=layout)
-    expected = load_file(ltx_checkpoint / f"{case}.safetensors")
-    for i, latents in enumerate(every_step(pipeline, **arguments(case, ltx_checkpoint))):
-        wanted = expected[f"expected_step_{i:02d}"]
-        assert (latents.cpu() - wanted).norm() <= 5e-2 * wanted.norm(), f"step {i}"
-    programs: list[Any] = [p for s in pipeline._samplers.values() for p in s._bound.values()]
-    assert programs and all(isinstance(p, StepGraph) and p._graph is not None for p in programs)
-    assert not [w for w in recwarn.list if "capture failed" in str(w.message)]
-
-
-@pytest.mark.gpu
-def test_every_attention_on_a_gpu_is_fused(on_gpu: Path) -> None:
-    for build in EngineStore.open(on_gpu).builds:
-        for record in build.manifest.segments:
-            assert record.fused_attentions == record.attentions
-            assert record.activation_bytes is not None and record.verification
-
-
-@pytest.mark.gpu
-def test_engines_of_another_gpu_are_refused(on_gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (99, 9))
-    build = EngineStore.open(on_gpu).builds[0]
-    files = {r.segment.name: [build.folder / f.name for f in r.files] for r in build.manifest.segments}
-    with pytest.raises(EngineRejected, match=r"expected a machine with sm_\d+, got .* without it"):
-        inductor.load_all("inductor", files, torch.device("cuda"))

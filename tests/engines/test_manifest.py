@@ -30,6 +30,7 @@ RECORD = SegmentRecord(
     fused_attentions=11,
     activation_bytes=4096,
     verification=(Verification(timestep=999.0, cosine=1.0, relative_l2=1e-7, max_abs=1e-6),),
+    commands=("trtexec --onnx=onnx/skipped.onnx",),
     seconds={"export": 1.5},
     peak_bytes=1 << 30,
 )
@@ -66,6 +67,13 @@ def signed(body: dict[str, Any]) -> dict[str, Any]:
     """The body with the digest that belongs to it, as another version of this library would write it."""
     rest = {name: value for name, value in body.items() if name != "sha256"}
     return {**rest, "sha256": manifests._digest(rest)}
+
+
+def test_a_file_that_segments_share_counts_once() -> None:
+    own = FileRecord(name="own.engine", bytes=5, sha256="o")
+    both = RECORD.model_copy(update={"files": (*RECORD.files, own)})
+    assert (RECORD.engine_bytes, both.engine_bytes) == (7, 12)
+    assert MANIFEST.model_copy(update={"segments": (RECORD, both)}).engine_bytes == 12
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:

@@ -119,6 +119,7 @@ def test_padding_changes_nothing_in_the_checkpoint(pipe: LTXPipeline) -> None:
     assert_padding_is_hidden(pipe.tokenizer, pipe.text_encoder)
 
 
+@pytest.mark.slow(reason="runs the example's model in diffusers")
 def test_vae_keeps_the_clips(pipe: LTXPipeline) -> None:
     for label, clip in islice(clips.clips(12), 24):
         video = torch.from_numpy(clip).permute(3, 0, 1, 2)[None] * 2 - 1
@@ -128,6 +129,7 @@ def test_vae_keeps_the_clips(pipe: LTXPipeline) -> None:
         assert measure.measure(kept).matches(label)["all"]
 
 
+@pytest.mark.slow(reason="runs the example's model in diffusers")
 def test_diffusers_own_pipeline_loads_and_samples() -> None:
     own = LTXPipeline.from_pretrained(CHECKPOINT)
     own.set_progress_bar_config(disable=True)
@@ -142,6 +144,7 @@ def test_sampling_is_reproducible(pipe: LTXPipeline) -> None:
     assert np.array_equal(first, again)
 
 
+@pytest.mark.slow(reason="runs the example's model in diffusers")
 def test_samples_show_what_the_prompts_say(pipe: LTXPipeline) -> None:
     """Nine in ten, the aim of the training, over a prompt of each colour and shape."""
     labels = [label for label in clips.LABELS if label.direction == "left"]

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
+from stg_trt.guidance.bins import TimestepBins
 from stg_trt.guidance.combine import combine
-from stg_trt.guidance.presets import TimestepBins, load_preset
+from stg_trt.guidance.options import GuidanceOptions
+from stg_trt.guidance.presets import load_preset
+from stg_trt.guidance.resolved import OFF
 from stg_trt.guidance.tables import Guidance, dynamic_cfg
 from stg_trt.models.perturbation import Perturbation
 
@@ -26,6 +29,11 @@ def preds(batch: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Tensor, T
         torch.randn(batch, 4, 3, 6, 8, generator=generator) * scale + scale for _ in range(3)
     )
     return cond.to(dtype), uncond.to(dtype), skip.to(dtype)
+
+
+def tables(sigmas: list[float], **options: Any) -> Guidance:
+    """As the pipeline makes them, without a family's defaults."""
+    return Guidance.for_steps(sigmas, GuidanceOptions(**options).resolve(OFF))
 
 
 def reference(cond: Tensor, uncond: Tensor | None, skip: Tensor | None, **scales: Any) -> Tensor:
@@ -129,8 +137,13 @@ def test_everything_is_off_by_default() -> None:
 
 
 def test_scalars_and_lists_become_tables() -> None:
-    guidance = Guidance.for_steps(
-        SIGMAS, guidance_scale=[1, 3, 3, 1], stg_scale=1, rescale=0.7, stg_mode="stg-r", stg_blocks=[19, 20]
+    guidance = tables(
+        SIGMAS,
+        guidance_scale=[1, 3, 3, 1],
+        stg_scale=1,
+        rescale=0.7,
+        stg_mode="stg-r",
+        stg_blocks=[19, 20],
     )
     assert guidance.cfg_scale == (1.0, 3.0, 3.0, 1.0)
     assert guidance.stg_scale == (1.0,) * 4 and guidance.rescale == (0.7,) * 4
@@ -141,16 +154,16 @@ def test_scalars_and_lists_become_tables() -> None:
 
 
 def test_stg_runs_only_inside_its_range() -> None:
-    guidance = Guidance.for_steps(SIGMAS, guidance_scale=3.0, stg_scale=1.0, stg_blocks=[2], stg_range=(0, 2))
+    guidance = tables(SIGMAS, guidance_scale=3.0, stg_scale=1.0, stg_blocks=[2], stg_range=(0, 2))
     assert guidance.stg_scale == (1.0, 1.0, 0.0, 0.0)
     assert guidance.passes(0) == ("uncond", "cond", "skip")
     assert guidance.passes(2) == ("uncond", "cond") and guidance.perturbation(2) is None
 
 
 def test_blocks_per_step_and_in_bins() -> None:
-    listed = Guidance.for_steps(SIGMAS, stg_scale=[0, 1, 1, 1], stg_blocks=[[], [1], [1, 2], [3]])
+    listed = tables(SIGMAS, stg_scale=[0, 1, 1, 1], stg_blocks=[[], [1], [1, 2], [3]])
     assert listed.blocks == ((), (1,), (1, 2), (3,))
-    binned = Guidance.for_steps(SIGMAS, stg_scale=1.0, stg_blocks=TimestepBins((0.6, 0.3), ((7,), (8, 9))))
+    binned = tables(SIGMAS, stg_scale=1.0, stg_blocks=TimestepBins((0.6, 0.3), ((7,), (8, 9))))
     assert binned.blocks == ((7,), (7,), (8, 9), (8, 9))
 
 
@@ -185,12 +198,12 @@ def test_a_float32_sigma_on_an_edge_reaches_its_bin() -> None:
 def test_first_pass_preset(
     sigma: float, cfg: float, stg: float, rescale: float, blocks: tuple[int, ...]
 ) -> None:
-    guidance = Guidance.for_steps([sigma], preset=FIRST)
+    guidance = tables([sigma], preset=FIRST)
     assert guidance == Guidance((cfg,), (stg,), (rescale,), (blocks,), "stg-a", True)
 
 
 def test_preset_computes_only_the_passes_it_weighs() -> None:
-    guidance = Guidance.for_steps([1.0, 0.9965, 0.99, 0.95], preset=FIRST)
+    guidance = tables([1.0, 0.9965, 0.99, 0.95], preset=FIRST)
     assert [guidance.passes(i) for i in range(4)] == [
         ("cond",),
         ("cond",),
@@ -203,12 +216,12 @@ def test_presets_say_which_steps_to_run() -> None:
     first, second = load_preset(FIRST), load_preset(SECOND)
     assert (first.num_inference_steps, first.drop_first, first.drop_last) == (30, 0, 3)
     assert (second.num_inference_steps, second.drop_first, second.drop_last) == (30, 17, 0)
-    guidance = Guidance.for_steps([0.9, 0.2], preset=SECOND)
+    guidance = tables([0.9, 0.2], preset=SECOND)
     assert guidance == Guidance((1.0, 1.0), (1.0, 1.0), (0.0, 0.0), ((27,), (27,)), "stg-a", True)
 
 
 def test_an_argument_replaces_the_presets_table() -> None:
-    guidance = Guidance.for_steps([0.99, 0.95], preset=FIRST, stg_scale=0.0, cfg_zero_star=False)
+    guidance = tables([0.99, 0.95], preset=FIRST, stg_scale=0.0, cfg_zero_star=False)
     assert guidance.stg_scale == (0.0, 0.0) and not guidance.cfg_zero_star
     assert guidance.cfg_scale == (8.0, 1.0) and guidance.rescale == (0.5, 0.0)
 
@@ -232,7 +245,7 @@ def test_an_argument_replaces_the_presets_table() -> None:
             {"embedded_guidance": math.nan},
             "embedded_guidance: expected a number that is finite, got nan: corr",
         ),
-        ({"stg_mode": "stg-x"}, "stg_mode: expected 'stg-a' or 'stg-r', got 'stg-x'"),
+        ({"stg_mode": "stg-x"}, "stg_mode: expected one of stg-a, stg-r, got 'stg-x': choose one of them"),
         (
             {"stg_scale": 1.0, "stg_blocks": [1], "stg_range": (2, 1)},
             "stg_range: expected 0 <= start < stop <= 4",
@@ -246,12 +259,12 @@ def test_an_argument_replaces_the_presets_table() -> None:
 )
 def test_refuses_with_expected_got_and_fix(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
-        Guidance.for_steps(SIGMAS, **arguments)
+        tables(SIGMAS, **arguments)
 
 
 def test_bins_refuse_raw_timesteps() -> None:
     with pytest.raises(InvalidRequest, match=r"bins expected sigmas in 0..1, got 999.0 at step 0: divide"):
-        Guidance.for_steps([999.0, 500.0], preset=FIRST)
+        tables([999.0, 500.0], preset=FIRST)
 
 
 @pytest.mark.parametrize(

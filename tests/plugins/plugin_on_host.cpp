@@ -13,7 +13,7 @@ STG_EXPORT IPluginCreatorInterface* const* getCreators(int32_t& count);
 
 namespace {
 
-constexpr int64_t kRows = 2, kTokens = 3, kChannels = 16, kTable = 8, kSize = kRows * kTokens * kChannels;
+constexpr int64_t kRows = 2, kTokens = 3, kChannels = 16, kPairs = 4, kSize = kRows * kTokens * kChannels;
 constexpr int32_t kGroup = 4, kInputs = 6, kOutputs = 2;
 constexpr float kEps = 0.25f;
 
@@ -28,7 +28,7 @@ PluginTensorDesc tensor(std::vector<int64_t> shape, DataType type = DataType::kF
 
 std::vector<PluginTensorDesc> tensors() {
   const PluginTensorDesc rows = tensor({kRows, kTokens, kChannels}), weight = tensor({kGroup});
-  const PluginTensorDesc table = tensor({kTokens, kTable});
+  const PluginTensorDesc table = tensor({kTokens, kPairs});
   return {rows, rows, weight, weight, table, table, rows, rows};
 }
 
@@ -66,7 +66,7 @@ void check_run(stg_test::Checks& checks, IPluginV3* plugin) {
   std::vector<PluginTensorDesc> all = tensors();
   checks.expect(runtime->onShapeChange(all.data(), kInputs, all.data() + kInputs, kOutputs) == 0, "shapes", 0, 0);
   std::vector<float> inputs[kInputs], got[2], expected[2];
-  const int64_t sizes[kInputs] = {kSize, kSize, kGroup, kGroup, kTokens * kTable, kTokens * kTable};
+  const int64_t sizes[kInputs] = {kSize, kSize, kGroup, kGroup, kTokens * kPairs, kTokens * kPairs};
   const void* from[kInputs];
   for (int i = 0; i < kInputs; ++i) from[i] = (inputs[i] = stg_test::values(sizes[i], i)).data();
   for (int side = 0; side < 2; ++side) got[side].resize(kSize), expected[side].resize(kSize);
@@ -75,7 +75,7 @@ void check_run(stg_test::Checks& checks, IPluginV3* plugin) {
   StgQKNormRope p{};
   p.q = from[0], p.k = from[1], p.q_out = expected[0].data(), p.k_out = expected[1].data();
   p.q_weight = inputs[2].data(), p.k_weight = inputs[3].data(), p.cos = inputs[4].data(), p.sin = inputs[5].data();
-  p.rows = kRows, p.tokens = kTokens, p.channels = kChannels, p.group = kGroup, p.table_channels = kTable;
+  p.rows = kRows, p.tokens = kTokens, p.channels = kChannels, p.group = kGroup, p.table_pairs = kPairs;
   p.eps = kEps;
   checks.expect(stg_qk_norm_rope(&p, nullptr) == 0, "the kernel", 0, 0);
   for (int side = 0; side < 2; ++side) checks.expect(got[side] == expected[side], "the plugin differs", side, 0);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,10 +13,12 @@ from tests.support.compiled_kernels import Machine
 
 POISON = 0x5A
 CHUNK_BYTES = 256 * 4 * 16
-LENGTHS = [
+SHORT = [
     [0],
     [0, 5, 0, 16, 0],
     [1, 2, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 63, 100],
+]
+LONG = [
     [CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3, 5 * CHUNK_BYTES + 17],
     [50] * 67,
 ]
@@ -30,8 +34,11 @@ def pairs_in(memory: Tensor, source: Tensor, lengths: list[int], shift: int) -> 
     return pairs
 
 
-@pytest.mark.parametrize("shift", range(17))
-@pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: f"{len(lengths)}-copies")
+@pytest.mark.parametrize(
+    ("lengths", "shift"),
+    [*product(SHORT, range(17)), *product(LONG, (0, 1, 8, 16))],
+    ids=lambda value: str(value) if isinstance(value, int) else f"{len(value)}-copies",
+)
 def test_any_length_at_any_offset(machine: Machine, lengths: list[int], shift: int) -> None:
     size = sum(lengths) + 128 * len(lengths)
     generator = torch.Generator().manual_seed(shift)

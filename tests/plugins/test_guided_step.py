@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -21,6 +23,7 @@ def check_every_step(
     videos: int,
     length: int,
     name: str,
+    steps: int = STEPS,
     *,
     rescaled: bool = True,
     cfg_zero_star: bool = False,
@@ -33,17 +36,25 @@ def check_every_step(
     for state in (expected, got):
         state.table.load(guidance, solver)
     kernels = {key: GuidedStepKernel(machine.kernels, got, key) for key in set(keys)}
-    for step, key in enumerate(keys):
+    for step, key in enumerate(keys[:steps]):
         guided_step(expected, key)
         machine.enqueue(kernels[key])
         assert int(got.table.counter) == step + 1
         torch.testing.assert_close(got.latents, expected.latents, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("passes", [("cond",), ("uncond", "cond"), ("cond", "skip"), GROUPS])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("length", [2, 7, 4096, 5_001])
-@pytest.mark.parametrize("name", SOLVERS)
+PASSES = [("cond",), ("uncond", "cond"), ("cond", "skip"), GROUPS]
+DTYPES = ["float32", "float16", "bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("passes", "dtype", "length", "name"),
+    [
+        *product(PASSES, DTYPES, [2, 7], SOLVERS),
+        *product([GROUPS], DTYPES, [4096], SOLVERS),
+        *zip(PASSES[1:], DTYPES, [5_001] * 3, SOLVERS, strict=True),
+    ],
+)
 def test_kernel_equals_the_reference(
     machine: Machine, passes: tuple[str, ...], dtype: str, length: int, name: str
 ) -> None:
@@ -52,7 +63,7 @@ def test_kernel_equals_the_reference(
 
 @pytest.mark.parametrize("rescaled", [False, True])
 @pytest.mark.parametrize("passes", [("uncond", "cond"), GROUPS])
-@pytest.mark.parametrize(("dtype", "length"), [("float32", 7), ("bfloat16", 4096), ("float16", 5_001)])
+@pytest.mark.parametrize(("dtype", "length"), [("float32", 7), ("bfloat16", 4096)])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_cfg_zero_star_equals_the_reference(
     machine: Machine, passes: tuple[str, ...], dtype: str, length: int, name: str, rescaled: bool
@@ -60,8 +71,14 @@ def test_cfg_zero_star_equals_the_reference(
     check_every_step(machine, passes, dtype, 2, length, name, rescaled=rescaled, cfg_zero_star=True)
 
 
+def test_cfg_zero_star_of_a_ragged_half_precision_equals_the_reference(machine: Machine) -> None:
+    check_every_step(machine, GROUPS, "float16", 2, 5_001, SOLVERS[0], cfg_zero_star=True)
+
+
+@pytest.mark.slow(reason="runs half a million threads on the host")
 def test_more_values_than_the_largest_grid_has_threads_for(machine: Machine) -> None:
-    check_every_step(machine, GROUPS, "bfloat16", 1, 600_001, "unipc")
+    """In the first step, and in one that reads the history."""
+    check_every_step(machine, GROUPS, "bfloat16", 1, 600_001, "unipc", steps=2)
 
 
 @pytest.mark.parametrize("name", SOLVERS)

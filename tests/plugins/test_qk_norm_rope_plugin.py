@@ -85,7 +85,7 @@ def test_a_graph_with_the_node_becomes_an_engine(build: Build, dtype: str, group
 
 @pytest.mark.parametrize(
     "options",
-    [("--group", "48"), ("--group", "32", "--weight", "64"), ("--table", "48"), ("--no-eps",)],
+    [("--group", "48"), ("--group", "32", "--weight", "64"), ("--pairs", "24"), ("--no-eps",)],
     ids="".join,
 )
 def test_sizes_that_do_not_fit_are_no_engine(build: Build, options: tuple[str, ...]) -> None:
@@ -98,7 +98,7 @@ import sys
 from pathlib import Path
 from stg_trt.engines import tensorrt_library
 from stg_trt.cli.main import main
-tensorrt_library._PLUGINS = Path(sys.argv.pop(1))
+tensorrt_library.PLUGINS = Path(sys.argv.pop(1))
 main()
 """
 
@@ -117,4 +117,4 @@ def test_a_build_puts_the_plugin_into_its_engines(
     for record in found.segments:
         plan = (folder / record.files[0].name).read_bytes()
         assert (b"QKNormRope" in plan) == bool(record.segment.blocks)
-        assert "plugin=qk_norm_rope/1" in record.facts["flags"]
+        assert "plugin=qk_norm_rope/2" in record.facts["flags"]

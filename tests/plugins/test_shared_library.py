@@ -42,6 +42,7 @@ STRUCTS = {
 }
 
 
+@pytest.mark.slow(reason="compiles a program per mutant")
 @needs_cmake
 def test_host_tests_and_their_mutants(tmp_path: Path) -> None:
     run("cmake", "-S", ROOT, "-B", tmp_path, "-DSTG_TRT_BUILD_KERNELS=OFF")

@@ -17,7 +17,7 @@ from stg_trt import VideoPipeline
 from stg_trt.errors import InvalidRequest, OutOfDeviceMemory
 from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.runtime.video_file import save_video
-from tests.support.cli import run
+from tests.support.cli import invoke
 from tests.support.family_cases import CASES, FamilyCase
 from tests.support.whole_pipelines import NEGATIVE, PROMPTS, call, of_diffusers, seeded, shrink_tiles
 
@@ -116,7 +116,7 @@ def test_the_command_line_decodes_in_tiles(
     output = tmp_path / "x.mp4"
     options = ("--engines", pipeline.store.root, "--output", output, "--prompt", PROMPTS[0], "--seed=3")
     fixed = ("--negative-prompt", NEGATIVE, "--num-inference-steps=1", "--guidance-scale=4", "--vae-tiling")
-    result = run("generate", checkpoint, *options, *fixed)
+    result = invoke("generate", checkpoint, *options, *fixed)
     assert result.returncode == 0, result.stderr
     # Rounding differs between processes, and what the codec makes of it.
     got = read_video(output)

@@ -34,11 +34,11 @@ def conditions(
     positive: Embeddings, negative: Embeddings, *, specs: dict[str, TensorSpec] = WITH_POOLED, times: int = 1
 ) -> tuple[TextCondition, TextCondition | None]:
     prompts = Prompts(None, None, positive, negative, times)
-    return prompts.conditions(no_encoder, specs, negative is not NOTHING, True)
-
-
-def no_encoder(texts: list[str]) -> TextCondition:
-    raise AssertionError(f"expected no text, got {texts}")
+    sides = (prompts.cond, prompts.uncond if negative is not NOTHING else None)
+    assert all(side is None or side.texts is None for side in sides)
+    cond, uncond = (None if side is None else side.padded(specs, True).repeated(times) for side in sides)
+    assert cond is not None
+    return cond, uncond
 
 
 def test_embeddings_are_padded_and_repeated() -> None:
@@ -97,3 +97,37 @@ def test_pooled_embeddings_beside_a_text() -> None:
         InvalidRequest, match="pooled_prompt_embeds: expected it beside prompt_embeds, got it"
     ):
         Prompts("a red circle", None, given(embeds=None, mask=None), NOTHING, 1)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "negative", "texts", "against"),
+    [
+        ("a red circle", None, ["a red circle"], [""]),
+        (["a", "b"], "c", ["a", "b"], ["c", "c"]),
+        (["a", "b"], ["c", "d"], ["a", "b"], ["c", "d"]),
+    ],
+)
+def test_texts_to_encode(
+    prompt: str | list[str], negative: str | list[str] | None, texts: list[str], against: list[str]
+) -> None:
+    prompts = Prompts(prompt, negative, NOTHING, NOTHING, 3)
+    assert prompts.cond.texts == texts and prompts.uncond.texts == against
+    assert prompts.videos == 3 * len(texts)
+
+
+def test_negative_embeddings_beside_a_text_are_taken() -> None:
+    prompts = Prompts(["a", "b"], None, NOTHING, given(), 1)
+    assert prompts.cond.texts == ["a", "b"] and prompts.uncond.texts is None
+    assert torch.equal(
+        prompts.uncond.padded(WITH_POOLED, True).embeds[:, :5], torch.arange(40.0).reshape(2, 5, 4)
+    )
+    three = Prompts(["a", "b", "c"], None, NOTHING, given(), 1)
+    with pytest.raises(
+        InvalidRequest, match=r"negative_prompt_embeds: expected \(3, <= 6, 4\), got \(2, 5, 4\)"
+    ):
+        three.uncond.padded(WITH_POOLED, True)
+
+
+def test_negative_texts_are_one_per_prompt() -> None:
+    with pytest.raises(InvalidRequest, match="negative_prompt: expected one text or 2, got 3: give one per"):
+        _ = Prompts(["a", "b"], ["c", "d", "e"], NOTHING, NOTHING, 1).uncond

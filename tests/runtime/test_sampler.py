@@ -6,8 +6,9 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from stg_trt import VideoPipeline
 from stg_trt.engines.engine import Context, Engine
 from stg_trt.engines.store import Build, EngineRequest, EngineStore
 from stg_trt.errors import EngineRejected, InvalidRequest
-from stg_trt.guidance.presets import BlockSets, Scale, load_preset
+from stg_trt.guidance.options import GuidanceOptions
+from stg_trt.guidance.presets import load_preset
+from stg_trt.guidance.resolved import OFF
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.checkpoint import Checkpoint
@@ -33,17 +36,6 @@ TOLERANCE = 2e-4
 FIRST_PASS, SECOND_PASS = "ltx-video-13b-0.9.8-dev", "ltx-video-13b-0.9.8-dev-second-pass"
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 Edit = Callable[[int, Tensor], Tensor]
-
-
-class Scales(TypedDict, total=False):
-    """How steps are guided, as the pipeline and `Guidance.for_steps` take it."""
-
-    guidance_scale: Scale
-    stg_scale: Scale
-    rescale: Scale
-    stg_mode: str
-    stg_blocks: BlockSets
-    stg_range: tuple[int, int]
 
 
 def condition(videos: int, seed: int) -> TextCondition:
@@ -153,17 +145,21 @@ def scheduler_of(pipeline: VideoPipeline, steps: int = STEPS) -> Any:
     return scheduler
 
 
+def tables(options: GuidanceOptions, steps: int = STEPS) -> Guidance:
+    """What the pipeline makes of options that leave nothing to the family but the mode of the engines."""
+    return Guidance.for_steps([0.0] * steps, options.resolve(OFF))
+
+
 def assert_same(got: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     assert len(got) == len(expected)
     for i, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
         assert (ours - theirs).abs().max() <= TOLERANCE, f"step {i}"
 
 
-MIXED: Scales = {
-    "stg_scale": [1.0, 2.0, 1.5, 0.0],
-    "stg_blocks": [[1], [3], [1, 3], []],
-    "rescale": [0.0, 0.7, 0.0, 0.5],
-}
+MIXED = GuidanceOptions(
+    stg_scale=[1.0, 2.0, 1.5, 0.0], stg_blocks=[[1], [3], [1, 3], []], rescale=[0.0, 0.7, 0.0, 0.5]
+)
+PLAIN = GuidanceOptions()
 
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0, [3.0, 1.0, 5.0, 1.0]], ids=["off", "on", "per step"])
@@ -171,21 +167,21 @@ MIXED: Scales = {
 def test_block_sets_may_change_every_step(
     pipeline: VideoPipeline, model: Any, mode: str, cfg: float | list[float]
 ) -> None:
-    scales: Scales = {**MIXED, "stg_mode": mode, "guidance_scale": cfg}
-    guidance = Guidance.for_steps([0.0] * STEPS, **scales)
-    expected = eager(model, scheduler_of(pipeline), guidance, noise())
-    assert_same(every_step(pipeline, **call(**scales)), expected)
-    plain = eager(model, scheduler_of(pipeline), Guidance.for_steps([0.0] * STEPS), noise())
+    options = replace(MIXED, stg_mode=mode, guidance_scale=cfg)
+    expected = eager(model, scheduler_of(pipeline), tables(options), noise())
+    assert_same(every_step(pipeline, **call(guidance=options)), expected)
+    plain = eager(model, scheduler_of(pipeline), tables(PLAIN), noise())
     assert (plain[-1] - expected[-1]).abs().max() > 100 * TOLERANCE
 
 
 def test_a_range_of_steps(pipeline: VideoPipeline, model: Any) -> None:
-    scales: Scales = {"guidance_scale": 3.0, "stg_scale": 2.0, "stg_blocks": [3], "rescale": 0.0}
-    scales["stg_range"] = (1, 3)
-    guidance = Guidance.for_steps([0.0] * STEPS, **scales | {"stg_mode": "stg-a"})
+    options = GuidanceOptions(
+        guidance_scale=3.0, stg_scale=2.0, stg_blocks=[3], stg_range=(1, 3), rescale=0.0
+    )
+    guidance = tables(options)
     assert guidance.stg_scale == (0.0, 2.0, 2.0, 0.0)
     expected = eager(model, scheduler_of(pipeline), guidance, noise())
-    assert_same(every_step(pipeline, **call(**scales)), expected)
+    assert_same(every_step(pipeline, **call(guidance=options)), expected)
 
 
 @pytest.mark.parametrize("name", [FIRST_PASS, SECOND_PASS])
@@ -195,7 +191,8 @@ def test_presets_run_their_steps_with_their_scales(pipeline: VideoPipeline, mode
     scheduler = scheduler_of(pipeline, preset.num_inference_steps)
     taken = scheduler.timesteps[preset.drop_first : 30 - preset.drop_last]
     sigmas = [float(timestep) / 1000 for timestep in taken]
-    guidance = Guidance.for_steps(sigmas, preset=name, stg_blocks=[1, 3])
+    options = GuidanceOptions(preset=name, stg_blocks=[1, 3])
+    guidance = Guidance.for_steps(sigmas, options.resolve(OFF))
     expected = eager(model, scheduler, guidance, noise(), begin=preset.drop_first)
     arguments = call(preset=name, stg_blocks=[1, 3], num_inference_steps=None)
     assert_same(every_step(pipeline, **arguments), expected)
@@ -209,13 +206,12 @@ def test_a_preset_for_blocks_that_were_not_cut_is_explained(pipeline: VideoPipel
 
 
 def test_cfg_off_needs_no_negative_prompt(pipeline: VideoPipeline, model: Any) -> None:
-    scales: Scales = {"guidance_scale": 1.0, "stg_scale": 1.0, "stg_blocks": [3], "rescale": 0.7}
+    options = GuidanceOptions(guidance_scale=1.0, stg_scale=1.0, stg_blocks=[3], rescale=0.7)
     without: dict[str, Any] = {"negative_prompt_embeds": None, "negative_prompt_attention_mask": None}
-    guidance = Guidance.for_steps([0.0] * STEPS, **scales | {"stg_mode": "stg-a"})
-    expected = eager(model, scheduler_of(pipeline), guidance, noise())
-    assert_same(every_step(pipeline, **call(**scales, **without)), expected)
+    expected = eager(model, scheduler_of(pipeline), tables(options), noise())
+    assert_same(every_step(pipeline, **call(guidance=options, **without)), expected)
     with pytest.raises(InvalidRequest, match="negative_prompt_embeds: expected"):
-        pipeline(**call(**scales | {"guidance_scale": 3.0}, **without))
+        pipeline(**call(guidance=replace(options, guidance_scale=3.0), **without))
 
 
 class Counted:
@@ -269,8 +265,7 @@ def sample(
 
 
 def test_what_is_off_is_not_computed(pipeline: VideoPipeline, sampler: Sampler, rows: Counter[str]) -> None:
-    guidance = Guidance.for_steps(
-        [0.0] * STEPS,
+    options = GuidanceOptions(
         guidance_scale=[1, 3, 3, 1],
         stg_scale=[0, 0, 1, 1],
         stg_blocks=[[], [1], [1], [3]],
@@ -282,7 +277,9 @@ def test_what_is_off_is_not_computed(pipeline: VideoPipeline, sampler: Sampler, 
         (("uncond", "cond", "skip"), [2, 2, 3, 3, 3]),
         (("cond", "skip"), [1, 1, 1, 1, 2]),
     ]
-    for step, (passes, groups) in zip(sample(sampler, scheduler_of(pipeline), guidance), wanted, strict=True):
+    for step, (passes, groups) in zip(
+        sample(sampler, scheduler_of(pipeline), tables(options)), wanted, strict=True
+    ):
         assert step.plan.passes == passes
         names = [run.segment.name for run in step.plan.runs]
         assert names == ["front", "block_1", "mid_2_2", "block_3", "back"]
@@ -293,22 +290,22 @@ def test_what_is_off_is_not_computed(pipeline: VideoPipeline, sampler: Sampler, 
 def test_the_text_is_projected_once_per_call(
     pipeline: VideoPipeline, sampler: Sampler, rows: Counter[str]
 ) -> None:
-    list(sample(sampler, scheduler_of(pipeline), Guidance.for_steps([0.0] * STEPS, guidance_scale=3.0)))
+    list(sample(sampler, scheduler_of(pipeline), tables(GuidanceOptions(guidance_scale=3.0))))
     assert rows["text"] == 3 * 2
 
 
 def test_guidance_without_a_negative_prompt_is_refused_before_any_step(
     pipeline: VideoPipeline, sampler: Sampler
 ) -> None:
-    guidance = Guidance.for_steps([0.0] * STEPS, guidance_scale=[1, 1, 3, 1])
+    guidance = tables(GuidanceOptions(guidance_scale=[1, 1, 3, 1]))
     with pytest.raises(InvalidRequest, match=r"guidance_scale 3\.0 at step 2, got none: give them or set"):
         next(sample(sampler, scheduler_of(pipeline), guidance, uncond=False))
 
 
 def test_a_run_that_is_left_leaves_nothing_behind(pipeline: VideoPipeline, sampler: Sampler) -> None:
-    guidance = Guidance.for_steps([0.0] * STEPS, **MIXED | {"guidance_scale": 3.0})
+    guidance = tables(replace(MIXED, guidance_scale=3.0))
     whole = [step.latents for step in sample(sampler, scheduler_of(pipeline), guidance)]
-    next(sample(sampler, scheduler_of(pipeline), Guidance.for_steps([0.0] * STEPS, guidance_scale=9.0)))
+    next(sample(sampler, scheduler_of(pipeline), tables(GuidanceOptions(guidance_scale=9.0))))
     again = [step.latents for step in sample(sampler, scheduler_of(pipeline), guidance)]
     assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
 
@@ -326,10 +323,9 @@ def halved(index: int, latents: Tensor) -> Tensor:
 
 
 def test_the_callback_may_replace_the_latents(pipeline: VideoPipeline, model: Any) -> None:
-    scales: Scales = {**MIXED, "guidance_scale": 3.0, "stg_mode": "stg-a"}
-    guidance = Guidance.for_steps([0.0] * STEPS, **scales)
-    expected = eager(model, scheduler_of(pipeline), guidance, noise(), halved)
-    assert_same(every_step(pipeline, halved, **call(**scales)), expected)
+    options = replace(MIXED, guidance_scale=3.0)
+    expected = eager(model, scheduler_of(pipeline), tables(options), noise(), halved)
+    assert_same(every_step(pipeline, halved, **call(guidance=options)), expected)
 
 
 def test_interrupting_stops_after_the_step(pipeline: VideoPipeline) -> None:
@@ -375,10 +371,9 @@ def test_a_solver_with_history_steps_as_diffusers_does(
     stg: float,
 ) -> None:
     pipeline = with_scheduler(ltx_checkpoint, ltx_engines, tmp_path, name)
-    scales: Scales = {"guidance_scale": cfg, "stg_scale": stg, "stg_blocks": [1], "rescale": 0.0}
-    guidance = Guidance.for_steps([0.0] * steps, **scales | {"stg_mode": "stg-a"})
-    expected = eager(model, scheduler_of(pipeline, steps), guidance, noise())
-    assert_same(every_step(pipeline, **call(**scales, num_inference_steps=steps)), expected)
+    options = GuidanceOptions(guidance_scale=cfg, stg_scale=stg, stg_blocks=[1], rescale=0.0)
+    expected = eager(model, scheduler_of(pipeline, steps), tables(options, steps), noise())
+    assert_same(every_step(pipeline, **call(guidance=options, num_inference_steps=steps)), expected)
 
 
 def test_a_solver_with_history_refuses_other_latents(

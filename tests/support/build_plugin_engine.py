@@ -14,7 +14,7 @@ from stg_trt.engines.tensorrt_library import load_library
 TOKENS, CHANNELS = 10, 64
 
 
-def graph(dtype: int, group: int, weight: int, table: int, eps: dict[str, float]) -> onnx.ModelProto:
+def graph(dtype: int, group: int, weight: int, pairs: int, eps: dict[str, float]) -> onnx.ModelProto:
     """q and k by projection, the node, and an elementwise product; the rows are dynamic."""
     random = np.random.default_rng(0)
 
@@ -24,7 +24,7 @@ def graph(dtype: int, group: int, weight: int, table: int, eps: dict[str, float]
     def value(name: str, element: int, *shape: int | str) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, element, shape)
 
-    plugin = {"plugin_namespace": "stg_trt", "plugin_version": "1", "group": group}
+    plugin = {"plugin_namespace": "stg_trt", "plugin_version": "2", "group": group}
     nodes = [
         *(helper.make_node("Cast", [f"{side}_projection"], [f"{side}_w"], to=dtype) for side in "qk"),
         *(helper.make_node("MatMul", ["x", f"{side}_w"], [side]) for side in "qk"),
@@ -40,7 +40,7 @@ def graph(dtype: int, group: int, weight: int, table: int, eps: dict[str, float]
     ]
     inputs = [
         value("x", dtype, "rows", TOKENS, CHANNELS),
-        *(value(name, TensorProto.FLOAT, TOKENS, table) for name in ("cos", "sin")),
+        *(value(name, TensorProto.FLOAT, TOKENS, pairs) for name in ("cos", "sin")),
     ]
     constants = [constant(f"{side}_projection", CHANNELS, CHANNELS) for side in "qk"]
     constants += [constant(f"{side}_weight", weight) for side in "qk"]
@@ -75,12 +75,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="BFLOAT16")
     parser.add_argument("--group", type=int, default=0)
     parser.add_argument("--weight", type=int)
-    parser.add_argument("--table", type=int, default=CHANNELS)
+    parser.add_argument("--pairs", type=int, default=CHANNELS // 2)
     parser.add_argument("--no-eps", action="store_true")
     given = parser.parse_args()
     weight = given.weight or given.group or CHANNELS
     eps = {} if given.no_eps else {"eps": 1e-6}
-    model = graph(TensorProto.DataType.Value(given.dtype), given.group, weight, given.table, eps)
+    model = graph(TensorProto.DataType.Value(given.dtype), given.group, weight, given.pairs, eps)
     plan = build(given.plugins, model)
     print(
         "no engine" if plan is None else f"engine {'with' if b'QKNormRope' in plan else 'without'} QKNormRope"

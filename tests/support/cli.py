@@ -1,19 +1,29 @@
-"""The real command line in a subprocess."""
+"""The command line: called in this process, which is quick, or started as users start it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import resource
+import signal
 import subprocess
 import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack, chdir, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+from unittest import mock
 
+import pytest
 from safetensors.torch import load_file, save_file
 
-ROOT = Path(__file__).parents[2]
+from stg_trt.cli.main import main
+
+ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(sys.executable).with_name("stg-trt")
 # What a build reports where stderr is no terminal: its name and segments, then a line per segment.
 PROGRESS = re.compile(
@@ -24,8 +34,68 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 SMALL = ("--height=32", "--width=32", "--num-frames=9", "--text-length=4", "--stg-blocks=")
 
 
+def invoke(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    """`stg-trt` with arguments, through its entry point, in this process and in ROOT."""
+    with chdir(ROOT):
+        return answer_of(main, *args)
+
+
+def answer_of(program: Callable[[], None], *args: str | Path) -> subprocess.CompletedProcess[str]:
+    """What an entry point of the command line returns and prints, compiled code and warnings included."""
+    command = ["stg-trt", *map(str, args)]
+    handlers, status = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}, 0
+    with ExitStack() as stack:
+        stdout, stderr = (stack.enter_context(tempfile.TemporaryFile("a+")) for _ in range(2))
+        stack.enter_context(written_to(1, stdout))
+        stack.enter_context(written_to(2, stderr))
+        stack.enter_context(redirect_stdout(stdout))
+        stack.enter_context(redirect_stderr(stderr))
+        stack.enter_context(warnings_shown())
+        stack.enter_context(mock.patch.object(sys, "argv", command))
+        # Of a package that runs as a program typer would name the package.
+        stack.enter_context(mock.patch.object(sys.modules["__main__"], "__package__", None))
+        try:
+            program()
+        except SystemExit as ended:
+            assert isinstance(ended.code, int)
+            status = ended.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        printed = [read_again(file) for file in (stdout, stderr)]
+    return subprocess.CompletedProcess(command, status, *printed)
+
+
+@contextmanager
+def written_to(descriptor: int, file: IO[str]) -> Iterator[None]:
+    """What compiled code prints goes to the file too."""
+    kept = os.dup(descriptor)
+    os.dup2(file.fileno(), descriptor)
+    try:
+        yield
+    finally:
+        os.dup2(kept, descriptor)
+        os.close(kept)
+
+
+@contextmanager
+def warnings_shown() -> Iterator[None]:
+    """A user's warnings are printed, as in a process of its own; pytest would keep them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = lambda message, category, *place: print(message, file=sys.stderr)
+        yield
+
+
+def read_again(file: IO[str]) -> str:
+    file.flush()
+    file.seek(0)
+    return file.read()
+
+
 def run(*args: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """`stg-trt` with arguments, to its end."""
+    """`stg-trt` with arguments, to its end, in a process of its own."""
     settings = {"capture_output": True, "text": True, "timeout": 180, "cwd": ROOT, **options}
     return subprocess.run([PROGRAM, *map(str, args)], **settings)
 
@@ -46,6 +116,12 @@ def cpu_seconds_of_ended_children() -> float:
     """Of this process, so far; other programs on the machine do not stretch it."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
+
+
+def some_started(cases: Iterable[str], started: Collection[str]) -> list[object]:
+    """Names of cases, as parameters; those that start the program are slow."""
+    slow = pytest.mark.slow(reason="starts the program")
+    return [pytest.param(case, marks=slow if case in started else ()) for case in cases]
 
 
 def assert_one_line_error(result: subprocess.CompletedProcess[str], pattern: str) -> None:

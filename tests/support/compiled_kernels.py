@@ -15,7 +15,7 @@ import torch
 
 from stg_trt.runtime.kernels.shared_library import Kernels
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 PLUGINS = ROOT / "plugins"
 CUDA_ON_HOST = ROOT / "tests" / "plugins" / "cuda_on_host"
 

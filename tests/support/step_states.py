@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from stg_trt.guidance.resolved import ResolvedGuidance
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.families.base import keep_attention_spec
@@ -48,6 +49,7 @@ def tables(solver_name: str = "euler") -> tuple[Guidance, SolverTable]:
     }
     solver = SolverTable.from_scheduler(schedulers[solver_name], STEPS)
     guidance = Guidance.for_steps(
-        [t / 1000 for t in solver.timesteps], guidance_scale=3.0, stg_scale=1.0, rescale=0.7, stg_blocks=[0]
+        [t / 1000 for t in solver.timesteps],
+        ResolvedGuidance(guidance_scale=3.0, stg_scale=1.0, rescale=0.7, stg_blocks=[0]),
     )
     return guidance, solver

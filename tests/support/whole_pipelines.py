@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,21 @@ def of_diffusers(
     tiles: Mapping[str, int] | None = None,
     **given: Any,
 ) -> Any:
-    own = case.pipeline_class.from_pretrained(checkpoint, scheduler=scheduler)
-    own.set_progress_bar_config(disable=True)
+    own = loaded(case, checkpoint) if tiles is None else loaded.__wrapped__(case, checkpoint)
+    own.register_modules(scheduler=scheduler)
     if tiles is not None:
         own.vae.enable_tiling()
         shrink_tiles(own.vae, tiles)
     theirs = {case.names.get(name, name): value for name, value in given.items()}
     return own(**theirs, max_sequence_length=TEXT_LENGTH, output_type=output_type).frames
+
+
+@cache
+def loaded(case: FamilyCase, checkpoint: Path) -> Any:
+    """diffusers' pipeline of a checkpoint."""
+    own = case.pipeline_class.from_pretrained(checkpoint)
+    own.set_progress_bar_config(disable=True)
+    return own
 
 
 def shrink_tiles(vae: Any, tiles: Mapping[str, int]) -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.families.base import Defaults, SegmentModule, vae_video
-from stg_trt.models.families.dit import State, TextProjection, gated, rotate
+from stg_trt.models.families.dit import State, TextProjection, gated, half_table, rotate
 from stg_trt.models.families.joint_attention import QKV, JointAttentionDiT, JointAttentionSegment, modulation
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.models.text import TextCondition
@@ -95,7 +95,7 @@ class CogVideoXSegment(JointAttentionSegment):
         query, key = layer_norm(attn.norm_q, heads[0]), layer_norm(attn.norm_k, heads[1])
         if rope is not None:
             cos, sin = (table[:, None] for table in rope)
-            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+            query, key = rotate(query, cos, sin, x.dtype), rotate(key, cos, sin, x.dtype)
         query, key, value = (y.to(x.dtype).transpose(1, 2) for y in (query, key, heads[2]))
         return QKV(query, key, value)
 
@@ -200,7 +200,7 @@ class CogVideoX(JointAttentionDiT):
     def own_tensors(self, workload: Workload) -> tuple[TensorSpec, ...]:
         tokens, latents = self.tokens(workload), self.noise_shape(workload)
         text = (ROWS, workload.text_length, self.width)
-        table = (tokens, self.integer("attention_head_dim"))
+        table = (tokens, self.integer("attention_head_dim") // 2)
         positions = (
             tuple(TensorSpec(name, "float32", table) for name in _ROPE)
             if self.rotary
@@ -304,7 +304,7 @@ class CogVideoX(JointAttentionDiT):
         tables = get_3d_rotary_pos_embed(
             self.integer("attention_head_dim"), grid_size=tuple(size), temporal_size=frames, **kind
         )
-        return dict(zip(_ROPE, tables, strict=True))
+        return dict(zip(_ROPE, map(half_table, tables), strict=True))
 
     def _check_text_to_video(self) -> None:
         """Refuses image-to-video checkpoints, which have the same class."""

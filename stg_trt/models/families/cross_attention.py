@@ -96,8 +96,8 @@ class CrossAttentionDiT(DiT):
 class CrossAttentionSegment(DiTSegment):
     """Blocks of which only the self-attention mixes video tokens."""
 
-    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotates queries or keys of (rows, tokens, channels), in float32."""
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+        """Queries or keys of (rows, tokens, channels), rotated in float32 and then cast to `dtype`."""
         raise TypeError(f"{type(self).__name__} does not define rotary")
 
     def self_attention(self, attn: Any, x: Tensor, state: State, perturbed: bool) -> Tensor:
@@ -122,7 +122,7 @@ class CrossAttentionSegment(DiTSegment):
             weights = attn.norm_q.weight, attn.norm_k.weight
             return self.qk_norm_rope(query, key, weights, rope, attn.norm_q.eps)
         normed = rms_norm(attn.norm_q, query), rms_norm(attn.norm_k, key)
-        return self.rotary(normed[0], *rope).to(query.dtype), self.rotary(normed[1], *rope).to(key.dtype)
+        return self.rotary(normed[0], *rope, query.dtype), self.rotary(normed[1], *rope, key.dtype)
 
     def cross_attention(self, attn: Any, x: Tensor, text: Tensor, bias: Tensor | None = None) -> Tensor:
         """Attention to the projected text, under its additive mask where there is one."""

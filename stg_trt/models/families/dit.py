@@ -263,8 +263,18 @@ def rms_norm(norm: Any, x: Tensor) -> Tensor:
     return normed
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of interleaved pairs: (a, b) -> (a*cos - b*sin, b*cos + a*sin)."""
-    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack([-imaginary, real], dim=-1).flatten(-2)
-    return x * cos + rotated * sin
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rotary embedding of neighbours: (a, b) -> (a*cos - b*sin, b*cos + a*sin), in float32, then in `dtype`.
+
+    The tables have one entry per pair. Each half is cast before they are joined: what joins them may be
+    written to memory, and in `dtype` that is all that attention reads.
+    """
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = a * cos - b * sin, b * cos + a * sin
+    return torch.stack([half.to(dtype) for half in rotated], -1).flatten(-2)
+
+
+def half_table(table: Tensor) -> Tensor:
+    """One entry per pair of channels, of a table (.., channels) in which both channels of a pair have it."""
+    assert torch.equal(table[..., ::2], table[..., 1::2])
+    return table[..., ::2].contiguous()

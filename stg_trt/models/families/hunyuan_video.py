@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.families.base import POOLED, Defaults, vae_video
-from stg_trt.models.families.dit import State, gated, rms_norm, rotate
+from stg_trt.models.families.dit import State, gated, half_table, rms_norm, rotate
 from stg_trt.models.families.joint_attention import (
     QKV,
     JointAttentionDiT,
@@ -166,7 +166,7 @@ def normed_qkv(attn: Any, x: Tensor, names: Sequence[str]) -> QKV:
 def rotated(qkv: QKV, state: State, dtype: torch.dtype) -> QKV:
     """Queries and keys rotated by their positions, in float32, then in `dtype`."""
     rope = state["rope_cos"], state["rope_sin"]
-    return QKV(rotate(qkv.query, *rope).to(dtype), rotate(qkv.key, *rope).to(dtype), qkv.value)
+    return QKV(rotate(qkv.query, *rope, dtype), rotate(qkv.key, *rope, dtype), qkv.value)
 
 
 class HunyuanVideo(JointAttentionDiT):
@@ -270,7 +270,7 @@ class HunyuanVideo(JointAttentionDiT):
     def own_tensors(self, workload: Workload) -> tuple[TensorSpec, ...]:
         channels, *latents = self.latent_shape(workload)
         dtype, length, tokens = workload.dtype, workload.text_length, self.tokens(workload)
-        table = (tokens, self.integer("attention_head_dim"))
+        table = (tokens, self.integer("attention_head_dim") // 2)
         guided = self.embedded_guidance is not None
         return (
             TensorSpec("latents", dtype, (ROWS, channels, *latents)),
@@ -325,7 +325,7 @@ class HunyuanVideo(JointAttentionDiT):
             patch, patch_t, self.config["rope_axes_dim"], self.config["rope_theta"]
         )
         cos, sin = rope(torch.zeros(1, *self.latent_shape(workload)))
-        return {"rope_cos": cos, "rope_sin": sin}
+        return {"rope_cos": half_table(cos), "rope_sin": half_table(sin)}
 
     def text_inputs(self, text: TextCondition, workload: Workload) -> dict[str, Tensor]:
         """Embeddings, their masks and means, and the embedded guidance."""

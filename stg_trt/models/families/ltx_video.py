@@ -17,7 +17,7 @@ from torch import Tensor
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.families.base import Defaults, load_class, vae_video
 from stg_trt.models.families.cross_attention import CrossAttentionDiT, CrossAttentionSegment
-from stg_trt.models.families.dit import State, rms_norm, rotate
+from stg_trt.models.families.dit import State, half_table, rms_norm, rotate
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
@@ -59,8 +59,8 @@ class LTXSegment(CrossAttentionSegment):
         normed = (rms_norm(block.norm2, hidden) * (1 + scale_ff) + shift_ff).to(dtype)
         return {"hidden_states": hidden + (block.ff(normed).float() * gate_ff).to(dtype)}
 
-    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return rotate(x, cos, sin)
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+        return rotate(x, cos, sin, dtype)
 
     def head(self, state: State) -> Tensor:
         hidden = state["hidden_states"]
@@ -139,8 +139,8 @@ class LTXVideo(CrossAttentionDiT):
             TensorSpec("temb", "float32", (ROWS, 1, 6 * width)),
             TensorSpec("embedded_timestep", "float32", (ROWS, 1, width)),
             TensorSpec("text_bias", dtype, (ROWS, 1, 1, workload.text_length)),
-            TensorSpec("rope_cos", "float32", (tokens, width)),
-            TensorSpec("rope_sin", "float32", (tokens, width)),
+            TensorSpec("rope_cos", "float32", (tokens, width // 2)),
+            TensorSpec("rope_sin", "float32", (tokens, width // 2)),
             TensorSpec("pred", dtype, (ROWS, tokens, self.integer("out_channels"))),
         )
 
@@ -158,7 +158,7 @@ class LTXVideo(CrossAttentionDiT):
             theta=10000.0,
         )
         cos, sin = rope(torch.zeros(1, 1), **self._positions(workload, frame_rate))
-        return {"rope_cos": cos[0], "rope_sin": sin[0]}
+        return {"rope_cos": half_table(cos[0]), "rope_sin": half_table(sin[0])}
 
     def text_inputs(self, text: TextCondition, workload: Workload) -> dict[str, Tensor]:
         bias = (1 - text.mask.float()) * -10000.0

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.families.base import Defaults, SegmentModule, positive_integer, vae_video
-from stg_trt.models.families.dit import State, rms_norm, unpatched
+from stg_trt.models.families.dit import State, rms_norm, rotate, unpatched
 from stg_trt.models.families.joint_attention import (
     KV,
     MASKED,
@@ -118,9 +118,9 @@ class MochiSegment(JointAttentionSegment):
         """Queries and keys normed and rotated in float32."""
         query, key, value = (split_heads(attn, linear, x) for linear in (attn.to_q, attn.to_k, attn.to_v))
         cos, sin = state["rope_cos"], state["rope_sin"]
-        query = rotate_pairs(rms_norm(attn.norm_q, query), cos, sin)
-        key = rotate_pairs(rms_norm(attn.norm_k, key), cos, sin)
-        return QKV(query.to(x.dtype), key.to(x.dtype), value)
+        query = rotate(rms_norm(attn.norm_q, query), cos, sin, x.dtype)
+        key = rotate(rms_norm(attn.norm_k, key), cos, sin, x.dtype)
+        return QKV(query, key, value)
 
     def text_kv(self, attn: Any, x: Tensor) -> KV:
         """Keys normed in float32; text has no positions."""
@@ -156,12 +156,6 @@ def rope_tables(positions: Tensor, frequencies: Tensor) -> State:
     time, height, width = (positions[:, i, None] * frequencies[i, :, None] for i in range(3))
     angles = time + height + width
     return {"rope_cos": angles.cos(), "rope_sin": angles.sin()}
-
-
-def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(a, b) -> (a*cos - b*sin, a*sin + b*cos) of neighbours, with one entry of the tables per pair."""
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 
 def scaled_norm(norm: Any, x: Tensor, scale: Tensor) -> Tensor:

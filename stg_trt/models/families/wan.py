@@ -15,7 +15,7 @@ from torch import Tensor
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.families.base import Defaults, vae_video
 from stg_trt.models.families.cross_attention import CrossAttentionDiT, CrossAttentionSegment
-from stg_trt.models.families.dit import State, gated, rotate, unpatched
+from stg_trt.models.families.dit import State, gated, half_table, rotate, unpatched
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
@@ -55,8 +55,9 @@ class WanSegment(CrossAttentionSegment):
         normed = (block.norm3(hidden.float()) * (1 + scale_ff) + shift_ff).to(dtype)
         return {"hidden_states": gated(hidden, block.ffn(normed), gate_ff)}
 
-    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return rotate(x.unflatten(2, (-1, cos.shape[-1])), cos[:, None], sin[:, None]).flatten(2)
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+        heads = x.unflatten(2, (-1, 2 * cos.shape[-1]))
+        return rotate(heads, cos[:, None], sin[:, None], dtype).flatten(2)
 
     def head(self, state: State) -> Tensor:
         hidden = state["hidden_states"]
@@ -156,7 +157,7 @@ class Wan(CrossAttentionDiT):
 
     def own_tensors(self, workload: Workload) -> tuple[TensorSpec, ...]:
         channels, *latents = self.latent_shape(workload)
-        table = (self.tokens(workload), self.integer("attention_head_dim"))
+        table = (self.tokens(workload), self.integer("attention_head_dim") // 2)
         return (
             TensorSpec("latents", workload.dtype, (ROWS, channels, *latents)),
             TensorSpec("hidden_states", workload.dtype, (ROWS, *self.grid(workload), self.width)),
@@ -176,7 +177,7 @@ class Wan(CrossAttentionDiT):
 
         head_dim, most = self.integer("attention_head_dim"), self.integer("rope_max_seq_len")
         cos, sin = WanRotaryPosEmbed(head_dim, self.patch, most)(torch.zeros(1, *self.latent_shape(workload)))
-        return {"rope_cos": cos[0, :, 0], "rope_sin": sin[0, :, 0]}
+        return {"rope_cos": half_table(cos[0, :, 0]), "rope_sin": half_table(sin[0, :, 0])}
 
     def text_inputs(self, text: TextCondition, workload: Workload) -> dict[str, Tensor]:
         """The embeddings, zero where the mask is."""

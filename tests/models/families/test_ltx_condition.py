@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,16 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LTXConditionPipeline, LTXPipeline
 
 from stg_trt import VideoPipeline
-from stg_trt.build_engines import build
+from stg_trt.guidance.bins import TimestepBins
 from stg_trt.guidance.presets import load_preset
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.families.base import ModelFamily
 from stg_trt.models.workload import Workload
-from tests.support.family_cases import LTX, Sizes
+from tests.support.family_cases import LTX, FamilyCase
+from tests.support.whole_pipelines import TEXT_LENGTH
 
 PROMPTS = ["a red circle moving left", "a blue square"]
-TEXT_LENGTH = 16
 SCHEDULER = FlowMatchEulerDiscreteScheduler()
 
 
@@ -35,11 +36,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pipeline(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> VideoPipeline:
-    engines = tmp_path_factory.mktemp("condition-engines")
-    sizes: Sizes = {**LTX.sizes, "text_length": TEXT_LENGTH}
-    build(checkpoint, engines, **sizes, stg_blocks=[1], max_batch=2, verify_timesteps=1)
-    return VideoPipeline.from_pretrained(checkpoint, engines=engines)
+def pipeline(checkpoint: Path, whole_engines: Callable[[FamilyCase, Path], Path]) -> VideoPipeline:
+    """Over the engines of LTXPipeline's checkpoint, which has the same transformer."""
+    return VideoPipeline.from_pretrained(checkpoint, engines=whole_engines(LTX, checkpoint))
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +102,8 @@ def test_the_preset_is_made_for_the_published_schedule(published: ModelFamily) -
     levels = SolverTable.from_scheduler(scheduler).noise_levels
     assert levels[0] == 1.0 and len(levels) == 30
     assert {round(level, 4) for level in levels} >= {0.9967, 0.9933, 0.985, 0.9767, 0.9008, 0.618}
-    taken = [preset.stg_blocks.at(level) for level in levels]  # type: ignore[union-attr]
+    assert isinstance(preset.guidance.stg_blocks, TimestepBins)
+    taken = [preset.guidance.stg_blocks.at(level) for level in levels]
     assert [len(list(steps)) for steps in (taken[:1], taken[1:3], taken[3:5], taken[5:])] == [1, 2, 2, 25]
     assert set(taken[:1]) == {()} and set(taken[1:3]) == {(11, 25, 35, 39)}
     assert set(taken[3:5]) == {(22, 35, 39)} and set(taken[5:]) == {(28,)}

@@ -62,7 +62,7 @@ class Published:
         return f"{self.name}-{self.workload}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FamilyCase:
     """One family. `goldens` holds the tiny transformer; it has four blocks or more.
 

@@ -1,0 +1,85 @@
+"""What a call asks of its guidance, and what decides the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import TypeVar
+
+from stg_trt.errors import InvalidRequest
+from stg_trt.guidance.bins import BlockSets, Scale
+from stg_trt.guidance.presets import Preset, check_preset, load_preset
+from stg_trt.guidance.resolved import ResolvedGuidance
+from stg_trt.models.perturbation import check_mode
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class GuidanceOptions:
+    """The guidance of a call, under the names of VideoPipeline's arguments; None leaves an option open.
+
+    A scale is a number, a list with one entry per step, or TimestepBins; blocks likewise. `stg_range` is
+    [start, stop) in steps. `preset` names published tables. Raises InvalidRequest for a mode or a preset that
+    does not exist; values are checked when the steps are known.
+    """
+
+    guidance_scale: Scale | None = None
+    stg_scale: Scale | None = None
+    rescale: Scale | None = None
+    stg_mode: str | None = None
+    stg_blocks: BlockSets | None = None
+    stg_range: tuple[int, int] | None = None
+    preset: str | None = None
+    cfg_zero_star: bool | None = None
+    use_dynamic_cfg: bool = False
+    embedded_guidance: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.stg_mode is not None:
+            check_mode(self.stg_mode)
+        if self.preset is not None:
+            check_preset(self.preset)
+
+    @cached_property
+    def published(self) -> Preset | None:
+        """The preset's tables and steps, read once."""
+        return None if self.preset is None else load_preset(self.preset)
+
+    def resolve(self, fallback: ResolvedGuidance) -> ResolvedGuidance:
+        """Decides what was left open: the call's own options win, then the preset's, then the fallback's."""
+        lower = fallback if self.published is None else self.published.guidance
+        return ResolvedGuidance(
+            guidance_scale=_first(self.guidance_scale, lower.guidance_scale),
+            stg_scale=_first(self.stg_scale, lower.stg_scale),
+            rescale=_first(self.rescale, lower.rescale),
+            stg_mode=_first(self.stg_mode, lower.stg_mode),
+            stg_blocks=_first(self.stg_blocks, lower.stg_blocks),
+            stg_range=self.stg_range,
+            cfg_zero_star=_first(self.cfg_zero_star, lower.cfg_zero_star),
+            use_dynamic_cfg=self.use_dynamic_cfg,
+            embedded_guidance=self.embedded_guidance,
+        )
+
+
+def choose_options(guidance: GuidanceOptions | None, arguments: GuidanceOptions) -> GuidanceOptions:
+    """The options of a call that takes them whole or one by one; raises InvalidRequest where it got both."""
+    if guidance is None:
+        return arguments
+    if not isinstance(guidance, GuidanceOptions):
+        raise InvalidRequest(
+            f"guidance: expected GuidanceOptions, got {type(guidance).__name__}: write "
+            "guidance=GuidanceOptions(stg_scale=1.0)"
+        )
+    open_ = GuidanceOptions()
+    given = [f.name for f in fields(arguments) if getattr(arguments, f.name) != getattr(open_, f.name)]
+    if given:
+        raise InvalidRequest(
+            f"guidance: expected all guidance options inside it, got {', '.join(given)} beside it: move them "
+            "into GuidanceOptions"
+        )
+    return guidance
+
+
+def _first(given: T | None, lower: T) -> T:
+    return lower if given is None else given

@@ -1,0 +1,46 @@
+"""Guidance with every option decided; still one value for all steps, one per step, or bins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from stg_trt.guidance.bins import BlockSets, Scale
+
+if TYPE_CHECKING:
+    from stg_trt.models.families.base import Defaults
+    from stg_trt.models.perturbation import Perturbation
+
+
+@dataclass(frozen=True)
+class ResolvedGuidance:
+    """What `GuidanceOptions.resolve` decides; the defaults are those of guidance that is off.
+
+    STG is off outside the steps [start, stop) of `stg_range`. `embedded_guidance` is None for the default of
+    the family.
+    """
+
+    guidance_scale: Scale = 1.0
+    stg_scale: Scale = 0.0
+    rescale: Scale = 0.0
+    stg_mode: str = "stg-a"
+    stg_blocks: BlockSets = ()
+    stg_range: tuple[int, int] | None = None
+    cfg_zero_star: bool = False
+    use_dynamic_cfg: bool = False
+    embedded_guidance: float | None = None
+
+    @classmethod
+    def of_family(cls, defaults: Defaults, built: Perturbation) -> ResolvedGuidance:
+        """A family's scales, on engines that can perturb `built`; without blocks, STG is off."""
+        return cls(
+            guidance_scale=defaults.guidance_scale,
+            stg_scale=defaults.stg_scale if built.blocks else 0.0,
+            rescale=defaults.rescale,
+            stg_mode=built.mode,
+            stg_blocks=built.blocks,
+        )
+
+
+OFF = ResolvedGuidance()
+"""No guidance: one pass per step."""

@@ -1,0 +1,4 @@
+"""Units of what is shown."""
+
+GIB = 1 << 30
+"""Bytes."""

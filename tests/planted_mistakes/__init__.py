@@ -1,0 +1,19 @@
+"""Mistakes that matter, and the tests that must notice each: `make mistakes` plants them in a copy."""
+
+from __future__ import annotations
+
+from tests.planted_mistakes.in_benchmarks import IN_BENCHMARKS
+from tests.planted_mistakes.in_build_engines import IN_BUILD_ENGINES
+from tests.planted_mistakes.in_engines import IN_ENGINES
+from tests.planted_mistakes.in_guidance import IN_GUIDANCE
+from tests.planted_mistakes.in_models import IN_MODELS
+from tests.planted_mistakes.in_runtime import IN_RUNTIME
+
+MISTAKES = (
+    *IN_MODELS,
+    *IN_GUIDANCE,
+    *IN_ENGINES,
+    *IN_BUILD_ENGINES,
+    *IN_RUNTIME,
+    *IN_BENCHMARKS,
+)

@@ -1,0 +1,176 @@
+"""In build_engines/."""
+
+from __future__ import annotations
+
+from tests.planted_mistakes.mistake import Mistake
+
+_INDUCTOR = "tests/build_engines/test_compile_inductor.py"
+_VERIFY = "tests/build_engines/test_verify.py"
+_TENSORRT = "tests/build_engines/test_compile_tensorrt.py"
+
+IN_BUILD_ENGINES = (
+    Mistake(
+        "a lock file that was removed is taken for the lock",
+        "build_engines/build_folder.py",
+        "if os.path.samestat(os.fstat(named.fileno()), path.stat()):",
+        "if named.fileno() >= 0:",
+        (
+            "tests/build_engines/test_build_folder.py"
+            "::test_a_lock_file_that_another_builder_has_removed_is_not_the_lock",
+        ),
+    ),
+    Mistake(
+        "the build imports the runtime",
+        "build_engines/progress.py",
+        "from typing import Protocol",
+        "from typing import Protocol\n\nfrom stg_trt.runtime.noise import draw as draw",
+        ("tests/test_architecture.py::test_parts_import_only_what_they_may",),
+    ),
+    Mistake(
+        "a folder in which nothing was built stays",
+        "build_engines/build_folder.py",
+        "                folder.rmdir()\n",
+        "                pass\n",
+        ("tests/build_engines/test_build_folder.py::test_a_failure_leaves_no_folder",),
+    ),
+    Mistake(
+        "a damaged segment is kept",
+        "build_engines/build.py",
+        "            except EngineRejected:\n                continue\n            kept",
+        "            except EngineRejected:\n                pass\n            kept",
+        ("tests/cli/test_engine_folder.py::test_building_again_repairs",),
+    ),
+    Mistake(
+        "the key has the profile of one row",
+        "build_engines/build.py",
+        "profiles=self.compiler.profiles(segment),",
+        "profiles=((1, 1, 1),),",
+        (f"{_TENSORRT}::test_manifests_say_all_and_files_are_what_they_say",),
+    ),
+    Mistake(
+        "the profile has no rows for the skip pass",
+        "build_engines/options.py",
+        "return 1, passes * self.max_batch, len(GROUPS) * self.max_batch",
+        "return 1, passes * self.max_batch, 2 * self.max_batch",
+        (f"{_TENSORRT}::test_manifests_say_all_and_files_are_what_they_say",),
+    ),
+    Mistake(
+        "an attention that is not fused passes",
+        "build_engines/segment_build.py",
+        "if compiled.fused_attentions not in (None, wanted):",
+        "if compiled.fused_attentions not in (None, *range(wanted + 1)):",
+        (f"{_INDUCTOR}::test_an_attention_that_is_not_fused_misses_its_gate",),
+    ),
+    Mistake(
+        "not-a-number passes the numerics gate",
+        "build_engines/verify.py",
+        "if not (worst.relative_l2 <= tolerance.relative_l2 and worst.cosine >= tolerance.cosine):",
+        "if worst.relative_l2 > tolerance.relative_l2 or worst.cosine < tolerance.cosine:",
+        (f"{_VERIFY}::test_one_wrong_output_at_one_timestep_is_caught",),
+    ),
+    Mistake(
+        "the first output is compared only",
+        "build_engines/verify.py",
+        "zip(wanted.values(), got, strict=True)),",
+        "[*zip(wanted.values(), got, strict=True)][:1]),",
+        (f"{_VERIFY}::test_one_wrong_output_at_one_timestep_is_caught",),
+    ),
+    Mistake(
+        "no row skips its attention when a segment is verified",
+        "build_engines/reference.py",
+        "torch.arange(rows) != rows - 1",
+        "torch.arange(rows) >= 0",
+        (f"{_VERIFY}::test_the_reference_feeds_each_segment_what_those_before_it_made",),
+    ),
+    Mistake(
+        "the last timestep is never verified",
+        "build_engines/reference.py",
+        "    last = len(values) - 1\n",
+        "    last = len(values) - 2\n",
+        (f"{_VERIFY}::test_timesteps_are_first_middle_and_last",),
+    ),
+    Mistake(
+        "a frozen number of rows passes",
+        "build_engines/export.py",
+        "isinstance(dim, int) if wanted == ROWS else dim != wanted",
+        "wanted != ROWS and dim != wanted",
+        ("tests/build_engines/test_export.py::test_frozen_rows_are_named",),
+    ),
+    Mistake(
+        "a frozen number of rows is not noticed for one video",
+        "build_engines/dynamic_rows.py",
+        "max=max(max_rows, _TRACED_ROWS + 1)",
+        "max=max(max_rows, _TRACED_ROWS)",
+        (f"{_INDUCTOR}::test_frozen_rows_are_named",),
+    ),
+    Mistake(
+        "packages for other numbers of rows are taken for the same",
+        "build_engines/trace.py",
+        "{shapes}{program.range_constraints}",
+        "{shapes}",
+        (f"{_INDUCTOR}::test_pieces_trace_equally_where_only_their_weights_differ",),
+    ),
+    Mistake(
+        "weights that are made while it runs stay in the package",
+        "build_engines/trace.py",
+        "    if program.constants:\n",
+        "    if program.constants is None:\n",
+        (f"{_INDUCTOR}::test_a_tensor_made_while_it_runs_is_refused",),
+    ),
+    Mistake(
+        "masks are not expanded for ONNX Runtime",
+        "build_engines/float32_graph.py",
+        "    _expand_masks(graph)\n",
+        "",
+        ("tests/build_engines/test_float32_graph.py::test_the_graph_is_otherwise_the_same",),
+    ),
+    Mistake(
+        "the plugin's node turns the other way",
+        "build_engines/plugin_nodes.py",
+        "minus_b = Neg (b)",
+        "minus_b = Identity (b)",
+        ("tests/build_engines/test_plugin_nodes.py::test_one_node_per_block_computes_the_same",),
+    ),
+    Mistake(
+        "a damaged package of another build is taken over",
+        "build_engines/reusable_files.py",
+        "                check_file(path, record)\n",
+        "",
+        (f"{_INDUCTOR}::test_a_finished_package_is_taken_over_only_whole",),
+    ),
+    Mistake(
+        "weights become part of the code",
+        "build_engines/aoti_package.py",
+        '"joint_graph_constant_folding": False',
+        '"joint_graph_constant_folding": True',
+        (f"{_INDUCTOR}::test_no_weight_becomes_part_of_a_package",),
+    ),
+    Mistake(
+        "a failed compilation leaves its cache",
+        "build_engines/aoti_package.py",
+        "fresh_cache(dir=str(path.parent)), toolkit:",
+        "fresh_cache(dir=str(path.parent), delete=False), toolkit:",
+        (f"{_INDUCTOR}::test_what_inductor_refuses_is_told_in_one_line",),
+    ),
+    Mistake(
+        "a cancelled compilation is told as a failed one",
+        "build_engines/compile_tensorrt.py",
+        "    if cancel.is_set():\n        raise Cancelled\n",
+        "",
+        (f"{_TENSORRT}::test_an_event_cancels_the_compiler",),
+    ),
+    Mistake(
+        "bfloat16 is held to float32's tolerance",
+        "build_engines/compile_inductor.py",
+        "_BFLOAT16 = Tolerance(3e-2, 1 - 1e-3)",
+        "_BFLOAT16 = Tolerance(1e-4, 1 - 1e-6)",
+        (f"{_INDUCTOR}::test_bfloat16_is_within_its_own_tolerance",),
+    ),
+    Mistake(
+        "segments are told as built that were not",
+        "build_engines/display.py",
+        "        if reused:\n",
+        "        if not reused:\n",
+        ("tests/cli/test_engine_folder.py::test_building_again_repairs",),
+    ),
+)

@@ -1,0 +1,95 @@
+"""In stg_trt/guidance."""
+
+from __future__ import annotations
+
+from tests.planted_mistakes.mistake import Mistake
+
+_TABLES = "tests/guidance/test_tables.py"
+_SOLVER = "tests/guidance/test_solver.py"
+
+IN_GUIDANCE = (
+    Mistake(
+        "STG moves towards the skip pass",
+        "stg_trt/guidance/combine.py",
+        "pred + stg_scale * (cond - skip)",
+        "pred + stg_scale * (skip - cond)",
+        (f"{_TABLES}::test_combine_is_the_equation",),
+    ),
+    Mistake(
+        "CFG starts from the conditional pass",
+        "stg_trt/guidance/combine.py",
+        "pred = uncond + cfg_scale * (cond - uncond)",
+        "pred = cond + cfg_scale * (cond - uncond)",
+        (f"{_TABLES}::test_combine_is_the_equation",),
+    ),
+    Mistake(
+        "rescale divides the wrong way round",
+        "stg_trt/guidance/combine.py",
+        "rescale * _std(cond) / _std(pred)",
+        "rescale * _std(pred) / _std(cond)",
+        (f"{_TABLES}::test_full_rescale_restores_each_videos_own_spread",),
+    ),
+    Mistake(
+        "one standard deviation for all videos",
+        "stg_trt/guidance/combine.py",
+        "pred.std(dim=tuple(range(1, pred.ndim)), keepdim=True)",
+        "pred.std(dim=tuple(range(pred.ndim)), keepdim=True)",
+        (f"{_TABLES}::test_a_batch_is_its_videos_one_by_one",),
+    ),
+    Mistake(
+        "a step on an edge takes the next bin",
+        "stg_trt/guidance/presets.py",
+        "(edges <= torch.tensor(sigma, dtype=torch.float32))",
+        "(edges < torch.tensor(sigma, dtype=torch.float32))",
+        (f"{_TABLES}::test_a_step_takes_the_first_bin_at_or_below_it_else_the_last",),
+    ),
+    Mistake(
+        "STG goes on for one step after its range",
+        "stg_trt/guidance/tables.py",
+        "value if start <= i < stop else 0.0",
+        "value if start <= i <= stop else 0.0",
+        (f"{_TABLES}::test_stg_runs_only_inside_its_range",),
+    ),
+    Mistake(
+        "a negative STG scale is allowed",
+        "stg_trt/guidance/tables.py",
+        '_check_values("stg_scale", self.stg_scale, 0, math.inf)',
+        '_check_values("stg_scale", self.stg_scale, -math.inf, math.inf)',
+        (f"{_TABLES}::test_refuses_with_expected_got_and_fix",),
+    ),
+    Mistake(
+        "the caller's scheduler is stepped",
+        "stg_trt/guidance/solver.py",
+        "        solver = copy.deepcopy(scheduler)\n        self.states",
+        "        solver = scheduler\n        self.states",
+        (_SOLVER,),
+    ),
+    Mistake(
+        "a scheduler that adds noise of its own is taken",
+        "stg_trt/guidance/solver.py",
+        "        _check_noise(solver, rows, len(timesteps))\n",
+        "",
+        (f"{_SOLVER}::test_refuses_what_is_not_linear_and_deterministic",),
+    ),
+    Mistake(
+        "a scheduler that clips is taken",
+        "stg_trt/guidance/solver.py",
+        "        _check_linear(solver, rows, len(timesteps))\n",
+        "",
+        (f"{_SOLVER}::test_refuses_what_is_not_linear_and_deterministic",),
+    ),
+    Mistake(
+        "the last prediction is left out of a step",
+        "stg_trt/guidance/solver.py",
+        "for j in range(step + 1):",
+        "for j in range(step):",
+        (f"{_SOLVER}::test_two_term_and_full_rows_agree",),
+    ),
+    Mistake(
+        "an inverted schedule counts its noise the wrong way",
+        "stg_trt/guidance/solver.py",
+        "tuple(1 - part for part in parts)",
+        "tuple(parts)",
+        (f"{_SOLVER}::test_noise_levels_fall_from_noise_whichever_way_the_timesteps_count",),
+    ),
+)
