@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from stg_trt.engines.engine import Context, Engine
+from stg_trt.models.perturbation import MODES
 from stg_trt.runtime.device import Cpu, Cuda, node_counter
 from stg_trt.runtime.graph import StepGraph, _Outcome
 from stg_trt.runtime.sampler import SampledStep
 from tests.support.eager_sampler import STEPS, assert_same, run, sampler_on, steps_of
+from tests.support.family_cases import FamilyCase
 from tests.support.simulated_cuda import RuleBroken, SimulatedCuda, SimulatedGpu, SimulatedGraph
 
 SEGMENTS = ("front", "block_1", "mid_2_2", "block_3", "back")
@@ -38,11 +40,13 @@ def device(gpu: SimulatedGpu) -> SimulatedCuda:
     return SimulatedCuda(gpu)
 
 
-def test_a_captured_run_is_the_plain_one(device: SimulatedCuda) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_a_captured_run_is_the_plain_one(device: SimulatedCuda, case: FamilyCase, mode: str) -> None:
+    scales = {**STG_R, "stg_mode": mode}
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        captured = run(sampler_on(device), **STG_R)
-    assert_same(captured, run(sampler_on(Cpu()), **STG_R))
+        warnings.filterwarnings("error", "CUDA graph")
+        captured = run(sampler_on(device, case), case, **scales)
+    assert_same(captured, run(sampler_on(Cpu(), case), case, **scales))
     assert [graph.replays for graph in device.graphs] == [1 + STEPS]
 
 

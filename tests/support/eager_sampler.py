@@ -1,4 +1,4 @@
-"""A sampler over eager engines of the tiny LTX-Video: nothing is exported or compiled."""
+"""A sampler over eager engines of a family's tiny model: nothing is exported or compiled."""
 
 from __future__ import annotations
 
@@ -18,26 +18,28 @@ from stg_trt.models.text import TextCondition
 from stg_trt.runtime.device import Device
 from stg_trt.runtime.sampler import SampledStep, Sampler
 from tests.support.eager_engine import EagerEngine
-from tests.support.family_cases import LTX
+from tests.support.family_cases import LTX, FamilyCase
 
 STEPS = 5
 
 
-def sampler_on(device: Device) -> Sampler:
+def sampler_on(device: Device, case: FamilyCase = LTX) -> Sampler:
     """Blocks 1 and 3 can be perturbed, one by one or both, by stg-a or stg-r."""
-    # Of its own, so that a test may replace a method.
-    family = type(LTX.family)(LTX.family.config)
-    segments = (TEXT, *cut("segmented", family.num_blocks, "stg-a", (1, 3)))
-    model = LTX.checkpoint.load_transformer().to(device.torch_device)
+    # A family of its own, so that a test may replace a method.
+    family = type(case.family)(case.family.config)
+    cuts = cut("segmented", family.num_blocks, "stg-a", (1, 3))
+    segments = (TEXT, *cuts) if family.has_text_segment else cuts
+    model = case.checkpoint.load_transformer().to(device.torch_device)
     engines = {s.name: EagerEngine(family.module(model, s, expand_masks=False)) for s in segments}
     manifest = SimpleNamespace(
-        workload=LTX.workload, segments=[SimpleNamespace(segment=segment) for segment in segments]
+        workload=case.workload, segments=[SimpleNamespace(segment=segment) for segment in segments]
     )
     return Sampler(family, cast(Manifest, manifest), engines, device)
 
 
 def steps_of(
     sampler: Sampler,
+    case: FamilyCase = LTX,
     *,
     videos: int = 2,
     frame_rate: float = 25.0,
@@ -47,14 +49,14 @@ def steps_of(
     """A run from the same noise every time, with CFG unless `guidance_scale` is given."""
     guidance = Guidance.for_steps([0.0] * STEPS, **{"guidance_scale": 3.0, **scales})
     solver = SolverTable.from_scheduler(FlowMatchEulerDiscreteScheduler(), STEPS)
-    texts = cond or LTX.text(videos, seed=1), LTX.text(videos, seed=2)
-    return sampler.steps(LTX.latents(videos), *texts, guidance, solver, frame_rate)
+    texts = cond or case.text(videos, seed=1), case.text(videos, seed=2)
+    return sampler.steps(case.latents(videos), *texts, guidance, solver, frame_rate)
 
 
 @torch.no_grad()
-def run(sampler: Sampler, **options: Any) -> list[Tensor]:
+def run(sampler: Sampler, case: FamilyCase = LTX, **options: Any) -> list[Tensor]:
     """Latents after every step."""
-    return [step.latents for step in steps_of(sampler, **options)]
+    return [step.latents for step in steps_of(sampler, case, **options)]
 
 
 def assert_same(got: list[Tensor], expected: list[Tensor]) -> None:
