@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
@@ -88,10 +89,16 @@ def _build_result(manifest: Manifest) -> dict[str, Any]:
         "stg_mode": manifest.stg_mode,
         "stg_blocks": list(manifest.stg_blocks),
         "engine_bytes": sum(segment["engine_bytes"] for segment in segments),
-        "fused_attentions": sum(segment["fused_attentions"] for segment in segments),
+        "fused_attentions": _total([segment["fused_attentions"] for segment in segments]),
         "peak_bytes": max(segment["peak_bytes"] for segment in segments),
         "segments": segments,
     }
+
+
+def _total(counts: Sequence[int | None]) -> int | None:
+    """The sum; None where one of them is not known."""
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
 def _segment_result(segment: SegmentRecord) -> dict[str, Any]:

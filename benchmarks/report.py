@@ -260,6 +260,11 @@ def _stg(build: Row) -> str:
     return f"{build['stg_mode']} {','.join(map(str, build['stg_blocks']))}"
 
 
+def _fewest(counts: Sequence[int | None]) -> int | str:
+    known = [count for count in counts if count is not None]
+    return min(known) if len(known) == len(counts) else "unknown"
+
+
 def _build_cells(builds: Sequence[Row]) -> list[str]:
     """What the targets of one export took: the most where they differ, and the fewest fused attentions."""
     checks = [check for build in builds for part in build["segments"] for check in part["verification"]]
@@ -269,7 +274,7 @@ def _build_cells(builds: Sequence[Row]) -> list[str]:
         f"{builds[0]['wall_s_all_targets']:,.0f}",
         f"{max(build['peak_bytes'] for build in builds) / 2**30:.1f}",
         f"{max(build['engine_bytes'] for build in builds) / 1e6:,.0f}",
-        f"{min(build['fused_attentions'] for build in builds)} of {wanted}",
+        f"{_fewest([build['fused_attentions'] for build in builds])} of {wanted}",
         f"{max(check['relative_l2'] for check in checks):.0e}" if checks else "",
     ]
 

@@ -26,6 +26,7 @@ from .compilers import compiler_for
 from .options import BuildOptions
 from .progress import Progress, Silent
 from .reference import Reference
+from .reproduction import KEPT_GRAPHS
 from .reusable_files import ReusableFiles
 from .segment_build import SegmentBuild
 
@@ -54,13 +55,15 @@ def build(
     verify_timesteps: int = 3,
     keep_onnx: bool = False,
     plugins: Sequence[str] = (),
+    builder_optimization_level: int | None = None,
     progress: Progress | None = None,
 ) -> list[Path]:
     """Builds engines below `output` and returns the build folders, one per target.
 
     `backend` may be auto: the best that this machine can run. `target` may name several, separated by commas;
     it and `precision` default to the backend's, `text_length` to the family's. `blocks` keeps so many of each
-    list, with random weights; `plugins` are our own kernels. An interrupted build's segments are re-used.
+    list, with random weights; `plugins` are our own kernels; `builder_optimization_level` is TensorRT's. An
+    interrupted build's segments are re-used.
 
     Raises InvalidRequest for options that cannot be used and GateMissed for a segment that fails a check.
     """
@@ -90,6 +93,7 @@ def build(
         verify_timesteps=verify_timesteps,
         keep_onnx=keep_onnx,
         plugins=tuple(sorted(set(plugins))),
+        builder_optimization_level=builder_optimization_level,
     )
     opened.check()
     with fresh_folder(options.output):
@@ -159,7 +163,7 @@ class _Builder:
                     self.progress.finish(segment, record, reused=False)
             finally:
                 if options.keep_onnx:
-                    _keep(work, work.with_name("onnx"))
+                    _keep(work, work.with_name(KEPT_GRAPHS))
                 shutil.rmtree(work, ignore_errors=True)
         for target, folder in folders.items():
             manifests.save(manifest[target].model_copy(update={"complete": True}), folder)
@@ -221,7 +225,7 @@ class _Builder:
             segment=segment,
             inputs=tuple(family.inputs(segment, options.workload)),
             outputs=tuple(family.outputs(segment, options.workload)),
-            rows=options.rows(segment),
+            profiles=self.compiler.profiles(segment),
             precision=options.workload.precision,
             opset=self.compiler.opset,
             backend=options.backend.name,

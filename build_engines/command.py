@@ -16,6 +16,10 @@ TargetNames = Annotated[
 ]
 Plugins = Annotated[str, typer.Option(help="Kernels of ours inside TensorRT engines, such as qk_norm_rope.")]
 
+OptimizationLevel = Annotated[
+    int | None, typer.Option(help="TensorRT's, 0 to 5: build longer, run faster. [default: its own, 3]")
+]
+
 
 def build(
     checkpoint: Annotated[str, typer.Argument(help="A diffusers folder, or a published model's name.")],
@@ -42,6 +46,7 @@ def build(
     ] = 3,
     keep_onnx: Annotated[bool, typer.Option("--keep-onnx", help="Keep the exported graphs.")] = False,
     plugins: Plugins = "",
+    builder_optimization_level: OptimizationLevel = None,
 ) -> None:
     """Build verified engines from a checkpoint."""
     from stg_trt.models.perturbation import parse_blocks
@@ -72,6 +77,7 @@ def build(
             verify_timesteps=verify_timesteps,
             keep_onnx=keep_onnx,
             plugins=[name for name in plugins.split(",") if name],
+            builder_optimization_level=builder_optimization_level,
             progress=display,
         )
     _print(folders)

@@ -1,7 +1,8 @@
-"""Segments as chains of AOTInductor packages: each distinct piece is compiled once.
+"""Segments as chains of AOTInductor packages: each distinct piece is traced and compiled once.
 
-A segment is cut into embedding, single blocks and head. Pieces that trace to the same graph share a package,
-which holds no weights: those of a segment lie in one safetensors file, whose header describes the chain.
+A segment is cut into embedding, single blocks and head. Pieces with the same key share a trace, and those
+with the same graph a package, which holds no weights: those of a segment lie in one safetensors file, whose
+header describes the chain.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from .aoti_package import OPTIONS, compile_package, fused_attentions
 from .compiler import CPU, FLOAT32, Compiled, Compiler, Exported, Job, Tolerance
 from .inductor_runs import InductorRuns
 from .options import BuildOptions
+from .piece_key import PieceKey
 from .reusable_files import ReusableFiles
-from .trace import fingerprint, trace, weights_of
+from .trace import Trace, trace
 
 # Rounding after every operation of a segment's blocks, with which eager bfloat16 stays below half of this.
 _BFLOAT16 = Tolerance(3e-2, 1 - 1e-3)
@@ -58,6 +60,8 @@ class InductorCompiler(Compiler):
     def __init__(self, options: BuildOptions) -> None:
         super().__init__(options)
         self._streams: dict[str, Stream] = {}
+        # Of all segments. Each holds one piece's weights, so that it can still be compiled.
+        self._traces: dict[PieceKey, Trace] = {}
 
     @property
     def version(self) -> str:
@@ -98,18 +102,15 @@ class InductorCompiler(Compiler):
         return (*([embedding] if segment.front else []), *blocks, *([head] if segment.back else []))
 
     def export(self, job: Job, modules: Iterator[tuple[Segment, SegmentModule]]) -> ExportedChain:
-        """Traces every piece, and keeps one program of those that are equal."""
-        family, workload = self.options.checkpoint.family, self.options.workload
+        """One trace for all pieces that differ in weights alone, in this segment and the ones before."""
         pieces: list[ExportedPiece] = []
         programs: dict[str, ExportedProgram] = {}
         weights: dict[str, Tensor] = {}
         for place, (piece, module) in enumerate(modules):
-            borders = family.inputs(piece, workload), family.outputs(piece, workload)
-            program = trace(job.segment.name, module, *borders, job.rows[2])
-            traced = ExportedPiece(piece.name, fingerprint(program), module.inputs, module.outputs)
-            pieces.append(traced)
-            programs.setdefault(traced.fingerprint, program)
-            weights |= {f"{place}.{name}": value for name, value in weights_of(program).items()}
+            traced = self._traced(job, piece, module)
+            pieces.append(ExportedPiece(piece.name, traced.fingerprint, module.inputs, module.outputs))
+            programs[traced.fingerprint] = traced.program
+            weights |= {f"{place}.{name}": value for name, value in traced.weights_of(module).items()}
         graphs = "".join(piece.fingerprint for piece in pieces)
         return ExportedChain(
             hashlib.sha256(graphs.encode()).hexdigest(),
@@ -139,6 +140,14 @@ class InductorCompiler(Compiler):
         runs = InductorRuns(job, files, stream)
         fused = sum(fused_attentions(packages[piece.fingerprint]) for piece in exported.pieces)
         return Compiled(files, fused, runs.activation_bytes(), lambda: runs.run)
+
+    def _traced(self, job: Job, piece: Segment, module: SegmentModule) -> Trace:
+        family, workload, max_rows = self.options.checkpoint.family, self.options.workload, job.rows[2]
+        borders = family.inputs(piece, workload), family.outputs(piece, workload)
+        key = PieceKey.of(module, *borders, max_rows)
+        if key not in self._traces:
+            self._traces[key] = trace(job.segment.name, module, *borders, max_rows)
+        return self._traces[key]
 
     def _chain(self, job: Job, exported: ExportedChain, names: dict[str, str], stream: Stream) -> Chain:
         tensors = self.options.checkpoint.family.tensors(self.options.workload)

@@ -9,6 +9,7 @@ import onnx
 from .compiler import Compiled, Exported, Job
 from .export import files_of
 from .onnx_compiler import ExportedGraph, OnnxCompiler
+from .reproduction import onnxruntime_command
 from .reusable_files import ReusableFiles
 
 
@@ -27,4 +28,5 @@ class OnnxRuntimeCompiler(OnnxCompiler):
         assert isinstance(exported, ExportedGraph)
         model = onnx.load(exported.graph, load_external_data=False)
         fused = sum(node.op_type == "Attention" for node in model.graph.node)
-        return Compiled(tuple(files_of(exported.graph)), fused, None)
+        command = onnxruntime_command(exported.graph, job.inputs, job.rows[1])
+        return Compiled(tuple(files_of(exported.graph)), fused, None, commands=(command,))

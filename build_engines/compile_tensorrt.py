@@ -6,27 +6,39 @@ import os
 import re
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from stg_trt.engines.backends import THIS_GPU
+from stg_trt.engines.key import digest
 from stg_trt.engines.tensorrt_library import (
     PLUGIN_VERSION,
     library_version,
     load_library,
     load_plugins,
 )
-from stg_trt.engines.tensorrt_runtime import error_log, lacks_memory, open_builder
+from stg_trt.engines.tensorrt_runtime import (
+    error_log,
+    lacks_memory,
+    open_builder,
+    open_runtime,
+    read_engine,
+)
 from stg_trt.errors import GateMissed, OutOfDeviceMemory, StgTrtError
-from stg_trt.models.tensor_spec import ROWS, TensorSpec
+from stg_trt.models.segment import Segment
+from stg_trt.system.gpu import find_gpu
 from stg_trt.system.interruptible import run_interruptibly
 
-from .compiler import Compiled, Exported, Job
+from .compiler import Compiled, Exported, Job, Rows
+from .fused_attention import count_in_layers, count_in_plan
 from .onnx_compiler import ExportedGraph, OnnxCompiler
+from .reproduction import tensorrt_commands
 from .reusable_files import ReusableFiles
+from .tensorrt_recipe import Recipe
+from .timing_cache import load_timings, save_timings
 
 FLAGS = ("strongly_typed", "max_aux_streams=0", "require_user_allocation")
-# A fused attention names its kernel once as a whole word in the plan; its variants carry suffixes.
-_MHA_KERNEL = re.compile(rb"(?<![\w.])_gemm_mha_v2(?![\w.])")
 _ACTIVATION = re.compile(r"Total Activation Memory: (\d+)")
 
 
@@ -46,91 +58,142 @@ class TensorRTCompiler(OnnxCompiler):
 
     def flags(self, target: str) -> tuple[str, ...]:
         """The builder's options."""
-        return (*FLAGS, *(f"plugin={name}/{PLUGIN_VERSION}" for name in self.options.plugins))
+        level = self.options.builder_optimization_level
+        levels = () if level is None else (f"builder_optimization_level={level}",)
+        return (*FLAGS, *levels, *(f"plugin={name}/{PLUGIN_VERSION}" for name in self.options.plugins))
+
+    def profiles(self, segment: Segment) -> tuple[Rows, ...]:
+        """TensorRT picks kernels for a profile's `opt` alone: each number of rows has a profile of its own.
+
+        TensorRT-RTX picks them on the user's GPU for the rows at hand, whatever the profile, so it has one.
+        More would add to its plan: measured with 1.7.1 on two blocks of 98 MB, profiles share the weights,
+        and each adds 4 MB of kernels.
+        """
+        if self.options.backend.name == "tensorrt":
+            return tuple((rows, rows, rows) for rows in self.options.row_counts(segment))
+        return super().profiles(segment)
 
     def compile(self, job: Job, exported: Exported, target: str, finished: ReusableFiles) -> Compiled:
         """The graph as an engine for one GPU architecture."""
         assert isinstance(exported, ExportedGraph)
-        return compile_tensorrt(
-            exported.graph,
-            job.inputs,
-            job.rows,
+        recipe = Recipe(
+            graph=exported.graph,
+            inputs=job.inputs,
+            profiles=self.profiles(job.segment),
             backend=self.options.backend.name,
             target=target,
-            on_progress=lambda phase: job.on_progress(f"compile for {target}: {phase}"),
+            builder_optimization_level=self.options.builder_optimization_level,
+            timing_cache=self._timing_cache(target),
+            plugins=bool(self.options.plugins),
         )
+        attentions = self.options.checkpoint.family.attentions(job.segment)
+        compiled = compile_tensorrt(
+            recipe, attentions, lambda phase: job.on_progress(f"compile for {target}: {phase}")
+        )
+        return replace(compiled, commands=tensorrt_commands(recipe))
+
+    def _timing_cache(self, target: str) -> Path | None:
+        """Beside the builds, one per GPU and version; TensorRT-RTX times nothing while it builds."""
+        gpu = find_gpu() if target == THIS_GPU else None
+        if gpu is None:
+            return None
+        facts = {"version": self.version, "gpu": str(gpu.identity)}
+        return self.options.output / f"{self.options.backend.name}-{digest(facts)[:8]}.timings"
 
 
-def compile_tensorrt(
-    graph: Path,
-    inputs: Sequence[TensorSpec],
-    rows: tuple[int, int, int],
-    *,
-    backend: str,
-    target: str,
-    on_progress: Callable[[str], None],
-) -> Compiled:
-    """Compiles `graph` for rows (min, opt, max); the engine is written beside it.
+def compile_tensorrt(recipe: Recipe, attentions: int, on_progress: Callable[[str], None]) -> Compiled:
+    """Compiles a graph with so many attentions; the engine is written beside it.
 
     An interrupt stops the compiler at the next step of its progress.
     """
-    trt = load_library(backend)
+    trt = load_library(recipe.backend)
     cancel = threading.Event()
-    return run_interruptibly(
-        lambda: _compile(trt, graph, inputs, rows, backend, target, cancel, on_progress), cancel.set
-    )
+
+    def work() -> Compiled:
+        activation_bytes = build_engine(trt, recipe, cancel, on_progress)
+        if recipe.target == THIS_GPU:
+            return inspect_engine(trt, recipe, attentions)
+        return Compiled((recipe.engine,), count_in_plan(recipe.engine), activation_bytes)
+
+    return run_interruptibly(work, cancel.set)
 
 
-def _compile(
-    trt: Any,
-    graph: Path,
-    inputs: Sequence[TensorSpec],
-    rows: tuple[int, int, int],
-    backend: str,
-    target: str,
-    cancel: threading.Event,
-    on_progress: Callable[[str], None],
-) -> Compiled:
+def build_engine(
+    trt: Any, recipe: Recipe, cancel: threading.Event, on_progress: Callable[[str], None]
+) -> int | None:
+    """Writes the engine; returns the bytes of its activations where the builder tells its log."""
     heard: list[str] = []
     log = error_log(trt, heard.append)
-    builder = open_builder(trt, backend, log)
+    builder = open_builder(trt, recipe.backend, log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(os.fspath(graph)):
+    if not parser.parse_from_file(os.fspath(recipe.graph)):
         errors = "; ".join(str(parser.get_error(i).desc()) for i in range(parser.num_errors))
         raise GateMissed(
-            f"{graph.stem}: {backend} cannot read the graph: {errors}: look at it with --keep-onnx"
+            f"{recipe.segment}: {recipe.backend} cannot read the graph: {errors}: look at it with --keep-onnx"
         )
-    config = builder.create_builder_config()
-    config.add_optimization_profile(_profile(builder, inputs, rows))
+    config = _configured(trt, builder, recipe)
     config.progress_monitor = _monitor(trt, cancel, on_progress)
+    plan = builder.build_serialized_network(network, config)
+    if cancel.is_set():
+        raise Cancelled
+    if plan is None:
+        raise _why_not_compiled(recipe, log.errors)
+    recipe.engine.write_bytes(memoryview(plan))
+    if recipe.timing_cache is not None:
+        save_timings(config, recipe.timing_cache)
+    return _activation_bytes(heard)
+
+
+def inspect_engine(trt: Any, recipe: Recipe, attentions: int) -> Compiled:
+    """What the GPU's own runtime says of a finished engine; the layers are kept beside it."""
+    log = error_log(trt)
+    runtime = open_runtime(trt, recipe.backend, log)
+    engine = read_engine(trt, recipe.backend, runtime, recipe.engine, log)
+    layers = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    recipe.layers.write_text(layers, "utf-8")
+    fused = count_in_layers(layers, attentions, len(recipe.profiles))
+    return Compiled((recipe.engine, recipe.layers), fused, int(engine.device_memory_size_v2))
+
+
+def _configured(trt: Any, builder: Any, recipe: Recipe) -> Any:
+    """The builder's configuration, all but its monitor."""
+    config = builder.create_builder_config()
+    for rows in recipe.profiles:
+        config.add_optimization_profile(_profile(builder, recipe, rows))
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.max_aux_streams = 0
     if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
         # TensorRT-RTX only: contexts then never allocate, so that they can be captured in a graph.
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
-    if target.startswith("sm_"):
+    if recipe.target.startswith("sm_"):
         config.num_compute_capabilities = 1
-        config.set_compute_capability(getattr(trt.ComputeCapability, target.upper().replace("_", "")), 0)
-    plan = builder.build_serialized_network(network, config)
-    if cancel.is_set():
-        raise Cancelled
-    if plan is None:
-        raise _why_not_compiled(graph.stem, backend, log.errors)
-    engine = graph.with_suffix(f".{target}.engine")
-    data = memoryview(plan)
-    engine.write_bytes(data)
-    return Compiled((engine,), len(_MHA_KERNEL.findall(data)), _activation_bytes(heard))
+        capability = recipe.target.upper().replace("_", "")
+        config.set_compute_capability(getattr(trt.ComputeCapability, capability), 0)
+    if recipe.builder_optimization_level is not None:
+        config.builder_optimization_level = recipe.builder_optimization_level
+    if recipe.timing_cache is not None:
+        load_timings(config, recipe.timing_cache)
+    return config
 
 
-def _why_not_compiled(segment: str, backend: str, errors: list[str]) -> StgTrtError:
+def _profile(builder: Any, recipe: Recipe, rows: Rows) -> Any:
+    profile = builder.create_optimization_profile()
+    for spec in recipe.inputs:
+        if spec.has_rows:
+            profile.set_shape(spec.name, *(spec.with_rows(count) for count in rows))
+    return profile
+
+
+def _why_not_compiled(recipe: Recipe, errors: Sequence[str]) -> StgTrtError:
     if lacks_memory(errors):
         return OutOfDeviceMemory(
-            f"{segment}: expected enough free GPU memory to try {backend}'s kernels in, got {errors[0]}: "
-            "free some, use fewer frames, a smaller size or a smaller --max-batch"
+            f"{recipe.segment}: expected enough free GPU memory to try {recipe.backend}'s kernels in, got "
+            f"{errors[0]}: free some, use fewer frames, a smaller size or a smaller --max-batch"
         )
     return GateMissed(
-        f"{segment}: {backend} cannot compile it: {'; '.join(errors[:3])}: look at the graph with --keep-onnx"
+        f"{recipe.segment}: {recipe.backend} cannot compile it: {'; '.join(errors[:3])}: "
+        "look at the graph with --keep-onnx"
     )
 
 
@@ -138,14 +201,6 @@ def _activation_bytes(log: Sequence[str]) -> int | None:
     """What the builder only tells its log."""
     found = [match for message in log if (match := _ACTIVATION.search(message))]
     return int(found[-1][1]) if found else None
-
-
-def _profile(builder: Any, inputs: Sequence[TensorSpec], rows: tuple[int, int, int]) -> Any:
-    profile = builder.create_optimization_profile()
-    for spec in inputs:
-        if ROWS in spec.shape:
-            profile.set_shape(spec.name, *(spec.with_rows(count) for count in rows))
-    return profile
 
 
 def _monitor(trt: Any, cancel: threading.Event, on_progress: Callable[[str], None]) -> Any:

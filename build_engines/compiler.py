@@ -18,6 +18,9 @@ from stg_trt.models.tensor_spec import TensorSpec
 from .options import BuildOptions
 from .reusable_files import ReusableFiles
 
+Rows = tuple[int, int, int]
+"""The rows of a profile: min, opt, max."""
+
 Run = Callable[[dict[str, Tensor]], list[Tensor]]
 """A segment's outputs, in order, for its inputs by name, on the CPU."""
 
@@ -43,7 +46,7 @@ class Job:
     segment: Segment
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    rows: tuple[int, int, int]
+    rows: Rows
     work: Path
     on_progress: Callable[[str], None]
 
@@ -58,15 +61,16 @@ class Exported:
 
 @dataclass(frozen=True)
 class Compiled:
-    """Finished files, the engine's own first, and what the gates measured.
+    """Finished files, the engine's own first, and what the gates measured, None where it cannot be known.
 
-    `runner` loads the engine, where only it shows the numerics.
+    `runner` loads the engine, where only it shows the numerics. `commands` of other tools do the same.
     """
 
     files: tuple[Path, ...]
-    fused_attentions: int
+    fused_attentions: int | None
     activation_bytes: int | None
     runner: Callable[[], Run] | None = None
+    commands: tuple[str, ...] = ()
 
 
 class Compiler(ABC):
@@ -91,6 +95,10 @@ class Compiler(ABC):
     def flags(self, target: str) -> tuple[str, ...]:
         """Options and facts of the compilation that belong to the engine's key."""
         return ()
+
+    def profiles(self, segment: Segment) -> tuple[Rows, ...]:
+        """The rows that the segment's engine is compiled for; a context picks the profile of its own."""
+        return (self.options.rows(segment),)
 
     def reference_device(self) -> torch.device:
         """Where the eager reference runs."""

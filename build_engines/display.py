@@ -80,13 +80,14 @@ def print_summary(folder: Path, manifest: Manifest) -> None:
     for column in ("segment", "seconds", "peak GiB", "MB", "attentions", "relative L2"):
         table.add_column(column, justify="left" if column == "segment" else "right")
     for record in manifest.segments:
+        fused = "?" if record.fused_attentions is None else record.fused_attentions
         worst = max((v.relative_l2 for v in record.verification), default=None)
         table.add_row(
             record.segment.name,
             f"{sum(record.seconds.values()):.1f}",
             f"{record.peak_bytes / GIB:.1f}",
             f"{sum(file.bytes for file in record.files) / 1e6:.1f}",
-            f"{record.fused_attentions}/{record.attentions}",
+            f"{fused}/{record.attentions}",
             "not verified" if worst is None else f"{worst:.1e}",
         )
     Console().print(table)

@@ -8,11 +8,13 @@ from pathlib import Path
 from stg_trt.engines.backends import Backend, check_target
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint
-from stg_trt.models.plan import GROUPS
+from stg_trt.models.perturbation import Perturbation
+from stg_trt.models.plan import GROUPS, row_counts
 from stg_trt.models.segment import TEXT, Segment, check_layout, cut
 from stg_trt.models.workload import Workload
 
 _PLUGIN_BACKENDS = ("tensorrt", "tensorrt-rtx")
+_OPTIMIZATION_LEVELS = range(6)
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class BuildOptions:
     verify_timesteps: int
     keep_onnx: bool
     plugins: tuple[str, ...] = ()
+    builder_optimization_level: int | None = None
 
     def __post_init__(self) -> None:
         check_layout(self.layout)
@@ -43,6 +46,7 @@ class BuildOptions:
         for target in self.targets:
             check_target(self.backend, target, self.workload.precision)
         self._check_plugins()
+        self._check_level()
         self.checkpoint.family.check(self.workload)
         assert self.segments
 
@@ -64,6 +68,30 @@ class BuildOptions:
         plain = segment.front and (not segment.back or self.layout == "twin")
         passes = 1 if segment.skipped else 2 if plain else len(GROUPS)
         return 1, passes * self.max_batch, len(GROUPS) * self.max_batch
+
+    def row_counts(self, segment: Segment) -> tuple[int, ...]:
+        """All numbers of rows that a step of up to `max_batch` videos can run the segment with."""
+        built = Perturbation(self.stg_mode, self.stg_blocks)
+        segments = [other for other in self.segments if not other.text]
+        per_video = {len(GROUPS)} if segment.text else row_counts(segments, segment, built)
+        videos = range(1, self.max_batch + 1)
+        return tuple(sorted({rows * count for rows in per_video for count in videos}))
+
+    def _check_level(self) -> None:
+        """Raises InvalidRequest for a level that TensorRT does not have, or that changes nothing."""
+        level = self.builder_optimization_level
+        if level is None:
+            return
+        if self.backend.name != "tensorrt":
+            raise InvalidRequest(
+                f"builder_optimization_level: expected the backend tensorrt, got {self.backend.name}, whose "
+                "engines are the same at every level: leave it out"
+            )
+        if level not in _OPTIMIZATION_LEVELS:
+            raise InvalidRequest(
+                f"builder_optimization_level: expected 0 to {_OPTIMIZATION_LEVELS[-1]}, got {level}: 3 is "
+                "TensorRT's own, 5 builds longest"
+            )
 
     def _check_plugins(self) -> None:
         """Raises InvalidRequest for a plugin that the family or the backend has no use for."""

@@ -89,6 +89,7 @@ class SegmentBuild:
             fused_attentions=compiled.fused_attentions,
             activation_bytes=compiled.activation_bytes,
             verification=verification,
+            commands=compiled.commands,
             seconds=seconds,
             peak_bytes=max(self._shared_peak, peak.bytes),
         )
@@ -134,7 +135,7 @@ class SegmentBuild:
         """The gates on the compiled segment."""
         family, segment = self.options.checkpoint.family, self.segment
         wanted = family.attentions(segment)
-        if compiled.fused_attentions != wanted:
+        if compiled.fused_attentions not in (None, wanted):
             raise GateMissed(
                 f"{segment.name}: expected {wanted} fused attentions, got {compiled.fused_attentions}: "
                 "an attention of this segment was decomposed (its mask, dtype or head size has no kernel)"

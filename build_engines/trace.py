@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -28,18 +29,34 @@ class _Numbered(nn.Module):
         # In a list, so that its weights are not registered a second time under their own names.
         self._module = [module]
         self._names = []
-        for number, (name, tensor) in enumerate((*module.named_parameters(), *module.named_buffers())):
+        for number, (name, tensor) in enumerate(_weights(module)):
             self._names.append(name)
-            weight = nn.Parameter(tensor.detach().contiguous(), requires_grad=False)
-            self.register_parameter(f"w{number}", weight)
+            self.register_parameter(_number(number), nn.Parameter(tensor, requires_grad=False))
 
     def forward(self, *tensors: Tensor) -> tuple[()]:
         (module,) = self._module
         inputs, outputs = tensors[: len(module.inputs)], tensors[len(module.inputs) :]
-        weights = {name: getattr(self, f"w{number}") for number, name in enumerate(self._names)}
+        weights = {name: getattr(self, _number(number)) for number, name in enumerate(self._names)}
         for output, result in zip(outputs, torch.func.functional_call(module, weights, inputs), strict=True):
             output.copy_(result)
         return ()
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A program, its fingerprint, and the numbers of the weights that it reads.
+
+    The program is that of every piece with the same key; the weights in it are those of the first.
+    """
+
+    program: ExportedProgram
+    fingerprint: str
+    reads: frozenset[str]
+
+    def weights_of(self, module: SegmentModule) -> dict[str, Tensor]:
+        """What the program reads of a piece, by the names that a package knows its weights under."""
+        numbered = {_number(number): tensor for number, (_, tensor) in enumerate(_weights(module))}
+        return {name: tensor for name, tensor in numbered.items() if name in self.reads}
 
 
 def trace(
@@ -48,8 +65,8 @@ def trace(
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
     max_rows: int,
-) -> ExportedProgram:
-    """The program of a piece of the segment `name`; raises GateMissed where its rows are not free."""
+) -> Trace:
+    """What a piece of the segment `name` computes; raises GateMissed where its rows are not free."""
     arguments, axes = traced_with((*inputs, *outputs), max_rows)
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -65,20 +82,17 @@ def trace(
             f"{name}: expected all weights to be parameters or buffers, got {len(program.constants)} tensors "
             "made while it runs: register them as buffers"
         )
-    return program
+    return Trace(program, _fingerprint(program), _weights_read(program))
 
 
-def weights_of(program: ExportedProgram) -> dict[str, Tensor]:
-    """The weights that the program reads, by the names that a package knows them under."""
+def _weights_read(program: ExportedProgram) -> frozenset[str]:
+    """The numbers of the weights that it does not leave unused."""
     used = {node.name for node in program.graph.find_nodes(op="placeholder") if node.users}
-    return {
-        weight: program.state_dict[weight].detach()
-        for placeholder, weight in program.graph_signature.inputs_to_parameters.items()
-        if placeholder in used
-    }
+    weights = program.graph_signature.inputs_to_parameters
+    return frozenset(weight for placeholder, weight in weights.items() if placeholder in used)
 
 
-def fingerprint(program: ExportedProgram) -> str:
+def _fingerprint(program: ExportedProgram) -> str:
     """SHA-256 of all that decides what a program computes, but for the values of its weights."""
     shapes = [
         (node.name, str(node.meta["val"].dtype), str(node.meta["val"].shape), str(node.meta["val"].stride()))
@@ -86,3 +100,13 @@ def fingerprint(program: ExportedProgram) -> str:
     ]
     text = f"{program.graph_module.code}{shapes}{program.range_constraints}"
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _weights(module: SegmentModule) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers, in the order of their numbers."""
+    named = (*module.named_parameters(), *module.named_buffers())
+    return [(name, tensor.detach().contiguous()) for name, tensor in named]
+
+
+def _number(place: int) -> str:
+    return f"w{place}"

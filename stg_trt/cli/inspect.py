@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 def inspect(
     engines: Annotated[Path, typer.Argument(help="A folder made by stg-trt build.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    commands: Annotated[
+        bool, typer.Option("--commands", help="Print trtexec and polygraphy lines that build the same.")
+    ] = False,
 ) -> None:
     """Show the builds in a folder: segments, rows, FLOPs, attention kernels, keys and sizes."""
     from stg_trt.engines.store import EngineStore
@@ -29,6 +32,8 @@ def inspect(
     console = Console(emoji=False)
     for build in builds:
         _print(console, build)
+        if commands:
+            _print_commands(build)
     for folder, reason in store.unreadable.items():
         console.print(f"{folder}: unusable: {reason}", style="red", markup=False)
 
@@ -64,7 +69,8 @@ def describe(build: Build) -> dict[str, Any]:
                 "relative_l2": max((v.relative_l2 for v in record.verification), default=None),
                 "key": record.key,
                 "graph_sha256": record.graph_sha256,
-                "profile_rows": record.facts["rows"],
+                "profiles": record.facts["profiles"],
+                "commands": record.commands,
                 "seconds": record.seconds,
                 "peak_bytes": record.peak_bytes,
             }
@@ -104,6 +110,13 @@ def _states(build: Build) -> dict[str, dict[str, Any]]:
     return states
 
 
+def _print_commands(build: dict[str, Any]) -> None:
+    """One a line and nothing else on it, to be copied; they are run in the build's folder."""
+    for segment in build["segments"]:
+        for command in segment["commands"]:
+            print(command)
+
+
 def _compiled_for(build: dict[str, Any]) -> str:
     gpu = build["gpu"]
     return f"{gpu['name']} with driver {gpu['driver']}" if gpu else str(build["target"])
@@ -127,12 +140,12 @@ def _print(console: Any, build: dict[str, Any]) -> None:
     for column in ("segment", rows, "GFLOP per row", "attentions", "MB", "L2", "key"):
         table.add_column(column, justify="left" if column in ("segment", "key") else "right")
     for segment in build["segments"]:
-        error = segment["relative_l2"]
+        error, fused = segment["relative_l2"], segment["fused_attentions"]
         table.add_row(
             segment["name"],
             " / ".join(str(rows) for rows in segment["rows"].values()),
             f"{segment['flops_per_row'] / 1e9:.2f}",
-            f"{segment['fused_attentions']}/{segment['attentions']}",
+            f"{'?' if fused is None else fused}/{segment['attentions']}",
             f"{segment['bytes'] / 1e6:.1f}",
             "-" if error is None else f"{error:.0e}",
             segment["key"][:12],

@@ -19,14 +19,14 @@ KEY_VERSION = 2
 
 @dataclass(frozen=True)
 class EngineKey:
-    """What one engine is made from; `rows` is the profile (min, opt, max), `gpu` that of `this-gpu`."""
+    """What one engine is made from; a profile is its rows (min, opt, max), `gpu` that of `this-gpu`."""
 
     weights: str
     code: str
     segment: Segment
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    rows: tuple[int, int, int]
+    profiles: tuple[tuple[int, int, int], ...]
     precision: str
     opset: int | None
     backend: str

@@ -44,7 +44,10 @@ class Verification(_Record):
 
 
 class SegmentRecord(_Record):
-    """A finished segment: what it is, what it was made from, and what the gates found."""
+    """A finished segment: what it is, what it was made from, and what the gates found.
+
+    `commands` of the field's own tools build or run the same graph, where `--keep-onnx` has left it.
+    """
 
     segment: Segment
     inputs: tuple[TensorSpec, ...]
@@ -58,6 +61,7 @@ class SegmentRecord(_Record):
     fused_attentions: int | None
     activation_bytes: int | None
     verification: tuple[Verification, ...]
+    commands: tuple[str, ...]
     seconds: dict[str, float]
     peak_bytes: int
 

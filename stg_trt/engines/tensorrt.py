@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,29 @@ class Arena:
         self.address = -(-self._memory.data_ptr() // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
+@dataclass(frozen=True)
+class ShapeRange:
+    """The shapes of an input that a profile is for."""
+
+    low: tuple[int, ...]
+    high: tuple[int, ...]
+
+    @classmethod
+    def of_profile(cls, shapes: Sequence[Sequence[int]]) -> ShapeRange:
+        """From a profile's (min, opt, max)."""
+        return cls(tuple(shapes[0]), tuple(shapes[2]))
+
+    def holds(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of this shape is inside."""
+        return len(shape) == len(self.low) and all(
+            low <= dim <= high for low, dim, high in zip(self.low, shape, self.high, strict=True)
+        )
+
+    def __str__(self) -> str:
+        low, high = ("x".join(map(str, shape)) for shape in (self.low, self.high))
+        return low if low == high else f"{low} to {high}"
+
+
 class TensorRTEngine:
     """A deserialised engine; its contexts share its weights and the arena."""
 
@@ -48,6 +72,10 @@ class TensorRTEngine:
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         self.inputs = {n for n in names if self.engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT}
         self.dtypes = {n: _DTYPES[self.engine.get_tensor_dtype(n).name] for n in names}
+        self.profiles = [
+            {n: ShapeRange.of_profile(engine.get_tensor_profile_shape(n, i)) for n in self.inputs}
+            for i in range(engine.num_optimization_profiles)
+        ]
         self._rtx = RtxSettings(trt, self.engine, path) if hasattr(trt, "CudaGraphStrategy") else None
 
     @property
@@ -118,13 +146,13 @@ class RtxSettings:
 
 
 class TensorRTContext:
-    """Addresses and shapes are set once, on the first enqueue after a change everything is checked."""
+    """Remembers what is bound; the first enqueue after a change picks the profile and sets all of it."""
 
     def __init__(self, engine: TensorRTEngine, context: Any) -> None:
         self._engine = engine
         self._context = context
         self._bound: dict[str, Tensor] = {}
-        self._checked = False
+        self._set = False
 
     def bind(self, name: str, tensor: Tensor) -> None:
         """Gives an input or output its memory and its shape; raises EngineRejected where it does not fit."""
@@ -135,30 +163,56 @@ class TensorRTContext:
             raise EngineRejected(
                 f"{engine.path}: expected {name} as {expected}, got {tensor.dtype}: build again"
             )
-        if name in engine.inputs and not self._context.set_input_shape(name, tuple(tensor.shape)):
-            raise EngineRejected(
-                f"{engine.path}: expected {name} within the profile, got {tuple(tensor.shape)}: rebuild with "
-                "a larger --max-batch"
-            )
-        if not self._context.set_tensor_address(name, tensor.data_ptr()):
-            raise EngineRejected(f"{engine.path}: set_tensor_address failed for {name}: build again")
+        if name in engine.inputs:
+            self._check_shape(name, tuple(tensor.shape))
         self._bound[name] = tensor
-        self._checked = False
+        self._set = False
 
     def enqueue(self, stream: int) -> None:
-        """Runs on a stream; raises RuntimeError where TensorRT refuses."""
-        first = not self._checked
+        """Runs on a stream; raises EngineRejected or RuntimeError where TensorRT refuses."""
+        first = not self._set
         if first:
-            missing = self._engine.dtypes.keys() - self._bound.keys()
-            assert not missing, f"{self._engine.path.name}: {missing} not bound"
-            unresolved = self._context.infer_shapes()
-            if unresolved:
-                raise RuntimeError(f"{self._engine.path.name}: shapes of {unresolved} are not known")
-            self._checked = True
+            self._set_all(stream)
         if not self._context.execute_async_v3(stream):
             raise RuntimeError(f"{self._engine.path.name}: execute_async_v3 failed")
         if first:
             self._engine.keep_kernels()
+
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        ranges = dict.fromkeys(profile[name] for profile in self._engine.profiles)
+        if not any(known.holds(shape) for known in ranges):
+            raise EngineRejected(
+                f"{self._engine.path}: expected {name} of shape {' or '.join(map(str, ranges))}, "
+                f"got {'x'.join(map(str, shape))}: rebuild with a larger --max-batch"
+            )
+
+    def _set_all(self, stream: int) -> None:
+        """The profile comes first: setting it forgets the shapes."""
+        path, context = self._engine.path, self._context
+        missing = self._engine.dtypes.keys() - self._bound.keys()
+        assert not missing, f"{path.name}: {missing} not bound"
+        if not context.set_optimization_profile_async(self._profile(), stream):
+            raise EngineRejected(f"{path}: set_optimization_profile_async failed: build again")
+        for name, tensor in self._bound.items():
+            shape = tuple(tensor.shape)
+            if name in self._engine.inputs and not context.set_input_shape(name, shape):
+                raise EngineRejected(f"{path}: set_input_shape failed for {name} of {shape}: build again")
+            if not context.set_tensor_address(name, tensor.data_ptr()):
+                raise EngineRejected(f"{path}: set_tensor_address failed for {name}: build again")
+        unresolved = context.infer_shapes()
+        if unresolved:
+            raise RuntimeError(f"{path.name}: shapes of {unresolved} are not known")
+        self._set = True
+
+    def _profile(self) -> int:
+        """The first profile that holds all inputs together."""
+        shapes = {name: tuple(self._bound[name].shape) for name in self._engine.inputs}
+        for index, ranges in enumerate(self._engine.profiles):
+            if all(ranges[name].holds(shape) for name, shape in shapes.items()):
+                return index
+        raise EngineRejected(
+            f"{self._engine.path}: expected inputs of one profile, got {shapes}: bind the same number of rows"
+        )
 
 
 def load_all(

@@ -11,7 +11,8 @@ from stg_trt.errors import BackendUnavailable
 from stg_trt.system.files import LIBRARIES
 
 PLUGIN_NAMESPACE, PLUGIN_VERSION = "stg_trt", "1"
-_PLUGINS = LIBRARIES / "libstg_tensorrt_plugins.so"
+# The library of our plugins, where it was built.
+PLUGINS = LIBRARIES / "libstg_tensorrt_plugins.so"
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 # The oldest version and the newest major one with every call that is made here. TensorRT imports
 # RMSNormalization since 10.15, Attention since 10.14; all other calls are older.
@@ -48,7 +49,7 @@ def library_version(backend: str) -> str:
 
 def has_plugins() -> bool:
     """Whether the library of plugins was built."""
-    return _PLUGINS.exists()
+    return PLUGINS.exists()
 
 
 def load_plugins(backend: str) -> None:
@@ -58,16 +59,16 @@ def load_plugins(backend: str) -> None:
     """
     if not has_plugins():
         raise BackendUnavailable(
-            f"plugins: expected {_PLUGINS}, got no such file: run make plugins TENSORRT_ROOT=<folder>"
+            f"plugins: expected {PLUGINS}, got no such file: run make plugins TENSORRT_ROOT=<folder>"
         )
     trt = load_library(backend)
     if backend == "tensorrt-rtx":
         _check_unversioned_name(trt)
     registry = trt.get_plugin_registry()
     known = {(creator.plugin_namespace, creator.name) for creator in registry.all_creators_recursive}
-    if (PLUGIN_NAMESPACE, "QKNormRope") not in known and registry.load_library(str(_PLUGINS)) is None:
+    if (PLUGIN_NAMESPACE, "QKNormRope") not in known and registry.load_library(str(PLUGINS)) is None:
         raise BackendUnavailable(
-            f"plugins: expected plugins for {backend} {trt.__version__}, got {_PLUGINS}, which it refuses: "
+            f"plugins: expected plugins for {backend} {trt.__version__}, got {PLUGINS}, which it refuses: "
             "run make plugins again with the headers of that version"
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from stg_trt.errors import BackendUnavailable, EngineRejected, OutOfDeviceMemory
 _GIB = 1 << 30
 # CUDA's error 35. It also means that there is no driver at all.
 _OLD_DRIVER = re.compile(r"(?i)error:? ?35\b|driver version is insufficient")
-_OUT_OF_MEMORY = re.compile(r"(?i)out of ?memory|could not be allocated|insufficient memory")
+_OUT_OF_MEMORY = re.compile(r"(?i)out ?of ?memory|could not be allocated|insufficient memory")
 
 
 def error_log(trt: Any, listen: Callable[[str], None] = lambda message: None) -> Any:
@@ -57,7 +57,7 @@ def read_engine(trt: Any, backend: str, runtime: Any, path: Path, log: Any) -> A
     return engine
 
 
-def lacks_memory(errors: list[str]) -> bool:
+def lacks_memory(errors: Sequence[str]) -> bool:
     """Whether TensorRT gave up for want of GPU memory."""
     return any(map(_OUT_OF_MEMORY.search, errors))
 
@@ -70,7 +70,7 @@ def _opened(kind: Any, trt: Any, backend: str, log: Any) -> Any:
         raise _unavailable(trt, backend, log.errors or [str(error)]) from error
 
 
-def _why_not_loaded(trt: Any, backend: str, path: Path, size: int, errors: list[str]) -> StgTrtError:
+def _why_not_loaded(trt: Any, backend: str, path: Path, size: int, errors: Sequence[str]) -> StgTrtError:
     if any(map(_OLD_DRIVER.search, errors)):
         return _unavailable(trt, backend, errors)
     if lacks_memory(errors):
@@ -85,7 +85,7 @@ def _why_not_loaded(trt: Any, backend: str, path: Path, size: int, errors: list[
     )
 
 
-def _unavailable(trt: Any, backend: str, errors: list[str]) -> BackendUnavailable:
+def _unavailable(trt: Any, backend: str, errors: Sequence[str]) -> BackendUnavailable:
     if any(map(_OLD_DRIVER.search, errors)):
         return BackendUnavailable(
             f"{backend} {trt.__version__}: expected an NVIDIA driver that is new enough for its CUDA "

@@ -51,6 +51,21 @@ def plan_step(
     return StepPlan(passes, tuple(runs))
 
 
+def row_counts(segments: Sequence[Segment], segment: Segment, built: Perturbation) -> frozenset[int]:
+    """The rows per video that a step can run a segment with, for whatever passes and part of `built`.
+
+    One block at a time shows them all: before it the skip pass is the cond pass, after it both are computed.
+    """
+    if any(other.skipped for other in segments):
+        parts = [built]
+    else:
+        parts = [Perturbation(mode, (block,)) for mode in {built.mode, "stg-r"} for block in built.blocks]
+    plans = [plan_step(segments, GROUPS[1:2], None), plan_step(segments, GROUPS[:2], None)]
+    plans += [plan_step(segments, passes, part) for passes in (GROUPS[1:], GROUPS) for part in parts]
+    runs = (run for plan in plans for run in plan.runs)
+    return frozenset(len(run.groups) for run in runs if run.segment == segment)
+
+
 def full_plan(
     segments: Sequence[Segment], passes: tuple[str, ...], perturbation: Perturbation | None
 ) -> StepPlan:

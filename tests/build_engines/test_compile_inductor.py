@@ -18,7 +18,7 @@ from stg_trt.build_engines.compile_inductor import InductorCompiler
 from stg_trt.build_engines.compiler import Job
 from stg_trt.build_engines.options import BuildOptions
 from stg_trt.build_engines.reusable_files import ReusableFiles
-from stg_trt.build_engines.trace import fingerprint, trace, weights_of
+from stg_trt.build_engines.trace import trace
 from stg_trt.engines import cuda_toolkit
 from stg_trt.engines import manifest as manifests
 from stg_trt.engines.backends import backend_for
@@ -163,7 +163,7 @@ def test_a_segment_is_the_chain_of_its_pieces(case: FamilyCase, tmp_path: Path) 
                 results = part(*(state[name] for name in part.inputs))
                 state |= dict(zip(part.outputs, results, strict=True))
                 borders = family.inputs(piece, case.workload), family.outputs(piece, case.workload)
-                assert trace(piece.name, part, *borders, 6).graph_signature.parameters
+                assert trace(piece.name, part, *borders, 6).reads
         assert all(torch.equal(state[name], tensor) for name, tensor in wanted.items())
 
 
@@ -175,7 +175,7 @@ def test_pieces_trace_equally_where_only_their_weights_differ(ltx_checkpoint: Pa
     def traced(piece: Segment, transformer: Any, max_rows: int = 6) -> str:
         module = family.module(transformer, piece, expand_masks=False)
         specs = family.inputs(piece, workload), family.outputs(piece, workload)
-        return fingerprint(trace("x", module, *specs, max_rows))
+        return trace("x", module, *specs, max_rows).fingerprint
 
     transformer = checkpoint.load_transformer()
     first = traced(Segment("block", 0, 1), transformer)
@@ -191,9 +191,9 @@ def test_pieces_trace_equally_where_only_their_weights_differ(ltx_checkpoint: Pa
 
 def test_no_weight_becomes_part_of_a_package(tmp_path: Path) -> None:
     module = Foldable()
-    program = trace("x", module, (X,), (X,), 6)
-    weights = weights_of(program)
-    package = compile_package(program, tmp_path / "x.pt2", CPU)
+    traced = trace("x", module, (X,), (X,), 6)
+    weights = traced.weights_of(module)
+    package = compile_package(traced.program, tmp_path / "x.pt2", CPU)
     assert fused_attentions(package) == 0
     assert list(tmp_path.iterdir()) == [package]
     loader = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", True, 1, -1)
@@ -263,7 +263,7 @@ def test_what_inductor_refuses_is_told_in_one_line(tmp_path: Path, monkeypatch: 
         raise RuntimeError("no such\n\nkernel")
 
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", refuses)
-    program = trace("x", Foldable(), (X,), (X,), 6)
+    program = trace("x", Foldable(), (X,), (X,), 6).program
     with pytest.raises(GateMissed, match=r"^x: inductor cannot compile it: no such kernel$"):
         compile_package(program, tmp_path / "x.pt2", CPU)
     assert not list(tmp_path.iterdir())

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from stg_trt.build_engines import build
-from stg_trt.build_engines.compile_tensorrt import Cancelled, _compile, compile_tensorrt
+from stg_trt.build_engines.compile_tensorrt import Cancelled, build_engine, compile_tensorrt
 from stg_trt.build_engines.progress import Silent
+from stg_trt.build_engines.tensorrt_recipe import Recipe
 from stg_trt.engines import manifest as manifests
 from stg_trt.engines.key import digest
 from stg_trt.engines.manifest import Manifest, SegmentRecord
@@ -130,7 +131,7 @@ def test_manifests_say_all_and_files_are_what_they_say(builds: dict[str, list[Pa
                 check_file(folder / file.name, file)
             assert record.key == digest(record.facts)
             assert record.facts["target"] == target and record.facts["graph_sha256"] == record.graph_sha256
-            assert record.facts["rows"] == [1, opt.get(record.segment.name, 3), 3]
+            assert record.facts["profiles"] == [[1, opt.get(record.segment.name, 3), 3]]
             assert record.verification[0].relative_l2 <= 1e-4
             assert record.activation_bytes and record.flops and record.peak_bytes > 1 << 20
             assert record.seconds.keys() == {"reference", "export", "verify", "compile"}
@@ -240,23 +241,17 @@ def test_nothing_of_a_missed_gate_is_kept(one_block: Callable[[], list[Path]]) -
 
 
 @pytest.fixture
-def arguments(builds: dict[str, list[Path]], model: Path, tmp_path: Path) -> dict[str, Any]:
+def recipe(builds: dict[str, list[Path]], model: Path, tmp_path: Path) -> Recipe:
     """What compiles the whole model for one target, in a folder of its own."""
     folder = builds["twin"][0]
     graph = tmp_path / "normal.onnx"
     graph.write_bytes((folder / "onnx" / graph.name).read_bytes())
     record = manifests.load(folder).record("normal")
     assert record is not None and record.segment == cut("twin", 3, "stg-a", (1,))[0]
-    return {
-        "graph": graph,
-        "inputs": record.inputs,
-        "rows": (1, 2, 3),
-        "backend": BACKEND,
-        "target": "sm_120",
-    }
+    return Recipe(graph, record.inputs, ((1, 2, 3),), BACKEND, "sm_120")
 
 
-def test_an_event_cancels_the_compiler(arguments: dict[str, Any]) -> None:
+def test_an_event_cancels_the_compiler(recipe: Recipe) -> None:
     cancel = threading.Event()
     phases: list[str] = []
 
@@ -265,13 +260,13 @@ def test_an_event_cancels_the_compiler(arguments: dict[str, Any]) -> None:
         cancel.set()
 
     with pytest.raises(Cancelled):
-        _compile(load_library(BACKEND), **arguments, cancel=cancel, on_progress=begun)
+        build_engine(load_library(BACKEND), recipe, cancel, begun)
     assert phases
-    assert [path.name for path in arguments["graph"].parent.iterdir()] == ["normal.onnx"]
+    assert [path.name for path in recipe.graph.parent.iterdir()] == ["normal.onnx"]
 
 
 @pytest.mark.usefixtures("interrupts")
-def test_an_interrupt_stops_the_compiler_at_once(arguments: dict[str, Any]) -> None:
+def test_an_interrupt_stops_the_compiler_at_once(recipe: Recipe) -> None:
     interrupted = threading.Event()
 
     def interrupt(phase: str) -> None:
@@ -280,15 +275,15 @@ def test_an_interrupt_stops_the_compiler_at_once(arguments: dict[str, Any]) -> N
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        compile_tensorrt(**arguments, on_progress=interrupt)
+        compile_tensorrt(recipe, 6, interrupt)
     assert not [thread for thread in threading.enumerate() if thread.name == "interruptible"]
-    assert [path.name for path in arguments["graph"].parent.iterdir()] == ["normal.onnx"]
+    assert [path.name for path in recipe.graph.parent.iterdir()] == ["normal.onnx"]
 
 
-def test_a_graph_that_cannot_be_read_is_named(arguments: dict[str, Any]) -> None:
-    arguments["graph"].write_bytes(b"not a graph")
+def test_a_graph_that_cannot_be_read_is_named(recipe: Recipe) -> None:
+    recipe.graph.write_bytes(b"not a graph")
     with pytest.raises(GateMissed, match="normal: tensorrt-rtx cannot read the graph: "):
-        compile_tensorrt(**arguments, on_progress=lambda phase: None)
+        compile_tensorrt(recipe, 6, lambda phase: None)
 
 
 def test_random_weights_reach_the_engines(builds: dict[str, list[Path]], model: Path) -> None:

@@ -63,7 +63,7 @@ def test_plugins_that_a_build_cannot_use(
 
 
 def test_plugins_that_were_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt_library, "_PLUGINS", tmp_path / "none.so")
+    monkeypatch.setattr(tensorrt_library, "PLUGINS", tmp_path / "none.so")
     with pytest.raises(BackendUnavailable, match=r"plugins: expected .*, got no such file: run make plugins"):
         build(
             LTX.goldens,

@@ -10,13 +10,13 @@ import torch
 
 from stg_trt.engines import tensorrt
 from stg_trt.errors import BackendUnavailable, EngineRejected, OutOfDeviceMemory
-from tests.support.simulated_tensorrt import ALIGNMENT, SimulatedTensorRT
+from tests.support.simulated_tensorrt import ALIGNMENT, RuleBroken, SimulatedTensorRT
 from tests.support.tiny_graph import tensors, write_graph
 
 
 @pytest.fixture
 def sim(monkeypatch: pytest.MonkeyPatch) -> SimulatedTensorRT:
-    simulated = SimulatedTensorRT(max_rows=6)
+    simulated = SimulatedTensorRT((1, 6))
     monkeypatch.setattr(tensorrt, "load_library", lambda backend: simulated)
     monkeypatch.setattr(tensorrt, "_ALIGNMENT_BYTES", ALIGNMENT)
     monkeypatch.setattr(tensorrt.TensorRTEngine, "alignment", ALIGNMENT)
@@ -26,6 +26,53 @@ def sim(monkeypatch: pytest.MonkeyPatch) -> SimulatedTensorRT:
 def load(folder: Path) -> tensorrt.TensorRTEngine:
     path = write_graph(folder / "text.onnx")
     return tensorrt.load_all("tensorrt", {"text": [path]}, torch.device("cpu"))["text"]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_a_context_picks_the_profile_of_its_rows(sim: SimulatedTensorRT, tmp_path: Path, rows: int) -> None:
+    sim.profiles = ((1, 1), (2, 2), (3, 3))
+    context, bound = load(tmp_path).context(), tensors(rows)
+    for name, tensor in bound.items():
+        context.bind(name, tensor)
+    context.enqueue(1)
+    assert sim.profiles_used == [rows - 1]
+    assert bound["text"].abs().sum() > 0
+
+
+def test_other_rows_later_are_another_profile(sim: SimulatedTensorRT, tmp_path: Path) -> None:
+    sim.profiles = ((1, 1), (2, 2))
+    context = load(tmp_path).context()
+    for rows in (2, 1, 2):
+        bound = tensors(rows)
+        for name, tensor in bound.items():
+            context.bind(name, tensor)
+        context.enqueue(1)
+        context.enqueue(1)
+        assert bound["text"].abs().sum() > 0
+    assert sim.profiles_used == [1, 0, 1]
+
+
+def test_rows_that_no_profile_has(sim: SimulatedTensorRT, tmp_path: Path) -> None:
+    sim.profiles = ((1, 1), (2, 2), (4, 6))
+    with pytest.raises(
+        EngineRejected,
+        match="of shape 1x9x24 or 2x9x24 or 4x9x24 to 6x9x24, got 3x9x24: rebuild with a larger --max-batch",
+    ):
+        load(tmp_path).context().bind("prompt_embeds", tensors(3)["prompt_embeds"])
+
+
+def test_the_simulation_is_strict_about_profiles(sim: SimulatedTensorRT, tmp_path: Path) -> None:
+    sim.profiles = ((1, 1), (2, 2))
+    context = load(tmp_path).engine.create_execution_context("user managed")
+    with pytest.raises(RuleBroken, match="a shape was set before the profile"):
+        context.set_input_shape("prompt_embeds", (2, 9, 24))
+    assert context.set_optimization_profile_async(0, 1)
+    assert not context.set_input_shape("prompt_embeds", (2, 9, 24))
+    assert context.set_input_shape("prompt_embeds", (1, 9, 24))
+    assert context.set_optimization_profile_async(1, 1)
+    assert context.infer_shapes() == ["prompt_embeds"]
+    with pytest.raises(RuleBroken, match="no profile 2"):
+        context.set_optimization_profile_async(2, 1)
 
 
 def test_an_engine_is_mapped_and_not_copied(sim: SimulatedTensorRT, tmp_path: Path) -> None:

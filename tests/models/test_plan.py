@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.families.base import ModelFamily, load_class
 from stg_trt.models.perturbation import MODES, Perturbation
-from stg_trt.models.plan import GROUPS, SegmentRun, StepPlan, full_plan, plan_step
-from stg_trt.models.segment import TEXT, Segment, cut
+from stg_trt.models.plan import GROUPS, SegmentRun, StepPlan, full_plan, plan_step, row_counts
+from stg_trt.models.segment import LAYOUTS, TEXT, Segment, cut
 from stg_trt.models.workload import Workload
 from tests.support.family_cases import CASES, Published
 
@@ -29,6 +29,40 @@ def rows(plan: StepPlan) -> dict[str, tuple[str, ...]]:
 
 def only(run: SegmentRun) -> tuple[bool, bool, bool]:
     return run.fork, run.bypass, run.perturbed
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("blocks", [(2,), (0, 3), (1, 2, 4)], ids=str)
+def test_row_counts_are_those_of_every_plan(layout: str, mode: str, blocks: tuple[int, ...]) -> None:
+    segments = cut(layout, NUM_BLOCKS, mode, blocks)
+    built = Perturbation(mode, blocks)
+    parts = [
+        Perturbation(part_mode, part)
+        for part_mode in {mode, "stg-r"}
+        for size in range(1, len(blocks) + 1)
+        for part in combinations(blocks, size)
+    ]
+    plans = [plan_step(segments, passes, None) for passes in (("cond",), UNCOND_COND)]
+    for passes in (COND_SKIP, GROUPS):
+        plans += [plan_step(segments, passes, part) for part in ([built] if layout == "twin" else parts)]
+    for segment in segments:
+        counts = {len(run.groups) for plan in plans for run in plan.runs if run.segment == segment}
+        assert row_counts(segments, segment, built) == counts
+
+
+def test_row_counts_by_hand() -> None:
+    front, block, back = cut("segmented", 6, "stg-r", (2,))
+    built = Perturbation("stg-r", (2,))
+    counts = [row_counts((front, block, back), segment, built) for segment in (front, block, back)]
+    # The skip row passes the block by, and is there behind it.
+    assert counts == [{1, 2}, {1, 2}, {1, 2, 3}]
+    normal, skipped = cut("twin", 6, "stg-a", (2,))
+    built = Perturbation("stg-a", (2,))
+    assert row_counts((normal, skipped), normal, built) == {1, 2}
+    assert row_counts((normal, skipped), skipped, built) == {1}
+    (alone,) = cut("segmented", 6, "stg-a", ())
+    assert row_counts((alone,), alone, Perturbation("stg-a", ())) == {1, 2}
 
 
 def test_stg_r_by_hand() -> None:

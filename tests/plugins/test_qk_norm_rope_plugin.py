@@ -98,7 +98,7 @@ import sys
 from pathlib import Path
 from stg_trt.engines import tensorrt_library
 from stg_trt.cli.main import main
-tensorrt_library._PLUGINS = Path(sys.argv.pop(1))
+tensorrt_library.PLUGINS = Path(sys.argv.pop(1))
 main()
 """
 

@@ -38,7 +38,7 @@ class TensorIOMode(enum.Enum):
 
 
 class SimulatedTensorRT:
-    """Takes the place of the imported module; `max_rows` is the profile's upper end."""
+    """Takes the place of the imported module; `profiles` are (min, max) rows of every engine."""
 
     __version__ = "11.0.0"
     TensorIOMode = TensorIOMode
@@ -50,12 +50,13 @@ class SimulatedTensorRT:
         def log(self, severity: int, message: str) -> None:
             raise NotImplementedError
 
-    def __init__(self, max_rows: int) -> None:
-        self.max_rows = max_rows
+    def __init__(self, *profiles: tuple[int, int]) -> None:
+        self.profiles = profiles
         self.failing: set[str] = set()
         self.says: list[str] = []
         """What the library's log is told before a call fails."""
         self.executions = 0
+        self.profiles_used: list[int] = []
         self.graph: SimulatedGraph | None = None
         self.capturing = False
 
@@ -64,6 +65,9 @@ class SimulatedTensorRT:
             self.tell(logger)
             raise TypeError("pybind11::init(): factory function returned nullptr")
         return _Runtime(self, logger)
+
+    def load(self, plan: bytes) -> Any:
+        return _Engine(self, plan)
 
     def tell(self, logger: Any) -> None:
         """Writes why a call fails to its log."""
@@ -78,8 +82,8 @@ class SimulatedTensorRTRtx(SimulatedTensorRT):
     CudaGraphStrategy = SimpleNamespace(DISABLED="disabled")
     DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
 
-    def __init__(self, max_rows: int, gpu: str = "a") -> None:
-        super().__init__(max_rows)
+    def __init__(self, *profiles: tuple[int, int], gpu: str = "a") -> None:
+        super().__init__(*profiles)
         self.gpu = gpu
         self.compilations = 0
 
@@ -128,7 +132,7 @@ class _Runtime:
         if "deserialize_cuda_engine" in self.sim.failing:
             self.sim.tell(self.logger)
             return None
-        return _Engine(self.sim, bytes(plan))
+        return self.sim.load(bytes(plan))
 
 
 class _Engine:
@@ -141,6 +145,7 @@ class _Engine:
         nodes += [(n, TensorIOMode.OUTPUT) for n in self.session.get_outputs()]
         self.nodes = {node.name: (node, mode) for node, mode in nodes}
         self.num_io_tensors = len(nodes)
+        self.num_optimization_profiles = len(sim.profiles)
         self.cache: _RuntimeCache | None = None
 
     def get_tensor_name(self, index: int) -> str:
@@ -152,6 +157,13 @@ class _Engine:
 
     def get_tensor_dtype(self, name: str) -> Any:
         return SimpleNamespace(name=_NAMES[self.nodes[name][0].type])
+
+    def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
+        low, high = self.sim.profiles[profile]
+        return [self._with_rows(name, rows) for rows in (low, high, high)]
+
+    def _with_rows(self, name: str, rows: int) -> tuple[int, ...]:
+        return tuple(rows if isinstance(dim, str) else dim for dim in self.nodes[name][0].shape)
 
     def create_execution_context(self, strategy: Any) -> Any:
         if self.sim.capturing:
@@ -188,6 +200,7 @@ class _Context:
         self.sim = engine.sim
         self.addresses: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.profile: int | None = None
         self.memory: tuple[int, int] | None = None
         self.enqueues_since_change = 0
         self.graph: SimulatedGraph | None = None
@@ -197,11 +210,25 @@ class _Context:
             raise RuleBroken("device memory too small or not aligned")
         self.memory = (address, size)
 
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        if stream == 0:
+            raise RuleBroken("the default stream synchronises the device")
+        if "set_optimization_profile_async" in self.sim.failing:
+            return False
+        if not 0 <= index < len(self.sim.profiles):
+            raise RuleBroken(f"no profile {index}")
+        self._changed()
+        self.profile = index
+        self.sim.profiles_used.append(index)
+        self.shapes = {}
+        return True
+
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        declared = self.engine.nodes[name][0].shape
-        fits = len(declared) == len(shape) and all(
-            1 <= got <= self.sim.max_rows if isinstance(wanted, str) else got == wanted
-            for wanted, got in zip(declared, shape, strict=True)
+        if self.profile is None:
+            raise RuleBroken("a shape was set before the profile, which forgets it")
+        low, _, high = self.engine.get_tensor_profile_shape(name, self.profile)
+        fits = len(low) == len(shape) and all(
+            least <= got <= most for least, got, most in zip(low, shape, high, strict=True)
         )
         if "set_input_shape" in self.sim.failing or not fits:
             return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,19 @@ def write_graph(path: Path, scale: float = 1.0) -> Path:
         ),
         [numpy_helper.from_array(weight, "weight")],
     )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)]), path)
+    return path
+
+
+def write_attentions(path: Path, count: int) -> Path:
+    """Self-attentions, one after the other."""
+    names = [INPUT.name, *(f"attended_{place}" for place in range(1, count)), OUTPUT.name]
+    nodes = [
+        helper.make_node("Attention", [read] * 3, [written], f"node_{written}", q_num_heads=3, kv_num_heads=3)
+        for read, written in pairwise(names)
+    ]
+    ends = (helper.make_tensor_value_info(name, TensorProto.FLOAT, INPUT.shape) for name in names[::count])
+    graph = helper.make_graph(nodes, path.stem, *([end] for end in ends))
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)]), path)
     return path
 

@@ -1,0 +1,118 @@
+"""What decides the program of a piece, read from its module: equal pieces need one trace between them.
+
+Blocks of a model mostly differ in the values of their weights alone, and these are no part of a program.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import BuiltinFunctionType, FunctionType, NoneType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stg_trt.models.families.base import SegmentModule
+from stg_trt.models.segment import Segment
+from stg_trt.models.tensor_spec import TensorSpec
+
+_PLAIN = (NoneType, bool, int, float, str, bytes, torch.dtype, torch.device, enum.Enum)
+_NAMED = (type, FunctionType, BuiltinFunctionType)
+_CONTENTS = frozenset({"_parameters", "_buffers", "_modules"})
+
+
+@dataclass(frozen=True)
+class PieceKey:
+    """Pieces with equal keys have one program: same code, configuration, borders, and shapes of weights.
+
+    Block numbers do not count: a segment's module reads them only to find the block.
+    """
+
+    module: Hashable
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    max_rows: int
+
+    @classmethod
+    def of(
+        cls, module: SegmentModule, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec], max_rows: int
+    ) -> PieceKey:
+        """The key of a piece as it is now; a change of the module afterwards is not seen."""
+        return cls(_Reader().module(module), tuple(inputs), tuple(outputs), max_rows)
+
+
+class _Reader:
+    """Turns one module into nested tuples; what it does not know is equal to nothing else."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[int, int] = {}
+        self._open: set[int] = set()
+
+    def module(self, module: nn.Module) -> Hashable:
+        """Its class, attributes, weights and submodules, in the order they are registered."""
+        attributes = {name: value for name, value in vars(module).items() if name not in _CONTENTS}
+        weights = (*module._parameters.items(), *module._buffers.items())
+        children = [
+            # Blocks are filed under their numbers; what counts is which of the piece's blocks it is.
+            (place if name.isdigit() else name, None if child is None else self.module(child))
+            for place, (name, child) in enumerate(module._modules.items())
+        ]
+        return (
+            type(module),
+            self._value(attributes),
+            tuple((name, None if weight is None else self._weight(weight)) for name, weight in weights),
+            tuple(children),
+        )
+
+    def _weight(self, weight: Tensor) -> Hashable:
+        """Shape and dtype, and which weight it is, since two names may share one."""
+        place = self._tensors.setdefault(id(weight), len(self._tensors))
+        return tuple(weight.shape), weight.dtype, place
+
+    def _value(self, value: Any) -> Hashable:
+        if isinstance(value, Segment):
+            return _from_zero(value)
+        if isinstance(value, _PLAIN):
+            # The type too: True, 1 and 1.0 are equal, and a program may treat them differently.
+            return type(value), value
+        if isinstance(value, _NAMED):
+            return value
+        if isinstance(value, Tensor | nn.Module) or id(value) in self._open:
+            return _unique()
+        self._open.add(id(value))
+        try:
+            return self._container(value)
+        finally:
+            self._open.discard(id(value))
+
+    def _container(self, value: Any) -> Hashable:
+        if isinstance(value, Mapping):
+            return type(value), tuple((self._value(key), self._value(item)) for key, item in value.items())
+        if isinstance(value, Sequence):
+            return type(value), tuple(map(self._value, value))
+        if isinstance(value, set | frozenset):
+            return type(value), frozenset(map(self._value, value))
+        return self._object(value)
+
+    def _object(self, value: Any) -> Hashable:
+        """What a copy of it would be made from, which its class alone knows."""
+        try:
+            parts = value.__reduce_ex__(2)
+        except TypeError:
+            return _unique()
+        return type(value), self._value(parts)
+
+
+def _from_zero(segment: Segment) -> Segment:
+    """The segment with its blocks numbered from 0, and without its name."""
+    skipped = segment.skipped
+    if skipped is not None:
+        skipped = replace(skipped, blocks=tuple(block - segment.start for block in skipped.blocks))
+    return replace(segment, name="", start=0, stop=len(segment.blocks), skipped=skipped)
+
+
+def _unique() -> Hashable:
+    """Equal to itself alone, so that a piece with it is never taken for another."""
+    return object()
