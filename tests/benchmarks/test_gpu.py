@@ -242,9 +242,7 @@ def test_a_run_ends_with_a_report(
 
 def test_without_the_tree_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "IN_PLACE", tmp_path)
-    with pytest.raises(
-        InvalidRequest, match=r"gpu: expected the package in .*, got none: run make"
-    ):
+    with pytest.raises(InvalidRequest, match=r"gpu: expected the package in .*, got none: run make"):
         bench_gpu(tmp_path, 1, REHEARSAL, None, None)
 
 

@@ -129,9 +129,7 @@ def test_one_of_two_parts_of_a_stage_can_be_chosen(tmp_path: Path) -> None:
 
 
 def test_a_backend_of_another_device(tmp_path: Path) -> None:
-    with pytest.raises(
-        InvalidRequest, match="backend: expected one that runs on cpu, got tensorrt"
-    ):
+    with pytest.raises(InvalidRequest, match="backend: expected one that runs on cpu, got tensorrt"):
         plan_stages(REHEARSAL, tmp_path, tmp_path, "tensorrt")
 
 
