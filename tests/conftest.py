@@ -6,6 +6,7 @@ import gc
 import hashlib
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +38,7 @@ LONGEST_FIRST = (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
+_KEPT_S = 24 * 3600
 _BUILD_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 BuiltOnce = Callable[[str, Callable[[Path], object]], Path]
@@ -92,7 +94,8 @@ def built_once(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Co
     if pytestconfig.pluginmanager.hasplugin("cacheprovider"):
         shared = Path(pytestconfig.cache.mkdir("built")) / _digest_of_sources()
         for outdated in shared.parent.iterdir():
-            if outdated != shared:
+            # Not one that another run may be using at this moment.
+            if outdated != shared and outdated.stat().st_mtime < time.time() - _KEPT_S:
                 shutil.rmtree(outdated, ignore_errors=True)
         shared.mkdir(exist_ok=True)
     else:
