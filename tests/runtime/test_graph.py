@@ -23,7 +23,7 @@ from tests.support.simulated_cuda import RuleBroken, SimulatedCuda, SimulatedGpu
 
 SEGMENTS = ("front", "block_1", "mid_2_2", "block_3", "back")
 # Block 1 takes the skip rows from a copy of cond's, block 3 is passed by.
-STG_R = {"stg_scale": 1.0, "stg_blocks": [1, 3], "stg_mode": "stg-r"}
+STG_R: dict[str, Any] = {"stg_scale": 1.0, "stg_blocks": [1, 3], "stg_mode": "stg-r"}
 ONE_STEP = (
     *("fan_out", "front", "copy_rows", "block_1", "copy_rows", "mid_2_2", "block_3", "copy_rows", "back"),
     "guided_step",
