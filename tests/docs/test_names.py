@@ -13,6 +13,8 @@ import typer.main
 
 from stg_trt import VideoPipeline, build, errors
 from stg_trt.build_engines.command import build as build_command
+from stg_trt.build_engines.verify_command import verify as verify_command
+from stg_trt.cli.inspect import inspect as inspect_command
 from stg_trt.cli.main import _application
 from stg_trt.models.checkpoint import Checkpoint, published
 from stg_trt.models.families.base import ModelFamily
@@ -76,6 +78,13 @@ def test_every_option_of_generate_is_explained() -> None:
         if not named("docs/guidance.md", name, f"--{name.replace('_', '-')}")
     ]
     assert missing == []
+
+
+@pytest.mark.parametrize("command", [inspect_command, verify_command], ids=lambda f: f.__name__)
+def test_every_option_of_inspect_and_verify_is_explained(command: Callable[..., Any]) -> None:
+    named_otherwise = {"engines": "ENGINES", "as_json": "--json"}
+    names = [named_otherwise.get(name, f"--{name.replace('_', '-')}") for name in parameters(command)]
+    assert [name for name in names if name != "ENGINES" and not named("docs/building-engines.md", name)] == []
 
 
 def test_every_command_is_shown() -> None:
