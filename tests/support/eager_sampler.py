@@ -11,6 +11,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from stg_trt.engines.manifest import Manifest
+from stg_trt.guidance.options import GuidanceOptions
+from stg_trt.guidance.resolved import OFF
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.segment import TEXT, cut
@@ -47,7 +49,9 @@ def steps_of(
     **scales: Any,
 ) -> Iterator[SampledStep]:
     """A run from the same noise every time, with CFG unless `guidance_scale` is given."""
-    guidance = Guidance.for_steps([0.0] * STEPS, **{"guidance_scale": 3.0, **scales})
+    guidance = Guidance.for_steps(
+        [0.0] * STEPS, GuidanceOptions(**{"guidance_scale": 3.0, **scales}).resolve(OFF)
+    )
     solver = SolverTable.from_scheduler(FlowMatchEulerDiscreteScheduler(), STEPS)
     texts = cond or case.text(videos, seed=1), case.text(videos, seed=2)
     return sampler.steps(case.latents(videos), *texts, guidance, solver, frame_rate)
