@@ -1,4 +1,4 @@
-"""A run's static memory: rows at the engines' borders, the table of per-step values, latents and history.
+"""A run's static memory: rows at the engines' borders, latents, history, and the table of per-step values.
 
 All of it is allocated here, before the first step, at addresses that engines and captured graphs keep.
 """
@@ -16,8 +16,7 @@ from stg_trt.guidance.tables import Guidance
 from stg_trt.models.plan import GROUPS
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import TensorSpec
-
-_SCALARS = ("timestep", "input_scale", "cfg_scale", "stg_scale", "rescale", "latents_factor", "pred_factor")
+from stg_trt.runtime.table import StepTable
 
 
 class StepBuffers:
@@ -72,72 +71,6 @@ def find_ping_pong(
     return frozenset(
         name for segment in segments for name in set(borders(segment)[0]) & set(borders(segment)[1])
     )
-
-
-class StepTable:
-    """Per-step values for up to `capacity` steps; `counter`, on the device too, is the step to run next.
-
-    So N steps are N runs of the same work, with nothing copied from the host in between, and one captured
-    graph serves them all. A single step is x' = latents_factor*x + pred_factor*pred; the others use the rows
-    x' = initial_factor*x_T + sum_j history_factors_j*history_j, whose history is `slots` tensors: the
-    predictions of `capacity` steps, then `noises` of noise.
-    """
-
-    def __init__(self, capacity: int, device: torch.device, noises: int = 0) -> None:
-        self.capacity = capacity
-        self.slots = capacity + noises
-        self.counter = torch.zeros(1, dtype=torch.int64, device=device)
-        self._scalars = torch.zeros(len(_SCALARS), capacity, device=device)
-        self._initial_factor = torch.zeros(capacity, device=device)
-        self._history_factors = torch.zeros(capacity, self.slots, device=device)
-
-    def load(self, guidance: Guidance, solver: SolverTable) -> None:
-        """Writes the tables of a run and starts at step 0."""
-        steps = len(guidance.cfg_scale)
-        pairs = [pair or (0.0, 0.0) for pair in solver.single_step[:steps]]
-        columns: Sequence[Sequence[float]] = (
-            solver.timesteps[:steps],
-            solver.input_scale[:steps],
-            guidance.cfg_scale,
-            guidance.stg_scale,
-            guidance.rescale,
-            [a for a, _ in pairs],
-            [b for _, b in pairs],
-        )
-        self._scalars[:, :steps].copy_(torch.tensor(columns))
-        self._initial_factor[:steps].copy_(solver.a[:steps])
-        self._history_factors[:steps, :steps].copy_(solver.b[:steps, :steps])
-        used = solver.used_draws(steps)
-        of_noise = self._history_factors[:steps, self.capacity :]
-        of_noise[:, : len(used)].copy_(solver.c[:steps, list(used)])
-        of_noise[:, len(used) :].zero_()
-        self.go_to(0)
-
-    def now(self, name: str) -> Tensor:
-        """A value of the current step, of shape (1,)."""
-        return self._scalars[_SCALARS.index(name)].index_select(0, self.counter)
-
-    def history_now(self) -> tuple[Tensor, Tensor]:
-        """The current step's factors of x_T (1,) and of the history (slots,)."""
-        initial = self._initial_factor.index_select(0, self.counter)
-        return initial, self._history_factors.index_select(0, self.counter)[0]
-
-    def device_values(self, *names: str) -> dict[str, Tensor]:
-        """The tables that a kernel reads, by name, at their fixed addresses."""
-        tables = {
-            **dict(zip(_SCALARS, self._scalars, strict=True)),
-            "initial_factor": self._initial_factor,
-            "history_factors": self._history_factors,
-        }
-        return {name: tables[name] for name in names}
-
-    def go_to(self, step: int) -> None:
-        """Makes `step` the next one."""
-        self.counter.fill_(step)
-
-    def advance(self) -> None:
-        """To the next step."""
-        self.counter.add_(1)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
+import gc
 import re
 import signal
 import sys
@@ -69,6 +71,8 @@ def _new_app(**options: Any) -> typer.Typer:
 
 
 def _run(application: Callable[[], typer.Typer]) -> None:
+    # Python looks for garbage once more when it exits: two seconds among the objects that an export leaves.
+    atexit.register(gc.freeze)
     interrupts = _record_interrupts()
     # Imported late: until here, an interrupt would show a traceback.
     import typer

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _CHUNK_BYTES = 16 << 20
+_NOTES = ("_diffusers_version", "_name_or_path")
 
 
 def published() -> tuple[str, ...]:
@@ -150,8 +151,12 @@ class Checkpoint:
             self._check_weights(self._empty_transformer().state_dict())
 
     def fingerprint(self) -> str:
-        """SHA-256 of the transformer's configuration and weight files."""
-        digest = hashlib.sha256(json.dumps(self.transformer_config, sort_keys=True).encode())
+        """SHA-256 of the transformer's configuration and weight files.
+
+        Not of what diffusers notes in the configuration when it saves it: its release, and where from.
+        """
+        facts = {name: value for name, value in self.transformer_config.items() if name not in _NOTES}
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         if self.folder is None:
             return f"random-{digest.hexdigest()}"
         for path in self._weight_files():

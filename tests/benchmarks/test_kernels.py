@@ -37,7 +37,8 @@ def test_counts_the_bytes_of_every_pass_over_the_rows(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "kernels.json").read_text())["kernels"]
     assert {row["name"]: row["bytes"] for row in rows} == {
         "fan_out_rows": (1 + 3) * 4 * 1000,
-        "qk_norm_rope": (4 + 2) * 4 * 2048,
+        # q and k are read and written; the two tables hold each pair of channels once.
+        "qk_norm_rope": (4 + 2 / 2) * 4 * 2048,
         "guided_step": (2 * 3 + 2) * 4 * 1000,
         "guided_step, no rescale": (3 + 2) * 4 * 1000,
         "guided_step, CFG-Zero*": (2 * 3 + 2 + 2) * 4 * 1000,

@@ -83,7 +83,7 @@ IN_GUIDANCE = (
         "stg_trt/guidance/solver.py",
         "for j in range(step + 1):",
         "for j in range(step):",
-        (f"{_SOLVER}::test_two_term_and_full_rows_agree",),
+        (f"{_SOLVER}::test_single_step_and_full_rows_agree",),
     ),
     Mistake(
         "an inverted schedule counts its noise the wrong way",

@@ -62,8 +62,8 @@ IN_RUNTIME = (
     Mistake(
         "latents before a step with a history may be replaced",
         "runtime/sampler.py",
-        "for pair in solver.two_term[step + 1 :])",
-        "for pair in solver.two_term[step + 2 :])",
+        "for pair in solver.single_step[step + 1 :])",
+        "for pair in solver.single_step[step + 2 :])",
         (f"{_SAMPLER}::test_a_solver_with_history_refuses_other_latents",),
     ),
     Mistake(
@@ -132,8 +132,8 @@ IN_RUNTIME = (
     Mistake(
         "a step is specialised on the wrong steps' solver",
         "runtime/step.py",
-        "solver.two_term[step] is not None,",
-        "solver.two_term[0] is not None,",
+        "solver.single_step[step] is not None,",
+        "solver.single_step[0] is not None,",
         (f"{_SAMPLER}::test_a_solver_with_history_steps_as_diffusers_does",),
     ),
     Mistake(
