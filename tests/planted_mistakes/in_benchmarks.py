@@ -95,14 +95,14 @@ IN_BENCHMARKS = (
     ),
     Mistake(
         "a part's children live on",
-        "benchmarks/gpu.py",
+        "benchmarks/part_process.py",
         "for signum in (signal.SIGINT, signal.SIGKILL):",
         "for signum in (signal.SIGINT,):",
         ("tests/benchmarks/test_gpu.py::test_a_part_takes_its_children_with_it",),
     ),
     Mistake(
         "a failed part is told as done",
-        "benchmarks/gpu.py",
+        "benchmarks/part_process.py",
         'ended = "done" if status == 0 else',
         'ended = "done" if status >= 0 else',
         ("tests/benchmarks/test_gpu.py::test_a_failure_and_a_cut_do_not_stop_the_others",),

@@ -38,7 +38,7 @@ IN_GUIDANCE = (
     ),
     Mistake(
         "a step on an edge takes the next bin",
-        "stg_trt/guidance/presets.py",
+        "stg_trt/guidance/bins.py",
         "(edges <= torch.tensor(sigma, dtype=torch.float32))",
         "(edges < torch.tensor(sigma, dtype=torch.float32))",
         (f"{_TABLES}::test_a_step_takes_the_first_bin_at_or_below_it_else_the_last",),

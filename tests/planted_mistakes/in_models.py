@@ -60,7 +60,7 @@ IN_MODELS = (
     Mistake(
         "the fingerprint leaves the configuration out",
         "stg_trt/models/checkpoint.py",
-        "hashlib.sha256(json.dumps(self.transformer_config, sort_keys=True).encode())",
+        "hashlib.sha256(json.dumps(facts, sort_keys=True).encode())",
         "hashlib.sha256()",
         (f"{_CHECKPOINT}::test_fingerprints_tell_configurations_apart",),
     ),
@@ -81,15 +81,15 @@ IN_MODELS = (
     Mistake(
         "the videos of a prompt do not lie next to each other",
         "stg_trt/models/text.py",
-        "tensor.repeat_interleave(times, 0)",
-        "torch.cat([tensor] * times)",
+        "self.embeds.repeat_interleave(times, 0)",
+        "torch.cat([self.embeds] * times)",
         ("tests/runtime/test_prompts.py::test_embeddings_are_padded_and_repeated",),
     ),
     Mistake(
         "the rotary embedding turns the other way",
         "stg_trt/models/families/dit.py",
-        "torch.stack([-imaginary, real], dim=-1)",
-        "torch.stack([imaginary, -real], dim=-1)",
+        "a * cos - b * sin, b * cos + a * sin",
+        "a * cos + b * sin, b * cos - a * sin",
         (f"{_FAMILIES}::test_the_cut_chain_is_the_uncut_model",),
     ),
     Mistake(

@@ -27,14 +27,14 @@ IN_RUNTIME = (
     Mistake(
         "the counter is not put back after a warm-up",
         "runtime/state.py",
-        "        self.table.counter.copy_(saved[1])\n",
+        "        self.table.counter.copy_(saved.counter)\n",
         "",
         (f"{_TENSORRT}::test_one_graph_per_guidance_state",),
     ),
     Mistake(
         "a run begins at the step where the last one stopped",
         "runtime/table.py",
-        "        self.counter.zero_()\n",
+        "        self.go_to(0)\n",
         "",
         (f"{_SAMPLER}::test_a_run_that_is_left_leaves_nothing_behind",),
     ),
@@ -54,9 +54,9 @@ IN_RUNTIME = (
     ),
     Mistake(
         "memory of another number of videos is used again",
-        "runtime/sampler.py",
-        "            or state.buffers.videos != len(latents)\n",
-        "",
+        "runtime/state.py",
+        "            self.buffers.videos == size.videos\n",
+        "            self.buffers.videos >= size.videos\n",
         (f"{_SAMPLER}::test_calls_with_other_numbers_of_videos_may_follow_each_other",),
     ),
     Mistake(
@@ -76,8 +76,8 @@ IN_RUNTIME = (
     Mistake(
         "a segment overwrites what it reads",
         "runtime/bound_plan.py",
-        "self._side.get(name, 0) + (name in inputs)",
-        "self._side.get(name, 0)",
+        "self._turns.get(name, 0) + (name in inputs)",
+        "self._turns.get(name, 0)",
         (f"{_FAMILIES}::test_a_step_without_stg",),
     ),
     Mistake(
@@ -118,20 +118,20 @@ IN_RUNTIME = (
     Mistake(
         "a replay is not compared with the plain run",
         "runtime/graph.py",
-        "float(difference) > _MAX_RELATIVE:",
-        "float(difference) > 1e9:",
+        "if not distance <= _MAX_RELATIVE:",
+        "if not distance <= 1e9:",
         (_TENSORRT,),
     ),
     Mistake(
         "a failed capture is not said aloud",
         "runtime/graph.py",
-        'warnings.warn(f"CUDA graph: capture failed, steps run without one: {error}", stacklevel=2)',
-        "del error",
+        'warnings.warn(f"CUDA graph: {message}", stacklevel=4)',
+        "del message",
         (f"{_TENSORRT}::test_failed_capture_falls_back_aloud",),
     ),
     Mistake(
         "a step is specialised on the wrong steps' solver",
-        "runtime/step.py",
+        "runtime/step_key.py",
         "solver.single_step[step] is not None,",
         "solver.single_step[0] is not None,",
         (f"{_SAMPLER}::test_a_solver_with_history_steps_as_diffusers_does",),
@@ -145,7 +145,7 @@ IN_RUNTIME = (
     ),
     Mistake(
         "a preset's last steps are run too",
-        "runtime/pipeline.py",
+        "runtime/schedule.py",
         "len(solver.timesteps) - (preset.drop_last if preset else 0)",
         "len(solver.timesteps)",
         (f"{_SAMPLER}::test_presets_run_their_steps_with_their_scales",),
@@ -202,7 +202,7 @@ IN_RUNTIME = (
     Mistake(
         "the kernel never rescales",
         "runtime/kernels/guided_step.py",
-        "            rescaled=rescaled,\n",
+        "            rescaled=key.rescaled,\n",
         "            rescaled=False,\n",
         ("tests/plugins/test_guided_step.py::test_kernel_equals_the_reference",),
     ),
