@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEMO_STAMP := $(VENV)/.demo-installed
 
 .PHONY: demo test quick mistakes test-torch lint lint-proof wheel in-place kernels plugins bench-gpu clean
 
-demo: $(STAMP)
+demo: $(DEMO_STAMP)
 	$(BIN)/python -m examples.moving_shapes.demo --output demo
 
 # Two processes, a file of tests in each at a time; one thread in each, so that they leave each other a core.
@@ -61,11 +62,16 @@ in-place:
 	ln -s $(addprefix $(CURDIR)/,$(wildcard stg_trt/*) build_engines runtime benchmarks) $(IN_PLACE)/stg_trt/
 	ln -s $(CURDIR)/tests $(CURDIR)/examples $(IN_PLACE)/
 
-$(STAMP): pyproject.toml constraints.txt
+# The demo needs the package alone; everything else also the tools for development.
+$(DEMO_STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	# torch first: asked for alone, the pinned version resolves to the CPU build where one is offered.
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt --editable .
+	touch $@
+
+$(STAMP): $(DEMO_STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt --editable '.[dev]'
 	touch $@
 

@@ -1,4 +1,4 @@
-"""Engines in both layouts, the same prompts with CFG and with CFG+STG, and what each step costs."""
+"""Builds engines of the small model and samples the same prompts and noise under four guidance settings."""
 
 from __future__ import annotations
 
@@ -6,26 +6,28 @@ import argparse
 import os
 import platform
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 import transformers
-from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from stg_trt import VideoPipeline, build
 from stg_trt.build_engines.display import BuildDisplay
-from stg_trt.cli.inspect import describe
-from stg_trt.engines.store import EngineStore
+from stg_trt.engines.manifest import Manifest, load
 from stg_trt.runtime.video_file import save_video
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
+from .results import CHECKPOINT, load_evaluation
+from .settings import BLOCK, SHOWN, Setting, passes_per_step
+from .sheet import Column, draw_sheet
+
 PROMPTS = (
     "a red circle moving left",
     "a green square moving up",
@@ -34,7 +36,6 @@ PROMPTS = (
 )
 SIZE = 48
 NUM_FRAMES = 9
-STG_BLOCK = 5
 STEPS = 20
 FRAME_RATE = 25.0
 # Played slower than it was made, so that nine frames can be seen.
@@ -42,18 +43,17 @@ PLAYED_FRAME_RATE = 8.0
 
 
 @dataclass
-class Setting:
-    """One column of the contact sheet."""
+class Run:
+    """The clips of one setting, one per prompt, and the milliseconds of its steps."""
 
-    name: str
-    layout: str
-    stg_scale: float
-    frames: Any = None
+    setting: Setting
+    passes: float
+    clips: list[Any] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
 
 
 def main() -> None:
-    """Builds, generates, and writes videos, a contact sheet and a table."""
+    """Builds, generates, and writes videos, a contact sheet and a table of costs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("demo"))
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
@@ -62,71 +62,67 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     options.output.mkdir(parents=True, exist_ok=True)
     engines = options.output / "engines"
-    build_layouts(options.checkpoint, engines)
-    settings = (
-        Setting("CFG", "segmented", 0.0),
-        Setting("CFG + STG twin", "twin", 1.0),
-        Setting("CFG + STG segmented", "segmented", 1.0),
-    )
-    generate(settings, options.checkpoint, engines)
-    save(settings, options.output)
-    print_costs(settings, EngineStore.open(engines))
+    manifest = build_engines(options.checkpoint, engines)
+    pipeline = VideoPipeline.from_pretrained(options.checkpoint, engines=engines, layout="segmented")
+    runs = [Run(setting, passes_per_step(setting, manifest)) for setting in SHOWN]
+    generate(pipeline, runs)
+    save(runs, options.output, load_evaluation(options.checkpoint))
+    print_costs(runs)
     Console().print(f"Videos and contact_sheet.png are in {options.output}")
 
 
-def build_layouts(checkpoint: Path, engines: Path) -> None:
-    """The twin and the segmented engines of the same model."""
-    for layout in ("segmented", "twin"):
-        with BuildDisplay() as display:
-            build(
-                checkpoint,
-                engines,
-                height=SIZE,
-                width=SIZE,
-                num_frames=NUM_FRAMES,
-                text_length=16,
-                stg_blocks=[STG_BLOCK],
-                stg_mode="stg-a",
-                layout=layout,
-                progress=display,
-            )
+def build_engines(checkpoint: Path, engines: Path) -> Manifest:
+    """Segmented engines, in which the shown settings can perturb their block."""
+    with BuildDisplay() as display:
+        (folder,) = build(
+            checkpoint,
+            engines,
+            height=SIZE,
+            width=SIZE,
+            num_frames=NUM_FRAMES,
+            text_length=16,
+            stg_blocks=[BLOCK],
+            stg_mode="stg-a",
+            layout="segmented",
+            progress=display,
+        )
+    return load(folder)
 
 
-def generate(settings: tuple[Setting, ...], checkpoint: Path, engines: Path) -> None:
-    """The same prompts and noise for every setting; the settings take turns, so that drift hits all alike."""
-    pipelines = {
-        layout: VideoPipeline.from_pretrained(checkpoint, engines=engines, layout=layout)
-        for layout in ("segmented", "twin")
-    }
+def generate(pipeline: VideoPipeline, runs: Sequence[Run]) -> None:
+    """The same prompts and noise for every setting; settings take turns, so that drift hits all alike."""
     with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("sampling", total=len(PROMPTS) * len(settings) * STEPS)
-        for setting in settings:
-            setting.frames = []
-        for index, prompt in enumerate(PROMPTS):
-            for setting in settings:
-                clock = _Clock(setting, lambda: progress.advance(task))
-                result = pipelines[setting.layout](
-                    prompt=prompt,
-                    height=SIZE,
-                    width=SIZE,
-                    num_frames=NUM_FRAMES,
-                    frame_rate=FRAME_RATE,
-                    num_inference_steps=STEPS,
-                    guidance_scale=3.0,
-                    stg_scale=setting.stg_scale,
-                    rescale=0.0,
-                    generator=torch.Generator().manual_seed(index),
-                    output_type="np",
-                    callback_on_step_end=clock.tick,
-                )
-                setting.frames.append(result.frames[0])
+        task = progress.add_task("sampling", total=len(PROMPTS) * len(runs) * STEPS)
+        for seed, prompt in enumerate(PROMPTS):
+            for run in runs:
+                clock = _Clock(run.step_ms, lambda: progress.advance(task))
+                run.clips.append(_clip(pipeline, prompt, seed, run.setting, clock))
+
+
+def _clip(pipeline: VideoPipeline, prompt: str, seed: int, setting: Setting, clock: _Clock) -> Any:
+    return pipeline(
+        prompt=prompt,
+        height=SIZE,
+        width=SIZE,
+        num_frames=NUM_FRAMES,
+        frame_rate=FRAME_RATE,
+        num_inference_steps=STEPS,
+        guidance_scale=setting.cfg_scale,
+        stg_scale=setting.stg_scale,
+        stg_mode=setting.stg_mode,
+        stg_blocks=[setting.stg_block],
+        rescale=0.0,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="np",
+        callback_on_step_end=clock.tick,
+    ).frames[0]
 
 
 class _Clock:
-    """Milliseconds between the ends of steps; the first step, which also loads, is left out."""
+    """Appends the milliseconds between the ends of steps, without the first step, which also loads."""
 
-    def __init__(self, setting: Setting, on_step: Any) -> None:
-        self._setting = setting
+    def __init__(self, step_ms: list[float], on_step: Callable[[], None]) -> None:
+        self._step_ms = step_ms
         self._on_step = on_step
         self._last: float | None = None
 
@@ -134,57 +130,52 @@ class _Clock:
         """The pipeline's callback_on_step_end."""
         now = time.perf_counter()
         if self._last is not None:
-            self._setting.step_ms.append((now - self._last) * 1e3)
+            self._step_ms.append((now - self._last) * 1e3)
         self._last = now
         self._on_step()
 
 
-def save(settings: tuple[Setting, ...], output: Path) -> None:
+def save(runs: Sequence[Run], output: Path, evaluation: dict[str, Any] | None) -> None:
     """One MP4 per prompt and setting, and a sheet of all of them."""
-    for setting in settings:
-        label = setting.name.lower().replace(" + ", "-").replace(" ", "-")
-        for prompt, frames in zip(PROMPTS, setting.frames, strict=True):
-            save_video(frames, output / f"{prompt.replace(' ', '-')}_{label}.mp4", PLAYED_FRAME_RATE)
-    contact_sheet(settings).save(output / "contact_sheet.png")
+    for run in runs:
+        label = run.setting.name.lower().replace(",", "").replace(" + ", "-").replace(" ", "-")
+        for prompt, clip in zip(PROMPTS, run.clips, strict=True):
+            save_video(clip, output / f"{prompt.replace(' ', '-')}_{label}.mp4", PLAYED_FRAME_RATE)
+    columns = [Column(run.setting.name, notes(run, evaluation), tuple(run.clips)) for run in runs]
+    draw_sheet(PROMPTS, columns, footer(evaluation)).save(output / "contact_sheet.png")
 
 
-def contact_sheet(settings: tuple[Setting, ...]) -> Image.Image:
-    """Rows are prompts, columns are settings; each cell shows the first, middle and last frame."""
-    scale, gap, text = 2, 12, 18
-    side = SIZE * scale
-    cell_width, cell_height = 3 * side + 8, side
-    sheet = Image.new(
-        "RGB",
-        (len(settings) * (cell_width + gap) + gap, len(PROMPTS) * (cell_height + text + gap) + text + gap),
-        "white",
+def notes(run: Run, evaluation: dict[str, Any] | None) -> tuple[str, ...]:
+    """The lines below a column: its cost in this run, and the measures of the committed evaluation."""
+    cost = f"{run.passes:.2f} passes, {median(run.step_ms):.0f} ms per step"
+    rows = {row["name"]: row for row in evaluation["results"]} if evaluation else {}
+    if run.setting.name not in rows:
+        return (cost,)
+    row = rows[run.setting.name]
+    return (
+        cost,
+        f"overlap {row['overlap']:.3f}, jitter {row['jitter']:.2f} px",
+        f"{100 * row['all']:.0f} % show what the prompt says",
     )
-    draw = ImageDraw.Draw(sheet)
-    for column, setting in enumerate(settings):
-        left = gap + column * (cell_width + gap)
-        draw.text((left, 4), setting.name, fill="black")
-        for row, frames in enumerate(setting.frames):
-            top = text + row * (cell_height + text + gap)
-            draw.text((left, top), PROMPTS[row], fill="gray")
-            for i, frame in enumerate((frames[0], frames[len(frames) // 2], frames[-1])):
-                image = Image.fromarray((frame * 255).round().clip(0, 255).astype(np.uint8))
-                image = image.resize((side, side), Image.Resampling.NEAREST)
-                sheet.paste(image, (left + i * (side + 4), top + text))
-    return sheet
 
 
-def print_costs(settings: tuple[Setting, ...], store: EngineStore) -> None:
-    """Passes computed per step, time per step, and the ratio to CFG."""
-    described = {d["layout"]: d["guidance_states"] for d in map(describe, store.builds)}
-    one_pass = described["segmented"]["cond"]["flops"]
-    cfg_ms = float(np.median(settings[0].step_ms))
+def footer(evaluation: dict[str, Any] | None) -> tuple[str, ...]:
+    """What the sheet shows, and where its figures come from."""
+    shown = f"First and last frame; same noise in each row; {STEPS} steps; milliseconds: median of this run."
+    if evaluation is None:
+        return (shown, "No measures: evaluation.json is of another checkpoint.")
+    clips = f"{evaluation['clips']} clips per setting (evaluation.json)"
+    return (shown, f"Overlap: 1 is a perfect shape. Jitter: 0 is a straight path. Measured on {clips}.")
+
+
+def print_costs(runs: Sequence[Run]) -> None:
+    """Passes computed per step, passes without the shared prefix, and time per step."""
     table = Table(title=f"{platform.machine()}, {os.cpu_count()} cores, ONNX Runtime", title_justify="left")
-    for column in ("setting", "passes per step", "ms per step (median)", "ratio to CFG"):
+    for column in ("setting", "passes per step", "in full", "ms per step (median)"):
         table.add_column(column, justify="left" if column == "setting" else "right")
-    for setting in settings:
-        state = described[setting.layout]["cfg+stg" if setting.stg_scale else "cfg"]
-        step_ms = float(np.median(setting.step_ms))
-        passes = state["flops"] / one_pass
-        table.add_row(setting.name, f"{passes:.2f}", f"{step_ms:.1f}", f"{step_ms / cfg_ms:.2f}")
+    for run in runs:
+        full = len(run.setting.passes)
+        table.add_row(run.setting.name, f"{run.passes:.2f}", f"{full}", f"{median(run.step_ms):.1f}")
     Console().print(table)
 
 

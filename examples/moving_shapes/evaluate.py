@@ -1,4 +1,4 @@
-"""How often the sampled clips show what their prompts say: without guidance, with CFG, and with STG on top.
+"""How often clips show what their prompts say, and how clean they are, under each guidance setting.
 
 python -m examples.moving_shapes.evaluate --engines /tmp/moving_shapes_engines
 """
@@ -9,10 +9,11 @@ import argparse
 import json
 import os
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,34 +23,11 @@ from stg_trt import VideoPipeline, build
 from .clips import FRAME_RATE, LABELS, NUM_FRAMES, SIZE, Label
 from .measure import Measurement, measure
 from .report import PARTS, plot, table
+from .results import CHECKPOINT, HERE, sha256_of
+from .settings import SHOWN, SWEEP, SWEEP_BLOCKS, Setting, passes_per_step
 
-HERE = Path(__file__).parent
-BLOCKS = (2, 5)
-STG_SCALES = (1.0, 2.0)
 BATCH = 8
 TEXT_LENGTH = 16
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One way to guide the sampling."""
-
-    name: str
-    cfg_scale: float = 1.0
-    stg_scale: float = 0.0
-    stg_mode: str = "stg-a"
-    stg_block: int | None = None
-
-
-def settings(cfg_scale: float) -> list[Setting]:
-    """No guidance, CFG, and CFG+STG in both modes at several blocks and scales."""
-    plain = [Setting("no guidance"), Setting(f"CFG {cfg_scale:g}", cfg_scale)]
-    return plain + [
-        Setting(f"CFG {cfg_scale:g} + {mode.upper()} {scale:g}, block {block}", cfg_scale, scale, mode, block)
-        for mode in ("stg-a", "stg-r")
-        for block in BLOCKS
-        for scale in STG_SCALES
-    ]
 
 
 def sample(
@@ -70,7 +48,7 @@ def sample(
             guidance_scale=setting.cfg_scale,
             stg_scale=setting.stg_scale,
             stg_mode=setting.stg_mode,
-            stg_blocks=[setting.stg_block if setting.stg_block is not None else BLOCKS[0]],
+            stg_blocks=[setting.stg_block],
             rescale=0.0,
             generator=[torch.Generator().manual_seed(seed) for _, seed in part],
             output_type="np",
@@ -109,7 +87,7 @@ def open_pipeline(checkpoint: Path, engines: Path) -> VideoPipeline:
             width=SIZE,
             num_frames=NUM_FRAMES,
             text_length=TEXT_LENGTH,
-            stg_blocks=list(BLOCKS),
+            stg_blocks=list(SWEEP_BLOCKS),
             stg_mode="stg-a",
             layout="segmented",
             precision="fp32",
@@ -119,34 +97,47 @@ def open_pipeline(checkpoint: Path, engines: Path) -> VideoPipeline:
     return VideoPipeline.from_pretrained(checkpoint, engines=engines)
 
 
+def evaluate(pipe: VideoPipeline, setting: Setting, seeds: int, steps: int) -> dict[str, Any]:
+    """One setting's row of the report."""
+    work = [(label, round_ * len(LABELS) + i) for round_ in range(seeds) for i, label in enumerate(LABELS)]
+    passes = passes_per_step(setting, pipe.store.builds[0].manifest)
+    found = summarise(sample(pipe, setting, work, steps), work)
+    return {"name": setting.name, **asdict(setting), "passes_per_step": passes, **found}
+
+
 def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description="Evaluate the moving-shapes pipeline.")
-    parser.add_argument("--checkpoint", type=Path, default=HERE / "checkpoint")
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--engines", type=Path, required=True, help="built there if it holds none")
-    parser.add_argument("--output", type=Path, default=HERE, help="folder of evaluation.json, .md and .png")
+    parser.add_argument("--output", type=Path, default=HERE, help="folder of evaluation.json or sweep.json")
     parser.add_argument("--seeds", type=int, default=2, help="clips for each of the 48 prompts")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--cfg-scale", type=float, default=3.0)
+    parser.add_argument(
+        "--sweep", action="store_true", help="CFG 3 with both modes, not the settings of the demo; also plots"
+    )
     return parser.parse_args()
 
 
 def main() -> None:
-    """Sample, measure and write the results; the files are rewritten after every setting."""
+    """Sample, measure and write the results; the JSON is rewritten after every setting."""
     args = parse_args()
     pipe = open_pipeline(args.checkpoint, args.engines)
-    work = [
-        (label, round_ * len(LABELS) + i) for round_ in range(args.seeds) for i, label in enumerate(LABELS)
-    ]
-    results: list[dict[str, object]] = []
-    for setting in settings(args.cfg_scale):
-        summary = summarise(sample(pipe, setting, work, args.steps), work)
-        results.append({**asdict(setting), **summary})
-        print(json.dumps(results[-1]), flush=True)
-        report = {"clips": len(work), "steps": args.steps, "machine": machine(), "results": results}
-        (args.output / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
-        (args.output / "evaluation.md").write_text(table(report))
-    plot(report, args.output / "evaluation.png")
+    report: dict[str, Any] = {
+        "checkpoint_sha256": sha256_of(args.checkpoint),
+        "clips": args.seeds * len(LABELS),
+        "steps": args.steps,
+        "machine": machine(),
+        "results": [],
+    }
+    name = "sweep" if args.sweep else "evaluation"
+    for setting in SWEEP if args.sweep else SHOWN:
+        report["results"].append(evaluate(pipe, setting, args.seeds, args.steps))
+        print(json.dumps(report["results"][-1]), flush=True)
+        (args.output / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(table(report))
+    if args.sweep:
+        plot(report, args.output / "sweep.png")
 
 
 if __name__ == "__main__":

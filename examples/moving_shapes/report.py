@@ -1,4 +1,4 @@
-"""The table and the plot of an evaluation."""
+"""The table of an evaluation, and the plot of a sweep."""
 
 from __future__ import annotations
 
@@ -16,27 +16,23 @@ MEASURES = {
 
 
 def table(report: dict[str, Any]) -> str:
-    """The results as Markdown, with what they were measured on."""
+    """The results as Markdown, with the machine they were measured on."""
     lines = [
-        "| guidance | colour | shape | direction | all three | overlap | jitter (px) |",
-        "|---|---|---|---|---|---|---|",
+        "| guidance | passes per step | colour | shape | direction | all three | overlap | jitter (px) |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in report["results"]:
         shares = " | ".join(f"{100 * row[part]:.0f} %" for part in PARTS)
         quality = f"{row['overlap']:.3f} | {row['jitter']:.2f}"
-        lines.append(f"| {row['name']} | {shares} | {quality} |")
+        lines.append(f"| {row['name']} | {row['passes_per_step']:.2f} | {shares} | {quality} |")
     machine = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
-    lines += [
-        "",
-        f"{report['clips']} clips a row, {report['steps']} steps, the same noise in every row. Overlap: how "
-        "well the best-fitting shape covers what was drawn (1 is perfect). Jitter: distance of the path from "
-        f"a straight line. Measured with: {machine}.",
-    ]
+    request = f"{report['clips']} clips per row, {report['steps']} steps, the same noise in every row."
+    lines += ["", f"{request} Measured with: {machine}."]
     return "\n".join(lines) + "\n"
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """What guidance does against the STG scale: a panel per measure, a line for each mode and block."""
+    """Measures against the STG scale: a panel per measure, a line for each mode and block."""
     rows = report["results"]
     cfg = next(row for row in rows if row["cfg_scale"] > 1 and row["stg_scale"] == 0)
     none = next(row for row in rows if row["cfg_scale"] <= 1)

@@ -7,6 +7,7 @@ from tests.planted_mistakes.mistake import Mistake
 _CLOCK = "tests/benchmarks/test_clock.py"
 _VERIFY = "tests/benchmarks/test_verify.py"
 _SHAPES = "tests/examples/test_moving_shapes.py"
+_DEMO = "tests/examples/test_demo.py"
 
 IN_BENCHMARKS = (
     Mistake(
@@ -127,5 +128,12 @@ IN_BENCHMARKS = (
         "    hide_padding(encoder)\n",
         "",
         (f"{_SHAPES}::test_padding_changes_nothing_in_an_untrained_text_encoder",),
+    ),
+    Mistake(
+        "another checkpoint is shown with the figures of this one",
+        "examples/moving_shapes/results.py",
+        'return report if report["checkpoint_sha256"] == sha256_of(checkpoint) else None',
+        "return report",
+        (f"{_DEMO}::test_another_checkpoint_has_no_figures",),
     ),
 )
