@@ -90,7 +90,7 @@ def _build_result(manifest: Manifest) -> dict[str, Any]:
         "stg_blocks": list(manifest.stg_blocks),
         "engine_bytes": manifest.engine_bytes,
         "fused_attentions": _total([segment["fused_attentions"] for segment in segments]),
-        "peak_bytes": max(segment["peak_bytes"] for segment in segments),
+        "peak_bytes": manifest.peak_bytes,
         "segments": segments,
     }
 

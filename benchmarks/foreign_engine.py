@@ -12,7 +12,8 @@ from pathlib import Path
 
 from stg_trt.engines.store import Build, EngineStore
 from stg_trt.errors import BackendUnavailable, GateMissed
-from stg_trt.models.plan import GROUPS, plan_step
+from stg_trt.models.passes import PASSES
+from stg_trt.models.plan import plan_step
 from stg_trt.runtime.device import open_device
 
 from . import record
@@ -81,7 +82,7 @@ def _run(build: Build) -> None:
     reference = Reference.of_step(_SCENARIO, load_model(_SCENARIO, device), inputs, device)
     loaded = LoadedBuild(_SCENARIO, build, inputs, device)
     print("run", flush=True)
-    program = loaded.program(plan_step(loaded.sampler.segments, GROUPS, _SCENARIO.perturbation))
+    program = loaded.program(plan_step(loaded.sampler.segments, PASSES, _SCENARIO.perturbation))
     preds = loaded.preds(program)
     print("compare", flush=True)
     verdict = reference.check("foreign engine", preds)

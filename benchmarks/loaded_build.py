@@ -94,7 +94,7 @@ class LoadedBuild:
             "weight_bytes": self.build.manifest.engine_bytes,
             "loaded_bytes": self.loaded_bytes,
             "build_s": round(sum(sum(stages.values()) for stages in seconds), 1),
-            "build_peak_bytes": max(record.peak_bytes for record in self.build.manifest.segments),
+            "build_peak_bytes": self.build.manifest.peak_bytes,
             "target": self.build.manifest.target,
             "versions": self.build.manifest.versions,
         }

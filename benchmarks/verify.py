@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stg_trt.models.passes import Pass
 from stg_trt.runtime.device import Device
 
 from .eager_step import EagerStep, lower_precision, perturbed_skip_row
@@ -124,7 +125,7 @@ def finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def rows_by_pass(preds: Tensor, passes: Sequence[str]) -> dict[str, Tensor]:
+def rows_by_pass(preds: Tensor, passes: Sequence[Pass]) -> dict[str, Tensor]:
     """Rows of one video by the name of their pass, copied."""
     return {name: pred.clone() for name, pred in zip(passes, preds.split(1), strict=True)}
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from stg_trt.engines.backends import Backend, check_target
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint
+from stg_trt.models.passes import PASSES
 from stg_trt.models.perturbation import Perturbation
-from stg_trt.models.plan import GROUPS, row_counts
+from stg_trt.models.plan import row_counts
 from stg_trt.models.segment import TEXT, Segment, check_layout, cut
 from stg_trt.models.workload import Workload
 
@@ -66,14 +67,14 @@ class BuildOptions:
     def rows(self, segment: Segment) -> tuple[int, int, int]:
         """(min, opt, max) rows: opt is what a CFG+STG step of `max_batch` videos runs the segment with."""
         plain = segment.front and (not segment.back or self.layout == "twin")
-        passes = 1 if segment.skipped else 2 if plain else len(GROUPS)
-        return 1, passes * self.max_batch, len(GROUPS) * self.max_batch
+        passes = 1 if segment.skipped else 2 if plain else len(PASSES)
+        return 1, passes * self.max_batch, len(PASSES) * self.max_batch
 
     def row_counts(self, segment: Segment) -> tuple[int, ...]:
         """All numbers of rows that a step of up to `max_batch` videos can run the segment with."""
         built = Perturbation(self.stg_mode, self.stg_blocks)
         segments = [other for other in self.segments if not other.text]
-        per_video = {len(GROUPS)} if segment.text else row_counts(segments, segment, built)
+        per_video = {len(PASSES)} if segment.text else row_counts(segments, segment, built)
         videos = range(1, self.max_batch + 1)
         return tuple(sorted({rows * count for rows in per_video for count in videos}))
 

@@ -105,6 +105,11 @@ class Manifest(_Record):
         """Size of the engines; a file that several segments share counts once."""
         return sum(file.bytes for file in {file for record in self.segments for file in record.files})
 
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that building a segment took."""
+        return max(record.peak_bytes for record in self.segments)
+
     def record(self, name: str) -> SegmentRecord | None:
         """The finished segment of that name."""
         return next((record for record in self.segments if record.segment.name == name), None)

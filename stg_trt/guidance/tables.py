@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from stg_trt.errors import InvalidRequest
 from stg_trt.guidance.bins import Blocks, BlockSets, Scale, T, TimestepBins
 from stg_trt.guidance.resolved import OFF, ResolvedGuidance
+from stg_trt.models.passes import Pass
 from stg_trt.models.perturbation import Perturbation, check_mode
 
 
@@ -101,10 +102,10 @@ class Guidance:
         """All that the steps perturb."""
         return frozenset(filter(None, map(self.perturbation, range(self.num_steps))))
 
-    def passes(self, step: int) -> tuple[str, ...]:
-        """The rows the step computes, of 'uncond', 'cond' and 'skip'."""
-        uncond = ("uncond",) if self.cfg_scale[step] != 1 else ()
-        skip = ("skip",) if self.stg_scale[step] != 0 and self.blocks[step] else ()
+    def passes(self, step: int) -> tuple[Pass, ...]:
+        """The passes that the step computes, in the order of their rows."""
+        uncond: tuple[Pass, ...] = ("uncond",) if self.cfg_scale[step] != 1 else ()
+        skip: tuple[Pass, ...] = ("skip",) if self.stg_scale[step] != 0 and self.blocks[step] else ()
         return (*uncond, "cond", *skip)
 
     def perturbation(self, step: int) -> Perturbation | None:

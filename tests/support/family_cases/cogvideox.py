@@ -83,7 +83,7 @@ def save_pipeline(folder: Path, scheduler: Any, **options: Any) -> None:
     ).save_pretrained(folder)
 
 
-def uncut(model: Any, x: Tensor, condition: TextCondition) -> Tensor:
+def predict(model: Any, x: Tensor, condition: TextCondition) -> Tensor:
     _, frames, _, height, width = x.shape
     output: Tensor = model(
         hidden_states=x,
@@ -159,7 +159,7 @@ def case(name: str, scheduler: Any, published: Published, **options: Any) -> Fam
         sizes=SIZES,
         grid=(4 if in_time == 2 else 3, 6, 8),
         model_class=CogVideoXTransformer3DModel,
-        uncut=uncut,
+        predict=predict,
         tables=tables,
         table_sizes=(
             ({"height": 48, "width": 64, "num_frames": 9}, (4 if in_time == 2 else 3, 6, 8)),
