@@ -82,8 +82,8 @@ def _run(build: Build) -> None:
     reference = Reference.of_step(_SCENARIO, load_model(_SCENARIO, device), inputs, device)
     loaded = LoadedBuild(_SCENARIO, build, inputs, device)
     print("run", flush=True)
-    program = loaded.program(plan_step(loaded.sampler.segments, PASSES, _SCENARIO.perturbation))
-    preds = loaded.preds(program)
+    step = loaded.step(plan_step(loaded.sampler.segments, PASSES, _SCENARIO.perturbation))
+    preds = loaded.preds(step)
     print("compare", flush=True)
     verdict = reference.check("foreign engine", preds)
     if reference.doubts or verdict.doubts:

@@ -55,15 +55,13 @@ class Comparison:
     def add_ours(self, loaded: LoadedBuild) -> None:
         """The engines, captured where the device can."""
         scenario = self.scenario
-        program: Any = loaded.program(
-            plan_step(loaded.sampler.segments, scenario.passes, scenario.perturbation)
-        )
+        step: Any = loaded.step(plan_step(loaded.sampler.segments, scenario.passes, scenario.perturbation))
         if self.device.captures:
-            program = loaded.captured(program)
+            step = loaded.captured(step)
         loaded.measure_memory()
-        self.verdicts[OURS] = self.reference.check(OURS, loaded.preds(program))
-        flops = program.plan.flops(lambda segment: scenario.family.segment_flops(segment, scenario.workload))
-        self.candidates[OURS] = Candidate(loaded.work(program), flops, loaded.loaded_bytes)
+        self.verdicts[OURS] = self.reference.check(OURS, loaded.preds(step))
+        flops = step.plan.flops(lambda segment: scenario.family.segment_flops(segment, scenario.workload))
+        self.candidates[OURS] = Candidate(loaded.work(step), flops, loaded.loaded_bytes)
 
     def add_peer(self, name: str, model: Any, loaded_bytes: int) -> None:
         """A diffusers transformer with its skip row perturbed, unless its predictions are off.

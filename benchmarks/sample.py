@@ -170,7 +170,7 @@ def _timed_call(loaded: LoadedBuild, inputs: Inputs, guidance: Guidance, device:
 def _steps_alone(
     loaded: LoadedBuild, inputs: Inputs, guidances: Iterable[Guidance], device: Device
 ) -> dict[StepKey, float]:
-    """Median seconds of every guidance state's program, run over and over with no loop around it."""
+    """Median seconds of every guidance state's step, run over and over with no loop around it."""
     keys = {StepKey.of(guidance, inputs.solver, i) for guidance in guidances for i in _indices(inputs)}
     works = {_state(key): Work(loaded.sampler.step(key, loaded.state).enqueue, loaded.reset) for key in keys}
     times = alternate(works, _ALONE_ROUNDS, device)

@@ -73,8 +73,8 @@ class FamilyCase:
     `cut_at` and `twins`, (mode, blocks), are what the goldens perturb. `wide` words are in the names of
     weights that stay float32, `narrow` ones are modules of others. `refused` are changes to the
     configurations of transformer and VAE, and what is said of them. `refused_steps` are a scheduler, a
-    number of steps, and what is said of them. `rounding` is how far float32 lets the cut model be from the
-    diffusers one. `names` are arguments of ours that have others in diffusers' pipeline. `variants` are changes
+    number of steps, and what is said of them. `rounding` is how far float32 lets the cut model be from
+    diffusers'. `names` are arguments of ours that have others in diffusers' pipeline. `variants` are changes
     to the transformer's configuration that work too. `vae_tiles` are attributes of the small pipeline's VAE
     that make its tiles smaller than the frames of SIZES; none where its configuration does. `noisy_vae` are
     entries of the VAE's configuration with which its decoding takes noise, and `decode_options` go with them.
