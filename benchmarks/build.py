@@ -96,7 +96,7 @@ def _build_result(manifest: Manifest) -> dict[str, Any]:
 
 
 def _total(counts: Sequence[int | None]) -> int | None:
-    """The sum; None where one of them is not known."""
+    """The sum; None if one of them is not known."""
     known = [count for count in counts if count is not None]
     return sum(known) if len(known) == len(counts) else None
 

@@ -78,7 +78,7 @@ class LoadedBuild:
         self.state.table.go_to(self._inputs.middle)
 
     def preds(self, step: Step | StepGraph) -> dict[str, Tensor]:
-        """What one run predicts for each of its passes; rows that it does not write are NaN."""
+        """One run's predictions for each of its passes; rows that it does not write are NaN."""
         passes = step.plan.passes
         with self._device.scope():
             pred = self.state.buffers.view("pred", passes)

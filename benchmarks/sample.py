@@ -128,7 +128,7 @@ def _eager_loop(scenario: Scenario, model: Any, inputs: Inputs, dtype: torch.dty
 
 
 def _verify(loaded: LoadedBuild, inputs: Inputs, exact: Tensor, limit: float, results: record.Record) -> None:
-    """Records how far the sampler's latents are from the eager loop's, and a doubt where that is too far."""
+    """Records how far the sampler's latents are from the eager loop's, and a doubt if that is too far."""
     error = relative_l2(_sampled(loaded, inputs, loaded.guidance, _VERIFIED_STEPS), exact)
     found = {"relative_l2": finite_or_none(error), "limit": finite_or_none(limit)}
     results.add(verification={"steps": _VERIFIED_STEPS, **found})

@@ -1,4 +1,4 @@
-"""What step, sample and peers measure: one model with random weights, at one size, on one backend."""
+"""The subject of step, sample and peers: one model with random weights, at one size, on one backend."""
 
 from __future__ import annotations
 
@@ -86,13 +86,13 @@ class Scenario:
 
     @property
     def perturbation(self) -> Perturbation:
-        """What the skip rows change."""
+        """The skip rows' perturbation."""
         default = self.family.defaults.stg_blocks if self.checkpoint else _SMALL_BLOCKS
         return Perturbation(self.stg_mode, default if self.stg_blocks is None else self.stg_blocks)
 
     @property
     def passes(self) -> tuple[Pass, ...]:
-        """Those of a step with STG; the family may have no unconditional one."""
+        """The passes of a step with STG; some families have no unconditional one."""
         return PASSES if self.family.defaults.guidance_scale != 1 else ("cond", "skip")
 
     @property

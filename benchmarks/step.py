@@ -97,7 +97,7 @@ def _plans(layout: str, segments: Sequence[Segment], scenario: Scenario) -> dict
 
 
 def _variants(loaded: LoadedBuild, scenario: Scenario, device: Device) -> dict[str, Variant]:
-    """Every plan of a layout; where the device captures, as a graph and again without one."""
+    """Every plan of a layout; if the device captures, as a graph and again without one."""
     layout = loaded.build.manifest.layout
     variants = {}
     for name, plan in _plans(layout, loaded.sampler.segments, scenario).items():
@@ -124,7 +124,7 @@ def _verify(variants: dict[str, Variant], reference: Reference, results: record.
 def _compare(
     shared: dict[str, Tensor], full: dict[str, Tensor], limits: dict[str, float], results: record.Record
 ) -> None:
-    """Records how far the shared plan's rows are from the full one's, and a doubt where that is too far."""
+    """Records how far the shared plan's rows are from the full one's, and a doubt if that is too far."""
     errors = {name: relative_l2(shared[name], full[name]) for name in limits}
     results.distrust(
         f"shared: expected {name} within a relative L2 of {limits[name]:.1e} of the full plan's, "
@@ -156,7 +156,7 @@ def _timings(variants: dict[str, Variant], times: dict[str, Times], peak: PeakMa
 
 
 def _ratios(variants: dict[str, Variant], times: dict[str, Times]) -> dict[str, float]:
-    """What one plan costs against another, measured in pairs and by operations."""
+    """Ratios of the plans' costs, measured in pairs and by operations."""
     ratios = {}
     pairs = (
         ("shared_over_full", "shared", "full"),

@@ -1,4 +1,4 @@
-"""What a build is asked for, checked before anything is loaded."""
+"""The options of a build, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class BuildOptions:
 
     @property
     def name(self) -> str:
-        """What tells the build from others in a folder, but for weights and versions."""
+        """Tells the build from others in a folder, apart from weights and versions."""
         blocks = ".".join(map(str, self.stg_blocks)) or "none"
         return f"{self.layout}-{self.stg_mode}-{blocks}-{self.workload}-{self.backend.name}"
 

@@ -93,5 +93,5 @@ class BoundPlan:
 
 
 def _aligned(tensor: Tensor, alignment: int) -> Tensor:
-    """The tensor, or memory of its own where the rows of a pass do not start at an aligned address."""
+    """The tensor, or memory of its own if the rows of a pass do not start at an aligned address."""
     return torch.empty_like(tensor) if tensor.data_ptr() % alignment else tensor

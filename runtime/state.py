@@ -75,7 +75,7 @@ def find_ping_pong(
 
 @dataclass(frozen=True)
 class RunSize:
-    """What a run needs memory for: videos at once, steps, and the solver's history with its noise."""
+    """The sizes of a run's memory: videos at once, steps, and the solver's history with its noise."""
 
     videos: int
     steps: int
@@ -126,7 +126,7 @@ class StepState:
         return cls(buffers, table, zeros(), zeros(), None if size.single_step else zeros(table.slots))
 
     def fits(self, size: RunSize) -> bool:
-        """Whether a run finds room here."""
+        """Whether this memory is large enough for a run."""
         return (
             self.buffers.videos == size.videos
             and self.table.capacity >= size.steps
@@ -142,7 +142,7 @@ class StepState:
             self._preds.zero_()
 
     def add_noise(self, noise: Tensor) -> None:
-        """Writes what the solver adds in a run, (draws, videos, ...)."""
+        """Writes the noise that the solver adds in a run, (draws, videos, ...)."""
         assert self.history is not None
         self.history[self.table.capacity :][: len(noise)].copy_(noise)
 

@@ -1,4 +1,4 @@
-"""What a step is specialised on."""
+"""The facts that a step is specialised on."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def _states(build: Build) -> dict[str, dict[str, Any]]:
 
 
 def _print_commands(build: dict[str, Any]) -> None:
-    """One a line and nothing else on it, to be copied; they are run in the build's folder."""
+    """Prints one command per line and nothing else, ready to copy; run them in the build's folder."""
     for segment in build["segments"]:
         for command in segment["commands"]:
             print(command)

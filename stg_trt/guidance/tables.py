@@ -28,7 +28,7 @@ def dynamic_cfg(scale: float, timesteps: Sequence[float]) -> list[float]:
 class Guidance:
     """Scales, rescale and perturbed blocks of every step; off is cfg 1, stg 0, rescale 0, no blocks.
 
-    `embedded` is what a distilled model takes as an input on all steps; None is its family's default.
+    `embedded` is the guidance input of a distilled model on all steps; None is its family's default.
     """
 
     cfg_scale: tuple[float, ...]
@@ -63,7 +63,7 @@ class Guidance:
         given: ResolvedGuidance = OFF,
         timesteps: Sequence[float] = (),
     ) -> Guidance:
-        """Tables for the steps at `sigmas` (in 0..1 where bins read them).
+        """Tables for the steps at `sigmas` (in 0..1 if bins read them).
 
         `timesteps` are the scheduler's, for `use_dynamic_cfg` alone. Raises InvalidRequest for lists of the
         wrong length, values out of range, and STG without blocks.
@@ -109,7 +109,7 @@ class Guidance:
         return (*uncond, "cond", *skip)
 
     def perturbation(self, step: int) -> Perturbation | None:
-        """What the step's skip row changes; None where it has no skip row."""
+        """The perturbation of the step's skip pass; None if it has no skip pass."""
         return Perturbation(self.mode, self.blocks[step]) if "skip" in self.passes(step) else None
 
 

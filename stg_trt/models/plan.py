@@ -50,7 +50,7 @@ def plan_step(
 
 
 def row_counts(segments: Sequence[Segment], segment: Segment, built: Perturbation) -> frozenset[int]:
-    """The rows per video that a step can run a segment with, for whatever passes and part of `built`.
+    """The rows per video that a step can run a segment with, with any passes and any part of `built`.
 
     One block at a time shows them all: before it the skip pass is the cond pass, after it both are computed.
     """
@@ -68,7 +68,7 @@ def row_counts(segments: Sequence[Segment], segment: Segment, built: Perturbatio
 def full_plan(
     segments: Sequence[Segment], passes: tuple[Pass, ...], perturbation: Perturbation | None
 ) -> StepPlan:
-    """Every pass from the first segment on, nothing shared: what the shared plan is compared with."""
+    """Every pass runs from the first segment on, nothing is shared: the reference for the shared plan."""
     runs = [SegmentRun(segment, passes) for segment in segments]
     if perturbation is not None:
         runs = [_perturbed_run(run, perturbation) for run in runs]
@@ -96,7 +96,7 @@ def _shared_runs(
 
 
 def _perturbed_run(run: SegmentRun, perturbation: Perturbation) -> SegmentRun:
-    """The run as the perturbation changes it, where it is the run of a perturbed block."""
+    """The run as the perturbation changes it, if its block is perturbed."""
     segment = run.segment
     if segment.front or segment.back or segment.start not in perturbation.blocks:
         return run

@@ -146,7 +146,7 @@ def scheduler_of(pipeline: VideoPipeline, steps: int = STEPS) -> Any:
 
 
 def tables(options: GuidanceOptions, steps: int = STEPS) -> Guidance:
-    """What the pipeline makes of options that leave nothing to the family but the mode of the engines."""
+    """The pipeline's tables for options that leave only the mode of the engines open."""
     return Guidance.for_steps([0.0] * steps, options.resolve(OFF))
 
 

@@ -1,4 +1,4 @@
-"""A plan that perturbs nothing: what every benchmark must notice before it times anything."""
+"""A plan that perturbs nothing, which every benchmark must notice before it times anything."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def segments_of(family: ModelFamily, layout: str, mode: str, blocks: Sequence[in
 
 
 def with_text(family: ModelFamily, segments: Sequence[Segment]) -> tuple[Segment, ...]:
-    """The segment that runs once per call, where the family has one, and the others."""
+    """The segment that runs once per call, if the family has one, and the others."""
     return (TEXT, *segments) if family.has_text_segment else tuple(segments)
 
 
@@ -135,7 +135,7 @@ def engines(family: ModelFamily, model: Any, segments: Sequence[Segment]) -> dic
 
 
 def poisoned_buffers(case: FamilyCase, segments: Sequence[Segment]) -> StepBuffers:
-    """Buffers where whatever is read before it was written shows."""
+    """Buffers in which a value that is read before it was written shows."""
     specs = list(case.family.tensors(case.workload).values())
     buffers = StepBuffers(specs, find_ping_pong(segments, case.family.borders), VIDEOS, torch.device("cpu"))
     for spec in specs:

@@ -147,7 +147,7 @@ REFUSED_SIZES: tuple[tuple[SomeSizes, str], ...] = (
 
 
 def case(name: str, scheduler: Any, published: Published, **options: Any) -> FamilyCase:
-    """What the three have in common; `options` are the transformer's."""
+    """The common part of the three; `options` are the transformer's."""
     in_time = options.get("patch_size_t", 1)
     small: SomeSizes = {"height": 16, "width": 32, "num_frames": 1}
     past_tables: tuple[SomeSizes, str] = (
