@@ -157,7 +157,7 @@ class SegmentBuild:
 
 
 def _publish(path: Path, folder: Path) -> FileRecord:
-    """Moves a finished file into the build folder, its content on disk before its name; an existing one stays."""
+    """Moves a finished file into the build folder, content on disk before its name; an existing one stays."""
     if path.parent != folder:
         with path.open("rb") as file:
             os.fsync(file.fileno())

@@ -35,8 +35,8 @@ class Components:
         self._pipeline: Any = None
 
     def load(self, device: torch.device) -> None:
-        """Raises InvalidRequest if text encoder or VAE are missing or incomplete, or if `vae_tiling` is on and the VAE
-        has no tiling.
+        """Raises InvalidRequest if text encoder or VAE are missing or incomplete, or if `vae_tiling` is
+        on and the VAE has no tiling.
         """
         if self._pipeline is not None:
             return

@@ -140,7 +140,7 @@ class VideoPipeline:
         guidance: GuidanceOptions | None = None,
         **decode_options: Any,
     ) -> VideoPipelineOutput:
-        """Generates videos; arguments left out come from the engines (sizes, blocks) or the family's defaults.
+        """Generates videos; omitted arguments come from the engines (sizes, blocks) or the family's defaults.
 
         Scales are numbers, lists with one entry per step, or TimestepBins; `preset` names published tables,
         `use_dynamic_cfg` is CogVideoXPipeline's; or `guidance` has all of these. `generator` draws the first
