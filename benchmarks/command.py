@@ -210,7 +210,7 @@ def gpu(
     minutes: Annotated[float, typer.Option(help="Time for everything.")] = 9,
     device: Annotated[str, typer.Option(help="cuda, or cpu for a rehearsal with small models.")] = "cuda",
     backend: Annotated[
-        str | None, typer.Option(help="What compiles and runs the engines. [default: the device's]")
+        str | None, typer.Option(help="Compiles and runs the engines. [default: the device's]")
     ] = None,
     only: Annotated[
         str | None, typer.Option(help="Words of the parts' names: cogvideox,wan. [default: all parts]")

@@ -29,7 +29,7 @@ from .verify import verify
 class SegmentBuild:
     """Exports a segment once, when the first target asks for it; then compiles per target.
 
-    Its numerics are verified once, on the export, if the engines compute the same; else per target.
+    Its numerics are verified on what was exported where the engines compute the same, else per target.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class SegmentBuild:
 
 
 def _publish(path: Path, folder: Path) -> FileRecord:
-    """Moves a finished file into the build folder, content on disk before its name; an existing one stays."""
+    """Moves a finished file into the build folder, durable before its name is; one that is there stays."""
     if path.parent != folder:
         with path.open("rb") as file:
             os.fsync(file.fileno())
