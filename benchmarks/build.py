@@ -90,13 +90,13 @@ def _build_result(manifest: Manifest) -> dict[str, Any]:
         "stg_blocks": list(manifest.stg_blocks),
         "engine_bytes": manifest.engine_bytes,
         "fused_attentions": _total([segment["fused_attentions"] for segment in segments]),
-        "peak_bytes": max(segment["peak_bytes"] for segment in segments),
+        "peak_bytes": manifest.peak_bytes,
         "segments": segments,
     }
 
 
 def _total(counts: Sequence[int | None]) -> int | None:
-    """The sum; None where one of them is not known."""
+    """The sum; None if one of them is not known."""
     known = [count for count in counts if count is not None]
     return sum(known) if len(known) == len(counts) else None
 

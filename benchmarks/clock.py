@@ -1,4 +1,4 @@
-"""Time on a device: CUDA events on a GPU, perf_counter on the CPU; what is compared takes turns."""
+"""Time on a device: CUDA events on a GPU, perf_counter on the CPU; compared works take turns."""
 
 from __future__ import annotations
 

@@ -27,8 +27,8 @@ Mode = Annotated[str, typer.Option(help="stg-a or stg-r.")]
 Blocks = Annotated[
     str | None, typer.Option(help="Perturbed blocks, such as 19. [default: 8, or the family's]")
 ]
-BackendName = Annotated[str, typer.Option(help="What compiles and runs the engines.")]
-TargetName = Annotated[str | None, typer.Option(help="What they are compiled for. [default: the backend's]")]
+BackendName = Annotated[str, typer.Option(help="Compiles and runs the engines.")]
+TargetName = Annotated[str | None, typer.Option(help="Where the engines run. [default: the backend's]")]
 ModelBlocks = Annotated[
     str | None, typer.Option(help="How many blocks, one number per list of them. [default: all]")
 ]
@@ -61,7 +61,7 @@ def build(
     ] = None,
     layouts: Annotated[str, typer.Option(help="Layouts to build.")] = "segmented,twin",
     blocks: ModelBlocks = None,
-    backend: Annotated[str, typer.Option(help="What compiles.")] = "tensorrt-rtx",
+    backend: Annotated[str, typer.Option(help="Compiles the engines.")] = "tensorrt-rtx",
     target: Annotated[str, typer.Option(help="Compute capabilities.")] = "sm_120,sm_89",
     verify_timesteps: Annotated[int, typer.Option(help="Timesteps compared with eager float32.")] = 1,
     engines: Annotated[Path | None, typer.Option(help="Folder to keep the engines in.")] = None,
@@ -210,7 +210,7 @@ def gpu(
     minutes: Annotated[float, typer.Option(help="Time for everything.")] = 9,
     device: Annotated[str, typer.Option(help="cuda, or cpu for a rehearsal with small models.")] = "cuda",
     backend: Annotated[
-        str | None, typer.Option(help="What compiles and runs the engines. [default: the device's]")
+        str | None, typer.Option(help="Compiles and runs the engines. [default: the device's]")
     ] = None,
     only: Annotated[
         str | None, typer.Option(help="Words of the parts' names: cogvideox,wan. [default: all parts]")
@@ -258,7 +258,7 @@ def _scenario(
     from stg_trt.engines.backends import backend_for
     from stg_trt.models.perturbation import check_mode, parse_blocks
 
-    # What can be refused without torch is refused before the seconds that its import takes.
+    # Checks that need no torch come first: its import takes seconds.
     check_mode(stg_mode)
     backend_for(backend)
     perturbed, kept = parse_blocks(stg_blocks), parse_blocks(blocks, "blocks", "3")

@@ -21,9 +21,9 @@ from stg_trt.models.workload import Workload
 class DiffusersModel:
     """One family's transformer in diffusers.
 
-    `arguments` are what its pipeline passes beside latents and timestep, for the rows of a text and a frame
-    rate. `attention` is the name of the blocks' self-attention; `skipping` makes of its processor one that
-    skips it in the last row (stg-a).
+    `arguments` are those that its pipeline passes besides latents and timestep, for the rows of a text and a
+    frame rate. `attention` is the name of the blocks' self-attention; `skipping` turns its processor into one
+    that skips it in the last row (stg-a).
     """
 
     arguments: Callable[[Any, TextCondition, Workload, float], dict[str, Any]]
@@ -32,7 +32,7 @@ class DiffusersModel:
 
 
 def diffusers_model(family: ModelFamily) -> DiffusersModel:
-    """The family's entry; raises InvalidRequest where there is none."""
+    """The family's entry; raises InvalidRequest if it has none."""
     if family.name not in _MODELS:
         raise InvalidRequest(
             f"checkpoint: expected a model of {', '.join(_MODELS)}, got {family.name}, which the benchmarks "
@@ -84,7 +84,7 @@ class VideoSeesTextInSkipRow:
 
 
 class TextFirstInSkipRow(VideoSeesTextInSkipRow):
-    """The same where the text's tokens come before the video's."""
+    """The same if the text's tokens come before the video's."""
 
     text_first = True
 

@@ -57,7 +57,7 @@ def _keeping_skip_row(forward: Forward) -> Forward:
 
 
 def lower_precision(model: Any, dtype: torch.dtype) -> Any:
-    """The model with its weights in `dtype`, but for those that diffusers keeps in float32 when it loads."""
+    """The model with its weights in `dtype`, except those that diffusers keeps in float32 when it loads."""
     wide = set(model._keep_in_fp32_modules or ())
     for name, parameter in model.named_parameters():
         if wide.isdisjoint(name.split(".")):

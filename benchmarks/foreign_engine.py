@@ -1,4 +1,4 @@
-"""Whether a TensorRT-RTX engine built for SM 8.0 runs on the GPU that is here: asked once, word for word.
+"""Tries a TensorRT-RTX engine built for SM 8.0 on this GPU, once, and records the answer word for word.
 
 The engines are loaded and run in a process of their own, so that a crash is an answer too.
 """
@@ -12,7 +12,8 @@ from pathlib import Path
 
 from stg_trt.engines.store import Build, EngineStore
 from stg_trt.errors import BackendUnavailable, GateMissed
-from stg_trt.models.plan import GROUPS, plan_step
+from stg_trt.models.passes import PASSES
+from stg_trt.models.plan import plan_step
 from stg_trt.runtime.device import open_device
 
 from . import record
@@ -52,7 +53,7 @@ def try_foreign_engine(output: Path) -> None:
 
 
 def _asked(root: str) -> dict[str, object]:
-    """Stages that were reached, exit status, and what was printed, word for word."""
+    """Stages that were reached, exit status, and the output, word for word."""
     command = [sys.executable, "-m", __name__, root]
     try:
         child = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT_S)
@@ -65,7 +66,7 @@ def _asked(root: str) -> dict[str, object]:
 
 
 def _load_and_run(root: str) -> None:
-    """Prints every stage before it begins, so that the last line tells where it ended."""
+    """Prints every stage before it begins, so that the last line shows where it ended."""
     print("device", flush=True)
     device = open_device("cuda")
     (build,) = EngineStore.open(root).builds
@@ -81,8 +82,8 @@ def _run(build: Build) -> None:
     reference = Reference.of_step(_SCENARIO, load_model(_SCENARIO, device), inputs, device)
     loaded = LoadedBuild(_SCENARIO, build, inputs, device)
     print("run", flush=True)
-    program = loaded.program(plan_step(loaded.sampler.segments, GROUPS, _SCENARIO.perturbation))
-    preds = loaded.preds(program)
+    step = loaded.step(plan_step(loaded.sampler.segments, PASSES, _SCENARIO.perturbation))
+    preds = loaded.preds(step)
     print("compare", flush=True)
     verdict = reference.check("foreign engine", preds)
     if reference.doubts or verdict.doubts:

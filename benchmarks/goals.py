@@ -1,4 +1,4 @@
-"""What the step is meant to reach on a data-centre GPU, and what results say about it."""
+"""Goals for the step on a data-centre GPU, and whether results reach them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Outcome:
 
     @property
     def value(self) -> float | None:
-        """What was measured; None where the result lacks it, or is not trusted."""
+        """The measured value; None if the result lacks it, or is not trusted."""
         return self.goal.read(self.result) if is_trusted(self.result) else None
 
 
@@ -55,7 +55,7 @@ def find_outcomes(results: Sequence[Result]) -> list[Outcome]:
 
 
 def is_trusted(result: Result) -> bool:
-    """Whether what was timed had predicted the right thing."""
+    """Whether the predictions of what was timed were right."""
     trusted: bool = result.get("trusted", True)
     return trusted
 

@@ -147,7 +147,7 @@ def bench_gpu(output: Path, minutes: float, scale: Scale, backend: str | None, o
 
 
 def _report(path: Path) -> None:
-    """Writes tables and a plot beside the JSON; says so where there is nothing to plot with."""
+    """Writes tables and a plot beside the JSON; says so if it cannot plot."""
     result = path.with_name(f"{path.name}.json")
     if not result.exists():
         return

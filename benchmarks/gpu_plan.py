@@ -1,6 +1,6 @@
-"""What a short run on a GPU measures, the most valuable first; on a CPU the same parts with small models.
+"""The parts of a short run on a GPU, the most valuable first; on a CPU the same parts with small models.
 
-A rehearsal differs in what a `Scale` says, and in nothing else, so that it tests the path of the real run.
+A rehearsal differs in its `Scale` and in nothing else, so that it tests the path of the real run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _KERNEL_BUILD = "kernel build"
 class Part:
     """One command and the seconds that it may take.
 
-    `output` is the result that it writes as it goes; None where it runs `tests` or builds. A part that
+    `output` is the result that it writes as it goes; None if it runs `tests` or builds. A part that
     waits to be `asked` for is left out of a run of all parts.
     """
 
@@ -71,7 +71,8 @@ class Model:
 
 @dataclass(frozen=True)
 class Scale:
-    """What the parts measure: `shortened` is some blocks of `model`, and has all its distinct pieces.
+    """The models that the parts measure: `shortened` is some blocks of `model`, and has all its distinct
+    pieces.
 
     `patience` is how many times as long as on a GPU a part may take.
     """
@@ -163,7 +164,7 @@ def plan_stages(scale: Scale, output: Path, engines: Path, backend: str) -> list
 
 @dataclass(frozen=True)
 class _Planner:
-    """Where the parts write, and what they have in common."""
+    """Makes the parts of a run, with their folder and common options."""
 
     scale: Scale
     output: Path
@@ -179,7 +180,7 @@ class _Planner:
         return self.bench(f"{name or workload} {model}", workload, limit_s, arguments, asked=asked)
 
     def compile(self, model: Model, limit_s: float) -> Part:
-        """The engines of a model; what it takes is a result too."""
+        """Compiles the engines of a model; the cost is a result too."""
         modes = (f"--stg-modes={model.stg_mode}", "--layouts=segmented", "--verify-timesteps=0")
         arguments = (model.checkpoint, *model.size, *modes, *self._place)
         return self.bench(f"compile {model}", "build", limit_s, arguments)
@@ -205,7 +206,7 @@ class _Planner:
 
 
 def _target(backend: str, device: str) -> str:
-    """The first target of a backend that runs on the device; raises InvalidRequest where it has none."""
+    """The first target of a backend that runs on the device; raises InvalidRequest if it has none."""
     targets = [target.name for target in backend_for(backend).targets if target.device == device]
     if not targets:
         raise InvalidRequest(
@@ -215,7 +216,7 @@ def _target(backend: str, device: str) -> str:
 
 
 def _kernel_build(scale: Scale) -> list[Stage]:
-    """The CUDA kernels, for this GPU alone, where they are not there and there is a compiler."""
+    """Builds the CUDA kernels, for this GPU alone, if they are missing and there is a compiler."""
     tools = shutil.which("cmake") and shutil.which("nvcc")
     if scale.device == "cpu" or KERNEL_LIBRARY.exists() or not tools:
         return []
@@ -228,9 +229,8 @@ def _kernel_build(scale: Scale) -> list[Stage]:
 def choose_parts(stages: Sequence[Stage], only: str | None) -> list[Stage]:
     """Those whose names have one of the comma-separated words of `only` in them.
 
-    None is all of them, but for those that wait to be asked for. The build of the kernels, where it is
-    planned, is always one of them: the others run with them. Raises InvalidRequest for a word that no name
-    has.
+    None is all of them, except those that wait to be asked for. The build of the kernels, if it is planned,
+    is always one of them: the others run with them. Raises InvalidRequest for a word that no name has.
     """
     parts = [part for stage in stages for part in stage]
     words = [] if only is None else [word.strip() for word in only.split(",")]

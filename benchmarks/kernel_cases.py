@@ -14,7 +14,7 @@ from stg_trt.guidance.resolved import ResolvedGuidance
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.families.base import keep_attention_spec
-from stg_trt.models.plan import GROUPS
+from stg_trt.models.passes import PASSES
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.runtime.device import Device
 from stg_trt.runtime.kernels.operations import KernelOperations
@@ -69,7 +69,7 @@ def _guided_step(
         step(device.stream)
         error = float((state.latents.double() - expected).abs().max() / expected.abs().max())
     row_bytes = elements * state.buffers.view("pred").element_size()
-    rows_read = len(GROUPS) * (2 if rescaled else 1) + (2 if cfg_zero_star else 0)
+    rows_read = len(PASSES) * (2 if rescaled else 1) + (2 if cfg_zero_star else 0)
     moved = rows_read * row_bytes + 2 * elements * state.latents.element_size()
     return Case(_implementation(device), Work(lambda: step(device.stream), reset), moved, error)
 
@@ -79,13 +79,13 @@ def _fan_out_rows(elements: int, device: Device) -> Case:
     guidance, solver = _tables()
     state = _state(elements, device)
     state.table.load(guidance, solver)
-    fan_out = device.operations.fan_out_rows(state, GROUPS)
+    fan_out = device.operations.fan_out_rows(state, PASSES)
     rows = state.buffers.view("latents")
     with device.scope():
         fan_out(device.stream)
         expected = (state.latents.double() * solver.input_scale[0]).to(rows.dtype)
         error = _relative(rows, expected.expand_as(rows))
-    moved = elements * (state.latents.element_size() + len(GROUPS) * rows.element_size())
+    moved = elements * (state.latents.element_size() + len(PASSES) * rows.element_size())
     return Case(_implementation(device), Work(lambda: fan_out(device.stream)), moved, error)
 
 
@@ -177,7 +177,7 @@ def _state(elements: int, device: Device) -> StepState:
     size = RunSize(videos=1, steps=_STEPS, single_step=True, noises=0)
     state = StepState.allocate(StepBuffers(specs, frozenset(), 1, place), (1, elements), size)
     state.start(random(1, elements))
-    state.buffers.view("pred").copy_(random(len(GROUPS), elements) + 1)
+    state.buffers.view("pred").copy_(random(len(PASSES), elements) + 1)
     return state
 
 

@@ -1,4 +1,4 @@
-"""What one run asks of the GPU's driver: kernels, launches, and waits of the host."""
+"""Counts of one run on a GPU: kernels, launches, and waits of the host."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WAIT = re.compile(r"cu(da)?(\w+Synchronize|Memcpy(?!\w*Async)\w*)\b")
 class Launches:
     """Counts of one run: kernels on the GPU, calls that enqueue work, calls that wait for it.
 
-    All None where the profiler saw no kernel, as without the right to read the GPU's counters.
+    All None if the profiler saw no kernel, for example without permission to read the GPU's counters.
     """
 
     kernels: int | None = None

@@ -22,7 +22,7 @@ from .verify import rows_by_pass
 
 
 class LoadedBuild:
-    """Engines, buffers and programs of one build; `loaded_bytes` is what they took."""
+    """Engines, buffers and steps of one build; `loaded_bytes` is what they took."""
 
     def __init__(self, scenario: Scenario, build: Build, inputs: Inputs, device: Device) -> None:
         self.build = build
@@ -50,7 +50,7 @@ class LoadedBuild:
         """Takes the memory again, after graphs were captured."""
         self.loaded_bytes = max(0, memory_in_use(self._device) - self._before_bytes)
 
-    def program(self, plan: StepPlan) -> Step:
+    def step(self, plan: StepPlan) -> Step:
         """A whole step of the plan: row fan-out, engines, guidance, solver."""
         stg = "skip" in plan.passes
         guidance = self._scenario.guidance(self._inputs.solver, stg=stg)
@@ -60,15 +60,15 @@ class LoadedBuild:
         bound = BoundPlan(plan, self._engines, self.state.buffers, borders, self._device)
         return Step(key, bound, self.state, self._device)
 
-    def captured(self, program: Step) -> StepGraph:
-        """The program as a CUDA graph."""
+    def captured(self, step: Step) -> StepGraph:
+        """The step as a CUDA graph."""
         with self._device.scope():
             self.reset()
-            return StepGraph(program, self.state, self._device)
+            return StepGraph(step, self.state, self._device)
 
-    def work(self, program: Step | StepGraph) -> Work:
+    def work(self, step: Step | StepGraph) -> Work:
         """To be timed: always the middle step, from the same latents."""
-        return Work(program.enqueue, self.reset)
+        return Work(step.enqueue, self.reset)
 
     def reset(self) -> None:
         """Back to before the middle step."""
@@ -77,14 +77,14 @@ class LoadedBuild:
             self.state.history[: len(self._earlier)].copy_(self._earlier)
         self.state.table.go_to(self._inputs.middle)
 
-    def preds(self, program: Step | StepGraph) -> dict[str, Tensor]:
-        """What one run predicts for each of its passes; rows that it does not write are NaN."""
-        passes = program.plan.passes
+    def preds(self, step: Step | StepGraph) -> dict[str, Tensor]:
+        """One run's predictions for each of its passes; rows that it does not write are NaN."""
+        passes = step.plan.passes
         with self._device.scope():
             pred = self.state.buffers.view("pred", passes)
             pred.fill_(float("nan"))
             self.reset()
-            program.enqueue()
+            step.enqueue()
             return rows_by_pass(pred.float(), passes)
 
     def to_json(self) -> dict[str, Any]:
@@ -94,7 +94,7 @@ class LoadedBuild:
             "weight_bytes": self.build.manifest.engine_bytes,
             "loaded_bytes": self.loaded_bytes,
             "build_s": round(sum(sum(stages.values()) for stages in seconds), 1),
-            "build_peak_bytes": max(record.peak_bytes for record in self.build.manifest.segments),
+            "build_peak_bytes": self.build.manifest.peak_bytes,
             "target": self.build.manifest.target,
             "versions": self.build.manifest.versions,
         }

@@ -1,4 +1,4 @@
-"""Matrix products of several libraries on random matrices: what a measured ceiling is made of."""
+"""Matrix products of several libraries on random matrices, from which a ceiling is measured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Shape = tuple[int, int, int]
 
 Multiply = Callable[[], object]
 Prepare = Callable[[Shape, torch.dtype, Device], Multiply | None]
-"""Makes the matrices and returns their product as a call; None where the library lacks the dtype here."""
+"""Makes the matrices and returns their product as a call; None if the library lacks the dtype here."""
 
 
 def _torch(shape: Shape, dtype: torch.dtype, device: Device) -> Multiply:

@@ -1,4 +1,4 @@
-"""Memory of what is measured: of the GPU, or resident in this process where there is none."""
+"""Memory in use: the GPU's, or without one the resident memory of this process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def memory_in_use(device: Device) -> int:
 
 
 def working_bytes(work: Work, device: Device) -> int:
-    """Bytes that one run takes beyond what is there before it; 0 where all was taken beforehand."""
+    """Bytes that one run takes on top of those in use before it; 0 if all were allocated beforehand."""
     with device.scope():
         work.reset()
         synchronize(device)

@@ -20,7 +20,7 @@ _SUMMARY = re.compile(r"\d+ \w+.* in [\d.:]+s")
 
 
 class Log:
-    """What all parts print, on the terminal and in a file, line by line."""
+    """The output of all parts, on the terminal and in a file, line by line."""
 
     def __init__(self, path: Path) -> None:
         self._file: TextIO = path.open("w", encoding="utf-8", buffering=1)
@@ -85,7 +85,7 @@ class PartProcess:
         self._reader.join(_GRACE_S)
 
     def count_tests(self) -> dict[str, int]:
-        """Outcomes of pytest's last line, such as passed: 586; none where it did not come to it."""
+        """Outcomes of pytest's last line, such as passed: 586; empty if it did not get that far."""
         summary = next((line for line in reversed(self.lines) if _SUMMARY.search(line)), "")
         return {outcome: int(count) for count, outcome in _COUNT.findall(summary)} if self.part.tests else {}
 

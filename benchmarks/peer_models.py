@@ -1,4 +1,4 @@
-"""What diffusers users can run today instead of the engines: the eager model, and compiled ones."""
+"""The alternatives that diffusers users have today: the eager model, and compiled ones."""
 
 from __future__ import annotations
 

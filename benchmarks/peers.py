@@ -34,7 +34,7 @@ _MOST_OF_A_REASON = 300
 
 @dataclass(frozen=True)
 class Candidate:
-    """One of those that are compared; `loaded_bytes` is what its weights and buffers take."""
+    """One way to run the step; `loaded_bytes` is the memory of its weights and buffers."""
 
     work: Work
     flops: int
@@ -43,7 +43,7 @@ class Candidate:
 
 @dataclass
 class Comparison:
-    """What all candidates share: the request, the step, the reference that each must meet."""
+    """The common part of all candidates: the request, the step, the reference that each must meet."""
 
     scenario: Scenario
     inputs: Inputs
@@ -53,17 +53,15 @@ class Comparison:
     verdicts: dict[str, Verdict] = field(default_factory=dict)
 
     def add_ours(self, loaded: LoadedBuild) -> None:
-        """The engines, captured where the device can."""
+        """Adds the engines, captured if the device can."""
         scenario = self.scenario
-        program: Any = loaded.program(
-            plan_step(loaded.sampler.segments, scenario.passes, scenario.perturbation)
-        )
+        step: Any = loaded.step(plan_step(loaded.sampler.segments, scenario.passes, scenario.perturbation))
         if self.device.captures:
-            program = loaded.captured(program)
+            step = loaded.captured(step)
         loaded.measure_memory()
-        self.verdicts[OURS] = self.reference.check(OURS, loaded.preds(program))
-        flops = program.plan.flops(lambda segment: scenario.family.segment_flops(segment, scenario.workload))
-        self.candidates[OURS] = Candidate(loaded.work(program), flops, loaded.loaded_bytes)
+        self.verdicts[OURS] = self.reference.check(OURS, loaded.preds(step))
+        flops = step.plan.flops(lambda segment: scenario.family.segment_flops(segment, scenario.workload))
+        self.candidates[OURS] = Candidate(loaded.work(step), flops, loaded.loaded_bytes)
 
     def add_peer(self, name: str, model: Any, loaded_bytes: int) -> None:
         """A diffusers transformer with its skip row perturbed, unless its predictions are off.
@@ -145,7 +143,7 @@ class PeersBenchmark:
 
 
 def _add(peer: str, comparison: Comparison, model: Any, loaded_bytes: int) -> str | None:
-    """Adds one peer; else says why it is left out: it cannot run here, or it predicts something else."""
+    """Adds one peer, or says why it is left out: it cannot run here, or it predicts something else."""
     try:
         comparison.add_peer(peer, PEERS[peer](model), loaded_bytes)
         synchronize(comparison.device)

@@ -1,7 +1,7 @@
 """A result file: machine, versions, commit and date, checked for before anything is measured.
 
-What a benchmark adds to it is its own affair, but for three entries that all results have: `complete`,
-`trusted`, and `doubts`, which are the reasons where it is not.
+A benchmark adds its own entries to three that all results have: `complete`,
+`trusted`, and `doubts`, which are the reasons if it is not.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Record:
     """One result as it grows: every `add` rewrites the file, whole or not at all."""
 
     def __init__(self, path: Path, benchmark: str, **facts: Any) -> None:
-        """Makes the folder; raises InvalidRequest where the file could not be written."""
+        """Makes the folder; raises InvalidRequest if the file could not be written."""
         check_output(path)
         self._path = path
         self.result: dict[str, Any] = {
@@ -64,7 +64,7 @@ class Record:
             self.add(trusted=False, doubts=known)
 
     def finish(self) -> None:
-        """Marks the result as everything that was asked for; raises GateMissed where it is not trusted."""
+        """Marks the result as complete; raises GateMissed if it is not trusted."""
         self.add(complete=True)
         if self.result["doubts"]:
             raise GateMissed(
@@ -74,7 +74,7 @@ class Record:
 
 
 def check_output(path: Path) -> None:
-    """Makes the folder of a result; raises InvalidRequest where there can be none."""
+    """Makes the folder of a result; raises InvalidRequest if there can be none."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -112,7 +112,7 @@ def percentiles(seconds: Sequence[float], prefix: str = "") -> dict[str, float]:
 
 
 def _commit() -> str:
-    """The checkout's commit, or STG_TRT_COMMIT where a copy without its history is measured."""
+    """The checkout's commit, or STG_TRT_COMMIT if a copy without its history is measured."""
     folder = Path(__file__).parent
     head = _answer(["git", "rev-parse", "--short=12", "HEAD"], folder)
     if not head:
@@ -127,7 +127,7 @@ def _gpu() -> dict[str, Any] | None:
 
 
 def _answer(command: list[str], folder: Path) -> str:
-    """What a program prints; empty where there is no such program or it fails."""
+    """A program's output; empty if it is not installed or fails."""
     try:
         answer = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     except FileNotFoundError:

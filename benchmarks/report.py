@@ -111,7 +111,7 @@ def _goals(results: Sequence[Row], reasons: dict[str, str]) -> str:
 
 
 def _reached(outcome: Outcome, reasons: dict[str, str]) -> tuple[str, str]:
-    """What was measured, and what that means."""
+    """The measured value and its meaning."""
     value = outcome.value
     if value is None:
         return ("not measured" if is_trusted(outcome.result) else "not trusted"), ""
@@ -128,7 +128,7 @@ def _section(result: Row) -> str:
 
 
 def _optimisations(result: Row) -> str:
-    """What each was expected to gain, and what it did gain, where that was measured; empty without any."""
+    """Expected and measured gains of the optimisations; empty without any."""
     rows = [
         [row["name"], str(row["expected"]), str(row.get("measured") or "not measured")]
         for row in result.get("optimisations", [])
@@ -267,7 +267,7 @@ def _fewest(counts: Sequence[int | None]) -> int | str:
 
 
 def _build_cells(builds: Sequence[Row]) -> list[str]:
-    """What the targets of one export took: the most where they differ, and the fewest fused attentions."""
+    """Costs of one export's targets: the highest if they differ, and the fewest fused attentions."""
     checks = [check for build in builds for part in build["segments"] for check in part["verification"]]
     wanted = sum(segment["attentions"] for segment in builds[0]["segments"])
     return [

@@ -42,13 +42,13 @@ class PeakMatmul:
     flops_per_s: float
 
     def ms(self, flops: int) -> float:
-        """Milliseconds that so many operations would take at this rate."""
+        """Milliseconds that this many operations would take at this rate."""
         return flops / self.flops_per_s * 1e3
 
     def mfu(self, flops: int, ms: float) -> float | None:
-        """Model FLOPs utilisation: the share of this rate that so many operations in that time reach.
+        """Model FLOPs utilisation: the share of this rate that this many operations in that time reach.
 
-        None where it is above what two measurements of one rate differ by.
+        None if it is above 1 by more than two measurements of one rate differ.
         """
         return share_of_ceiling(self.ms(flops) / ms)
 
@@ -59,7 +59,7 @@ class PeakMatmul:
 
 
 def share_of_ceiling(share: float) -> float | None:
-    """The share, or None where the ceiling it is of was measured too low."""
+    """The share, or None if its ceiling was measured too low."""
     return round(share, 4) if share <= _MOST_SHARE else None
 
 
@@ -85,7 +85,7 @@ def _measured(kind: str, dtype: str, threads: int) -> PeakMatmul:
 
 
 def _rates(prepare: Prepare, dtype: torch.dtype, device: Device) -> Iterator[tuple[Shape, float]]:
-    """FLOP/s of one library's fastest run at each shape; none where it lacks the dtype."""
+    """FLOP/s of one library's fastest run at each shape; none if it lacks the dtype."""
     for m, k, n in _SHAPES[device.torch_device.type]:
         multiply = prepare((m, k, n), dtype, device)
         if multiply is None:
@@ -97,7 +97,7 @@ def _rates(prepare: Prepare, dtype: torch.dtype, device: Device) -> Iterator[tup
 
 
 def _seconds(multiply: Multiply, device: Device) -> Iterator[float]:
-    """Seconds of some runs after a first one; fewer where they are long."""
+    """Seconds of some runs after a first one; fewer if they are long."""
     with device.scope():
         multiply()
         spent = 0.0

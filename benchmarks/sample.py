@@ -128,7 +128,7 @@ def _eager_loop(scenario: Scenario, model: Any, inputs: Inputs, dtype: torch.dty
 
 
 def _verify(loaded: LoadedBuild, inputs: Inputs, exact: Tensor, limit: float, results: record.Record) -> None:
-    """Records how far the sampler's latents are from the eager loop's, and a doubt where that is too far."""
+    """Records how far the sampler's latents are from the eager loop's, and a doubt if that is too far."""
     error = relative_l2(_sampled(loaded, inputs, loaded.guidance, _VERIFIED_STEPS), exact)
     found = {"relative_l2": finite_or_none(error), "limit": finite_or_none(limit)}
     results.add(verification={"steps": _VERIFIED_STEPS, **found})
@@ -170,7 +170,7 @@ def _timed_call(loaded: LoadedBuild, inputs: Inputs, guidance: Guidance, device:
 def _steps_alone(
     loaded: LoadedBuild, inputs: Inputs, guidances: Iterable[Guidance], device: Device
 ) -> dict[StepKey, float]:
-    """Median seconds of every guidance state's program, run over and over with no loop around it."""
+    """Median seconds of every guidance state's step, run over and over with no loop around it."""
     keys = {StepKey.of(guidance, inputs.solver, i) for guidance in guidances for i in _indices(inputs)}
     works = {_state(key): Work(loaded.sampler.step(key, loaded.state).enqueue, loaded.reset) for key in keys}
     times = alternate(works, _ALONE_ROUNDS, device)

@@ -1,4 +1,4 @@
-"""What step, sample and peers measure: one model with random weights, at one size, on one backend."""
+"""The subject of step, sample and peers: one model with random weights, at one size, on one backend."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.families.base import ModelFamily
+from stg_trt.models.passes import PASSES, Pass
 from stg_trt.models.perturbation import Perturbation, check_blocks
-from stg_trt.models.plan import GROUPS
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
 from stg_trt.runtime.device import Device, open_device
@@ -86,14 +86,14 @@ class Scenario:
 
     @property
     def perturbation(self) -> Perturbation:
-        """What the skip rows change."""
+        """The skip rows' perturbation."""
         default = self.family.defaults.stg_blocks if self.checkpoint else _SMALL_BLOCKS
         return Perturbation(self.stg_mode, default if self.stg_blocks is None else self.stg_blocks)
 
     @property
-    def passes(self) -> tuple[str, ...]:
-        """Those of a step with STG; the family may have no unconditional one."""
-        return GROUPS if self.family.defaults.guidance_scale != 1 else GROUPS[1:]
+    def passes(self) -> tuple[Pass, ...]:
+        """The passes of a step with STG; some families have no unconditional one."""
+        return PASSES if self.family.defaults.guidance_scale != 1 else ("cond", "skip")
 
     @property
     def _place(self) -> tuple[str, str]:

@@ -36,13 +36,13 @@ class Variant:
     """One way to run the step: a plan of a layout, captured or not."""
 
     loaded: LoadedBuild
-    program: Step | StepGraph
+    step: Step | StepGraph
 
     @property
     def flops(self) -> int:
         """Operations of the engines in one step."""
         family, manifest = self.loaded.sampler.family, self.loaded.build.manifest
-        return self.program.plan.flops(lambda segment: family.segment_flops(segment, manifest.workload))
+        return self.step.plan.flops(lambda segment: family.segment_flops(segment, manifest.workload))
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class StepBenchmark:
                 _verify(added, reference, results)
                 variants |= added
                 times = alternate(
-                    {n: v.loaded.work(v.program) for n, v in variants.items()}, self.rounds, device
+                    {n: v.loaded.work(v.step) for n, v in variants.items()}, self.rounds, device
                 )
                 results.add(**_timings(variants, times, peak), **_ratios(variants, times))
             _count(results, variants, device)
@@ -97,22 +97,22 @@ def _plans(layout: str, segments: Sequence[Segment], scenario: Scenario) -> dict
 
 
 def _variants(loaded: LoadedBuild, scenario: Scenario, device: Device) -> dict[str, Variant]:
-    """Every plan of a layout; where the device captures, as a graph and again without one."""
+    """Every plan of a layout; if the device captures, as a graph and again without one."""
     layout = loaded.build.manifest.layout
     variants = {}
     for name, plan in _plans(layout, loaded.sampler.segments, scenario).items():
-        program = loaded.program(plan)
+        step = loaded.step(plan)
         if device.captures:
-            variants[name] = Variant(loaded, loaded.captured(program))
+            variants[name] = Variant(loaded, loaded.captured(step))
             name += NO_GRAPH
-        variants[name] = Variant(loaded, program)
+        variants[name] = Variant(loaded, step)
     loaded.measure_memory()
     return variants
 
 
 def _verify(variants: dict[str, Variant], reference: Reference, results: record.Record) -> None:
     """Records the relative L2 of every variant's rows, and a doubt for each that is wrong."""
-    preds = {name: variant.loaded.preds(variant.program) for name, variant in variants.items()}
+    preds = {name: variant.loaded.preds(variant.step) for name, variant in variants.items()}
     verdicts = {name: reference.check(name, rows) for name, rows in preds.items()}
     errors = {name: verdict.to_json() for name, verdict in verdicts.items()}
     results.add(verification={**results.result.get("verification", {}), **errors})
@@ -124,7 +124,7 @@ def _verify(variants: dict[str, Variant], reference: Reference, results: record.
 def _compare(
     shared: dict[str, Tensor], full: dict[str, Tensor], limits: dict[str, float], results: record.Record
 ) -> None:
-    """Records how far the shared plan's rows are from the full one's, and a doubt where that is too far."""
+    """Records how far the shared plan's rows are from the full one's, and a doubt if that is too far."""
     errors = {name: relative_l2(shared[name], full[name]) for name in limits}
     results.distrust(
         f"shared: expected {name} within a relative L2 of {limits[name]:.1e} of the full plan's, "
@@ -141,7 +141,7 @@ def _timings(variants: dict[str, Variant], times: dict[str, Times], peak: PeakMa
     rows = {}
     for name, variant in variants.items():
         row: dict[str, Any] = record.percentiles(times[name].device_s)
-        nodes = variant.program.nodes if isinstance(variant.program, StepGraph) else 0
+        nodes = variant.step.nodes if isinstance(variant.step, StepGraph) else 0
         rows[name] = {
             **row,
             **record.percentiles(times[name].host_s, "host_"),
@@ -156,7 +156,7 @@ def _timings(variants: dict[str, Variant], times: dict[str, Times], peak: PeakMa
 
 
 def _ratios(variants: dict[str, Variant], times: dict[str, Times]) -> dict[str, float]:
-    """What one plan costs against another, measured in pairs and by operations."""
+    """Ratios of the plans' costs, measured in pairs and by operations."""
     ratios = {}
     pairs = (
         ("shared_over_full", "shared", "full"),
@@ -176,7 +176,7 @@ def _ratios(variants: dict[str, Variant], times: dict[str, Times]) -> dict[str, 
 
 def _count(results: record.Record, variants: dict[str, Variant], device: Device) -> None:
     """Memory of a run of each variant; on a GPU then its launches, since a profiler may disturb graphs."""
-    works = {name: variant.loaded.work(variant.program) for name, variant in variants.items()}
+    works = {name: variant.loaded.work(variant.step) for name, variant in variants.items()}
     rows = results.result["timings"]
     for name, variant in variants.items():
         rows[name]["peak_bytes"] = variant.loaded.loaded_bytes + working_bytes(works[name], device)

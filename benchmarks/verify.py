@@ -1,6 +1,6 @@
 """The check before every timing: predictions against the eager diffusers model in float32.
 
-What fails it is measured all the same, since time on a GPU may not come again, but marked as not to be
+A result that fails it is still measured, since time on a GPU may not come again, but marked as not to be
 trusted; the report does not publish it.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stg_trt.models.passes import Pass
 from stg_trt.runtime.device import Device
 
 from .eager_step import EagerStep, lower_precision, perturbed_skip_row
@@ -30,13 +31,13 @@ _LEAST_MOVED, _MOST_MOVED = 0.85, 1.15
 
 @dataclass(frozen=True)
 class Verdict:
-    """Relative L2 of each pass, and why timings of it cannot be trusted; no doubts where they can."""
+    """Relative L2 of each pass, and why its timings cannot be trusted; no doubts if they can."""
 
     errors: dict[str, float]
     doubts: tuple[str, ...]
 
     def to_json(self) -> dict[str, float | None]:
-        """The errors for a result; None where a prediction was not finite, which JSON cannot say."""
+        """The errors for a result; None if a prediction was not finite, which JSON cannot say."""
         return {name: finite_or_none(error) for name, error in self.errors.items()}
 
 
@@ -44,7 +45,7 @@ class Verdict:
 class Reference:
     """Eager float32 predictions (1, ...) of each pass, and the relative L2 that is allowed for each.
 
-    `doubts` says why nothing that is compared with it can be trusted; empty where it can.
+    `doubts` says why nothing that is compared with it can be trusted; empty if it can.
     """
 
     preds: dict[str, Tensor]
@@ -112,7 +113,7 @@ def limit_for(lowered: float | None) -> float:
 
 
 def relative_l2(got: Tensor, wanted: Tensor) -> float:
-    """In float64; infinite where anything is not finite."""
+    """In float64; infinite if anything is not finite."""
     a, b = got.double(), wanted.double()
     if not bool(torch.isfinite(a).all()):
         return math.inf
@@ -124,7 +125,7 @@ def finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def rows_by_pass(preds: Tensor, passes: Sequence[str]) -> dict[str, Tensor]:
+def rows_by_pass(preds: Tensor, passes: Sequence[Pass]) -> dict[str, Tensor]:
     """Rows of one video by the name of their pass, copied."""
     return {name: pred.clone() for name, pred in zip(passes, preds.split(1), strict=True)}
 

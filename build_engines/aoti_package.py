@@ -32,12 +32,12 @@ _FUSED_ATTENTION = re.compile(
     r"aoti_torch_(?:cpu__scaled_dot_product_flash_attention_for_cpu"
     r"|cuda__scaled_dot_product_(?:cudnn|flash|efficient)_attention)\("
 )
-# In torch's message, a thousand characters and more.
+# Part of torch's message, a thousand characters and more.
 _COMMAND = re.compile(r"Command: .*? Output: ")
 
 
 def compile_package(program: ExportedProgram, path: Path, device: torch.device) -> Path:
-    """Writes the package for a device; raises GateMissed where inductor cannot compile the program."""
+    """Writes the package for a device; raises GateMissed if inductor cannot compile the program."""
     from torch._inductor import aoti_compile_and_package
     from torch._inductor.cpu_vec_isa import pick_vec_isa
     from torch._inductor.utils import fresh_cache
@@ -45,7 +45,7 @@ def compile_package(program: ExportedProgram, path: Path, device: torch.device) 
 
     if device.type == "cuda":
         program = move_to_device_pass(copy.deepcopy(program), str(device))
-    # What torch finds out about this CPU, in ten seconds of trials, it keeps in its usual cache.
+    # torch finds out about this CPU in ten seconds of trials, and keeps the answer in its usual cache.
     pick_vec_isa()
     failure: RuntimeError | None = None
     # The cache of all else lies beside the package and goes with it.
@@ -72,7 +72,7 @@ def fused_attentions(package: Path) -> int:
 
 
 def _reason(failure: RuntimeError) -> str:
-    """The beginning of its message, without the command line that stands before what the compiler says."""
+    """The start of the message, without the command line in front of the compiler's own words."""
     return _COMMAND.sub("", " ".join(str(failure).split()))[:300]
 
 

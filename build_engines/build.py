@@ -95,7 +95,7 @@ def build(
 
 
 def _choose(target: str | None, progress: Progress) -> tuple[str, str]:
-    """The best backend for this machine, said aloud, and its target unless one was given."""
+    """The best backend for this machine, which is printed, and its target unless one was given."""
     choice = choose_backend(find_gpu())
     progress.choose(str(choice))
     return choice.backend, target or choice.target
@@ -250,7 +250,7 @@ def _with(manifest: Manifest, record: SegmentRecord) -> Manifest:
 
 
 def _keep(work: Path, kept: Path) -> None:
-    """Moves what is left of a segment's work, its graphs, where the next segment does not delete it."""
+    """Moves a segment's remaining files, its graphs, to a place that the next segment does not delete."""
     kept.mkdir(exist_ok=True)
     for path in work.iterdir():
         path.replace(kept / path.name)

@@ -1,4 +1,4 @@
-"""A build's folder: made, locked against other builders, and removed again where nothing was built."""
+"""A build's folder: made, locked against other builders, and removed again if nothing was built."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _FOREVER = -1
 
 @contextmanager
 def fresh_folder(folder: Path) -> Iterator[None]:
-    """Makes a folder with its parents, and in the end removes what was made here and has stayed empty.
+    """Makes a folder with its parents; in the end removes those made here that stayed empty.
 
-    Raises InvalidRequest where it cannot be made or written.
+    Raises InvalidRequest if it cannot be made or written.
     """
     made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     _make(folder)
@@ -45,7 +45,7 @@ def locked_folder(folder: Path, on_wait: Callable[[Path], None]) -> Iterator[Non
         with suppress(OSError):
             if os.listdir(folder) == [LOCK_NAME]:
                 (folder / LOCK_NAME).unlink()
-                # It is not empty, and stays, where someone has locked a new file of that name since.
+                # If someone has locked a new file of that name since, the folder is not empty and stays.
                 folder.rmdir()
         lock.release()
 
@@ -59,7 +59,7 @@ def _lock(folder: Path, on_wait: Callable[[Path], None]) -> FileLock:
             with path.open("a") as named:
                 lock = FileLock(path)
                 lock.acquire(timeout=timeout)
-                # Where the file opened before has its name still, no other can have been locked by it.
+                # While the open file still has its name, no other file of that name can have been locked.
                 if os.path.samestat(os.fstat(named.fileno()), path.stat()):
                     return lock
                 lock.release()
@@ -79,6 +79,6 @@ def _make(folder: Path) -> None:
             f"output: expected a folder that can be written, got {folder} ({error.strerror}): choose another"
         ) from error
     if not os.access(folder, os.W_OK):
-        # FileNotFoundError where another builder has removed it since.
+        # FileNotFoundError if another builder has removed it since.
         folder.stat()
         raise InvalidRequest(f"output: expected a folder that can be written, got {folder}: choose another")

@@ -51,7 +51,7 @@ def build(
     """Build verified engines from a checkpoint."""
     from stg_trt.models.perturbation import parse_blocks
 
-    # What can be refused without torch is refused before the seconds that its import takes.
+    # Checks that need no torch come first: its import takes seconds.
     perturbed, kept = parse_blocks(stg_blocks), parse_blocks(blocks, "blocks", "3")
     _check(checkpoint, random_weights, layout, stg_mode, backend, target, precision)
     from .build import build as build_engines

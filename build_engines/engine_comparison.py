@@ -1,4 +1,4 @@
-"""Finished engines against what they were made from, through Polygraphy's runners and comparator.
+"""Compares finished engines with their sources, through Polygraphy's runners and comparator.
 
 TensorRT's engines are compared with their ONNX graphs in ONNX Runtime, ONNX Runtime's with the eager model.
 This module is run as a program, once per backend, since Polygraphy chooses between TensorRT and TensorRT-RTX
@@ -40,7 +40,7 @@ _TIMESTEPS = 1
 
 @dataclass(frozen=True)
 class Request:
-    """Builds of one backend, and the checkpoint that they were made from where it is compared with."""
+    """Builds of one backend, and their checkpoint if the comparison needs it."""
 
     folders: tuple[Path, ...]
     checkpoint: str | None = None
@@ -64,7 +64,7 @@ ANSWER = pydantic.TypeAdapter(tuple[Comparison, ...])
 
 
 def compare_engines(request: Request) -> Iterator[Comparison]:
-    """Every segment of every build; raises EngineRejected where an engine cannot be loaded."""
+    """Every segment of every build; raises EngineRejected if an engine cannot be loaded."""
     _quiet_polygraphy()
     for folder in request.folders:
         build = Build(folder, manifests.load(folder))
@@ -77,7 +77,7 @@ def compare_engines(request: Request) -> Iterator[Comparison]:
 
 
 def _opened(build: Build, request: Request) -> Checkpoint:
-    """The checkpoint of the build; raises InvalidRequest where it is another or was not given."""
+    """The checkpoint of the build; raises InvalidRequest if it is another one or was not given."""
     if request.checkpoint is None:
         raise InvalidRequest(
             f"checkpoint: expected the one that {build.folder.name} was built from, since ONNX Runtime's "
@@ -130,7 +130,7 @@ def _against_graphs(build: Build) -> Iterator[Comparison]:
 
 @contextmanager
 def _float32_graph(build: Build, record: SegmentRecord) -> Iterator[Path]:
-    """The segment's kept graph as ONNX Runtime runs it; raises InvalidRequest where it was not kept."""
+    """The segment's kept graph as ONNX Runtime runs it; raises InvalidRequest if it was not kept."""
     graph = build.folder / KEPT_GRAPHS / f"{record.segment.name}.onnx"
     if not graph.exists():
         raise InvalidRequest(
@@ -152,7 +152,7 @@ def random_inputs(record: SegmentRecord, rows: int) -> dict[str, Tensor]:
 def _run(
     build: Build, record: SegmentRecord, runners: Sequence[Any], feeds: Sequence[Mapping[str, Tensor]]
 ) -> Any:
-    """Polygraphy's results; raises EngineRejected where a runner cannot load or run its engine."""
+    """Polygraphy's results; raises EngineRejected if a runner cannot load or run its engine."""
     from polygraphy.comparator import Comparator
 
     try:

@@ -24,11 +24,11 @@ def count_in_plan(path: Path) -> int:
 
 
 def count_in_layers(information: str, wanted: int, profiles: int) -> int | None:
-    """Fused attentions in what the engine inspector says as JSON; None where its names are not known here.
+    """Fused attentions in the engine inspector's JSON; None if its names are not known here.
 
     It lists the kernels of all profiles, or of one, depending on the version; an attention may take several.
-    None also where no name is an attention's: where all were decomposed, the gate on memory tells, and
-    TensorRT refuses to decompose an Attention node unless it is told to.
+    None also if no name is an attention's. If all were decomposed, the gate on memory tells; and TensorRT
+    decomposes an Attention node only when it is told to.
     """
     kernels = sum(bool(_KERNEL.search(name)) for name in _kernel_names(information))
     if kernels == 0 and wanted:
@@ -37,7 +37,7 @@ def count_in_layers(information: str, wanted: int, profiles: int) -> int | None:
 
 
 def _kernel_names(information: str) -> Iterator[str]:
-    """The kernel of every layer; a layer is its name alone where the engine tells no details."""
+    """The kernel of every layer; a layer is its name alone if the engine has no details."""
     try:
         found = json.loads(information)
     except json.JSONDecodeError:

@@ -27,7 +27,7 @@ class InductorRuns:
         self._stream = stream
 
     def run(self, inputs: dict[str, Tensor]) -> list[Tensor]:
-        """Outputs in order, on the CPU; raises GateMissed where a kernel refuses to run."""
+        """Outputs in order, on the CPU; raises GateMissed if a kernel refuses to run."""
         with self._scope():
             context, outputs = self._bound(inputs)
             context.enqueue(self._stream.stream)

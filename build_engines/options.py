@@ -1,4 +1,4 @@
-"""What a build is asked for, checked before anything is loaded."""
+"""The options of a build, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 from stg_trt.engines.backends import Backend, check_target
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint
+from stg_trt.models.passes import PASSES
 from stg_trt.models.perturbation import Perturbation
-from stg_trt.models.plan import GROUPS, row_counts
+from stg_trt.models.plan import row_counts
 from stg_trt.models.segment import TEXT, Segment, check_layout, cut
 from stg_trt.models.workload import Workload
 
@@ -59,21 +60,21 @@ class BuildOptions:
 
     @property
     def name(self) -> str:
-        """What tells the build from others in a folder, but for weights and versions."""
+        """Tells the build from others in a folder, apart from weights and versions."""
         blocks = ".".join(map(str, self.stg_blocks)) or "none"
         return f"{self.layout}-{self.stg_mode}-{blocks}-{self.workload}-{self.backend.name}"
 
     def rows(self, segment: Segment) -> tuple[int, int, int]:
         """(min, opt, max) rows: opt is what a CFG+STG step of `max_batch` videos runs the segment with."""
         plain = segment.front and (not segment.back or self.layout == "twin")
-        passes = 1 if segment.skipped else 2 if plain else len(GROUPS)
-        return 1, passes * self.max_batch, len(GROUPS) * self.max_batch
+        passes = 1 if segment.skipped else 2 if plain else len(PASSES)
+        return 1, passes * self.max_batch, len(PASSES) * self.max_batch
 
     def row_counts(self, segment: Segment) -> tuple[int, ...]:
         """All numbers of rows that a step of up to `max_batch` videos can run the segment with."""
         built = Perturbation(self.stg_mode, self.stg_blocks)
         segments = [other for other in self.segments if not other.text]
-        per_video = {len(GROUPS)} if segment.text else row_counts(segments, segment, built)
+        per_video = {len(PASSES)} if segment.text else row_counts(segments, segment, built)
         videos = range(1, self.max_batch + 1)
         return tuple(sorted({rows * count for rows in per_video for count in videos}))
 

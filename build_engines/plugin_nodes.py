@@ -1,6 +1,6 @@
 """Nodes of a graph that a TensorRT plugin computes.
 
-ONNX Runtime has no such plugins: it runs the nodes as functions, which say the same in operators of ONNX.
+ONNX Runtime has no such plugins: it runs the nodes as functions that are written in ONNX operators.
 """
 
 from __future__ import annotations
@@ -74,6 +74,6 @@ def qk_norm_rope(
 
 
 def define(model: onnx.ModelProto) -> None:
-    """Adds what the nodes compute to a graph that has some, for ONNX Runtime."""
+    """Adds the nodes' functions to a graph that has such nodes, for ONNX Runtime."""
     if any(node.domain == PLUGIN_NAMESPACE for node in model.graph.node):
         model.functions.extend(map(onnx.parser.parse_function, (_NORM_ROPE, _QK_NORM_ROPE)))

@@ -1,4 +1,4 @@
-"""What a build reports while it runs; the command line draws it."""
+"""Reports of a running build; the command line draws them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Progress(Protocol):
     """Called from the building thread, and from the compiler's for `phase`."""
 
     def choose(self, choice: str) -> None:
-        """What `--backend auto` chose, and why."""
+        """Shows what `--backend auto` chose, and why."""
 
     def start(self, build: str, segments: tuple[Segment, ...]) -> None:
         """A build begins."""

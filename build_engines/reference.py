@@ -46,17 +46,17 @@ class Reference:
     def module(self, segment: Segment, *, expand_masks: bool) -> SegmentModule:
         """The segment in float32, with no other weights in memory; its weights are rounded as the engine's.
 
-        So what is compared is the graph, and not the rounding of the weights that was asked for.
+        So the comparison tests the graph, and not the rounding of the weights, which was asked for.
         """
         transformer = self.checkpoint.load_transformer(segment.blocks)
         module = self.family.module(transformer, segment, expand_masks=expand_masks).eval()
         self.family.lower_precision(module, getattr(torch, self.workload.dtype))
-        # What was freed in rounding lies between what was kept; a third copy must not come on top of it.
+        # Memory freed in rounding is scattered between what was kept: give it back before the next copy.
         release()
         return module.float()
 
     def inputs(self, segment: Segment) -> list[State]:
-        """Inputs of a segment, one set per timestep; runs the segments before it where that is missing."""
+        """Inputs of a segment, one set per timestep; first runs earlier segments if needed."""
         if self.timesteps:
             for earlier in self.segments[: self.segments.index(segment)]:
                 if earlier not in self._done:

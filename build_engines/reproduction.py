@@ -1,4 +1,4 @@
-"""The field's own commands that build and run a segment's graph as we do, for whoever wants to look closer.
+"""Commands of trtexec and Polygraphy that build and run a segment's graph as we do, for a closer look.
 
 They are run in the build's folder, where `--keep-onnx` leaves the graphs.
 """

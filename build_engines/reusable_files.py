@@ -19,7 +19,7 @@ class ReusableFiles:
         self.manifest = manifest
 
     def take(self, name: str, work: Path) -> Path | None:
-        """The file in this build's folder, or a copy in `work` of another build's; None where none has it."""
+        """The file in this build's folder, or a copy in `work` of another build's; None if none has it."""
         for folder in (self.folder, *self._others()):
             try:
                 record = self._record(folder, name)

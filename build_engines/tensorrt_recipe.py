@@ -1,4 +1,4 @@
-"""All that decides what TensorRT makes of one graph."""
+"""Everything that decides how TensorRT compiles one graph."""
 
 from __future__ import annotations
 
@@ -35,5 +35,5 @@ class Recipe:
 
     @property
     def layers(self) -> Path:
-        """What the engine inspector says of it."""
+        """The engine inspector's report on it."""
         return self.engine.with_suffix(".layers.json")

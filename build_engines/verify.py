@@ -23,7 +23,7 @@ def verify(
     expected: list[dict[str, Tensor]],
     tolerance: Tolerance = FLOAT32,
 ) -> tuple[Verification, ...]:
-    """Compares all outputs at each timestep; raises GateMissed, naming the segment, where they differ."""
+    """Compares all outputs at each timestep; raises GateMissed, naming the segment, if they differ."""
     results = []
     for timestep, feed, wanted in zip(timesteps, inputs, expected, strict=True):
         found = distance(wanted.values(), run(feed))
@@ -38,7 +38,7 @@ def verify(
 
 
 def distance(wanted: Iterable[Tensor], got: Iterable[Tensor]) -> Distance:
-    """How far some outputs are from the wanted ones, where that is farthest."""
+    """The largest distance of some outputs from the expected ones."""
     return max(
         (_distance(want, have) for want, have in zip(wanted, got, strict=True)),
         # NaN compares as false with everything: it is the worst, wherever it is.

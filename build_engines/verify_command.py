@@ -1,4 +1,4 @@
-"""`stg-trt verify`: whether finished engines still compute what they were made from."""
+"""`stg-trt verify`: whether finished engines still match the graphs or models that they were made from."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def verify(
 def _comparable(engines: Path) -> dict[str, list[Path]]:
     """Builds that can be compared here, by backend; says why others cannot.
 
-    Raises EngineRejected, with the reasons, where none can be.
+    Raises EngineRejected, with the reasons, if none can be.
     """
     from stg_trt.engines.store import EngineStore
     from stg_trt.errors import EngineRejected

@@ -1,4 +1,4 @@
-// What every kernel's C interface shares.
+// Common to every kernel's C interface.
 #pragma once
 
 #include <stdint.h>

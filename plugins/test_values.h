@@ -1,4 +1,4 @@
-// What the host tests share: repeatable values, orders of the threads, and a count of failed checks.
+// Common to the host tests: repeatable values, orders of the threads, and a count of failed checks.
 #pragma once
 
 #include <math.h>

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stg_trt.engines.engine import Engine
 from stg_trt.models.families.base import KEEP_ATTENTION
+from stg_trt.models.passes import Pass
 from stg_trt.models.plan import SegmentRun, StepPlan
 from stg_trt.models.segment import Segment, engine_outputs
 
@@ -58,9 +59,9 @@ class BoundPlan:
         to_aligned = []
         for name in inputs:
             if name == KEEP_ATTENTION:
-                tensor = self._buffers.keep_attention(run.groups, run.perturbed)
+                tensor = self._buffers.keep_attention(run.passes, run.perturbed)
             else:
-                tensor = self._current(name, run.groups)
+                tensor = self._current(name, run.passes)
             aligned = _aligned(tensor, engine.alignment)
             to_aligned.append((aligned, tensor))
             context.bind(name, aligned)
@@ -68,7 +69,7 @@ class BoundPlan:
         results = []
         for name, engine_name in zip(outputs, engine_outputs(inputs, outputs), strict=True):
             self._turns[name] = self._turns.get(name, 0) + (name in inputs)
-            tensor = self._current(name, run.groups)
+            tensor = self._current(name, run.passes)
             results.append((tensor, _aligned(tensor, engine.alignment)))
             context.bind(engine_name, results[-1][1])
             self.written.append(results[-1][1])
@@ -79,8 +80,8 @@ class BoundPlan:
         if run.bypass:
             self._copy((self._current(name, ("skip",)), rows) for name, rows in before.items())
 
-    def _current(self, name: str, groups: Sequence[str]) -> Tensor:
-        return self._buffers.view(name, groups, self._turns.get(name, 0))
+    def _current(self, name: str, passes: Sequence[Pass]) -> Tensor:
+        return self._buffers.view(name, passes, self._turns.get(name, 0))
 
     def _copy(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         """One operation for each (destination, source), except pairs that are the same tensor twice."""
@@ -92,5 +93,5 @@ class BoundPlan:
 
 
 def _aligned(tensor: Tensor, alignment: int) -> Tensor:
-    """The tensor, or memory of its own where the rows of a group do not start at an aligned address."""
+    """The tensor, or memory of its own if the rows of a pass do not start at an aligned address."""
     return torch.empty_like(tensor) if tensor.data_ptr() % alignment else tensor

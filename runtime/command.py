@@ -42,7 +42,7 @@ def generate(
     engines: Annotated[Path, typer.Option(help="A folder made by stg-trt build.")],
     output: Annotated[Path, typer.Option(help="video.mp4, or latents.safetensors.")],
     prompt: Annotated[list[str] | None, typer.Option(help="Repeat it for several videos.")] = None,
-    negative_prompt: Annotated[str, typer.Option(help="What guidance moves away from.")] = "",
+    negative_prompt: Annotated[str, typer.Option(help="CFG moves away from it.")] = "",
     embeds: Embeds = None,
     height: Annotated[int | None, typer.Option(help="Pixels. [default: the engines']")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels. [default: the engines']")] = None,
@@ -50,7 +50,7 @@ def generate(
     frame_rate: Annotated[float | None, typer.Option(help="Frames per second.")] = None,
     num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance_scale: Annotated[str | None, typer.Option(help="CFG: a number, or one per step: 3,3,1.")] = None,
-    embedded_guidance: Annotated[float | None, typer.Option(help="What distilled models take.")] = None,
+    embedded_guidance: Annotated[float | None, typer.Option(help="For distilled models.")] = None,
     stg_scale: Annotated[str | None, typer.Option(help="STG: a number, or one per step: 0,1,1.")] = None,
     stg_mode: Annotated[str | None, typer.Option(help="stg-a or stg-r. [default: the engines']")] = None,
     stg_blocks: Annotated[str | None, typer.Option(help="Such as 14,19. [default: the engines']")] = None,
@@ -69,7 +69,7 @@ def generate(
     from stg_trt.guidance.options import GuidanceOptions
     from stg_trt.models.perturbation import parse_blocks
 
-    # What can be refused without the models is refused before the seconds that diffusers' import takes.
+    # Checks that need no models come first: importing diffusers takes seconds.
     _check_output(output)
     opened = _open_checkpoint(checkpoint, decodes=output.suffix == ".mp4" or bool(prompt))
     options = GuidanceOptions(
@@ -93,7 +93,7 @@ def generate(
 
 
 def _check_output(output: Path) -> None:
-    """Refused before minutes are spent on the video."""
+    """Raises InvalidRequest before minutes are spent on the video."""
     from stg_trt.errors import InvalidRequest
 
     if output.suffix not in (".mp4", ".safetensors"):
@@ -120,7 +120,7 @@ def _open_checkpoint(checkpoint: str, *, decodes: bool) -> Checkpoint:
 
 
 def _open_engines(engines: Path, request: EngineRequest, checkpoint: Checkpoint) -> EngineStore:
-    """The folder; refused where the size is none of the model's, or no build in it fits the request here."""
+    """Opens the folder; raises if the model cannot have the size, or no build fits the request here."""
     from dataclasses import replace
 
     from stg_trt.engines.store import EngineStore, find_possible
@@ -154,7 +154,7 @@ def _generator(seed: int) -> Generator:
 
 
 def _quiet_libraries() -> None:
-    """Their notes on loading do not concern who runs this command."""
+    """Hides the libraries' notes on loading, which do not concern the user of this command."""
     import diffusers
     import transformers
 

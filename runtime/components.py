@@ -35,8 +35,9 @@ class Components:
         self._pipeline: Any = None
 
     def load(self, device: torch.device) -> None:
-        """Raises InvalidRequest where the checkpoint has no text encoder and VAE, or not whole ones, or where
-        tiling is wanted of a VAE that has none."""
+        """Raises InvalidRequest if text encoder or VAE are missing or incomplete, or if `vae_tiling` is
+        on and the VAE has no tiling.
+        """
         if self._pipeline is not None:
             return
         self._checkpoint.check_pipeline()
@@ -74,7 +75,7 @@ class Components:
     ) -> Any:
         """Packed latents to frames, as diffusers' video processor returns them for `output_type`.
 
-        Raises InvalidRequest where the VAE's tiles do not join to frames of the workload's size.
+        Raises InvalidRequest if the VAE's tiles do not join to frames of the workload's size.
         """
         self.load(device)
         with self._on(device, "vae"):
@@ -89,7 +90,7 @@ class Components:
         return self._pipeline.video_processor.postprocess_video(video, output_type=output_type)
 
     def _usual_dtypes(self, device: torch.device) -> torch.dtype | dict[str, torch.dtype]:
-        """float32 on the CPU, else bfloat16 but for the parts that the family wants in float32."""
+        """float32 on the CPU, else bfloat16 except the parts that the family wants in float32."""
         if device.type == "cpu":
             return torch.float32
         wide = dict.fromkeys(self._family.float32_components, torch.float32)

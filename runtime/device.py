@@ -24,7 +24,7 @@ from .operations import Operation, Operations, TorchOperations
 
 
 class Graph(Protocol):
-    """Captured work; `nodes` are None where they cannot be counted."""
+    """Captured work; `nodes` are None if they cannot be counted."""
 
     nodes: int | None
 
@@ -33,13 +33,13 @@ class Graph(Protocol):
 
 
 class Device(Stream, Protocol):
-    """A stream, and how the work around the engines is done on it, and captured where it `captures`."""
+    """A stream and the operations around the engines on it; if it `captures`, work can become graphs."""
 
     captures: bool
     operations: Operations
 
     def capture(self, work: Callable[[], None]) -> Graph:
-        """Records what `work` enqueues, without running it; RuntimeError where that fails.
+        """Records what `work` enqueues, without running it; RuntimeError if that fails.
 
         After a failure nothing must be allocated before `stop_capturing`.
         """
@@ -48,7 +48,7 @@ class Device(Stream, Protocol):
         """Puts right what a failed capture leaves behind; the process captures nothing more."""
 
     def named(self, name: str, operation: Operation) -> Operation:
-        """The operation under a name that profilers show, where there are any."""
+        """The operation under a name that profilers show."""
 
 
 class Cpu(CpuStream):
@@ -157,5 +157,5 @@ def node_counter() -> Callable[[torch.cuda.CUDAGraph], int | None]:
 
 
 def open_device(name: str) -> Device:
-    """The device of a backend, `cpu` or `cuda`; raises BackendUnavailable where there is none."""
+    """The device of a backend, `cpu` or `cuda`; raises BackendUnavailable without such a device."""
     return Cuda() if name == "cuda" else Cpu()

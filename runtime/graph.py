@@ -18,7 +18,7 @@ _MAX_RELATIVE = 1e-3
 
 
 class StepGraph:
-    """Replays a step; where it cannot be captured, says so once and runs it plainly.
+    """Replays a captured step; if it cannot be captured, warns once and runs it plainly.
 
     The memory it was captured on belongs to `state`, which lives as long as the graph.
     """
@@ -32,7 +32,7 @@ class StepGraph:
 
     @property
     def nodes(self) -> int | None:
-        """Nodes of the captured graph; 0 where steps run without one, None where they cannot be counted."""
+        """Nodes of the captured graph; 0 if steps run without one, None if they cannot be counted."""
         return self._graph.nodes if self._graph is not None else 0
 
     def enqueue(self) -> None:
@@ -42,7 +42,7 @@ class StepGraph:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What a step leaves: predictions (rows, ...), the change of the latents (videos, ...), the next step."""
+    """A step's results: predictions (rows, ...), the change of the latents (videos, ...), the next step."""
 
     pred: Tensor
     change: Tensor
@@ -55,7 +55,7 @@ class _Outcome:
         return cls(pred.to(torch.float32, copy=True), change, state.table.counter.clone())
 
     def distance(self, expected: _Outcome) -> float:
-        """The largest relative difference of a row; inf for another next step, NaN where rows are NaN."""
+        """The largest relative difference of a row; inf for another next step, NaN if rows are NaN."""
         if not torch.equal(self.counter, expected.counter):
             return math.inf
         # Predictions too: a schedule may scale them down so far that the latents hardly show them.
@@ -64,7 +64,7 @@ class _Outcome:
 
 
 def _captured(step: Step, state: StepState, device: Device) -> Graph | None:
-    """The step's graph; None, said aloud, where there is none that does what the plain step does."""
+    """The step's graph; None, with a warning, if no captured graph equals the plain step."""
     start = state.snapshot()
     for _ in range(_WARMUPS):
         # The first runs after a shape change may allocate and compile, which a capture may not.

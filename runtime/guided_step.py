@@ -8,16 +8,17 @@ from __future__ import annotations
 import torch
 
 from stg_trt.guidance.combine import combine
+from stg_trt.models.passes import Pass
 
 from .state import StepState
 from .step_key import StepKey
 
 
-def fan_out_rows(state: StepState, passes: tuple[str, ...]) -> None:
+def fan_out_rows(state: StepState, passes: tuple[Pass, ...]) -> None:
     """latents -> scaled, cast and replicated to the rows of each pass, with the step's timestep."""
     scaled = state.latents * state.table.now("input_scale")
-    for group in passes:
-        state.buffers.view("latents", (group,)).copy_(scaled)
+    for name in passes:
+        state.buffers.view("latents", (name,)).copy_(scaled)
     timestep = state.buffers.view("timestep", passes)
     timestep.copy_(state.table.now("timestep").expand_as(timestep))
 
@@ -25,7 +26,7 @@ def fan_out_rows(state: StepState, passes: tuple[str, ...]) -> None:
 def guided_step(state: StepState, key: StepKey) -> None:
     """Combines the rows' predictions, steps the solver and advances the counter; all in float32."""
     table = state.table
-    preds = {group: state.buffers.view("pred", (group,)) for group in key.passes}
+    preds = {name: state.buffers.view("pred", (name,)) for name in key.passes}
     pred = combine(
         preds["cond"],
         preds.get("uncond"),

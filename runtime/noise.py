@@ -23,7 +23,7 @@ def draw(shape: Sequence[int], generator: Generators | None) -> Tensor:
 
 
 def draw_for(solver: SolverTable, steps: int, shape: Sequence[int], generator: Generators | None) -> Tensor:
-    """What the first steps of a solver add, (draws that are used, *shape), drawn in the scheduler's order."""
+    """The noise of a solver's first steps, (draws used, *shape), drawn in the scheduler's order."""
     used = solver.used_draws(steps)
     noise = torch.empty(len(used), *shape)
     for k in range(sum(solver.draws[:steps])):

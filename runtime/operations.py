@@ -7,6 +7,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from stg_trt.models.passes import Pass
+
 from .guided_step import fan_out_rows, guided_step
 from .kernels.copy_rows import copy_rows
 from .state import StepState
@@ -22,7 +24,7 @@ class Operations(Protocol):
     def copy_rows(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Operation:
         """Copies of (destination, source), alike and contiguous; no destination overlaps another tensor."""
 
-    def fan_out_rows(self, state: StepState, passes: tuple[str, ...]) -> Operation:
+    def fan_out_rows(self, state: StepState, passes: tuple[Pass, ...]) -> Operation:
         """The latents, scaled and cast, to the rows of each pass, with the step's timestep."""
 
     def guided_step(self, state: StepState, key: StepKey) -> Operation:
@@ -36,7 +38,7 @@ class TorchOperations:
         """One copy after the other."""
         return lambda stream: copy_rows(pairs)
 
-    def fan_out_rows(self, state: StepState, passes: tuple[str, ...]) -> Operation:
+    def fan_out_rows(self, state: StepState, passes: tuple[Pass, ...]) -> Operation:
         """An operation per pass and table."""
         return lambda stream: fan_out_rows(state, passes)
 

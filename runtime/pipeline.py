@@ -86,7 +86,7 @@ class VideoPipeline:
         offload: bool = False,
         vae_tiling: bool = False,
     ) -> VideoPipeline:
-        """Opens a checkpoint and a folder of engines built from it; raises where they do not fit.
+        """Opens a checkpoint and a folder of engines built from it; raises an error if they do not fit.
 
         `dtype` is that of text encoder and VAE (default: bfloat16 on a GPU, else float32); `offload`
         keeps them off the GPU while they are not needed. `vae_tiling` is diffusers' `vae.enable_tiling()`:
@@ -140,12 +140,12 @@ class VideoPipeline:
         guidance: GuidanceOptions | None = None,
         **decode_options: Any,
     ) -> VideoPipelineOutput:
-        """Generates videos; what is None comes from the engines (sizes, blocks) or the family's defaults.
+        """Generates videos; omitted arguments come from the engines (sizes, blocks) or the family's defaults.
 
         Scales are numbers, lists with one entry per step, or TimestepBins; `preset` names published tables,
         `use_dynamic_cfg` is CogVideoXPipeline's; or `guidance` has all of these. `generator` draws the first
         noise, then the solver's; `decode_options` are the family's own. Raises InvalidRequest for arguments
-        that cannot be used and EngineRejected where no engine fits them.
+        that cannot be used and EngineRejected if no engine fits them.
         """
         arguments = GuidanceOptions(
             guidance_scale, stg_scale, rescale, stg_mode, stg_blocks, stg_range, preset, cfg_zero_star,
@@ -195,7 +195,7 @@ class VideoPipeline:
         return sampler.steps(noise, cond, uncond, guidance, schedule.solver, rate, request.generator)
 
     def _condition(self, prompt: Prompt, schedule: Schedule) -> TextCondition:
-        """What the engines are told of a prompt: its texts encoded, or the embeddings that were given."""
+        """A prompt as the engines take it: its texts encoded, or the embeddings that were given."""
         workload = schedule.workload
         if prompt.texts is None:
             text = prompt.padded(self.family.tensors(workload), self.family.has_text_mask)
@@ -299,7 +299,7 @@ class VideoPipeline:
 
 @contextmanager
 def _memory_explained(manifest: Manifest, place: str, less: str) -> Iterator[None]:
-    """Turns the GPU's out-of-memory error into what the build needs, and `less`, what needs less."""
+    """Re-raises CUDA OOM with the build's memory needs and, as `less`, ways to reduce them."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -16,7 +16,7 @@ from stg_trt.models.text import TextCondition
 
 @dataclass(frozen=True)
 class Embeddings:
-    """What may be given instead of a text; only some models take pooled embeddings."""
+    """Embeddings given instead of a text; only some models take pooled ones."""
 
     embeds: Tensor | None
     mask: Tensor | None
@@ -25,9 +25,9 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What one pass is conditioned on: texts to encode, or embeddings where `texts` is None.
+    """The condition of one pass: texts to encode, or embeddings if `texts` is None.
 
-    `prefix` is that of the embeddings' arguments: none, or negative_. `count` is how many videos the
+    `prefix` is that of the embeddings' arguments: empty, or negative_. `count` is how many videos the
     embeddings must have; None leaves it to them.
     """
 
@@ -115,12 +115,12 @@ class Prompts:
 
     @property
     def cond(self) -> Prompt:
-        """Of the conditional pass."""
+        """The prompt of the conditional pass."""
         return Prompt([self.prompt] if isinstance(self.prompt, str) else self.prompt, self.given)
 
     @property
     def uncond(self) -> Prompt:
-        """Of the unconditional pass; raises InvalidRequest for a wrong number of negative prompts."""
+        """The unconditional pass's prompt; raises InvalidRequest for a wrong number of negative prompts."""
         if self.given.embeds is not None or self.negative.embeds is not None:
             return Prompt(None, self.negative, "negative_", self.count)
         negative = self.negative_prompt

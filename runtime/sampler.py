@@ -79,7 +79,7 @@ class Sampler:
     ) -> Iterator[SampledStep]:
         """Yields every step of `guidance`, from packed noise (videos, ...) times `solver.noise_scale`.
 
-        A solver that adds noise draws it from `generator`. Raises InvalidRequest where guidance is on and
+        A solver that adds noise draws it from `generator`. Raises InvalidRequest if guidance is on and
         `uncond` is None.
         """
         steps = range(len(guidance.cfg_scale))
@@ -124,7 +124,7 @@ class Sampler:
         return state
 
     def step(self, key: StepKey, state: StepState) -> Step | StepGraph:
-        """The step of a guidance state; bound when first asked for, and captured where the device can."""
+        """The step of a guidance state; bound when first asked for, and captured if the device can."""
         if key not in self._bound:
             plan = plan_step(self.segments, key.passes, key.perturbation)
             bound = BoundPlan(plan, self._engines, state.buffers, self.family.borders, self._device)
@@ -143,7 +143,7 @@ class Sampler:
             state.table.go_to(0)
 
     def _state_for(self, size: RunSize, latents_shape: torch.Size) -> StepState:
-        """The static memory, allocated again only where it must grow; the old is given back first."""
+        """The static memory, reallocated only when it must grow; the old memory is freed first."""
         if self._state is None or not self._state.fits(size):
             self._bound.clear()
             self._state = self._text = None

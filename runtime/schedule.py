@@ -1,4 +1,4 @@
-"""What a call asks for, and what it runs: a build, and for each step its guidance and solver coefficients."""
+"""From a call's arguments to its work: a build, and each step's guidance and solver coefficients."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Schedule:
 def schedule_steps(request: Request, store: EngineStore, family: ModelFamily, scheduler: Any) -> Schedule:
     """Finds the build and works out the tables; sets the scheduler's timesteps.
 
-    Raises InvalidRequest for options that cannot be used and EngineRejected where no build fits them.
+    Raises InvalidRequest for options that cannot be used and EngineRejected if no build fits them.
     """
     build = find_possible(store, request.sizes, family)
     workload, preset = build.manifest.workload, request.guidance.published

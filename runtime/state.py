@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
-from stg_trt.models.plan import GROUPS
+from stg_trt.models.passes import PASSES, Pass
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import TensorSpec
 from stg_trt.runtime.table import StepTable
@@ -32,35 +32,35 @@ class StepBuffers:
         self._tensors: dict[str, tuple[Tensor, ...]] = {}
         self._has_rows = {spec.name: spec.has_rows for spec in specs}
         for spec in specs:
-            shape = spec.with_rows(len(GROUPS) * videos)
+            shape = spec.with_rows(len(PASSES) * videos)
             count = 2 if spec.name in ping_pong else 1
             self._tensors[spec.name] = tuple(
                 torch.zeros(shape, dtype=spec.torch_dtype, device=device) for _ in range(count)
             )
         self._keep = {
             perturbed: torch.tensor(
-                [not (perturbed and group == "skip") for group in GROUPS for _ in range(videos)],
+                [not (perturbed and name == "skip") for name in PASSES for _ in range(videos)],
                 device=device,
             )
             for perturbed in (False, True)
         }
 
-    def view(self, name: str, groups: Sequence[str] = GROUPS, turn: int = 0) -> Tensor:
-        """The rows of neighbouring groups after `turn` rewrites; all of a tensor that the rows share."""
+    def view(self, name: str, passes: Sequence[Pass] = PASSES, turn: int = 0) -> Tensor:
+        """The rows of neighbouring passes after `turn` rewrites; all of a tensor that the rows share."""
         tensor = self._tensors[name][turn % len(self._tensors[name])]
-        return tensor[self._rows(groups)] if self._has_rows[name] else tensor
+        return tensor[self._rows(passes)] if self._has_rows[name] else tensor
 
-    def keep_attention(self, groups: Sequence[str], perturbed: bool) -> Tensor:
+    def keep_attention(self, passes: Sequence[Pass], perturbed: bool) -> Tensor:
         """One bool per row, false for perturbed skip rows."""
-        return self._keep[perturbed][self._rows(groups)]
+        return self._keep[perturbed][self._rows(passes)]
 
     def has_rows(self, name: str) -> bool:
         """Whether the tensor has one entry per row."""
         return self._has_rows[name]
 
-    def _rows(self, groups: Sequence[str]) -> slice:
-        first, last = GROUPS.index(groups[0]), GROUPS.index(groups[-1])
-        assert tuple(groups) == GROUPS[first : last + 1], groups
+    def _rows(self, passes: Sequence[Pass]) -> slice:
+        first, last = PASSES.index(passes[0]), PASSES.index(passes[-1])
+        assert tuple(passes) == PASSES[first : last + 1], passes
         return slice(first * self.videos, (last + 1) * self.videos)
 
 
@@ -75,7 +75,7 @@ def find_ping_pong(
 
 @dataclass(frozen=True)
 class RunSize:
-    """What a run needs memory for: videos at once, steps, and the solver's history with its noise."""
+    """The sizes of a run's memory: videos at once, steps, and the solver's history with its noise."""
 
     videos: int
     steps: int
@@ -126,7 +126,7 @@ class StepState:
         return cls(buffers, table, zeros(), zeros(), None if size.single_step else zeros(table.slots))
 
     def fits(self, size: RunSize) -> bool:
-        """Whether a run finds room here."""
+        """Whether this memory is large enough for a run."""
         return (
             self.buffers.videos == size.videos
             and self.table.capacity >= size.steps
@@ -142,7 +142,7 @@ class StepState:
             self._preds.zero_()
 
     def add_noise(self, noise: Tensor) -> None:
-        """Writes what the solver adds in a run, (draws, videos, ...)."""
+        """Writes the noise that the solver adds in a run, (draws, videos, ...)."""
         assert self.history is not None
         self.history[self.table.capacity :][: len(noise)].copy_(noise)
 

@@ -34,7 +34,7 @@ class Step:
             operation(self._stream)
 
     def poison(self) -> None:
-        """Fills every row that a step writes with NaN, so that what is left out shows in the predictions."""
+        """Fills every row that a step writes with NaN, so that a row left out shows in the predictions."""
         for tensor in self._written:
             if tensor.is_floating_point():
                 tensor.fill_(torch.nan)

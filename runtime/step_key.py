@@ -1,4 +1,4 @@
-"""What a step is specialised on."""
+"""The facts that a step is specialised on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
+from stg_trt.models.passes import Pass
 from stg_trt.models.perturbation import Perturbation
 
 
@@ -13,7 +14,7 @@ from stg_trt.models.perturbation import Perturbation
 class StepKey:
     """All that a step, and a graph captured from it, is specialised on; the rest is in the step table."""
 
-    passes: tuple[str, ...]
+    passes: tuple[Pass, ...]
     perturbation: Perturbation | None
     rescaled: bool
     single_step: bool

@@ -1,4 +1,4 @@
-"""What users are told: every message says what was expected, what was got, and the fix."""
+"""The errors users see: every message says what was expected, what was got, and the fix."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from stg_trt.models.checkpoint import Checkpoint, published
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ("build_engines", "runtime", "benchmarks")
 PRODUCT = ("stg_trt", *PROGRAMS)
-# What each part may import of the others. Programs never import each other; benchmarks measure the other two.
+# The parts that each part may import. Programs never import each other; benchmarks measure the other two.
 LIBRARY = {"errors", "system", "models", "guidance", "engines"}
 MAY_IMPORT = {
     "stg_trt/errors.py": set(),

@@ -1,4 +1,4 @@
-"""What `import stg_trt` gives, in which order modules come in, and that the README's calls can be made."""
+"""The names that `import stg_trt` offers, in any order of imports, and the README's calls."""
 
 from __future__ import annotations
 

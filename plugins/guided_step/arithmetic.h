@@ -51,7 +51,7 @@ STG_BOTH Products merge(Products a, Products b) {
 // CFG-Zero* (arXiv 2503.18886): the factor that projects cond onto uncond.
 STG_BOTH float projection(Products p) { return p.cond_uncond / (p.uncond_uncond + 1e-8f); }
 
-// What a step reads from the device table.
+// One step's values from the device table.
 struct StepScalars {
   float cfg_scale;
   float stg_scale;

@@ -15,7 +15,7 @@ constexpr int kWarps = kThreads / 32;
 constexpr int64_t kMaxBlocks = 512;  // per video: enough to fill a GPU, few enough for one block to fold
 constexpr int kVector = 4;           // values per thread and turn: 16 bytes of latents
 
-// What one block adds to its video's sums; the workspace holds [video][block] of them.
+// One block's share of its video's sums; the workspace holds [video][block] of them.
 struct Partials {
   Moments cond;
   Moments pred;

@@ -186,7 +186,7 @@ class Creator final : public IPluginCreatorV3One {
 
 }  // namespace
 
-// What IPluginRegistry::loadLibrary looks for.
+// IPluginRegistry::loadLibrary looks for these two functions.
 STG_EXPORT void setLoggerFinder(ILoggerFinder*) {}
 
 STG_EXPORT IPluginCreatorInterface* const* getCreators(int32_t& count) {

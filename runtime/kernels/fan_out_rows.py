@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from stg_trt.models.passes import Pass
+
 from .shared_library import DTYPES, Kernels, address
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ class FanOutRowsParameters(ctypes.Structure):
 class FanOutRowsKernel:
     """`stg_trt.runtime.guided_step.fan_out_rows` for one state and set of passes."""
 
-    def __init__(self, kernels: Kernels, state: StepState, passes: tuple[str, ...]) -> None:
+    def __init__(self, kernels: Kernels, state: StepState, passes: tuple[Pass, ...]) -> None:
         self._kernels = kernels
         self._rows = state.buffers.view("latents", passes)
         self._timestep = state.buffers.view("timestep", passes)

@@ -63,12 +63,12 @@ class GuidedStepKernel:
         device = state.latents.device
         videos, length = len(state.latents), state.latents[0].numel()
         self._tables = state.table.device_values(*_TABLES)
-        self._rows = {group: state.buffers.view("pred", (group,)) for group in key.passes}
+        self._rows = {name: state.buffers.view("pred", (name,)) for name in key.passes}
         self._finished = torch.zeros(1, dtype=torch.int32, device=device)
         self._workspace = torch.empty(kernels.workspace_bytes(videos), dtype=torch.uint8, device=device)
         history = state.history
         self._parameters = GuidedStepParameters(
-            **{group: address(rows) for group, rows in self._rows.items()},
+            **{name: address(rows) for name, rows in self._rows.items()},
             **{name: address(values) for name, values in self._tables.items()},
             latents=address(state.latents),
             history=address(history),

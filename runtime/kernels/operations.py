@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from stg_trt.models.passes import Pass
+
 from ..operations import Operation
 from ..state import StepState
 from ..step_key import StepKey
@@ -25,7 +27,7 @@ class KernelOperations:
         """All copies at once."""
         return CopyRowsKernel(self.kernels, pairs).enqueue
 
-    def fan_out_rows(self, state: StepState, passes: tuple[str, ...]) -> Operation:
+    def fan_out_rows(self, state: StepState, passes: tuple[Pass, ...]) -> Operation:
         """All rows and timesteps at once."""
         return FanOutRowsKernel(self.kernels, state, passes).enqueue
 

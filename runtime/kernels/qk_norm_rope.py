@@ -48,7 +48,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Rope:
-    """Float32 tables (tokens, pairs of channels), or of a head's pairs where all heads have the same."""
+    """Float32 tables (tokens, pairs of channels), or of a head's pairs if all heads have the same."""
 
     cos: Tensor
     sin: Tensor
@@ -98,7 +98,7 @@ class QKNormRopeKernel:
 
 
 def norm_rope(x: Tensor, norm: Norm, rope: Rope | None) -> Tensor:
-    """What the kernel computes of q, or of k: (a, b) -> (a*cos - b*sin, b*cos + a*sin) of normed pairs."""
+    """The kernel's result for q, or for k: (a, b) -> (a*cos - b*sin, b*cos + a*sin) of normed pairs."""
     groups = x.float().unflatten(-1, (-1, len(norm.weight)))
     if norm.centred:
         groups = groups - groups.mean(-1, keepdim=True)

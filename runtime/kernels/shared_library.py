@@ -20,7 +20,7 @@ _KERNELS = ("stg_copy_rows", "stg_fan_out_rows", "stg_guided_step", "stg_qk_norm
 
 
 class Kernels:
-    """The loaded library; raises BackendUnavailable where it is none, or of another version."""
+    """The loaded library; raises BackendUnavailable if it is none, or of another version."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -50,7 +50,7 @@ class Kernels:
 
 @cache
 def load_kernels() -> Kernels | None:
-    """The kernels, or None, said once, where they were not built; BackendUnavailable for a wrong version."""
+    """The kernels; None, with one warning, if they were not built. BackendUnavailable for a wrong version."""
     if not _LIBRARY.exists():
         warnings.warn(
             f"kernels: {_LIBRARY} is not built, steps run as torch operations: run make kernels",
@@ -61,7 +61,7 @@ def load_kernels() -> Kernels | None:
 
 
 def address(tensor: Tensor | None) -> int | None:
-    """Where a contiguous tensor lies; None for none."""
+    """The address of a contiguous tensor; None for None."""
     if tensor is None:
         return None
     assert tensor.is_contiguous()

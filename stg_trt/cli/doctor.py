@@ -70,7 +70,7 @@ def _answer(reason: str | None) -> str:
 
 
 def _builds_anywhere(backend: str) -> str:
-    """What needs only its library to compile."""
+    """For a backend that compiles with its library alone."""
     from stg_trt.engines.tensorrt_library import load_library
     from stg_trt.errors import BackendUnavailable
 
@@ -82,7 +82,7 @@ def _builds_anywhere(backend: str) -> str:
 
 
 def _inductor_state(gpu: Gpu | None) -> tuple[str, str]:
-    """Whether it builds here and whether it runs here: what runs on a CPU needs no GPU."""
+    """Whether it builds here and whether it runs here; engines for the CPU need no GPU."""
     from stg_trt.engines.auto_backend import why_not
     from stg_trt.engines.inductor_chain import check_compiler
     from stg_trt.errors import BackendUnavailable

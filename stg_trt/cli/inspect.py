@@ -10,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from stg_trt.engines.store import Build
+    from stg_trt.models.passes import Pass
 
 
 def inspect(
@@ -82,7 +83,8 @@ def describe(build: Build) -> dict[str, Any]:
 def _states(build: Build) -> dict[str, dict[str, Any]]:
     """Per guidance state: rows per segment, and FLOPs of one video's step, shared and in full."""
     from stg_trt.models.families import family_for
-    from stg_trt.models.plan import GROUPS, full_plan, plan_step
+    from stg_trt.models.passes import PASSES
+    from stg_trt.models.plan import full_plan, plan_step
 
     manifest = build.manifest
     family = family_for(manifest.transformer_config, manifest.vae_config)
@@ -93,15 +95,15 @@ def _states(build: Build) -> dict[str, dict[str, Any]]:
 
     whole = [segment for segment in segments if not segment.skipped]
     states = {}
-    usual = {"cond": GROUPS[1:2], "cfg": GROUPS[:2], "cfg+stg": GROUPS}
-    distilled = {"cond": GROUPS[1:2], "stg": GROUPS[1:]}
+    usual: dict[str, tuple[Pass, ...]] = {"cond": ("cond",), "cfg": ("uncond", "cond"), "cfg+stg": PASSES}
+    distilled: dict[str, tuple[Pass, ...]] = {"cond": ("cond",), "stg": ("cond", "skip")}
     for name, passes in (usual if family.embedded_guidance is None else distilled).items():
         if "skip" in passes and not manifest.stg_blocks:
             continue
         plan = plan_step(segments, passes, manifest.perturbation if "skip" in passes else None)
         rows: dict[str, int] = {}
         for run in plan.runs:
-            rows[run.segment.name] = rows.get(run.segment.name, 0) + len(run.groups)
+            rows[run.segment.name] = rows.get(run.segment.name, 0) + len(run.passes)
         states[name] = {
             "rows": rows,
             "flops": plan.flops(flops),
@@ -111,7 +113,7 @@ def _states(build: Build) -> dict[str, dict[str, Any]]:
 
 
 def _print_commands(build: dict[str, Any]) -> None:
-    """One a line and nothing else on it, to be copied; they are run in the build's folder."""
+    """Prints one command per line and nothing else, ready to copy; run them in the build's folder."""
     for segment in build["segments"]:
         for command in segment["commands"]:
             print(command)

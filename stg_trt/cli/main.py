@@ -71,7 +71,7 @@ def _new_app(**options: Any) -> typer.Typer:
 
 
 def _run(application: Callable[[], typer.Typer]) -> None:
-    # Python looks for garbage once more when it exits: two seconds among the objects that an export leaves.
+    # Python collects garbage once more at exit, which takes two seconds after an export.
     atexit.register(gc.freeze)
     interrupts = _record_interrupts()
     # Imported late: until here, an interrupt would show a traceback.
@@ -96,7 +96,7 @@ def _run(application: Callable[[], typer.Typer]) -> None:
 
 
 def _record_interrupts() -> list[int]:
-    """Ctrl-C raises KeyboardInterrupt, as ever, and is entered in the list."""
+    """Ctrl-C still raises KeyboardInterrupt, and is recorded in the list."""
     interrupts: list[int] = []
 
     def record(signum: int, frame: FrameType | None) -> None:
@@ -108,7 +108,7 @@ def _record_interrupts() -> list[int]:
 
 
 def _message(error: Exception) -> str | None:
-    """What to tell about an error; None for a defect of this program."""
+    """The message for an error; None for a defect of this program."""
     if isinstance(error, StgTrtError):
         return str(error)
     if isinstance(error, _usage_error_class()):
@@ -119,20 +119,20 @@ def _message(error: Exception) -> str | None:
 
 
 def _usage_error_class() -> type[Exception]:
-    """What every mistake on the command line derives from; typer exports its subclasses only."""
+    """The base class of every mistake on the command line; typer exports its subclasses only."""
     import typer
 
     return typer.BadParameter.__bases__[0]
 
 
 def _usage_error(error: Any) -> str:
-    """What typer found wrong, and where the right names are; empty where it has shown the help."""
+    """The mistake that typer found, and where the right names are; empty if it has shown the help."""
     message = str(error.format_message()).rstrip(".")
     return f"{message}: see {error.ctx.command_path} --help" if message and error.ctx else message
 
 
 def _memory_error(error: Exception) -> str:
-    """What could not be allocated, where the library says it, and what needs less."""
+    """The allocation that failed, if the library says it, and ways to need less."""
     detail = (str(error).splitlines() or [""])[0]
     return (
         f"out of memory: expected more free memory, got {detail or type(error).__name__}: use fewer frames, "

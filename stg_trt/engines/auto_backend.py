@@ -1,4 +1,4 @@
-"""Which backend a machine builds with when it is asked for the best: `--backend auto`."""
+"""Chooses the best backend for this machine: `--backend auto`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _RTX_SMS = ("sm_75", "sm_86", "sm_89", "sm_120", "sm_121")
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend and its target, with the reasons against each that was passed over."""
+    """A backend and its target, and why each better one was passed over."""
 
     backend: str
     target: str
@@ -29,7 +29,7 @@ class Choice:
 
 
 def choose_backend(gpu: Gpu | None) -> Choice:
-    """TensorRT where it is installed and supports the GPU, else inductor, else ONNX Runtime on the CPU."""
+    """TensorRT if it is installed and supports the GPU, else inductor, else ONNX Runtime on the CPU."""
     if gpu is None:
         return Choice("onnxruntime", "cpu", ("there is no NVIDIA GPU",))
     reasons: list[str] = []
@@ -42,7 +42,7 @@ def choose_backend(gpu: Gpu | None) -> Choice:
 
 
 def why_not(backend: str, gpu: Gpu | None) -> str | None:
-    """Why a backend's engines cannot run on the GPU of this machine; None where they can."""
+    """Why a backend's engines cannot run on the GPU of this machine; None if they can."""
     try:
         _GPU_TARGETS[backend](gpu)
     except BackendUnavailable as error:

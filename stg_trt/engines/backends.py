@@ -1,4 +1,4 @@
-"""The table of backends: what compiles segments to engines and runs them."""
+"""The table of backends, which compile segments to engines and run them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stg_trt.system.stream import Stream
 
 @dataclass(frozen=True)
 class Target:
-    """What engines are compiled for: where they run (cpu, or cuda) and in which precisions, default first."""
+    """A place to compile for: the device that runs the engines (cpu, cuda), its precisions, default first."""
 
     name: str
     device: str
@@ -72,7 +72,7 @@ def backend_for(name: str) -> Backend:
 
 
 def check_target(backend: Backend, target: str, precision: str) -> None:
-    """Raises InvalidRequest where a backend does not know the target, or the target the precision."""
+    """Raises InvalidRequest if the backend does not know the target, or the target lacks the precision."""
     precisions = backend.target(target).precisions
     if precision not in precisions:
         raise InvalidRequest(
@@ -82,9 +82,9 @@ def check_target(backend: Backend, target: str, precision: str) -> None:
 
 
 def load_engines(backend: str, files: Mapping[str, Sequence[Path]], stream: Stream) -> dict[str, Engine]:
-    """Loads engines by segment from their files, which were checked; the engine's own file comes first.
+    """Loads engines by segment name from checked files; an engine's own file comes first.
 
-    Raises BackendUnavailable where they cannot run and EngineRejected where they were built for elsewhere.
+    Raises BackendUnavailable if they cannot run here, EngineRejected if they were built for another machine.
     """
     module = importlib.import_module(f"stg_trt.engines.{backend_for(backend).module}")
     engines: dict[str, Engine] = module.load_all(backend, files, stream.torch_device)

@@ -1,4 +1,4 @@
-"""What compiling for a GPU needs beside a compiler: the toolkit's headers, and the driver to link with."""
+"""Finds the headers of the CUDA toolkit and the driver library: compiling for a GPU needs both."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def cuda_toolkit() -> Path | None:
 
 @contextmanager
 def cuda_build() -> Iterator[None]:
-    """Inside it, what torch compiles finds the toolkit, and links with the driver that this process uses.
+    """Inside it, torch's compilations find the toolkit and link with the driver that this process uses.
 
     A container may have it as libcuda.so.1 alone, where no linker searches; -lcuda asks for libcuda.so.
     """
@@ -56,7 +56,7 @@ def cuda_build() -> Iterator[None]:
 
 
 def loaded_library(name: str) -> Path | None:
-    """The file of a shared library in this process whose name starts so; None where there is none."""
+    """The file of a shared library in this process whose name starts with `name`; None if there is none."""
     mapped = Path("/proc/self/maps")
     if not mapped.exists():
         return None
@@ -65,7 +65,7 @@ def loaded_library(name: str) -> Path | None:
 
 
 def _wheels() -> list[Path]:
-    """Where the wheels that torch for CUDA depends on put their headers."""
+    """The header folders of the wheels that torch for CUDA depends on."""
     spec, version = find_spec("nvidia"), torch.version.cuda
     if spec is None or version is None:
         return []

@@ -22,7 +22,7 @@ _SIDES = 2
 
 
 class Scratch:
-    """What crosses borders inside chains: one memory for all contexts, which run one after the other."""
+    """Memory for the tensors between a chain's pieces; all contexts share it, as they run one by one."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -84,7 +84,7 @@ class InductorContext:
     """Calls the pieces in order; each writes its results where the next, or the caller, reads them.
 
     A package is compiled with its outputs as arguments that it writes to, so nothing is copied out of it.
-    What it needs in between comes from torch's allocator: in a CUDA graph, from the graph's pool.
+    Memory in between comes from torch's allocator: in a CUDA graph, from the graph's pool.
     """
 
     def __init__(self, engine: InductorEngine) -> None:
@@ -98,7 +98,7 @@ class InductorContext:
         self._calls: list[tuple[Any, list[Tensor]]] = []
 
     def bind(self, name: str, tensor: Tensor) -> None:
-        """Gives an input or output its memory and its shape; raises EngineRejected where it does not fit."""
+        """Gives an input or output its memory and its shape; raises EngineRejected if it does not fit."""
         assert tensor.is_contiguous() and tensor.data_ptr() % _ALIGNMENT_BYTES == 0, name
         path, spec = self._engine.path, self._specs[name]
         # Packages do not check what they are called with.
@@ -123,7 +123,7 @@ class InductorContext:
             loader.run(tensors)
 
     def _chained(self, stream: int) -> list[tuple[Any, list[Tensor]]]:
-        """Every piece with what it reads and writes; the last writer of an output writes to the caller's."""
+        """Every piece with its inputs and outputs; the last writer of an output writes to the caller's."""
         engine, chain = self._engine, self._engine.chain
         missing = self._specs.keys() - self._bound.keys()
         assert not missing, f"{engine.path.name}: {missing} not bound"
@@ -166,6 +166,6 @@ def _chain_calls(
 def load_all(
     backend: str, files: Mapping[str, Sequence[Path]], device: torch.device
 ) -> dict[str, InductorEngine]:
-    """The engines of a build; raises EngineRejected where they were built for another machine or torch."""
+    """The engines of a build; raises EngineRejected if they were built for another machine or torch."""
     scratch = Scratch(device)
     return {name: InductorEngine(paths, device, scratch) for name, paths in files.items()}

@@ -1,4 +1,4 @@
-"""What an inductor engine is made of: pieces that run one after the other, and the machine they need."""
+"""The parts of an inductor engine: pieces that run one after the other, and the machine they need."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Chain:
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, str] | None, path: Path) -> Chain:
-        """The chain of a weights file; raises EngineRejected where it has none."""
+        """The chain of a weights file; raises EngineRejected if it has none."""
         try:
             return _CHAIN.validate_json((metadata or {})[METADATA_KEY])
         except (KeyError, pydantic.ValidationError) as error:
@@ -60,7 +60,7 @@ _CHAIN = pydantic.TypeAdapter(Chain)
 
 
 def machine_facts(device: str) -> tuple[str, ...]:
-    """What the compiled code counts on: the CPU's instruction sets and, on cuda, the GPU's architecture."""
+    """Facts that compiled code relies on: the CPU's instruction sets and, on cuda, the GPU's architecture."""
     facts = [platform.system().lower(), *(name for name, has in _cpu_capabilities() if has is True)]
     if device == "cuda":
         facts.append("sm_{}{}".format(*torch.cuda.get_device_capability()))
@@ -68,7 +68,7 @@ def machine_facts(device: str) -> tuple[str, ...]:
 
 
 def check_machine(chain: Chain, device: str, path: Path) -> None:
-    """Raises EngineRejected where the code of the packages would fault or miscompute on this machine."""
+    """Raises EngineRejected if the code of the packages would fault or miscompute on this machine."""
     if chain.torch != torch.__version__:
         raise EngineRejected(
             f"{path}: expected torch {chain.torch}, which it was built with, got {torch.__version__}: "
@@ -84,7 +84,7 @@ def check_machine(chain: Chain, device: str, path: Path) -> None:
 
 
 def check_compiler(device: str) -> None:
-    """Raises BackendUnavailable where torch's compiler cannot build for the device (cpu, or cuda)."""
+    """Raises BackendUnavailable if torch's compiler cannot build for the device (cpu, or cuda)."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise BackendUnavailable(

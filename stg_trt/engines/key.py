@@ -19,7 +19,7 @@ KEY_VERSION = 2
 
 @dataclass(frozen=True)
 class EngineKey:
-    """What one engine is made from; a profile is its rows (min, opt, max), `gpu` that of `this-gpu`."""
+    """All that one engine is made from; a profile is its rows (min, opt, max), `gpu` that of `this-gpu`."""
 
     weights: str
     code: str
@@ -37,7 +37,7 @@ class EngineKey:
     version: int = KEY_VERSION
 
     def facts(self) -> dict[str, Any]:
-        """All facts, as JSON has them."""
+        """All facts, as JSON stores them."""
         facts: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return facts
 

@@ -1,4 +1,4 @@
-"""What a build leaves beside its engines: JSON with a schema version, written atomically."""
+"""The record that a build leaves beside its engines: JSON with a schema version, written atomically."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Verification(_Record):
 class SegmentRecord(_Record):
     """A finished segment: what it is, what it was made from, and what the gates found.
 
-    `commands` of the field's own tools build or run the same graph, where `--keep-onnx` has left it.
+    `commands` for trtexec and Polygraphy build or run the same graph, if `--keep-onnx` kept it.
     """
 
     segment: Segment
@@ -97,13 +97,18 @@ class Manifest(_Record):
 
     @property
     def perturbation(self) -> Perturbation:
-        """What the build can perturb."""
+        """The mode and all blocks that the build can perturb."""
         return Perturbation(self.stg_mode, self.stg_blocks)
 
     @property
     def engine_bytes(self) -> int:
         """Size of the engines; a file that several segments share counts once."""
         return sum(file.bytes for file in {file for record in self.segments for file in record.files})
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that building a segment took."""
+        return max(record.peak_bytes for record in self.segments)
 
     def record(self, name: str) -> SegmentRecord | None:
         """The finished segment of that name."""
@@ -118,7 +123,7 @@ def save(manifest: Manifest, folder: Path) -> None:
 
 
 def load(folder: Path) -> Manifest:
-    """Reads a manifest; raises EngineRejected with the reason where it cannot be trusted."""
+    """Reads a manifest; raises EngineRejected with the reason if it cannot be trusted."""
     path = folder / FILE_NAME
     try:
         body = json.loads(path.read_text("utf-8"))

@@ -73,7 +73,7 @@ def _load(backend: str, path: Path) -> OnnxRuntimeEngine:
 
 
 def run_session(call: Callable[[ort.RunOptions], Result]) -> Result:
-    """What `call` returns, which runs a session with the options that it is given.
+    """The result of `call`, which runs a session with the options that it is given.
 
     An interrupt ends the run after the operator that it is at.
     """

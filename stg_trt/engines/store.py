@@ -20,7 +20,7 @@ from stg_trt.system.stream import Stream
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """What a call needs of a build; None accepts anything. `perturbations` are those of its steps."""
+    """A call's requirements of a build; None accepts anything. `perturbations` are those of its steps."""
 
     weights: str | None = None
     height: int | None = None
@@ -40,7 +40,7 @@ class EngineRequest:
             backend_for(self.backend)
 
     def rejects(self, manifest: Manifest) -> str | None:
-        """Why the build does not fit, with the fix; None where it does."""
+        """Why the build does not fit, with the fix; None if it does."""
         workload = manifest.workload
         if not manifest.complete:
             return "the build is not finished: run it again with the same options to finish it"
@@ -94,7 +94,7 @@ class EngineStore:
 
     @classmethod
     def open(cls, root: str | Path) -> EngineStore:
-        """Reads every manifest; raises EngineRejected where the folder does not exist."""
+        """Reads every manifest; raises EngineRejected if the folder does not exist."""
         root = Path(root)
         if not root.is_dir():
             raise EngineRejected(
@@ -111,7 +111,7 @@ class EngineStore:
     def find(self, request: EngineRequest) -> Build:
         """The first build that fits; raises EngineRejected with every reason.
 
-        A GPU's come before the CPU's, then in the order of the backends, segmented before twin.
+        Builds for a GPU come first, then the order of the backends counts, then segmented before twin.
         """
         rejected = dict(self.unreadable)
         for build in sorted(self.builds, key=lambda build: _preference(build.manifest)):

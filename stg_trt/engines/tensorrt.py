@@ -38,7 +38,7 @@ class Arena:
 
 @dataclass(frozen=True)
 class ShapeRange:
-    """The shapes of an input that a profile is for."""
+    """The range of shapes that a profile allows for an input."""
 
     low: tuple[int, ...]
     high: tuple[int, ...]
@@ -84,7 +84,7 @@ class TensorRTEngine:
         return int(self.engine.device_memory_size_v2)
 
     def context(self) -> TensorRTContext:
-        """A new context; raises EngineRejected where there is no memory for one."""
+        """A new context; raises EngineRejected if there is no memory for one."""
         assert self.arena is not None
         trt = self._trt
         if self._rtx is not None:
@@ -101,7 +101,7 @@ class TensorRTEngine:
         return TensorRTContext(self, context)
 
     def keep_kernels(self) -> None:
-        """Called after a first run: what it has compiled is kept for the next process (TensorRT-RTX)."""
+        """Called after a first run: keeps the kernels it compiled for the next process (TensorRT-RTX)."""
         if self._rtx is not None:
             self._rtx.save_cache()
 
@@ -155,7 +155,7 @@ class TensorRTContext:
         self._set = False
 
     def bind(self, name: str, tensor: Tensor) -> None:
-        """Gives an input or output its memory and its shape; raises EngineRejected where it does not fit."""
+        """Gives an input or output its memory and its shape; raises EngineRejected if it does not fit."""
         engine = self._engine
         assert tensor.is_contiguous() and tensor.data_ptr() % engine.alignment == 0, name
         expected = engine.dtypes.get(name)
@@ -169,7 +169,7 @@ class TensorRTContext:
         self._set = False
 
     def enqueue(self, stream: int) -> None:
-        """Runs on a stream; raises EngineRejected or RuntimeError where TensorRT refuses."""
+        """Runs on a stream; raises EngineRejected or RuntimeError if TensorRT refuses."""
         first = not self._set
         if first:
             self._set_all(stream)
@@ -220,7 +220,7 @@ def load_all(
 ) -> dict[str, TensorRTEngine]:
     """All engines of a build on one arena; raises BackendUnavailable without the library or a GPU.
 
-    Raises EngineRejected for an engine of another GPU or version, OutOfDeviceMemory where one has no room.
+    Raises EngineRejected for an engine of another GPU or version, OutOfDeviceMemory if one has no room.
     """
     trt = load_library(backend)
     log = error_log(trt)

@@ -11,7 +11,7 @@ from stg_trt.errors import BackendUnavailable
 from stg_trt.system.files import LIBRARIES
 
 PLUGIN_NAMESPACE, PLUGIN_VERSION = "stg_trt", "2"
-# The library of our plugins, where it was built.
+# The library of our plugins, if it was built.
 PLUGINS = LIBRARIES / "libstg_tensorrt_plugins.so"
 PROGRAMS = {"tensorrt": "trtexec", "tensorrt-rtx": "tensorrt_rtx"}
 """Each library's own program that builds engines from graphs."""
@@ -22,7 +22,7 @@ _VERSIONS = {"tensorrt": ((10, 15), 11), "tensorrt-rtx": ((1, 7), 1)}
 
 
 def load_library(backend: str) -> ModuleType:
-    """The module of the backend; raises BackendUnavailable where it is not installed or not supported."""
+    """The module of the backend; raises BackendUnavailable if it is not installed or not supported."""
     try:
         library = importlib.import_module(_MODULES[backend])
     except ImportError as error:
@@ -57,7 +57,7 @@ def has_plugins() -> bool:
 def load_plugins(backend: str) -> None:
     """Registers our plugins, so that graphs and engines with their nodes can be read.
 
-    Raises BackendUnavailable where they were not built, or would end the process.
+    Raises BackendUnavailable if they were not built, or would end the process.
     """
     if not has_plugins():
         raise BackendUnavailable(
@@ -76,7 +76,7 @@ def load_plugins(backend: str) -> None:
 
 
 def _check_unversioned_name(trt: ModuleType) -> None:
-    """For plugins the parser opens libtensorrt_rtx.so, and aborts the process where there is none."""
+    """For plugins the parser opens libtensorrt_rtx.so, and aborts the process if it is missing."""
     libraries = importlib.import_module("tensorrt_rtx_libs")
     folder = Path(str(libraries.__path__[0]))
     searched = [Path(part) for part in os.environ.get("LD_LIBRARY_PATH", "").split(":") if part]

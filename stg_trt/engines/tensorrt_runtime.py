@@ -1,4 +1,4 @@
-"""Opens TensorRT's builder, runtime and engines; where it fails it returns nothing and tells its log why."""
+"""Opens TensorRT's builder, runtime and engines, whose calls return nothing on failure and log the reason."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OUT_OF_MEMORY = re.compile(r"(?i)out ?of ?memory|could not be allocated|insuffi
 
 
 def error_log(trt: Any, listen: Callable[[str], None] = lambda message: None) -> Any:
-    """A logger whose `errors` are what went wrong so far, causes first; `listen` hears all else."""
+    """A logger with all `errors` so far, causes first; `listen` gets every other message."""
 
     class ErrorLog(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -34,12 +34,12 @@ def error_log(trt: Any, listen: Callable[[str], None] = lambda message: None) ->
 
 
 def open_builder(trt: Any, backend: str, log: Any) -> Any:
-    """A builder; raises BackendUnavailable with the reason where the GPU or its driver refuses."""
+    """A builder; raises BackendUnavailable with the reason if the GPU or its driver refuses."""
     return _opened(trt.Builder, trt, backend, log)
 
 
 def open_runtime(trt: Any, backend: str, log: Any) -> Any:
-    """A runtime; raises BackendUnavailable with the reason where the GPU or its driver refuses."""
+    """A runtime; raises BackendUnavailable with the reason if the GPU or its driver refuses."""
     return _opened(trt.Runtime, trt, backend, log)
 
 
@@ -58,7 +58,7 @@ def read_engine(trt: Any, backend: str, runtime: Any, path: Path, log: Any) -> A
 
 
 def lacks_memory(errors: Sequence[str]) -> bool:
-    """Whether TensorRT gave up for want of GPU memory."""
+    """Whether TensorRT gave up for lack of GPU memory."""
     return any(map(_OUT_OF_MEMORY.search, errors))
 
 

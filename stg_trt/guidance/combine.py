@@ -20,8 +20,8 @@ def combine(
 ) -> Tensor:
     """uncond + cfg*(cond - uncond) + stg*(cond - skip), rescaled: (videos, ...) in float32 or above.
 
-    A scale is a number, or a tensor (1,) on the device, which the host never reads. A pass whose scale is the
-    number that turns it off (cfg 1, stg 0) is not read. Raises InvalidRequest where one that is on is None.
+    A scale is a number, or a tensor (1,) on the device, which the host never reads. A pass that its scale
+    turns off (cfg 1, stg 0) is not read. Raises InvalidRequest if a pass that is on is None.
     """
     pred = cond = _float32(pred_cond)
     if _is_on(cfg_scale, off=1):

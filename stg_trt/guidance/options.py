@@ -1,4 +1,4 @@
-"""What a call asks of its guidance, and what decides the rest."""
+"""The guidance options of a call, and how a preset and defaults fill in the rest."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class GuidanceOptions:
 
 
 def choose_options(guidance: GuidanceOptions | None, arguments: GuidanceOptions) -> GuidanceOptions:
-    """The options of a call that takes them whole or one by one; raises InvalidRequest where it got both."""
+    """The options of a call that takes them whole or one by one; raises InvalidRequest if it got both."""
     if guidance is None:
         return arguments
     if not isinstance(guidance, GuidanceOptions):

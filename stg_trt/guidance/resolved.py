@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ResolvedGuidance:
-    """What `GuidanceOptions.resolve` decides; the defaults are those of guidance that is off.
+    """The result of `GuidanceOptions.resolve`; the defaults turn guidance off.
 
     STG is off outside the steps [start, stop) of `stg_range`. `embedded_guidance` is None for the default of
     the family.

@@ -245,7 +245,7 @@ def _check_ready(solver: Any) -> None:
 
 
 def _check_noise(solver: Any, rows: Tensor, steps: int) -> None:
-    """Fresh noise is a column only where the sampler can reproduce the scheduler's draws."""
+    """Fresh noise is a column only if the sampler can reproduce the scheduler's draws."""
     noisy = (rows[:, 1 + steps :] != 0).any(dim=1)
     if bool(noisy.any()) and not _takes_history(solver):
         raise InvalidRequest(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from stg_trt.errors import InvalidRequest
 from stg_trt.guidance.bins import Blocks, BlockSets, Scale, T, TimestepBins
 from stg_trt.guidance.resolved import OFF, ResolvedGuidance
+from stg_trt.models.passes import Pass
 from stg_trt.models.perturbation import Perturbation, check_mode
 
 
@@ -27,7 +28,7 @@ def dynamic_cfg(scale: float, timesteps: Sequence[float]) -> list[float]:
 class Guidance:
     """Scales, rescale and perturbed blocks of every step; off is cfg 1, stg 0, rescale 0, no blocks.
 
-    `embedded` is what a distilled model takes as an input on all steps; None is its family's default.
+    `embedded` is the guidance input of a distilled model on all steps; None is its family's default.
     """
 
     cfg_scale: tuple[float, ...]
@@ -62,7 +63,7 @@ class Guidance:
         given: ResolvedGuidance = OFF,
         timesteps: Sequence[float] = (),
     ) -> Guidance:
-        """Tables for the steps at `sigmas` (in 0..1 where bins read them).
+        """Tables for the steps at `sigmas` (in 0..1 if bins read them).
 
         `timesteps` are the scheduler's, for `use_dynamic_cfg` alone. Raises InvalidRequest for lists of the
         wrong length, values out of range, and STG without blocks.
@@ -101,14 +102,14 @@ class Guidance:
         """All that the steps perturb."""
         return frozenset(filter(None, map(self.perturbation, range(self.num_steps))))
 
-    def passes(self, step: int) -> tuple[str, ...]:
-        """The rows the step computes, of 'uncond', 'cond' and 'skip'."""
-        uncond = ("uncond",) if self.cfg_scale[step] != 1 else ()
-        skip = ("skip",) if self.stg_scale[step] != 0 and self.blocks[step] else ()
+    def passes(self, step: int) -> tuple[Pass, ...]:
+        """The passes that the step computes, in the order of their rows."""
+        uncond: tuple[Pass, ...] = ("uncond",) if self.cfg_scale[step] != 1 else ()
+        skip: tuple[Pass, ...] = ("skip",) if self.stg_scale[step] != 0 and self.blocks[step] else ()
         return (*uncond, "cond", *skip)
 
     def perturbation(self, step: int) -> Perturbation | None:
-        """What the step's skip row changes; None where it has no skip row."""
+        """The perturbation of the step's skip pass; None if it has no skip pass."""
         return Perturbation(self.mode, self.blocks[step]) if "skip" in self.passes(step) else None
 
 

@@ -79,7 +79,7 @@ class Checkpoint:
     def shortened(self, counts: Sequence[int] | None) -> Checkpoint:
         """The same with fewer blocks: one number per entry of the family's `block_counts`; None keeps all.
 
-        Raises InvalidRequest where the weights are not random, and for numbers that the model has not.
+        Raises InvalidRequest if the weights are not random, and for numbers that the model does not have.
         """
         if counts is None:
             return self
@@ -112,7 +112,7 @@ class Checkpoint:
         return self.folder is not None and self.model_index is not None
 
     def check_pipeline(self) -> None:
-        """Raises InvalidRequest where text encoder, tokenizer and VAE are not there."""
+        """Raises InvalidRequest unless text encoder, tokenizer and VAE are there."""
         if not self.has_pipeline:
             raise InvalidRequest(
                 f"checkpoint: expected a text encoder and a VAE (model_index.json), got only a transformer "
@@ -120,7 +120,7 @@ class Checkpoint:
             )
         assert self.folder is not None and self.model_index is not None
         for name, part in self.model_index.items():
-            # (library, class), or nulls for none. Of no folder transformers makes an empty tokenizer.
+            # (library, class), or nulls for none. Without a folder transformers makes an empty tokenizer.
             named = isinstance(part, list) and part[:1] not in ([], [None])
             if named and not (self.folder / name).is_dir():
                 raise InvalidRequest(
@@ -153,7 +153,7 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """SHA-256 of the transformer's configuration and weight files.
 
-        Not of what diffusers notes in the configuration when it saves it: its release, and where from.
+        Leaves out the notes that diffusers adds when it saves a configuration: its release and the source.
         """
         facts = {name: value for name, value in self.transformer_config.items() if name not in _NOTES}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
@@ -270,7 +270,7 @@ def _random_weight(name: str, like: Any) -> Any:
 
 
 class _Config(dict[str, Any]):
-    """A configuration file whose missing entries are an answer to the user."""
+    """A configuration file; a missing entry is an error for the user."""
 
     path = Path()
 

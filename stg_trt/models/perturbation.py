@@ -1,4 +1,4 @@
-"""What the skip pass changes: a mode and a set of blocks, a value and never a patch on a live model."""
+"""The skip pass's change to the model: a mode and a set of blocks, as a value; no live model is patched."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ LAYOUTS: tuple[Layout, ...] = ("segmented", "twin")
 
 @dataclass(frozen=True)
 class Segment:
-    """Blocks [start, stop) of a model, with the embedding where `front` and the head where `back`.
+    """Blocks [start, stop) of a model, with the embedding if `front` and the head if `back`.
 
     `text` is the projection of the prompt, run once per call. `skipped` blocks are perturbed for all rows
     (the twin layout); `keep_input` adds a bool per row that switches self-attention (segmented stg-a).

@@ -1,4 +1,4 @@
-"""What the engines are told of a prompt."""
+"""A prompt as the engines take it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 class TextCondition:
     """Prompt embeddings (videos, tokens, width) and mask (videos, tokens), 1 for a real token.
 
-    Where the family takes them, also `pooled` embeddings (videos, width) and the embedded `guidance`
-    (videos,), of which None is the family's default.
+    If the family takes them, also `pooled` embeddings (videos, width) and the embedded `guidance` (videos,),
+    of which None is the family's default.
     """
 
     embeds: Tensor
@@ -49,7 +49,7 @@ class TextCondition:
 
 
 def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    """None where no condition has the tensor; either all have it or none."""
+    """None if no condition has the tensor; either all have it or none."""
     given = [tensor for tensor in tensors if tensor is not None]
     assert len(given) in (0, len(tensors))
     return torch.cat(given) if given else None

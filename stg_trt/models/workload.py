@@ -11,7 +11,7 @@ _PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 
 @dataclass(frozen=True)
 class Workload:
-    """What a build fixes: pixels, frames, text tokens, and the precision of weights and activations."""
+    """Pixels, frames, text tokens, and the precision of weights and activations."""
 
     height: int
     width: int

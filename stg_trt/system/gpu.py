@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GpuIdentity:
-    """What engines compiled for one GPU are tied to: their kernels were chosen by timing them on it.
+    """The GPU that engines for `this-gpu` are tied to: their kernels were chosen by timing them on it.
 
     `sm` is its compute capability, as targets name it (sm_90); `driver` is the driver's major version.
     """
@@ -34,19 +34,19 @@ class Gpu:
 
     @property
     def identity(self) -> GpuIdentity:
-        """What tells it from other GPUs to an engine."""
+        """The facts that decide whether engines of another GPU run on it."""
         return GpuIdentity(self.name, self.sm, self.multiprocessors, self.driver.split(".")[0])
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What engines can run on: the CPU and, where there is one, a GPU."""
+    """The devices that engines can run on: the CPU and, if there is one, a GPU."""
 
     gpu: Gpu | None = None
 
 
 def find_gpu() -> Gpu | None:
-    """The GPU that torch would use; None where there is none."""
+    """The GPU that torch would use; None without one."""
     import torch
 
     if not torch.cuda.is_available():
@@ -62,7 +62,7 @@ def find_gpu() -> Gpu | None:
 
 
 def this_machine() -> Machine:
-    """What engines can run on here."""
+    """The devices of this machine."""
     return Machine(find_gpu())
 
 

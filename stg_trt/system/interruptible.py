@@ -14,7 +14,7 @@ _INTERVAL_S = 0.2
 
 
 def run_interruptibly(work: Callable[[], Result], stop: Callable[[], None]) -> Result:
-    """What `work` returns; an interrupt calls `stop`, waits until `work` has ended, and is raised.
+    """The result of `work`; an interrupt calls `stop`, waits until `work` has ended, and is raised.
 
     Interrupts reach the main thread only, between two of its own instructions. So it leaves `work` to a
     thread of its own; any other thread simply calls it.

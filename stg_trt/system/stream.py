@@ -12,7 +12,7 @@ from stg_trt.errors import BackendUnavailable
 
 
 class Stream(Protocol):
-    """One stream of work; `stream` is its handle, 0 where there are no streams."""
+    """One stream of work; `stream` is its handle, 0 if there are no streams."""
 
     torch_device: torch.device
     stream: int
@@ -56,5 +56,5 @@ class CudaStream:
 
 
 def open_stream(name: str) -> Stream:
-    """A new stream of a backend's device, `cpu` or `cuda`; raises BackendUnavailable where there is none."""
+    """A new stream on a backend's device, `cpu` or `cuda`; raises BackendUnavailable without that device."""
     return CudaStream() if name == "cuda" else CpuStream()

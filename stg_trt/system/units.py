@@ -1,4 +1,4 @@
-"""Units of what is shown."""
+"""Units of displayed sizes."""
 
 GIB = 1 << 30
 """Bytes."""

@@ -1,4 +1,4 @@
-"""What a run on a GPU measures, in which order and within which limits; a rehearsal plans the same parts."""
+"""The parts of a run on a GPU: their order and limits; a rehearsal plans the same parts."""
 
 from __future__ import annotations
 

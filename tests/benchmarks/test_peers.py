@@ -45,7 +45,7 @@ def test_measures_a_family_with_a_multi_step_solver(tmp_path: Path, tiny_wan: tu
 
 @pytest.fixture
 def compilers(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What torch.compile was asked for; it changes nothing here, since a real one takes a minute on a CPU."""
+    """The arguments of torch.compile, which changes nothing here: a real one takes a minute on a CPU."""
     asked: list[dict[str, Any]] = []
 
     def compiled(model: object, **options: Any) -> object:

@@ -1,4 +1,4 @@
-"""What is measured: the family's own text length, tokens and passes."""
+"""Scenarios: the family's own text length, tokens and passes."""
 
 from __future__ import annotations
 

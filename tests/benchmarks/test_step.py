@@ -112,8 +112,8 @@ def test_predictions_that_are_no_numbers_are_recorded(
     """As JSON has none for them."""
     preds = LoadedBuild.preds
 
-    def broken(self: LoadedBuild, program: Any) -> dict[str, torch.Tensor]:
-        return {name: rows * float("nan") for name, rows in preds(self, program).items()}
+    def broken(self: LoadedBuild, step: Any) -> dict[str, torch.Tensor]:
+        return {name: rows * float("nan") for name, rows in preds(self, step).items()}
 
     monkeypatch.setattr(LoadedBuild, "preds", broken)
     with pytest.raises(GateMissed, match=r"shared: expected uncond within .*, got inf"):

@@ -229,7 +229,7 @@ def test_a_build_for_this_gpu(
     (other,) = {path.parent for path in tmp_path.glob("*/manifest.json")} - {folder}
     assert [record.segment.name for record in manifests.load(other).segments] == ["text"]
 
-    # Where no name is known, memory decides.
+    # If no name is known, memory decides.
     sim.name_kernel = lambda number: f"new_kernel_{number}"
     sim.device_memory_bytes = 1 << 40
     with pytest.raises(GateMissed, match=r"normal: expected at most \d+ bytes of activations for \d rows"):

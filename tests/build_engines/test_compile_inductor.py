@@ -173,7 +173,7 @@ def test_a_segment_is_the_chain_of_its_pieces(case: FamilyCase, tmp_path: Path) 
 
 
 def borders_and_weights(family: ModelFamily, piece: Segment, part: SegmentModule) -> object:
-    """What pieces of one kind have in common."""
+    """Borders and weights, which all pieces of one kind share."""
     shapes = tuple(weight.shape for weight in part.parameters())
     return family.borders(piece), piece.skipped is None, shapes
 

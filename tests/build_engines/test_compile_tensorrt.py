@@ -236,7 +236,7 @@ def test_a_slow_attention_misses_its_gate(
 
 
 def test_nothing_of_a_missed_gate_is_kept(one_block: Callable[[], list[Path]]) -> None:
-    """After the faulty builds, the right one starts where they did: with the text alone."""
+    """After the faulty builds, the right one starts with the same file as they did: the text alone."""
     (folder,) = one_block()
     manifest = manifests.load(folder)
     assert manifest.complete and [r.fused_attentions for r in manifest.segments] == [0, 2]
@@ -245,7 +245,7 @@ def test_nothing_of_a_missed_gate_is_kept(one_block: Callable[[], list[Path]]) -
 
 @pytest.fixture
 def recipe(builds: dict[str, list[Path]], model: Path, tmp_path: Path) -> Recipe:
-    """What compiles the whole model for one target, in a folder of its own."""
+    """A compiler of the whole model for one target, in a folder of its own."""
     folder = builds["twin"][0]
     graph = tmp_path / "normal.onnx"
     graph.write_bytes((folder / "onnx" / graph.name).read_bytes())

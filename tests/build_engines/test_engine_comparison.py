@@ -1,4 +1,4 @@
-"""What `stg-trt verify` compares, without its processes."""
+"""The comparisons of `stg-trt verify`, without its processes."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ pytestmark = pytest.mark.slow(reason="starts programs and interrupts them")
 UNVERIFIED = (*SMALL, "--verify-timesteps=0")
 CUT = (*UNVERIFIED, "--stg-blocks=0")
 SEGMENTS = ("text", "front", "block_0", "back")
-# What an interrupted program still does, which a loaded machine may take long for.
+# Seconds for an interrupted program to end, on a loaded machine.
 CPU_SECONDS_TO_END = 2
 A_MINUTE = 60
 
@@ -228,7 +228,7 @@ def never_end(folder: Path, segment: str) -> None:
 
 
 def read(terminal: int) -> bytes:
-    """What the program shows next; empty once it has ended."""
+    """The program's next output; empty once it has ended."""
     try:
         return os.read(terminal, 1 << 16)
     except OSError:

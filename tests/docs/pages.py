@@ -1,4 +1,4 @@
-"""The pages of the documentation, and what is in them."""
+"""The pages of the documentation and their contents."""
 
 from __future__ import annotations
 

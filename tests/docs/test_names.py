@@ -18,6 +18,7 @@ from stg_trt.cli.inspect import inspect as inspect_command
 from stg_trt.cli.main import _application
 from stg_trt.models.checkpoint import Checkpoint, published
 from stg_trt.models.families.base import ModelFamily
+from stg_trt.models.passes import Pass
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.plan import full_plan, plan_step
 from stg_trt.models.segment import cut
@@ -154,7 +155,7 @@ def test_costs_are_those_of_the_plans(row: dict[str, str]) -> None:
     of.check(workload)
     perturbation = Perturbation(of.defaults.stg_mode, of.defaults.stg_blocks)
     segments = cut("segmented", of.num_blocks, perturbation.mode, perturbation.blocks)
-    plain = ("uncond", "cond") if of.embedded_guidance is None else ("cond",)
+    plain: tuple[Pass, ...] = ("uncond", "cond") if of.embedded_guidance is None else ("cond",)
 
     def cost(plan: Any) -> float:
         flops: int = plan.flops(lambda segment: of.segment_flops(segment, workload))

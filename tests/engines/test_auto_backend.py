@@ -1,4 +1,4 @@
-"""What `--backend auto` chooses on machines with and without a GPU, and what it says about the others."""
+"""The choices of `--backend auto` with and without a GPU, and its reasons against the other backends."""
 
 from __future__ import annotations
 

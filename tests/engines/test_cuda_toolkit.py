@@ -1,4 +1,4 @@
-"""Headers and driver library where torch alone does not find them."""
+"""Headers and driver library that torch alone does not find."""
 
 from __future__ import annotations
 

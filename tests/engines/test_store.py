@@ -185,7 +185,7 @@ def test_an_engine_of_another_gpu_is_refused(
         r"580\): build the engines again here$",
     ):
         EngineStore.open(tmp_path).find(EngineRequest(machine=here))
-    # What is built again here lies beside it, and is found.
+    # A build made here again lies beside it, and is found.
     add("here", backend="tensorrt", target="this-gpu", gpu=other.identity)
     assert EngineStore.open(tmp_path).find(EngineRequest(machine=here)).folder.name == "here"
 

@@ -1,4 +1,4 @@
-"""What a call leaves open is decided in one place, and what it asks for is checked once."""
+"""Options that a call leaves open are decided in one place; those that it gives are checked once."""
 
 from __future__ import annotations
 

@@ -9,22 +9,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.families.base import ModelFamily, load_class
+from stg_trt.models.passes import PASSES, Pass
 from stg_trt.models.perturbation import MODES, Perturbation
-from stg_trt.models.plan import GROUPS, SegmentRun, StepPlan, full_plan, plan_step, row_counts
+from stg_trt.models.plan import SegmentRun, StepPlan, full_plan, plan_step, row_counts
 from stg_trt.models.segment import LAYOUTS, TEXT, Segment, cut
 from stg_trt.models.workload import Workload
 from tests.support.family_cases import CASES, Published
 
-UNCOND_COND = ("uncond", "cond")
-COND_SKIP = ("cond", "skip")
+COND: tuple[Pass, ...] = ("cond",)
+UNCOND_COND: tuple[Pass, ...] = ("uncond", "cond")
+COND_SKIP: tuple[Pass, ...] = ("cond", "skip")
 SMALL = Workload(480, 704, 121, text_length=256)
 NUM_BLOCKS = 5
 BLOCK_SETS = [b for size in range(1, NUM_BLOCKS + 1) for b in combinations(range(NUM_BLOCKS), size)]
 
 
 def rows(plan: StepPlan) -> dict[str, tuple[str, ...]]:
-    """Segment name to the groups it runs."""
-    return {run.segment.name: run.groups for run in plan.runs}
+    """Segment name to the passes it runs."""
+    return {run.segment.name: run.passes for run in plan.runs}
 
 
 def only(run: SegmentRun) -> tuple[bool, bool, bool]:
@@ -43,11 +45,11 @@ def test_row_counts_are_those_of_every_plan(layout: str, mode: str, blocks: tupl
         for size in range(1, len(blocks) + 1)
         for part in combinations(blocks, size)
     ]
-    plans = [plan_step(segments, passes, None) for passes in (("cond",), UNCOND_COND)]
-    for passes in (COND_SKIP, GROUPS):
+    plans = [plan_step(segments, passes, None) for passes in (COND, UNCOND_COND)]
+    for passes in (COND_SKIP, PASSES):
         plans += [plan_step(segments, passes, part) for part in ([built] if layout == "twin" else parts)]
     for segment in segments:
-        counts = {len(run.groups) for plan in plans for run in plan.runs if run.segment == segment}
+        counts = {len(run.passes) for plan in plans for run in plan.runs if run.segment == segment}
         assert row_counts(segments, segment, built) == counts
 
 
@@ -67,29 +69,29 @@ def test_row_counts_by_hand() -> None:
 
 def test_stg_r_by_hand() -> None:
     segments = cut("segmented", 6, "stg-r", (2, 4))
-    plan = plan_step(segments, GROUPS, Perturbation("stg-r", (2, 4)))
+    plan = plan_step(segments, PASSES, Perturbation("stg-r", (2, 4)))
     front, block_2, mid, block_4, back = segments
-    assert plan.passes == GROUPS
+    assert plan.passes == PASSES
     assert plan.runs == (
         SegmentRun(front, UNCOND_COND),
         SegmentRun(block_2, UNCOND_COND, fork=True, bypass=True),
-        SegmentRun(mid, GROUPS),
+        SegmentRun(mid, PASSES),
         SegmentRun(block_4, UNCOND_COND, bypass=True),
-        SegmentRun(back, GROUPS),
+        SegmentRun(back, PASSES),
     )
 
 
 def test_stg_a_by_hand() -> None:
     segments = cut("segmented", 6, "stg-a", (0, 1, 5))
-    plan = plan_step(segments, GROUPS, Perturbation("stg-a", (0, 1, 5)))
+    plan = plan_step(segments, PASSES, Perturbation("stg-a", (0, 1, 5)))
     front, block_0, block_1, mid, block_5, back = segments
     assert plan.runs == (
         SegmentRun(front, UNCOND_COND),
-        SegmentRun(block_0, GROUPS, fork=True, perturbed=True),
-        SegmentRun(block_1, GROUPS, perturbed=True),
-        SegmentRun(mid, GROUPS),
-        SegmentRun(block_5, GROUPS, perturbed=True),
-        SegmentRun(back, GROUPS),
+        SegmentRun(block_0, PASSES, fork=True, perturbed=True),
+        SegmentRun(block_1, PASSES, perturbed=True),
+        SegmentRun(mid, PASSES),
+        SegmentRun(block_5, PASSES, perturbed=True),
+        SegmentRun(back, PASSES),
     )
 
 
@@ -106,27 +108,27 @@ def test_without_cfg_by_hand() -> None:
 
 def test_a_step_may_perturb_fewer_blocks_than_were_cut() -> None:
     segments = cut("segmented", 6, "stg-a", (1, 4))
-    late = plan_step(segments, GROUPS, Perturbation("stg-a", (4,)))
+    late = plan_step(segments, PASSES, Perturbation("stg-a", (4,)))
     assert rows(late) == {
         "front": UNCOND_COND,
         "block_1": UNCOND_COND,
         "mid_2_3": UNCOND_COND,
-        "block_4": GROUPS,
-        "back": GROUPS,
+        "block_4": PASSES,
+        "back": PASSES,
     }
     assert [only(run) for run in late.runs] == [(False,) * 3] * 3 + [(True, False, True), (False,) * 3]
-    early = plan_step(segments, GROUPS, Perturbation("stg-a", (1,)))
+    early = plan_step(segments, PASSES, Perturbation("stg-a", (1,)))
     assert [only(run) for run in early.runs] == [(False,) * 3, (True, False, True), *[(False,) * 3] * 3]
 
 
 def test_stg_r_on_engines_that_were_cut_for_stg_a() -> None:
     segments = cut("segmented", 6, "stg-a", (1,))
-    run = plan_step(segments, GROUPS, Perturbation("stg-r", (1,))).runs[1]
+    run = plan_step(segments, PASSES, Perturbation("stg-r", (1,))).runs[1]
     assert run == SegmentRun(segments[1], UNCOND_COND, fork=True, bypass=True)
 
 
 @pytest.mark.parametrize("passes", [("cond",), UNCOND_COND])
-def test_without_stg_every_segment_runs_the_plain_rows(passes: tuple[str, ...]) -> None:
+def test_without_stg_every_segment_runs_the_plain_rows(passes: tuple[Pass, ...]) -> None:
     for blocks in ((), (1, 4)):
         segments = cut("segmented", 6, "stg-a", blocks)
         assert plan_step(segments, passes, None).runs == tuple(SegmentRun(s, passes) for s in segments)
@@ -137,7 +139,7 @@ def test_without_stg_every_segment_runs_the_plain_rows(passes: tuple[str, ...]) 
 def test_twins_share_nothing() -> None:
     segments = cut("twin", 6, "stg-r", (2,))
     normal, skipped = segments
-    plan = plan_step(segments, GROUPS, Perturbation("stg-r", (2,)))
+    plan = plan_step(segments, PASSES, Perturbation("stg-r", (2,)))
     assert plan.runs == (SegmentRun(normal, UNCOND_COND), SegmentRun(skipped, ("skip",)))
 
 
@@ -146,27 +148,27 @@ def test_twins_share_nothing() -> None:
 def test_skip_rows_fork_once_right_before_the_first_perturbed_block(
     blocks: tuple[int, ...], mode: str
 ) -> None:
-    plan = plan_step(cut("segmented", NUM_BLOCKS, mode, blocks), GROUPS, Perturbation(mode, blocks))
+    plan = plan_step(cut("segmented", NUM_BLOCKS, mode, blocks), PASSES, Perturbation(mode, blocks))
     assert [run.segment.name for run in plan.runs if run.fork] == [f"block_{blocks[0]}"]
     for run in plan.runs:
         inside = not run.segment.front and not run.segment.back and run.segment.start in blocks
         assert (run.bypass, run.perturbed) == (inside and mode == "stg-r", inside and mode == "stg-a")
         before = run.segment.front or run.segment.stop <= blocks[0]
-        assert run.groups == (UNCOND_COND if before or run.bypass else GROUPS)
+        assert run.passes == (UNCOND_COND if before or run.bypass else PASSES)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_full_plan_carries_the_skip_rows_from_the_start(mode: str) -> None:
     segments = cut("segmented", 6, mode, (2,))
-    plan = full_plan(segments, GROUPS, Perturbation(mode, (2,)))
-    wanted = {"front": GROUPS, "block_2": UNCOND_COND if mode == "stg-r" else GROUPS, "back": GROUPS}
+    plan = full_plan(segments, PASSES, Perturbation(mode, (2,)))
+    wanted = {"front": PASSES, "block_2": UNCOND_COND if mode == "stg-r" else PASSES, "back": PASSES}
     assert rows(plan) == wanted
     assert not any(run.fork for run in plan.runs)
 
 
 def test_flops_count_every_row_of_every_run() -> None:
     segments = cut("segmented", 6, "stg-r", (2,))
-    plan = plan_step(segments, GROUPS, Perturbation("stg-r", (2,)))
+    plan = plan_step(segments, PASSES, Perturbation("stg-r", (2,)))
     price = {"front": 100, "block_2": 10, "back": 1}
     assert plan.flops(lambda segment: price[segment.name]) == 2 * 100 + 2 * 10 + 3 * 1
 
@@ -176,7 +178,7 @@ def family(name: str) -> ModelFamily:
     return Checkpoint.open(name, random_weights=True).family
 
 
-def flops(name: str, workload: Workload, mode: str, blocks: tuple[int, ...], passes: tuple[str, ...]) -> int:
+def flops(name: str, workload: Workload, mode: str, blocks: tuple[int, ...], passes: tuple[Pass, ...]) -> int:
     """Of one step with the shared prefix."""
     segments = cut("segmented", family(name).num_blocks, mode, blocks)
     perturbation = Perturbation(mode, blocks) if "skip" in passes else None
@@ -194,7 +196,7 @@ def test_the_shared_prefix_of_a_block_early_in_the_model() -> None:
     """21 of 30 blocks follow block 8, for one row more than the two of CFG: 21 / 60."""
     name, workload = "wan2.1-t2v-1.3b", Workload(480, 832, 81, text_length=512)
     cfg = flops(name, workload, "stg-r", (8,), UNCOND_COND)
-    stg = flops(name, workload, "stg-r", (8,), GROUPS)
+    stg = flops(name, workload, "stg-r", (8,), PASSES)
     assert stg / cfg - 1 == pytest.approx(21 / 60, abs=0.001)
     assert 1.5 * cfg / stg == pytest.approx(1.11, abs=0.005)
 
@@ -202,7 +204,7 @@ def test_the_shared_prefix_of_a_block_early_in_the_model() -> None:
 def test_the_shared_prefix_leaves_14_percent_of_stg_r() -> None:
     """8 of 28 blocks follow block 19, for one row more than the two of CFG: 8 / 56."""
     cfg = flops("ltx-video-2b", SMALL, "stg-r", (19,), UNCOND_COND)
-    stg = flops("ltx-video-2b", SMALL, "stg-r", (19,), GROUPS)
+    stg = flops("ltx-video-2b", SMALL, "stg-r", (19,), PASSES)
     assert stg / cfg - 1 == pytest.approx(8 / 56, abs=0.001)
     full = 1.5 * cfg
     assert full / stg == pytest.approx(1.31, abs=0.01)
@@ -217,8 +219,8 @@ def test_the_keep_input_costs_one_more_row_of_one_block() -> None:
         + 2 * tokens * 8 * width**2
     )  # fmt: skip
     wasted = 2 * tokens * 2 * width**2 + 4 * tokens**2 * width
-    skipped = flops("ltx-video-2b", SMALL, "stg-r", (19,), GROUPS)
-    kept = flops("ltx-video-2b", SMALL, "stg-a", (19,), GROUPS)
+    skipped = flops("ltx-video-2b", SMALL, "stg-r", (19,), PASSES)
+    kept = flops("ltx-video-2b", SMALL, "stg-a", (19,), PASSES)
     assert kept - skipped == needed + wasted
     cfg = flops("ltx-video-2b", SMALL, "stg-a", (19,), UNCOND_COND)
     assert kept / cfg - 1 == pytest.approx(9 / 56, abs=0.001)

@@ -50,7 +50,7 @@ IN_BUILD_ENGINES = (
     Mistake(
         "the profile has no rows for the skip pass",
         "build_engines/options.py",
-        "return 1, passes * self.max_batch, len(GROUPS) * self.max_batch",
+        "return 1, passes * self.max_batch, len(PASSES) * self.max_batch",
         "return 1, passes * self.max_batch, 2 * self.max_batch",
         (f"{_TENSORRT}::test_manifests_say_all_and_files_are_what_they_say",),
     ),

@@ -18,14 +18,14 @@ IN_MODELS = (
     Mistake(
         "stg-r computes the skip rows that pass a block by",
         "stg_trt/models/plan.py",
-        "return replace(run, groups=_plain(run.groups), bypass=True)",
+        "return replace(run, passes=_plain(run.passes), bypass=True)",
         "return replace(run, bypass=True)",
         ("tests/models/test_plan.py::test_stg_r_by_hand",),
     ),
     Mistake(
         "operations are counted for one row",
         "stg_trt/models/plan.py",
-        "per_row(run.segment) * len(run.groups)",
+        "per_row(run.segment) * len(run.passes)",
         "per_row(run.segment)",
         ("tests/models/test_plan.py::test_flops_count_every_row_of_every_run",),
     ),
@@ -90,7 +90,7 @@ IN_MODELS = (
         "stg_trt/models/families/dit.py",
         "a * cos - b * sin, b * cos + a * sin",
         "a * cos + b * sin, b * cos - a * sin",
-        (f"{_FAMILIES}::test_the_cut_chain_is_the_uncut_model",),
+        (f"{_FAMILIES}::test_the_cut_chain_is_the_diffusers_model",),
     ),
     Mistake(
         "the islands are lowered and all else stays in float32",
@@ -153,13 +153,13 @@ IN_MODELS = (
         "stg_trt/models/families/mochi.py",
         "F.pad((1 - mask) * MASKED, (1, 0))",
         "F.pad((1 - mask) * MASKED, (0, 1))",
-        (f"{_FAMILIES}::test_the_cut_chain_is_the_uncut_model",),
+        (f"{_FAMILIES}::test_the_cut_chain_is_the_diffusers_model",),
     ),
     Mistake(
         "shift and scale of the head are swapped",
         "stg_trt/models/families/hunyuan_video.py",
         "scale, shift = modulation(self.norm_out.linear",
         "shift, scale = modulation(self.norm_out.linear",
-        (f"{_FAMILIES}::test_the_cut_chain_is_the_uncut_model",),
+        (f"{_FAMILIES}::test_the_cut_chain_is_the_diffusers_model",),
     ),
 )

@@ -20,8 +20,8 @@ IN_RUNTIME = (
     Mistake(
         "the conditional rows skip their attention",
         "runtime/state.py",
-        'not (perturbed and group == "skip")',
-        'not (perturbed and group == "cond")',
+        'not (perturbed and name == "skip")',
+        'not (perturbed and name == "cond")',
         (f"{_FAMILIES}::test_one_cut_serves_every_subset_of_its_blocks",),
     ),
     Mistake(
@@ -70,7 +70,7 @@ IN_RUNTIME = (
         "the skip rows are not copied where they fork",
         "runtime/bound_plan.py",
         "        if run.fork:\n",
-        "        if run.fork and not run.groups:\n",
+        "        if run.fork and not run.passes:\n",
         (f"{_FAMILIES}::test_one_cut_serves_every_subset_of_its_blocks",),
     ),
     Mistake(
@@ -84,7 +84,7 @@ IN_RUNTIME = (
         "rows that stg-r passes by are lost",
         "runtime/bound_plan.py",
         "        if run.bypass:\n",
-        "        if run.bypass and not run.groups:\n",
+        "        if run.bypass and not run.passes:\n",
         (f"{_FAMILIES}::test_one_cut_serves_every_subset_of_its_blocks",),
     ),
     Mistake(

@@ -18,7 +18,7 @@ LIBRARY = "libstg_kernels.so"
 
 @pytest.fixture(scope="session")
 def library(built_once: BuiltOnce) -> Path:
-    """The kernels compiled for one architecture, or where a variable says; loading needs no GPU."""
+    """The kernels compiled for one architecture, or those a variable names; loading needs no GPU."""
     if given := os.environ.get("STG_TRT_TEST_KERNELS"):
         return Path(given)
     if shutil.which("nvcc") is None:
@@ -36,7 +36,7 @@ def host_library(built_once: BuiltOnce) -> Path:
 
 @pytest.fixture(scope="session", params=["host", pytest.param("gpu", marks=pytest.mark.gpu)])
 def machine(request: pytest.FixtureRequest) -> Machine:
-    """Every test that takes it runs on the host, and on a GPU where there is one."""
+    """Every test that takes it runs on the host, and on a GPU if there is one."""
     if request.param == "gpu":
         return Machine(Kernels(request.getfixturevalue("library")), torch.device("cuda"))
     return Machine(Kernels(request.getfixturevalue("host_library")), torch.device("cpu"))

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from stg_trt.models.plan import GROUPS
+from stg_trt.models.passes import PASSES, Pass
 from stg_trt.runtime.guided_step import fan_out_rows, guided_step
 from stg_trt.runtime.kernels.copy_rows import CopyRowsKernel
 from stg_trt.runtime.kernels.fan_out_rows import FanOutRowsKernel
@@ -30,20 +30,20 @@ def poisoned(state: StepState) -> StepState:
     return state
 
 
-PASSES = [("cond",), ("uncond", "cond"), ("cond", "skip"), GROUPS]
+PASS_SETS = [("cond",), ("uncond", "cond"), ("cond", "skip"), PASSES]
 DTYPES = ["float32", "float16", "bfloat16"]
 
 
 @pytest.mark.parametrize(
     ("passes", "dtype", "videos", "length"),
     [
-        *product(PASSES, DTYPES, [1, 3], [1, 7, 8]),
-        *product([GROUPS], DTYPES, [1, 3], [4096]),
-        *zip(PASSES[1:], DTYPES, [1, 1, 3], [100_003] * 3, strict=True),
+        *product(PASS_SETS, DTYPES, [1, 3], [1, 7, 8]),
+        *product([PASSES], DTYPES, [1, 3], [4096]),
+        *zip(PASS_SETS[1:], DTYPES, [1, 1, 3], [100_003] * 3, strict=True),
     ],
 )
 def test_kernel_equals_the_reference(
-    machine: Machine, passes: tuple[str, ...], dtype: str, videos: int, length: int
+    machine: Machine, passes: tuple[Pass, ...], dtype: str, videos: int, length: int
 ) -> None:
     expected, got = (poisoned(state_of(videos, length, dtype, machine.device)) for _ in range(2))
     kernel = FanOutRowsKernel(machine.kernels, got, passes)
@@ -53,7 +53,7 @@ def test_kernel_equals_the_reference(
         for name in ("latents", "timestep"):
             assert torch.equal(got.buffers.view(name), expected.buffers.view(name))
         assert all(
-            (got.buffers.view("timestep", (group,)) == POISON).all() for group in {*GROUPS} - {*passes}
+            (got.buffers.view("timestep", (absent,)) == POISON).all() for absent in {*PASSES} - {*passes}
         )
         for state in (expected, got):
             state.table.advance()
@@ -65,9 +65,9 @@ def test_one_graph_serves_all_steps(machine: Machine, length: int) -> None:
     if machine.device.type == "cpu":
         pytest.skip("graphs need a GPU")
     expected, got = (poisoned(state_of(2, length, "bfloat16", machine.device)) for _ in range(2))
-    key = StepKey(GROUPS, None, rescaled=True, single_step=True, cfg_zero_star=False)
+    key = StepKey(PASSES, None, rescaled=True, single_step=True, cfg_zero_star=False)
     enqueued = (
-        FanOutRowsKernel(machine.kernels, got, GROUPS),
+        FanOutRowsKernel(machine.kernels, got, PASSES),
         # In place of a model: the predictions are the rows.
         CopyRowsKernel(machine.kernels, [(got.buffers.view("pred"), got.buffers.view("latents"))]),
         GuidedStepKernel(machine.kernels, got, key),
@@ -78,7 +78,7 @@ def test_one_graph_serves_all_steps(machine: Machine, length: int) -> None:
             machine.enqueue(kernel)
     for step in range(STEPS):
         graph.replay()
-        fan_out_rows(expected, GROUPS)
+        fan_out_rows(expected, PASSES)
         expected.buffers.view("pred").copy_(expected.buffers.view("latents"))
         guided_step(expected, key)
         assert int(got.table.counter) == step + 1

@@ -59,7 +59,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     libraries = find_spec("tensorrt_rtx_libs")
     if libraries is None or not libraries.submodule_search_locations:
         pytest.skip("needs the wheel of TensorRT-RTX")
-    # For plugins the parser opens the library by its unversioned name, and aborts where there is none.
+    # For plugins the parser opens the library by its unversioned name, and aborts if it is missing.
     folder = tmp_path_factory.mktemp("unversioned")
     versioned = next(Path(libraries.submodule_search_locations[0]).glob("libtensorrt_rtx.so.*"))
     (folder / "libtensorrt_rtx.so").symlink_to(versioned)

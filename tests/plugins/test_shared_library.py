@@ -144,7 +144,7 @@ def test_goldens_through_the_kernels(
         assert (latents - expected[f"expected_step_{i:02d}"]).abs().max() <= 1e-4, f"step {i}"
     steps = call["num_inference_steps"]
     assert kernels.calls["stg_guided_step"] == kernels.calls["stg_fan_out_rows"] == steps
-    # One launch where the skip pass forks, one for each block that it passes by.
+    # One launch when the skip pass forks, one for each block that it passes by.
     bypassed = len(call["stg_blocks"]) if call["stg_mode"] == "stg-r" else 0
     launches = steps * (1 + bypassed) if call["stg_scale"] else 0
     copies = kernels.calls.get("stg_copy_rows", 0)

@@ -136,7 +136,7 @@ def test_tiles_that_do_not_join_are_refused(case: FamilyCase, pipeline: VideoPip
 def test_tiling_of_a_vae_without_tiles_is_refused(
     case: FamilyCase, pipeline: VideoPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What AutoencoderMixin.enable_tiling does for a VAE that has no use_tiling.
+    # As AutoencoderMixin.enable_tiling does for a VAE that has no use_tiling.
     refuse = Mock(side_effect=NotImplementedError("Tiling doesn't seem to be implemented."))
     pipeline.components.load(CPU)
     monkeypatch.setattr(type(pipeline.components._pipeline.vae), "enable_tiling", refuse)

@@ -1,4 +1,4 @@
-"""What stays the same over a run: position tables are kept between runs, the text is not."""
+"""The constants of a run: position tables are kept between runs, the text is not."""
 
 from __future__ import annotations
 

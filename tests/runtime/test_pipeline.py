@@ -81,7 +81,7 @@ def test_the_negative_prompt_that_is_not_given(
 ) -> None:
     scheduler = pipeline.scheduler = case.schedulers[0]
     given = call(case, pipeline, PROMPTS) | {"negative_prompt": None}
-    # Where CFG has a name of its own in diffusers, it is off there without a negative prompt.
+    # If CFG has a name of its own in diffusers, it is off there without a negative prompt.
     theirs = given | ({"negative_prompt": [""] * len(PROMPTS)} if "guidance_scale" in case.names else {})
     expected = of_diffusers(case, checkpoint, scheduler, "latent", **theirs, generator=seeded(5))
     given |= {"generator": seeded(5), "stg_scale": 0.0, "rescale": 0.0}
@@ -110,7 +110,7 @@ def test_stg_changes_the_frames(case: FamilyCase, pipeline: VideoPipeline) -> No
 
 
 def test_embedded_guidance(case: FamilyCase, pipeline: VideoPipeline) -> None:
-    """Where the model takes one; elsewhere it is refused."""
+    """Models that take one use it; the others refuse it."""
     default = pipeline.family.embedded_guidance
     given = call(case, pipeline, PROMPTS[:1]) | {
         "guidance_scale": 1.0,

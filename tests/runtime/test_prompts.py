@@ -1,4 +1,4 @@
-"""What a call may give as its prompt, and what of it is refused."""
+"""Prompts and embeddings of a call: those that are accepted, and those that are refused."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def scheduler_of(pipeline: VideoPipeline, steps: int = STEPS) -> Any:
 
 
 def tables(options: GuidanceOptions, steps: int = STEPS) -> Guidance:
-    """What the pipeline makes of options that leave nothing to the family but the mode of the engines."""
+    """The pipeline's tables for options that leave only the mode of the engines open."""
     return Guidance.for_steps([0.0] * steps, options.resolve(OFF))
 
 
@@ -277,13 +277,13 @@ def test_what_is_off_is_not_computed(pipeline: VideoPipeline, sampler: Sampler, 
         (("uncond", "cond", "skip"), [2, 2, 3, 3, 3]),
         (("cond", "skip"), [1, 1, 1, 1, 2]),
     ]
-    for step, (passes, groups) in zip(
+    for step, (passes, counts) in zip(
         sample(sampler, scheduler_of(pipeline), tables(options)), wanted, strict=True
     ):
         assert step.plan.passes == passes
         names = [run.segment.name for run in step.plan.runs]
         assert names == ["front", "block_1", "mid_2_2", "block_3", "back"]
-        assert [rows[name] for name in names] == [2 * count for count in groups]
+        assert [rows[name] for name in names] == [2 * count for count in counts]
         rows.clear()
 
 

@@ -1,17 +1,18 @@
-"""A plan that perturbs nothing: what every benchmark must notice before it times anything."""
+"""A plan that perturbs nothing, which every benchmark must notice before it times anything."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 
+from stg_trt.models.passes import Pass
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.plan import StepPlan, plan_step
 from stg_trt.models.segment import Segment
 
 
 def unperturbed(
-    segments: Sequence[Segment], passes: tuple[str, ...], perturbation: Perturbation | None
+    segments: Sequence[Segment], passes: tuple[Pass, ...], perturbation: Perturbation | None
 ) -> StepPlan:
     """The right segments and rows, with self-attention kept in the skip row."""
     plan = plan_step(segments, passes, perturbation)

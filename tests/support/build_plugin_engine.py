@@ -1,4 +1,4 @@
-"""Builds an engine of a small graph around the plugin, without a GPU, and says whether that worked."""
+"""Builds an engine of a small graph around the plugin, without a GPU, and prints whether that worked."""
 
 from __future__ import annotations
 

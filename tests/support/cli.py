@@ -25,7 +25,7 @@ from stg_trt.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(sys.executable).with_name("stg-trt")
-# What a build reports where stderr is no terminal: its name and segments, then a line per segment.
+# A build's report if stderr is no terminal: its name and segments, then a line per segment.
 PROGRESS = re.compile(
     r"(segmented|twin)-\S+: (\w+(, \w+)*|another build is at work .*)|\w+: (done, .* s|already built)"
 )
@@ -41,7 +41,7 @@ def invoke(*args: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def answer_of(program: Callable[[], None], *args: str | Path) -> subprocess.CompletedProcess[str]:
-    """What an entry point of the command line returns and prints, compiled code and warnings included."""
+    """The exit status and output of an entry point, including compiled code's output and warnings."""
     command = ["stg-trt", *map(str, args)]
     handlers, status = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}, 0
     with ExitStack() as stack:
@@ -52,7 +52,7 @@ def answer_of(program: Callable[[], None], *args: str | Path) -> subprocess.Comp
         stack.enter_context(redirect_stderr(stderr))
         stack.enter_context(warnings_shown())
         stack.enter_context(mock.patch.object(sys, "argv", command))
-        # Of a package that runs as a program typer would name the package.
+        # typer would show the package's name for a package that runs as a program.
         stack.enter_context(mock.patch.object(sys.modules["__main__"], "__package__", None))
         try:
             program()
@@ -68,7 +68,7 @@ def answer_of(program: Callable[[], None], *args: str | Path) -> subprocess.Comp
 
 @contextmanager
 def written_to(descriptor: int, file: IO[str]) -> Iterator[None]:
-    """What compiled code prints goes to the file too."""
+    """Sends the output to the file, also that of compiled code."""
     kept = os.dup(descriptor)
     os.dup2(file.fileno(), descriptor)
     try:

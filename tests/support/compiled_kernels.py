@@ -38,14 +38,14 @@ class Machine:
 
 
 def run(*command: str | Path, env: dict[str, str] | None = None) -> str:
-    """What a command prints; fails the test where the command fails."""
+    """A command's output; fails the test if the command fails."""
     result = subprocess.run([*map(str, command)], capture_output=True, text=True, env=env)
     assert result.returncode == 0, f"{result.returncode}: {result.stdout}{result.stderr}"
     return result.stdout
 
 
 def kernel_sources() -> list[Path]:
-    """What the library of kernels is made of."""
+    """The sources of the library of kernels."""
     return [PLUGINS / "interface.cpp", *sorted(PLUGINS.glob("*/*.cu"))]
 
 

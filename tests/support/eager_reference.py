@@ -1,4 +1,4 @@
-"""STG written plainly on an uncut diffusers model: what cut and compiled models are compared with."""
+"""STG written plainly on a diffusers model: the reference for cut and compiled models."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks", "blocks")
 
 @contextmanager
 def perturbed(model: Any, mode: str, blocks: Sequence[int], video: slice | None = None) -> Iterator[None]:
-    """The uncut model with perturbed blocks, restored afterwards.
+    """The diffusers model with perturbed blocks, restored afterwards.
 
-    `video` says which tokens of a joint attention are the video's; None where they are all of them.
+    `video` says which tokens of a joint attention are the video's; None if they are all of them.
     """
     every = [block for name in BLOCK_LISTS for block in getattr(model, name, ())]
     chosen = [every[block] for block in blocks]

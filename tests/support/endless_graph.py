@@ -9,7 +9,7 @@ NEVER = 1 << 50
 
 
 def loop_after(model: onnx.ModelProto, switch: str, *, below: float) -> None:
-    """Passes the first output through a loop, endless where the largest element of `switch` is lower."""
+    """Passes the first output through a loop, endless if the largest element of `switch` is lower."""
     graph = model.graph
     output = graph.output[0].name
     for node in graph.node:

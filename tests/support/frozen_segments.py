@@ -15,7 +15,7 @@ class ViewsTwoRows(SegmentModule):
 
 
 class BranchesOnRows(SegmentModule):
-    """Reads a second input only where there are two rows, as they are in the trace."""
+    """Reads a second input only if there are two rows, as there are in the trace."""
 
     def run(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         x = tensors["x"]

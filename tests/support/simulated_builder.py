@@ -31,7 +31,7 @@ class IProgressMonitor:
 
 
 class SimulatedTensorRTBuilder(SimulatedTensorRT):
-    """`name_kernel` names the kernel of an attention by its number, None where it was decomposed."""
+    """`name_kernel` names the kernel of an attention by its number, None if it was decomposed."""
 
     LayerInformationFormat = LayerInformationFormat
     IProgressMonitor = IProgressMonitor

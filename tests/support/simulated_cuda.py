@@ -24,7 +24,7 @@ class RuleBroken(Exception):
 
 
 class SimulatedGpu:
-    """What a device and the libraries on it know of each other; the calls in `failing` fail."""
+    """State that a device and its libraries share; the calls in `failing` fail."""
 
     def __init__(self) -> None:
         self.failing: set[str] = set()

@@ -18,7 +18,7 @@ import onnxruntime as ort
 
 from tests.support.simulated_cuda import RuleBroken, SimulatedGpu, SimulatedGraph
 
-# What torch's CPU allocator guarantees; a GPU's guarantees 256, and so TensorRT asks for that.
+# torch's CPU allocator guarantees this much; a GPU's guarantees 256, and so TensorRT asks for that.
 ALIGNMENT = 64
 WARMUPS = 2
 _NUMPY = {"tensor(float)": np.float32, "tensor(bool)": np.bool_}
@@ -48,7 +48,7 @@ class SimulatedTensorRT(SimulatedGpu):
         self.profiles = profiles
         self.profiles_used: list[int] = []
         self.says: list[str] = []
-        """What the library's log is told before a call fails."""
+        """Tells the library's log, before a call fails."""
 
     def Runtime(self, logger: Any) -> Any:
         if "Runtime" in self.failing:
@@ -67,7 +67,7 @@ class SimulatedTensorRT(SimulatedGpu):
 
 
 class SimulatedTensorRTRtx(SimulatedTensorRT):
-    """What TensorRT-RTX has beside; `gpu` stands for all that its kernels are compiled for."""
+    """The additions of TensorRT-RTX; `gpu` stands for all that its kernels are compiled for."""
 
     CudaGraphStrategy = SimpleNamespace(DISABLED="disabled")
     DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")

@@ -1,4 +1,4 @@
-"""A graph of one matrix product, for what needs an engine file and no model."""
+"""A graph of one matrix product, for tests that need an engine file and no model."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from stg_trt import VideoPipeline
 from tests.support.family_cases import FamilyCase
 
 TEXT_LENGTH = 16
-# The second is cleaned before it is tokenised where diffusers' pipeline does so.
+# The second is cleaned before it is tokenised if diffusers' pipeline does so.
 PROMPTS = ["a red circle moving left", "  a &amp;amp;  blue\n square "]
 NEGATIVE = "blurred"
 STEPS = 4

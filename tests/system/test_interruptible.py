@@ -1,4 +1,4 @@
-"""Calls that an interrupt ends: their results, their errors, and what is left of them."""
+"""Calls that an interrupt ends: their results, their errors, and their remains."""
 
 from __future__ import annotations
 

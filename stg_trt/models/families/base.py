@@ -1,4 +1,4 @@
-"""What the rest of the library asks of a model family."""
+"""The interface of a model family to the rest of the library."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class SegmentModule(nn.Module):
         self.outputs = outputs
         # ONNX Runtime's CPU attention wants masks of (rows, 1, queries, keys); others want them unexpanded.
         self.expand_masks = expand_masks
-        # What replaces norm and rotation of queries and keys where a TensorRT plugin computes them.
+        # Replaces norm and rotation of queries and keys if a TensorRT plugin computes them.
         self.qk_norm_rope: QKNormRope | None = None
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -73,7 +73,7 @@ class ModelFamily(ABC):
     pipeline_class: str
     defaults: ClassVar[Defaults]
     has_text_segment: ClassVar[bool]
-    # False where the pipeline in diffusers takes embeddings without a mask; padding is zeros there.
+    # False if diffusers' pipeline takes embeddings without a mask; their padding is zeros.
     has_text_mask: ClassVar[bool] = True
     # The entries of the transformer's config.json that count blocks, in the order of their numbers.
     block_counts: ClassVar[tuple[str, ...]] = ("num_layers",)
@@ -101,7 +101,7 @@ class ModelFamily(ABC):
 
     @property
     def embedded_guidance(self) -> float | None:
-        """The default of the guidance that the model takes as an input; None where it takes none."""
+        """The default of the guidance that the model takes as an input; None if it takes none."""
         return self.defaults.embedded_guidance
 
     @abstractmethod
@@ -113,7 +113,7 @@ class ModelFamily(ABC):
         """Raises InvalidRequest for a configuration that is not the family's or sizes it cannot have."""
 
     def check_pipeline(self) -> None:
-        """Raises InvalidRequest where model_index.json is that of a variant which is not the family's."""
+        """Raises InvalidRequest if model_index.json is that of a variant which is not the family's."""
         return
 
     @abstractmethod
@@ -134,7 +134,7 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def lower_precision(self, module: SegmentModule, dtype: torch.dtype) -> None:
-        """Casts a segment's weights in place, but for its float32 islands."""
+        """Casts a segment's weights in place, except its float32 islands."""
 
     @abstractmethod
     def segment_flops(self, segment: Segment, workload: Workload) -> int:
@@ -193,7 +193,7 @@ class ModelFamily(ABC):
         """Packed latents to the VAE's video (videos, 3, frames, height, width) in -1..1, see `vae_video`."""
 
     def integer(self, name: str) -> int:
-        """A positive integer of the configuration; raises InvalidRequest where it is anything else."""
+        """A positive integer of the configuration; raises InvalidRequest if it is anything else."""
         return positive_integer(self.config[name], name, "transformer/config.json")
 
     def inputs(self, segment: Segment, workload: Workload) -> list[TensorSpec]:
@@ -233,7 +233,7 @@ def vae_video(vae: Any, latents: Tensor, *conditions: Tensor) -> Tensor:
 
 
 def positive_integer(value: Any, name: str, file: str) -> int:
-    """An entry of a configuration file; raises InvalidRequest where it is no positive integer."""
+    """An entry of a configuration file; raises InvalidRequest if it is no positive integer."""
     if type(value) is not int or value < 1:
         raise InvalidRequest(
             f"checkpoint: expected {name} in {file} as a positive integer, got {value!r}: "

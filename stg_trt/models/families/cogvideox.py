@@ -28,7 +28,7 @@ _VAE_CHANNELS = (128, 256, 256, 512)
 
 
 class CogVideoXSegment(JointAttentionSegment):
-    """CogVideoXBlocks: both streams have the same weights but for their modulation; norms in float32."""
+    """CogVideoXBlocks: both streams share all weights except their modulation; norms in float32."""
 
     def take_embedding(self, transformer: Any) -> None:
         self.patch_embedding = transformer.patch_embed.proj
@@ -274,7 +274,7 @@ class CogVideoX(JointAttentionDiT):
         return self.integer("in_channels") * frames * rows * columns
 
     def _positions(self, workload: Workload) -> Tensor:
-        """What 2B adds to its tokens, (tokens, channels)."""
+        """The positions that 2B adds to its tokens, (tokens, channels)."""
         from diffusers.models.embeddings import get_3d_sincos_pos_embed
 
         frames, rows, columns = self.grid(workload)

@@ -1,7 +1,7 @@
 """Diffusion transformers whose blocks are self-attention, cross-attention to the text, and feed-forward.
 
-The text is projected once per call; RoPE tables are constant. Across a cut go the hidden states and two
-tensors made of the timestep: the modulation of the blocks and that of the head.
+The text is projected once per call; RoPE tables are constant. Two kinds of tensors cross a cut: the hidden
+states, and two that are made of the timestep: the modulation of the blocks and that of the head.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class CrossAttentionDiT(DiT):
     """Borders and costs; a subclass adds its own tensors and writes its block out."""
 
     plugins = frozenset({"qk_norm_rope"})
-    # What the front makes of the timestep for every block and for the head.
+    # Names of the two tensors that the front makes of the timestep: for every block, and for the head.
     modulation: ClassVar[str]
     head_modulation: ClassVar[str]
 
@@ -125,7 +125,7 @@ class CrossAttentionSegment(DiTSegment):
         return self.rotary(normed[0], *rope, query.dtype), self.rotary(normed[1], *rope, key.dtype)
 
     def cross_attention(self, attn: Any, x: Tensor, text: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Attention to the projected text, under its additive mask where there is one."""
+        """Attention to the projected text, under its additive mask if it has one."""
         query = rms_norm(attn.norm_q, attn.to_q(x)).to(x.dtype)
         key = rms_norm(attn.norm_k, attn.to_k(text)).to(x.dtype)
         out: Tensor = attn.to_out[0](self.heads(attn, query, key, attn.to_v(text), bias))

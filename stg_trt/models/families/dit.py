@@ -1,4 +1,4 @@
-"""What diffusion transformers share: blocks in a row, tokens on a grid of patches, RoPE tables.
+"""The shared part of diffusion transformers: blocks in a row, tokens on a grid of patches, RoPE tables.
 
 A segment is a run of a transformer's own blocks, with the embedding before or the head after them. Tokens
 cross a cut as (rows, *grid, channels), so that the back knows the grid it unpatches to.
@@ -92,7 +92,7 @@ class DiT(ModelFamily):
 
     @abstractmethod
     def own_tensors(self, workload: Workload) -> tuple[TensorSpec, ...]:
-        """All but timestep, prompt embeddings and keep input: latents, what crosses a cut, constants."""
+        """All but timestep, prompt embeddings and keep input: latents, tensors at cuts, constants."""
 
     def block_of(self, weight_name: str) -> int | None:
         match = re.match(rf"{self.blocks_name}\.(\d+)\.", weight_name)
@@ -209,7 +209,7 @@ class DiTSegment(SegmentModule):
         return tuple(size // patch for size, patch in zip(latents.shape[2:], self.patch, strict=True))
 
     def embed(self, state: State) -> State:
-        """What the front makes of its inputs: hidden states (rows, tokens, channels) and the rest."""
+        """The front's results from its inputs: hidden states (rows, tokens, channels) and the rest."""
         raise TypeError(f"{type(self).__name__} does not define embed")
 
     def block(self, block: Any, state: State, perturbed: bool) -> State:
@@ -221,7 +221,7 @@ class DiTSegment(SegmentModule):
         raise TypeError(f"{type(self).__name__} does not define head")
 
     def unpatch(self, pred: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """One entry per token to the layout of the latents; as it is where tokens are latents."""
+        """One entry per token to the layout of the latents; unchanged if tokens are latents."""
         return pred
 
     def run(self, tensors: State) -> State:
@@ -266,8 +266,8 @@ def rms_norm(norm: Any, x: Tensor) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
     """Rotary embedding of neighbours: (a, b) -> (a*cos - b*sin, b*cos + a*sin), in float32, then in `dtype`.
 
-    The tables have one entry per pair. Each half is cast before they are joined: what joins them may be
-    written to memory, and in `dtype` that is all that attention reads.
+    The tables have one entry per pair. Each half is cast before they are joined: the joined tensor may be
+    written to memory, then in `dtype`, which is all that attention reads.
     """
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     rotated = a * cos - b * sin, b * cos + a * sin

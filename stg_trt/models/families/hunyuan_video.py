@@ -1,8 +1,8 @@
 """HunyuanVideo text-to-video: a joint-attention DiT with two kinds of blocks, over patches of 1x2x2 latents.
 
 Reproduces diffusers' HunyuanVideoTransformer3DModel and HunyuanVideoPipeline. Blocks are numbered in one row:
-first those with weights for each stream (double), then those with one set of weights for both (single). What
-crosses a cut: both streams and `temb`, made of timestep, embedded guidance and pooled prompt. The text is
+first those with weights for each stream (double), then those with one set of weights for both (single). These
+cross a cut: both streams and `temb`, made of timestep, embedded guidance and pooled prompt. The text is
 refined by layers of its own that take the timestep, so it is no constant; its mean over the real tokens, the
 mask and the RoPE tables are.
 """
@@ -179,7 +179,7 @@ class HunyuanVideo(JointAttentionDiT):
     block_counts = ("num_layers", "num_single_layers")
     text_constants = ("prompt_embeds", "text_mean", "key_bias")
     block_constants = ("key_bias", "rope_cos", "rope_sin")
-    # What embeds timestep, guidance and pooled text, and norms, which are applied in float32.
+    # Embeddings of timestep, guidance and pooled text, and norms, which are applied in float32.
     float32_islands = r"time_text_embed\.|norm\w*\.(weight|bias)$"
     segment_class = HunyuanVideoSegment
     # Every published model has these.

@@ -1,7 +1,7 @@
 """Diffusion transformers whose blocks attend over video and text tokens together (MMDiT).
 
-Across a cut go both streams, video and text, and the embedded timestep `temb` that blocks and head read. A
-perturbed block (stg-a) lets each video token see itself and the text, no other video token; the text sees
+Both streams, video and text, cross a cut, and so does the embedded timestep `temb` that blocks and head read.
+A perturbed block (stg-a) lets each video token see itself and the text, no other video token; the text sees
 everything.
 """
 
@@ -44,7 +44,7 @@ class KV(NamedTuple):
 class JointAttentionDiT(DiT):
     """Borders and costs; a subclass adds its own tensors and writes its blocks out."""
 
-    # What the front reads beside latents and timestep: for the video stream, the text stream, and temb.
+    # Inputs of the front beside latents and timestep: for the video stream, the text stream, and temb.
     video_constants: tuple[str, ...] = ()
     text_constants: ClassVar[tuple[str, ...]]
     temb_constants: tuple[str, ...] = ()
@@ -52,7 +52,7 @@ class JointAttentionDiT(DiT):
 
     @abstractmethod
     def text_flops(self, workload: Workload) -> int:
-        """Operations of the text segment for one row; 0 where there is none."""
+        """Operations of the text segment for one row; 0 without one."""
 
     @abstractmethod
     def front_flops(self, workload: Workload) -> int:
@@ -63,7 +63,7 @@ class JointAttentionDiT(DiT):
         """Operations of one block for one row, all but its attention's two products."""
 
     def reads_into_text(self, block: int) -> bool:
-        """Whether the block's text tokens attend; not where it leaves the text stream as it is."""
+        """True if the block also updates the text stream."""
         return True
 
     @abstractmethod
@@ -106,7 +106,7 @@ class JointAttentionDiT(DiT):
         return total + (self.back_flops(workload) if segment.back else 0)
 
     def key_bias(self, mask: Tensor, workload: Workload) -> Tensor:
-        """(rows, 1, 1, video and text tokens), 0 but for padding, of the text's mask (rows, tokens)."""
+        """(rows, 1, 1, video and text tokens), 0 except for padding, from the text's mask (rows, tokens)."""
         return F.pad((1 - mask) * MASKED, (self.tokens(workload), 0))[:, None, None, :]
 
     def attentions(self, segment: Segment) -> int:
@@ -137,8 +137,8 @@ class JointAttentionSegment(DiTSegment):
     def joint_attention(self, video: QKV, text: QKV, state: State, perturbed: bool) -> tuple[Tensor, Tensor]:
         """Both streams' attention over both, (rows, tokens, channels) each.
 
-        `key_bias` of the state, (rows, 1, 1, video and text tokens), is added to the logits where it is
-        there. Rows without keep_attention, or all where `perturbed`, see what stg-a lets them see.
+        `key_bias` of the state, (rows, 1, 1, video and text tokens), is added to the logits if the state has
+        it. Rows without keep_attention, or all where `perturbed`, see what stg-a lets them see.
         """
         key, value = _both(video.key, text.key), _both(video.value, text.value)
         bias, tokens = state.get("key_bias"), video.query.shape[2]

@@ -1,9 +1,9 @@
 """LTX-Video 2B and 13B: a DiT with self-attention, cross-attention and feed-forward in every block.
 
 Reproduces diffusers' LTXVideoTransformer3DModel, and LTXPipeline or, for checkpoints that name it (0.9.7 and
-later), LTXConditionPipeline without conditions. What crosses a cut: the hidden states, the timestep
-modulation `temb`, and the embedded timestep that the head reads. Constant over the steps: the projected text,
-its mask, and the RoPE tables.
+later), LTXConditionPipeline without conditions. These cross a cut: the hidden states, the timestep modulation
+`temb`, and the embedded timestep that the head reads. Constant over the steps: the projected text, its mask,
+and the RoPE tables.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class LTXVideo(CrossAttentionDiT):
         return {"prompt_embeds": text.embeds, "text_bias": bias[:, None, None, :]}
 
     def _positions(self, workload: Workload, frame_rate: float) -> dict[str, Any]:
-        """What the pipeline tells RoPE of the tokens' places, in seconds and pixels."""
+        """The tokens' places, in seconds and pixels, as the pipeline gives them to RoPE."""
         temporal, spatial = self.compression
         _, frames, height, width = self.latent_shape(workload)
         if not self._conditioned:

@@ -1,6 +1,6 @@
 """Mochi 1: blocks that attend over video and text together, each stream with a width of its own.
 
-Reproduces diffusers' MochiTransformer3DModel and MochiPipeline. What crosses a cut: both streams, and the
+Reproduces diffusers' MochiTransformer3DModel and MochiPipeline. These cross a cut: both streams, and the
 embedded timestep `temb` with the pooled prompt in it. Constant over the steps: the projected and the pooled
 prompt, its mask, and the positions of the tokens. Each segment makes its RoPE tables of them: every head has
 its own, too large to be kept.
@@ -307,7 +307,7 @@ class Mochi(JointAttentionDiT):
         scheduler.set_timesteps(sigmas=linear_quadratic_schedule(num_inference_steps, _THRESHOLD_NOISE))
 
     def encode_prompt(self, pipeline: Any, prompts: list[str], workload: Workload) -> TextCondition:
-        # One by one: where empty prompts become zeros, diffusers looks only at the last of several.
+        # One by one: when diffusers turns empty prompts into zeros, it looks only at the last of several.
         texts = []
         for prompt in prompts:
             embeds, mask, _, _ = pipeline.encode_prompt(
@@ -341,7 +341,7 @@ class Mochi(JointAttentionDiT):
         return math.prod(positive_integer(factor, name, "vae/config.json") for factor in factors)
 
     def _check_config(self) -> None:
-        """Refuses what no published Mochi has."""
+        """Refuses configurations that no published Mochi has."""
         channels = self.integer("in_channels")
         latents = (self.vae_config or {}).get("latent_channels", channels)
         for name, file, expected, got in (

@@ -1,6 +1,6 @@
 """Wan 2.1 text-to-video, 1.3B and 14B: a DiT over patches of 1x2x2 latents.
 
-Reproduces diffusers' WanTransformer3DModel and WanPipeline. What crosses a cut: the hidden states, the
+Reproduces diffusers' WanTransformer3DModel and WanPipeline. These cross a cut: the hidden states, the
 modulation of the blocks, and the embedded timestep `temb` that the head reads. Constant over the steps: the
 projected text, of which padding is zeros and not masked, and the RoPE tables, one head's for all heads.
 """

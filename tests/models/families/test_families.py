@@ -1,4 +1,4 @@
-"""Every family: the cut model against the uncut one of diffusers, both eager, on the goldens' weights."""
+"""Every family: the cut model against that of diffusers, both eager, on the goldens' weights."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from stg_trt.errors import InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.families import family_for
 from stg_trt.models.families.base import ModelFamily
+from stg_trt.models.passes import PASSES, Pass
 from stg_trt.models.perturbation import MODES, Perturbation
-from stg_trt.models.plan import GROUPS, plan_step
+from stg_trt.models.plan import plan_step
 from stg_trt.models.segment import LAYOUTS, TEXT, Segment, cut
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
@@ -53,23 +54,23 @@ def cut_model(case: FamilyCase) -> Any:
 
 
 @pytest.fixture(scope="module")
-def uncut_model(case: FamilyCase) -> Any:
+def diffusers_model(case: FamilyCase) -> Any:
     model = case.model_class.from_pretrained(case.goldens, subfolder="transformer")
     return model.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
-def reference(case: FamilyCase, uncut_model: Any) -> Reference:
-    """The passes of the uncut model with perturbed blocks, each run once."""
+def reference(case: FamilyCase, diffusers_model: Any) -> Reference:
+    """The passes of the diffusers model with perturbed blocks, each run once."""
     plain = {
-        "uncond": uncut(case, uncut_model, VIDEOS, case.text(VIDEOS, seed=1)),
-        "cond": uncut(case, uncut_model, VIDEOS, case.text(VIDEOS)),
+        "uncond": predict(case, diffusers_model, VIDEOS, case.text(VIDEOS, seed=1)),
+        "cond": predict(case, diffusers_model, VIDEOS, case.text(VIDEOS)),
     }
 
     @cache
     def passes(mode: str, blocks: tuple[int, ...]) -> dict[str, Tensor]:
-        with perturbed(uncut_model, mode, blocks, case.video):
-            return plain | {"skip": uncut(case, uncut_model, VIDEOS, case.text(VIDEOS))}
+        with perturbed(diffusers_model, mode, blocks, case.video):
+            return plain | {"skip": predict(case, diffusers_model, VIDEOS, case.text(VIDEOS))}
 
     return passes
 
@@ -84,14 +85,14 @@ def segments_of(family: ModelFamily, layout: str, mode: str, blocks: Sequence[in
 
 
 def with_text(family: ModelFamily, segments: Sequence[Segment]) -> tuple[Segment, ...]:
-    """The segment that runs once per call, where the family has one, and the others."""
+    """The segment that runs once per call, if the family has one, and the others."""
     return (TEXT, *segments) if family.has_text_segment else tuple(segments)
 
 
 @torch.no_grad()
-def uncut(case: FamilyCase, model: Any, rows: int, condition: TextCondition) -> Tensor:
+def predict(case: FamilyCase, model: Any, rows: int, condition: TextCondition) -> Tensor:
     """One pass of the diffusers model."""
-    return case.uncut(model, case.latents(rows), condition)
+    return case.predict(model, case.latents(rows), condition)
 
 
 @torch.no_grad()
@@ -112,18 +113,18 @@ def chained(case: FamilyCase, model: Any, segments: Sequence[Segment], condition
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_cut_chain_is_the_uncut_model(
-    case: FamilyCase, cut_model: Any, uncut_model: Any, blocks: tuple[int, ...], mode: str
+def test_the_cut_chain_is_the_diffusers_model(
+    case: FamilyCase, cut_model: Any, diffusers_model: Any, blocks: tuple[int, ...], mode: str
 ) -> None:
-    expected = uncut(case, uncut_model, 3, case.text(3))
+    expected = predict(case, diffusers_model, 3, case.text(3))
     segments = segments_of(case.family, "segmented", mode, blocks)
     difference = chained(case, cut_model, segments, case.text(3)) - expected
     assert difference.abs().max() <= case.rounding
     assert expected.std() > 0.1
 
 
-def test_one_segment_is_the_uncut_model(case: FamilyCase, cut_model: Any, uncut_model: Any) -> None:
-    expected = uncut(case, uncut_model, 3, case.text(3))
+def test_one_segment_is_the_diffusers_model(case: FamilyCase, cut_model: Any, diffusers_model: Any) -> None:
+    expected = predict(case, diffusers_model, 3, case.text(3))
     got = chained(case, cut_model, segments_of(case.family, "segmented", "stg-r", ()), case.text(3))
     assert (got - expected).abs().max() <= case.rounding
 
@@ -134,7 +135,7 @@ def engines(family: ModelFamily, model: Any, segments: Sequence[Segment]) -> dic
 
 
 def poisoned_buffers(case: FamilyCase, segments: Sequence[Segment]) -> StepBuffers:
-    """Buffers where whatever is read before it was written shows."""
+    """Buffers in which a value that is read before it was written shows."""
     specs = list(case.family.tensors(case.workload).values())
     buffers = StepBuffers(specs, find_ping_pong(segments, case.family.borders), VIDEOS, torch.device("cpu"))
     for spec in specs:
@@ -149,14 +150,14 @@ def run_step(
     case: FamilyCase,
     model: Any,
     segments: Sequence[Segment],
-    passes: tuple[str, ...],
+    passes: tuple[Pass, ...],
     perturbation: Perturbation | None,
 ) -> dict[str, Tensor]:
     """A plan over eager engines: the prediction of every pass."""
     family = case.family
     loaded, buffers = engines(family, model, segments), poisoned_buffers(case, segments)
     conditions = {"uncond": case.text(VIDEOS, seed=1), "cond": case.text(VIDEOS), "skip": case.text(VIDEOS)}
-    stacked = TextCondition.stacked([conditions[group] for group in GROUPS])
+    stacked = TextCondition.stacked([conditions[name] for name in PASSES])
     for name, tensor in family.constants(stacked, case.workload, FRAME_RATE).items():
         buffers.view(name).copy_(tensor)
     if family.has_text_segment:
@@ -164,19 +165,19 @@ def run_step(
         for name in itertools.chain(*family.borders(TEXT)):
             context.bind(name, buffers.view(name))
         context.enqueue(0)
-    for group in passes:
-        buffers.view("latents", (group,)).copy_(case.latents(VIDEOS))
+    for name in passes:
+        buffers.view("latents", (name,)).copy_(case.latents(VIDEOS))
     buffers.view("timestep").fill_(TIMESTEP)
     plan = plan_step(segments, passes, perturbation)
     bound = BoundPlan(plan, loaded, buffers, family.borders, Cpu())
     bound.enqueue()
-    first = {group: buffers.view("pred", (group,)).clone() for group in passes}
+    first: dict[str, Tensor] = {name: buffers.view("pred", (name,)).clone() for name in passes}
     bound.enqueue()
-    assert all(torch.equal(buffers.view("pred", (group,)), first[group]) for group in passes)
+    assert all(torch.equal(buffers.view("pred", (name,)), first[name]) for name in passes)
     return first
 
 
-@pytest.mark.parametrize("passes", [GROUPS, ("cond", "skip")], ids="+".join)
+@pytest.mark.parametrize("passes", [PASSES, ("cond", "skip")], ids="+".join)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_step_is_the_full_passes_of_the_reference(
@@ -186,7 +187,7 @@ def test_a_step_is_the_full_passes_of_the_reference(
     blocks: tuple[int, ...],
     mode: str,
     layout: str,
-    passes: tuple[str, ...],
+    passes: tuple[Pass, ...],
 ) -> None:
     segments = segments_of(case.family, layout, mode, blocks)
     got = run_step(case, cut_model, segments, passes, Perturbation(mode, blocks))
@@ -199,14 +200,14 @@ def test_one_cut_serves_every_subset_of_its_blocks(
     case: FamilyCase, cut_model: Any, reference: Reference, mode: str, blocks: tuple[int, ...]
 ) -> None:
     segments = segments_of(case.family, "segmented", "stg-a", (1, 3))
-    got = run_step(case, cut_model, segments, GROUPS, Perturbation(mode, blocks))
+    got = run_step(case, cut_model, segments, PASSES, Perturbation(mode, blocks))
     check_passes(case, got, reference(mode, blocks))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("passes", [("cond",), ("uncond", "cond")], ids="+".join)
 def test_a_step_without_stg(
-    case: FamilyCase, cut_model: Any, reference: Reference, passes: tuple[str, ...], layout: str
+    case: FamilyCase, cut_model: Any, reference: Reference, passes: tuple[Pass, ...], layout: str
 ) -> None:
     got = run_step(case, cut_model, segments_of(case.family, layout, "stg-a", (1, 3)), passes, None)
     check_passes(case, got, reference("stg-a", ()))
@@ -221,11 +222,11 @@ def check_passes(case: FamilyCase, got: dict[str, Tensor], expected: dict[str, T
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_reference_is_restored(case: FamilyCase, uncut_model: Any, mode: str) -> None:
-    before = uncut(case, uncut_model, 1, case.text(1))
-    with perturbed(uncut_model, mode, (1, 2), case.video):
-        assert not torch.allclose(uncut(case, uncut_model, 1, case.text(1)), before)
-    assert torch.equal(uncut(case, uncut_model, 1, case.text(1)), before)
+def test_the_reference_is_restored(case: FamilyCase, diffusers_model: Any, mode: str) -> None:
+    before = predict(case, diffusers_model, 1, case.text(1))
+    with perturbed(diffusers_model, mode, (1, 2), case.video):
+        assert not torch.allclose(predict(case, diffusers_model, 1, case.text(1)), before)
+    assert torch.equal(predict(case, diffusers_model, 1, case.text(1)), before)
 
 
 def test_padded_text_changes_nothing(case: FamilyCase, cut_model: Any) -> None:
@@ -240,10 +241,10 @@ def test_padded_text_changes_nothing(case: FamilyCase, cut_model: Any) -> None:
     assert not torch.allclose(chained(case, cut_model, segments, real), plain)
 
 
-def test_a_row_without_text(case: FamilyCase, cut_model: Any, uncut_model: Any) -> None:
+def test_a_row_without_text(case: FamilyCase, cut_model: Any, diffusers_model: Any) -> None:
     condition = case.text(2)
     condition.mask[1] = 0
-    expected = uncut(case, uncut_model, 2, condition)
+    expected = predict(case, diffusers_model, 2, condition)
     if expected.isnan().any():
         with pytest.raises(InvalidRequest, match="prompt_attention_mask: expected a real token in every row"):
             case.family.constants(condition, case.workload, FRAME_RATE)
@@ -254,12 +255,12 @@ def test_a_row_without_text(case: FamilyCase, cut_model: Any, uncut_model: Any) 
 
 @pytest.mark.parametrize("frame_rate", [1.0, 24.0, 25.0, 30.0])
 def test_position_tables_are_those_of_diffusers(
-    case: FamilyCase, uncut_model: Any, frame_rate: float
+    case: FamilyCase, diffusers_model: Any, frame_rate: float
 ) -> None:
     for sizes, grid in case.table_sizes:
         workload = replace(case.workload, **sizes)
         constants = case.family.constants(case.text(1), workload, frame_rate)
-        for name, table in case.tables(uncut_model, grid, frame_rate).items():
+        for name, table in case.tables(diffusers_model, grid, frame_rate).items():
             found = constants[name].repeat_interleave(2, -1) if "rope" in name else constants[name]
             assert torch.equal(found, table), name
 
@@ -318,7 +319,7 @@ def test_variants_that_are_the_family(one: FamilyCase, changes: dict[str, Any], 
     cut_model = variant.checkpoint.load_transformer()
     segments = segments_of(variant.family, "segmented", "stg-a", (0, 2))
     got = chained(variant, cut_model, segments, variant.text(3))
-    assert (got - uncut(variant, model, 3, variant.text(3))).abs().max() <= one.rounding
+    assert (got - predict(variant, model, 3, variant.text(3))).abs().max() <= one.rounding
 
 
 @pytest.mark.parametrize(

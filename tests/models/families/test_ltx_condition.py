@@ -47,7 +47,7 @@ def published() -> ModelFamily:
 
 
 def request_of_both(output_type: str) -> dict[str, Any]:
-    """What both take; it draws the noise, since LTXConditionPipeline ignores latents."""
+    """Arguments that both take; the noise is drawn, since LTXConditionPipeline ignores latents."""
     return {
         "prompt": PROMPTS,
         "negative_prompt": ["blurred"] * 2,

@@ -12,7 +12,7 @@ namespace cuda_on_host {
 
 constexpr int kLanes = 32;
 
-// What a lane brings to a shuffle, and what it gets.
+// A lane's value for a shuffle, and the one it gets.
 struct Shuffle {
   uint32_t mask;
   uint32_t from;

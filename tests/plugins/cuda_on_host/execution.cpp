@@ -122,7 +122,7 @@ Fiber* Executor::idle_fiber() {
   return fiber;
 }
 
-// Goes on with a thread, or, where there is none, with the launch.
+// Goes on with a thread, or without one with the launch.
 void Executor::enter(int thread) {
   Fiber* const left = running_;
   running_ = launch_.get();

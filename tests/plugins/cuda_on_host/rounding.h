@@ -1,4 +1,4 @@
-// What the 16-bit types share.
+// Common to the 16-bit types.
 #pragma once
 
 #include <stdint.h>

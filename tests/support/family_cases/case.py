@@ -1,4 +1,4 @@
-"""What the tests know of one family: a tiny checkpoint, its uncut model, and facts to compare with."""
+"""One family for the tests: a tiny checkpoint, its diffusers model, and facts to compare with."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SMALL_TILES = {
     "tile_sample_stride_height": 16,
     "tile_sample_stride_width": 24,
 }
-Uncut = Callable[[Any, Tensor, TextCondition], Tensor]
+Predict = Callable[[Any, Tensor, TextCondition], Tensor]
 Tables = Callable[[Any, Grid, float], dict[str, Tensor]]
 Refused = tuple[dict[str, Any], dict[str, Any], str]
 
@@ -66,17 +66,17 @@ class Published:
 class FamilyCase:
     """One family. `goldens` holds the tiny transformer; it has four blocks or more.
 
-    `uncut` is one pass of diffusers' model at TIMESTEP with what its pipeline passes. `tables` are its
+    `predict` is one pass of diffusers' model at TIMESTEP with what its pipeline passes. `tables` are its
     position tables, by the names of our constants, for a grid of latents and a frame rate. `video` says which
-    tokens of a joint attention are the video's; None where the self-attention has no others. `padding` says
+    tokens of a joint attention are the video's; None if the self-attention has no others. `padding` says
     what becomes of text tokens that are none: masked by the constant `mask_name`, zeroed, or kept as text.
     `cut_at` and `twins`, (mode, blocks), are what the goldens perturb. `wide` words are in the names of
     weights that stay float32, `narrow` ones are modules of others. `refused` are changes to the
     configurations of transformer and VAE, and what is said of them. `refused_steps` are a scheduler, a
-    number of steps, and what is said of them. `rounding` is how far float32 lets the cut model be from the
-    uncut one. `names` are arguments of ours that have others in diffusers' pipeline. `variants` are changes
+    number of steps, and what is said of them. `rounding` is how far float32 lets the cut model be from
+    diffusers'. `names` are arguments of ours that have others in diffusers' pipeline. `variants` are changes
     to the transformer's configuration that work too. `vae_tiles` are attributes of the small pipeline's VAE
-    that make its tiles smaller than the frames of SIZES; none where its configuration does. `noisy_vae` are
+    that make its tiles smaller than the frames of SIZES; none if its configuration does. `noisy_vae` are
     entries of the VAE's configuration with which its decoding takes noise, and `decode_options` go with them.
     """
 
@@ -84,7 +84,7 @@ class FamilyCase:
     sizes: Sizes
     grid: Grid
     model_class: Any
-    uncut: Uncut
+    predict: Predict
     tables: Tables
     table_sizes: tuple[tuple[SomeSizes, Grid], ...]
     video: slice | None

@@ -83,7 +83,7 @@ def save_pipeline(folder: Path, scheduler: Any, **options: Any) -> None:
     ).save_pretrained(folder)
 
 
-def uncut(model: Any, x: Tensor, condition: TextCondition) -> Tensor:
+def predict(model: Any, x: Tensor, condition: TextCondition) -> Tensor:
     _, frames, _, height, width = x.shape
     output: Tensor = model(
         hidden_states=x,
@@ -147,7 +147,7 @@ REFUSED_SIZES: tuple[tuple[SomeSizes, str], ...] = (
 
 
 def case(name: str, scheduler: Any, published: Published, **options: Any) -> FamilyCase:
-    """What the three have in common; `options` are the transformer's."""
+    """The common part of the three; `options` are the transformer's."""
     in_time = options.get("patch_size_t", 1)
     small: SomeSizes = {"height": 16, "width": 32, "num_frames": 1}
     past_tables: tuple[SomeSizes, str] = (
@@ -159,7 +159,7 @@ def case(name: str, scheduler: Any, published: Published, **options: Any) -> Fam
         sizes=SIZES,
         grid=(4 if in_time == 2 else 3, 6, 8),
         model_class=CogVideoXTransformer3DModel,
-        uncut=uncut,
+        predict=predict,
         tables=tables,
         table_sizes=(
             ({"height": 48, "width": 64, "num_frames": 9}, (4 if in_time == 2 else 3, 6, 8)),

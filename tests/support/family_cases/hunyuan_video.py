@@ -120,7 +120,7 @@ def save_pipeline(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def uncut(model: Any, x: Tensor, condition: TextCondition) -> Tensor:
+def predict(model: Any, x: Tensor, condition: TextCondition) -> Tensor:
     output: Tensor = model(
         hidden_states=x,
         timestep=torch.full((len(x),), TIMESTEP),
@@ -143,7 +143,7 @@ HUNYUAN_VIDEO = FamilyCase(
     sizes={"height": 48, "width": 64, "num_frames": 9, "text_length": 9},
     grid=(3, 6, 8),
     model_class=HunyuanVideoTransformer3DModel,
-    uncut=uncut,
+    predict=predict,
     tables=tables,
     table_sizes=(
         ({"height": 48, "width": 64, "num_frames": 9}, (3, 6, 8)),

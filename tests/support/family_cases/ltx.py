@@ -50,7 +50,7 @@ def save_pipeline(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def uncut(model: Any, x: Tensor, condition: TextCondition) -> Tensor:
+def predict(model: Any, x: Tensor, condition: TextCondition) -> Tensor:
     output: Tensor = model(
         hidden_states=x,
         encoder_hidden_states=condition.embeds,
@@ -75,7 +75,7 @@ LTX = FamilyCase(
     sizes={"height": 128, "width": 160, "num_frames": 17, "text_length": 9},
     grid=(3, 4, 5),
     model_class=LTXVideoTransformer3DModel,
-    uncut=uncut,
+    predict=predict,
     tables=tables,
     table_sizes=(
         ({"height": 128, "width": 160, "num_frames": 17}, (3, 4, 5)),

@@ -51,7 +51,7 @@ def save_pipeline(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def uncut(model: Any, x: Tensor, condition: TextCondition) -> Tensor:
+def predict(model: Any, x: Tensor, condition: TextCondition) -> Tensor:
     output: Tensor = model(
         hidden_states=x,
         encoder_hidden_states=condition.embeds,
@@ -72,7 +72,7 @@ MOCHI = FamilyCase(
     sizes={"height": 48, "width": 64, "num_frames": 13, "text_length": 9},
     grid=(3, 6, 8),
     model_class=MochiTransformer3DModel,
-    uncut=uncut,
+    predict=predict,
     tables=tables,
     table_sizes=(
         ({"height": 48, "width": 64, "num_frames": 13}, (3, 6, 8)),
