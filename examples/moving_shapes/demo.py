@@ -170,8 +170,9 @@ def footer(evaluation: dict[str, Any] | None) -> tuple[str, ...]:
 
 def print_costs(runs: Sequence[Run]) -> None:
     """Passes computed per step, passes without the shared prefix, and time per step."""
-    table = Table(title=f"{platform.machine()}, {os.cpu_count()} cores, ONNX Runtime", title_justify="left")
-    for column in ("setting", "passes per step", "in full", "ms per step (median)"):
+    where = f"{platform.machine()}, {os.cpu_count()} cores, ONNX Runtime"
+    table = Table(title=f"{where}: one step", title_justify="left")
+    for column in ("setting", "passes", "in full", "ms (median)"):
         table.add_column(column, justify="left" if column == "setting" else "right")
     for run in runs:
         full = len(run.setting.passes)
