@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from stg_trt.engines.manifest import Manifest
 from stg_trt.models.families import family_for
+from stg_trt.models.passes import Pass
 from stg_trt.models.perturbation import Mode, Perturbation
 from stg_trt.models.plan import plan_step
 from stg_trt.models.segment import Segment
@@ -32,10 +33,11 @@ class Setting:
         return " + ".join(filter(None, (cfg, stg))) or "no guidance"
 
     @property
-    def passes(self) -> tuple[str, ...]:
+    def passes(self) -> tuple[Pass, ...]:
         """The passes of a step."""
-        uncond = ("uncond",) if self.cfg_scale != 1 else ()
-        return (*uncond, "cond", *(("skip",) if self.stg_scale else ()))
+        uncond: tuple[Pass, ...] = ("uncond",) if self.cfg_scale != 1 else ()
+        skip: tuple[Pass, ...] = ("skip",) if self.stg_scale else ()
+        return (*uncond, "cond", *skip)
 
 
 def passes_per_step(setting: Setting, manifest: Manifest) -> float:
