@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from safetensors.torch import save_file
@@ -19,7 +19,6 @@ from torch.export import ExportedProgram
 
 from stg_trt.engines.inductor_chain import Chain, Piece, check_compiler, machine_facts
 from stg_trt.models.families.base import SegmentModule
-from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.segment import Segment
 from stg_trt.system.stream import Stream, open_stream
 
@@ -81,22 +80,6 @@ class InductorCompiler(Compiler):
         """The GPU, where the engines are for it alone."""
         devices = {self._device_name(target) for target in self.options.targets}
         return torch.device("cuda") if devices == {"cuda"} else CPU
-
-    def pieces(self, segment: Segment) -> tuple[Segment, ...]:
-        """Embedding, blocks one by one, head; a block that is skipped in all rows is no piece."""
-        blocks = []
-        for block in segment.blocks:
-            piece = Segment("block", block, block + 1, keep_input=segment.keep_input)
-            if segment.skipped is not None and block in segment.skipped.blocks:
-                if segment.skipped.mode == "stg-r":
-                    continue
-                piece = replace(piece, skipped=Perturbation(segment.skipped.mode, (block,)))
-            blocks.append(piece)
-        if not blocks:
-            return (segment,)
-        embedding = Segment("embedding", segment.start, segment.start, front=True)
-        head = Segment("head", segment.stop, segment.stop, back=True)
-        return (*([embedding] if segment.front else []), *blocks, *([head] if segment.back else []))
 
     def export(self, job: Job, modules: Iterator[tuple[Segment, SegmentModule]]) -> ExportedChain:
         """One trace for all pieces that differ in weights alone, in this segment and the ones before."""

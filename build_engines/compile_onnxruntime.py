@@ -7,7 +7,7 @@ from importlib.metadata import version
 import onnx
 
 from .compiler import Compiled, Exported, Job
-from .export import files_of
+from .joined_graph import files_of
 from .onnx_compiler import ExportedGraph, OnnxCompiler
 from .reproduction import onnxruntime_command
 from .reusable_files import ReusableFiles

@@ -124,10 +124,6 @@ class Compiler(ABC):
         """Where the eager reference runs."""
         return CPU
 
-    def pieces(self, segment: Segment) -> tuple[Segment, ...]:
-        """What a segment is exported as: itself, or the pieces whose chain it is."""
-        return (segment,)
-
     @abstractmethod
     def export(self, job: Job, modules: Iterator[tuple[Segment, SegmentModule]]) -> Exported:
         """Once per segment, from its pieces' modules in the engine's precision; GateMissed if rows froze."""

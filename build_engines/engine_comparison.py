@@ -29,7 +29,7 @@ from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.segment import engine_outputs
 
 from .compiler import Distance, Tolerance, tolerance_of
-from .float32_graph import widen
+from .float32_graph import write_float32_graph
 from .reference import Reference
 from .reproduction import KEPT_GRAPHS
 from .verify import distance
@@ -138,7 +138,7 @@ def _float32_graph(build: Build, record: SegmentRecord) -> Iterator[Path]:
         )
     with tempfile.TemporaryDirectory() as folder:
         widened = Path(folder) / graph.name
-        widen(graph, widened)
+        write_float32_graph(graph, widened)
         yield widened
 
 

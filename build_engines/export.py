@@ -1,4 +1,4 @@
-"""A segment to ONNX, with one dynamic dimension: the rows."""
+"""A piece of a segment to an ONNX graph with free rows, whose weights are inputs."""
 
 from __future__ import annotations
 
@@ -7,69 +7,81 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
-import onnx
+import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from torch import Tensor, nn
 
 from stg_trt.errors import GateMissed
 from stg_trt.models.families.base import SegmentModule
-from stg_trt.models.segment import engine_outputs
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
-from stg_trt.system.units import GIB
 
 from .dynamic_rows import traced_with
+from .weights import weights_of
 
-# protobuf refuses messages of 2 GiB; weights above this go to a file beside the graph.
-_EMBEDDED_BYTES = GIB
+
+@dataclass(frozen=True)
+class PieceGraph:
+    """The graph of every piece with the same key: its inputs are those of the module, then its weights."""
+
+    graph: ir.Graph
+    ir_version: int
+
+
+class _WeightsAsInputs(nn.Module):
+    """Called with the inputs and then the weights, so that the graph is that of any piece of the kind."""
+
+    def __init__(self, module: SegmentModule) -> None:
+        super().__init__()
+        # In a list, so that its weights are not registered.
+        self._module = [module]
+        self._names = [name for name, _ in weights_of(module)]
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        (module,) = self._module
+        inputs, weights = tensors[: len(module.inputs)], tensors[len(module.inputs) :]
+        named = dict(zip(self._names, weights, strict=True))
+        outputs: tuple[Tensor, ...] = torch.func.functional_call(module, named, inputs)
+        return outputs
 
 
 def export(
-    module: SegmentModule, inputs: Sequence[TensorSpec], path: Path, *, opset: int, max_rows: int
-) -> None:
-    """Writes `path`, and `path`.data where the weights are large; raises GateMissed if an axis froze."""
+    segment: str, module: SegmentModule, inputs: Sequence[TensorSpec], *, opset: int, max_rows: int
+) -> PieceGraph:
+    """The graph of a piece of a segment; raises GateMissed if its number of rows froze."""
     args, axes = traced_with(inputs, max_rows)
-    weight_bytes = sum(p.numel() * p.element_size() for p in module.parameters())
+    weights = [tensor for _, tensor in weights_of(module)]
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
-            module,
-            args,
+            _WeightsAsInputs(module).eval(),
+            (*args, *weights),
             dynamo=True,
-            input_names=list(module.inputs),
-            output_names=list(engine_outputs(module.inputs, module.outputs)),
-            dynamic_shapes=(axes,),
+            input_names=[*module.inputs, *(f"weight_{number}" for number in range(len(weights)))],
+            dynamic_shapes=((*axes, *(None for _ in weights)),),
             opset_version=opset,
             verbose=False,
         )
-        assert program is not None
-        program.save(path, external_data=weight_bytes > _EMBEDDED_BYTES)
-    _check_borders(path, inputs)
+    assert program is not None and not program.model.functions
+    _check_borders(segment, program.model.graph, inputs)
+    # Where each operator was called: it would differ from machine to machine.
+    ClearMetadataAndDocStringPass()(program.model)
+    return PieceGraph(program.model.graph, program.model.ir_version)
 
 
-def files_of(path: Path) -> list[Path]:
-    """The graph and, where there is one, its weights file."""
-    data = path.with_name(path.name + ".data")
-    return [path, data] if data.exists() else [path]
-
-
-def _check_borders(path: Path, inputs: Sequence[TensorSpec]) -> None:
+def _check_borders(segment: str, graph: ir.Graph, inputs: Sequence[TensorSpec]) -> None:
     """Every input is there, in its shape, with its rows still dynamic."""
-    graph = onnx.load(path, load_external_data=False).graph
-    found = {
-        node.name: [dim.dim_param or dim.dim_value for dim in node.type.tensor_type.shape.dim]
-        for node in graph.input
-    }
-    for spec in inputs:
-        shape = found.get(spec.name)
-        if shape is None:
-            raise GateMissed(f"{path.stem}: expected an input {spec.name}, got none: the segment ignores it")
+    for spec, value in zip(inputs, graph.inputs, strict=False):
+        assert value.name == spec.name and value.shape is not None
+        shape = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
         frozen = [
             isinstance(dim, int) if wanted == ROWS else dim != wanted
             for dim, wanted in zip(shape, spec.shape, strict=True)
         ]
         if any(frozen):
             raise GateMissed(
-                f"{path.stem}: expected {spec.name} of shape {spec.shape}, got {shape}: an operation in the "
+                f"{segment}: expected {spec.name} of shape {spec.shape}, got {shape}: an operation in the "
                 "segment fixes the number of rows"
             )
 

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from .plugin_nodes import define
 
 
-def widen(path: Path, widened: Path) -> None:
+def write_float32_graph(path: Path, widened: Path) -> None:
     """Every bfloat16 type becomes float32, and attention masks are expanded to the query length.
 
     ONNX Runtime's CPU provider has no bfloat16 kernels, and its attention wants full masks.

@@ -10,6 +10,7 @@ from types import TracebackType
 import psutil
 
 _INTERVAL_S = 0.02
+_MUCH_BYTES = 256 << 20
 
 
 _PROCESS = psutil.Process()
@@ -55,3 +56,26 @@ def release() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
+
+
+class _Growth:
+    """How far own memory has grown since it was last released."""
+
+    def __init__(self) -> None:
+        self._before_bytes = own_bytes()
+
+    def release(self, limit_bytes: int) -> None:
+        if own_bytes() - self._before_bytes > limit_bytes:
+            release()
+            self._before_bytes = own_bytes()
+
+
+_GROWTH = _Growth()
+
+
+def release_growth() -> None:
+    """Releases memory where much has come since the last time.
+
+    A search for garbage visits every object of the process: most of a second, however little it finds.
+    """
+    _GROWTH.release(_MUCH_BYTES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import onnxruntime as ort
 import torch
@@ -17,9 +18,14 @@ from stg_trt.models.segment import Segment
 from stg_trt.system.files import file_sha256
 
 from .compiler import Compiler, Exported, Job, Run
-from .export import export, files_of
-from .float32_graph import widen
+from .export import PieceGraph, export
+from .float32_graph import write_float32_graph
+from .joined_graph import JoinedGraph, files_of
+from .piece_key import PieceKey
 from .plugin_nodes import qk_norm_rope
+
+# A graph takes any number of rows; one bound for all segments lets them share their pieces' graphs.
+_TRACED_MAX_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -34,22 +40,36 @@ class OnnxCompiler(Compiler):
 
     opset = 23
 
+    # Of all builds of this process; without weights, so that keeping them takes little memory.
+    _graphs: ClassVar[dict[PieceKey, PieceGraph]] = {}
+
     def export(self, job: Job, modules: Iterator[tuple[Segment, SegmentModule]]) -> ExportedGraph:
-        """Writes the segment's graph."""
-        graph = job.work / f"{job.segment.name}.onnx"
-        _, module = next(modules)
-        if "qk_norm_rope" in self.options.plugins:
-            module.qk_norm_rope = qk_norm_rope
-        export(module, job.inputs, graph, opset=self.opset, max_rows=job.rows[2])
-        sha256 = digest({path.name: file_sha256(path) for path in files_of(graph)})
-        return ExportedGraph(sha256, lambda: graph_runner(self._runnable(graph)), graph)
+        """Joins the graphs of the segment's pieces, of which equal ones are exported once."""
+        joined = JoinedGraph(job.inputs)
+        for piece, module in modules:
+            if "qk_norm_rope" in self.options.plugins:
+                module.qk_norm_rope = qk_norm_rope
+            joined.append(piece.name, self._graph(job, piece, module), module)
+        path = job.work / f"{job.segment.name}.onnx"
+        joined.save(path, tuple(spec.name for spec in job.outputs))
+        sha256 = digest({file.name: file_sha256(file) for file in files_of(path)})
+        return ExportedGraph(sha256, lambda: graph_runner(self._runnable(path)), path)
+
+    def _graph(self, job: Job, piece: Segment, module: SegmentModule) -> PieceGraph:
+        family, workload = self.options.checkpoint.family, self.options.workload
+        max_rows = max(job.rows[2], _TRACED_MAX_ROWS)
+        inputs = family.inputs(piece, workload)
+        key = PieceKey.of(module, inputs, family.outputs(piece, workload), max_rows)
+        if key not in self._graphs:
+            self._graphs[key] = export(job.segment.name, module, inputs, opset=self.opset, max_rows=max_rows)
+        return self._graphs[key]
 
     def _runnable(self, graph: Path) -> Path:
         """The graph as ONNX Runtime's CPU provider can run it."""
         if self.options.workload.precision == "fp32" and not self.options.plugins:
             return graph
         widened = graph.with_name(f"{graph.stem}.float32.onnx")
-        widen(graph, widened)
+        write_float32_graph(graph, widened)
         return widened
 
 

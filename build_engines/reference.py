@@ -11,7 +11,7 @@ from stg_trt.models.families.base import KEEP_ATTENTION, SegmentModule
 from stg_trt.models.segment import Segment
 from stg_trt.models.workload import Workload
 
-from .memory import release
+from .memory import release_growth
 
 State = dict[str, Tensor]
 
@@ -52,7 +52,7 @@ class Reference:
         module = self.family.module(transformer, segment, expand_masks=expand_masks).eval()
         self.family.lower_precision(module, getattr(torch, self.workload.dtype))
         # Memory freed in rounding is scattered between what was kept: give it back before the next copy.
-        release()
+        release_growth()
         return module.float()
 
     def inputs(self, segment: Segment) -> list[State]:

@@ -18,8 +18,9 @@ from stg_trt.models.segment import Segment
 from stg_trt.system.files import file_sha256
 
 from .compiler import Compiled, Compiler, Exported, Job, Run
-from .memory import PeakMemory, release
+from .memory import PeakMemory, release_growth
 from .options import BuildOptions
+from .pieces import pieces_of
 from .progress import Progress
 from .reference import Reference, State
 from .reusable_files import ReusableFiles
@@ -68,7 +69,7 @@ class SegmentBuild:
         with PeakMemory() as peak:
             with self._timed("compile", seconds):
                 compiled = self.compiler.compile(self._job, exported, key.target, finished)
-            release()
+            release_growth()
             self._check(compiled)
             verification = self._verification
             if compiled.runner is not None:
@@ -107,22 +108,22 @@ class SegmentBuild:
                 del module
                 exported = self.compiler.export(self._job, modules)
                 modules.close()
-            release()
+            release_growth()
             if exported.runner is not None:
                 with self._timed("verify", seconds):
                     self._verification = self._verify(exported.runner)
-        release()
+        release_growth()
         self._shared_peak = peak.bytes
         return exported
 
     def _modules(self, module: SegmentModule) -> Generator[tuple[Segment, SegmentModule]]:
         """The segment's pieces with their weights in the engine's precision, one in memory at a time."""
         dtype = getattr(torch, self.options.workload.dtype)
-        for piece in self.compiler.pieces(self.segment):
+        for piece in pieces_of(self.segment):
             if piece != self.segment:
                 module = self.reference.module(piece, expand_masks=self.compiler.expand_masks)
             self.options.checkpoint.family.lower_precision(module, dtype)
-            release()
+            release_growth()
             yield piece, module
 
     def _verify(self, runner: Callable[[], Run]) -> tuple[Verification, ...]:

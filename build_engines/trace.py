@@ -16,6 +16,7 @@ from stg_trt.models.families.base import SegmentModule
 from stg_trt.models.tensor_spec import TensorSpec
 
 from .dynamic_rows import traced_with
+from .weights import weights_of
 
 
 class _Numbered(nn.Module):
@@ -29,7 +30,7 @@ class _Numbered(nn.Module):
         # In a list, so that its weights are not registered a second time under their own names.
         self._module = [module]
         self._names = []
-        for number, (name, tensor) in enumerate(_weights(module)):
+        for number, (name, tensor) in enumerate(weights_of(module)):
             self._names.append(name)
             self.register_parameter(_number(number), nn.Parameter(tensor, requires_grad=False))
 
@@ -55,7 +56,7 @@ class Trace:
 
     def weights_of(self, module: SegmentModule) -> dict[str, Tensor]:
         """What the program reads of a piece, by the names that a package knows its weights under."""
-        numbered = {_number(number): tensor for number, (_, tensor) in enumerate(_weights(module))}
+        numbered = {_number(number): tensor for number, (_, tensor) in enumerate(weights_of(module))}
         return {name: tensor for name, tensor in numbered.items() if name in self.reads}
 
 
@@ -100,12 +101,6 @@ def _fingerprint(program: ExportedProgram) -> str:
     ]
     text = f"{program.graph_module.code}{shapes}{program.range_constraints}"
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _weights(module: SegmentModule) -> list[tuple[str, Tensor]]:
-    """Parameters and buffers, in the order of their numbers."""
-    named = (*module.named_parameters(), *module.named_buffers())
-    return [(name, tensor.detach().contiguous()) for name, tensor in named]
 
 
 def _number(place: int) -> str:

@@ -18,6 +18,7 @@ from stg_trt.build_engines.aoti_package import compile_package, fused_attentions
 from stg_trt.build_engines.compile_inductor import InductorCompiler
 from stg_trt.build_engines.compiler import Job
 from stg_trt.build_engines.options import BuildOptions
+from stg_trt.build_engines.pieces import pieces_of
 from stg_trt.build_engines.reusable_files import ReusableFiles
 from stg_trt.build_engines.trace import trace
 from stg_trt.engines import cuda_toolkit
@@ -138,9 +139,8 @@ def test_frozen_rows_are_named(module: SegmentModule, specs: tuple[TensorSpec, .
 
 @pytest.mark.slow(reason="traces pieces of every family")
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_segment_is_the_chain_of_its_pieces(case: FamilyCase, tmp_path: Path) -> None:
+def test_a_segment_is_the_chain_of_its_pieces(case: FamilyCase) -> None:
     """Run one after the other they are the segment, whatever is perturbed; rows stay free in every kind."""
-    compiler = compiler_of(case.goldens, tmp_path, "fp32", sizes=case.sizes)
     family, transformer = case.family, case.checkpoint.load_transformer()
     last, traced = family.num_blocks, set[object]()
     for segment, count in (
@@ -153,7 +153,7 @@ def test_a_segment_is_the_chain_of_its_pieces(case: FamilyCase, tmp_path: Path) 
         (Segment("skipped", 0, last, True, True, skipped=Perturbation("stg-r", tuple(range(last)))), 1),
         (Segment("skipped", 0, last, True, True, skipped=Perturbation("stg-a", (2,))), last + 2),
     ):
-        pieces = compiler.pieces(segment)
+        pieces = pieces_of(segment)
         assert len(pieces) == count
         module = family.module(transformer, segment, expand_masks=False)
         inputs = family.trace_inputs(segment, case.workload, 2)
@@ -231,7 +231,7 @@ def test_bfloat16_is_within_its_own_tolerance(ltx_checkpoint: Path, tmp_path: Pa
     family, segment = checkpoint.family, Segment("mid", 1, 2, skipped=Perturbation("stg-a", (1,)))
     specs = tuple(family.inputs(segment, workload)), tuple(family.outputs(segment, workload))
     job = Job(segment, *specs, (1, 3, 6), tmp_path, lambda phase: None)
-    (piece,) = compiler.pieces(segment)
+    (piece,) = pieces_of(segment)
     module = family.module(checkpoint.load_transformer(segment.blocks), piece, expand_masks=False)
     family.lower_precision(module, torch.bfloat16)
     exported = compiler.export(job, iter([(piece, module)]))

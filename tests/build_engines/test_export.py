@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stg_trt.build_engines import export as exports
-from stg_trt.build_engines.export import export, files_of
+from stg_trt.build_engines import joined_graph
+from stg_trt.build_engines.joined_graph import files_of
 from stg_trt.engines.store import EngineRequest, EngineStore
 from stg_trt.errors import GateMissed
 from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.families.base import SegmentModule
 from stg_trt.models.segment import engine_outputs
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
+from tests.support.exported_graph import export_alone
 from tests.support.frozen_segments import BranchesOnRows, ViewsTwoRows
 
 X = TensorSpec("x", "float32", (ROWS, 4, 6))
@@ -45,9 +46,9 @@ def run(path: Path, feed: dict[str, Tensor]) -> list[np.ndarray]:
 def test_a_graph_runs_at_any_number_of_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedded_bytes: int
 ) -> None:
-    monkeypatch.setattr(exports, "_EMBEDDED_BYTES", embedded_bytes)
+    monkeypatch.setattr(joined_graph, "_EMBEDDED_BYTES", embedded_bytes)
     path, module = tmp_path / "affine.onnx", Affine().eval()
-    export(module, (X, TABLE), path, opset=23, max_rows=6)
+    export_alone(module, (X, TABLE), path)
     assert len(files_of(path)) == (2 if embedded_bytes == 0 else 1)
     assert set(files_of(path)) == set(tmp_path.iterdir())
     graph = onnx.load(path, load_external_data=False)
@@ -70,11 +71,11 @@ def test_frozen_rows_are_named(
 ) -> None:
     message = r"seg: expected x of shape \('rows', 4, 6\), got \[2, 4, 6\]: an operation in the segment fixes"
     with pytest.raises(GateMissed, match=message):
-        export(module, specs, tmp_path / "seg.onnx", opset=23, max_rows=max_rows)
+        export_alone(module, specs, tmp_path / "seg.onnx", max_rows=max_rows)
 
 
 def test_the_exporter_is_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    export(Affine().eval(), (X, TABLE), tmp_path / "affine.onnx", opset=23, max_rows=6)
+    export_alone(Affine().eval(), (X, TABLE), tmp_path / "affine.onnx")
     assert capfd.readouterr() == ("", "")
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from onnx import TensorProto
 
-from stg_trt.build_engines.export import export
-from stg_trt.build_engines.float32_graph import widen
+from stg_trt.build_engines.float32_graph import write_float32_graph
 from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.families.base import SegmentModule
 from stg_trt.models.segment import cut
 from stg_trt.models.workload import Workload
+from tests.support.exported_graph import export_alone
 
 WORKLOAD = Workload(128, 160, 17, text_length=9, precision="bf16")
 ROWS = 3
@@ -34,11 +34,11 @@ def graphs(
     module: SegmentModule, ltx_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
     """The bfloat16 graph, and the widened one."""
-    folder = tmp_path_factory.mktemp("widen")
+    folder = tmp_path_factory.mktemp("write_float32_graph")
     narrow, wide = folder / "back.onnx", folder / "back.float32.onnx"
     family, segment = Checkpoint.open(ltx_checkpoint).family, cut("segmented", 5, "stg-a", (3,))[-1]
-    export(module, family.inputs(segment, WORKLOAD), narrow, opset=23, max_rows=6)
-    widen(narrow, wide)
+    export_alone(module, family.inputs(segment, WORKLOAD), narrow, max_rows=6)
+    write_float32_graph(narrow, wide)
     return narrow, wide
 
 

@@ -15,6 +15,7 @@ from stg_trt.build_engines import compile_inductor
 from stg_trt.build_engines.compile_inductor import ExportedChain, InductorCompiler
 from stg_trt.build_engines.compiler import Job
 from stg_trt.build_engines.piece_key import PieceKey
+from stg_trt.build_engines.pieces import pieces_of
 from stg_trt.build_engines.trace import Trace, trace
 from stg_trt.models.families.base import SegmentModule
 from stg_trt.models.perturbation import Perturbation
@@ -48,7 +49,7 @@ def export(compiler: InductorCompiler, segment: Segment, folder: Path) -> Export
     borders = tuple(family.inputs(segment, workload)), tuple(family.outputs(segment, workload))
 
     def modules() -> Iterator[tuple[Segment, SegmentModule]]:
-        for piece in compiler.pieces(segment):
+        for piece in pieces_of(segment):
             yield piece, family.module(checkpoint.load_transformer(piece.blocks), piece, expand_masks=False)
 
     return compiler.export(Job(segment, *borders, (1, 3, 6), folder, lambda phase: None), modules())

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from stg_trt import build
-from stg_trt.build_engines.export import export
-from stg_trt.build_engines.float32_graph import widen
+from stg_trt.build_engines.float32_graph import write_float32_graph
 from stg_trt.build_engines.onnx_compiler import graph_runner
 from stg_trt.build_engines.plugin_nodes import qk_norm_rope
 from stg_trt.engines import tensorrt_library
 from stg_trt.errors import BackendUnavailable, InvalidRequest
 from stg_trt.models.segment import Segment
+from tests.support.exported_graph import export_alone
 from tests.support.family_cases import CASES, LTX, FamilyCase
 
 BACK = Segment("back", 2, 4, back=True)
@@ -33,11 +33,11 @@ def test_one_node_per_block_computes_the_same(case: FamilyCase, precision: str, 
     expected = module(*inputs)[0]
     family.lower_precision(module, getattr(torch, workload.dtype))
     module.qk_norm_rope = qk_norm_rope
-    export(module, family.inputs(BACK, workload), tmp_path / "back.onnx", opset=23, max_rows=3)
+    export_alone(module, family.inputs(BACK, workload), tmp_path / "back.onnx", max_rows=3)
     graph = onnx.load(tmp_path / "back.onnx")
     assert Counter(node.op_type for node in graph.graph.node if node.domain == "stg_trt") == {"QKNormRope": 2}
     assert not graph.functions
-    widen(tmp_path / "back.onnx", tmp_path / "float32.onnx")
+    write_float32_graph(tmp_path / "back.onnx", tmp_path / "float32.onnx")
     got = graph_runner(tmp_path / "float32.onnx")(dict(zip(module.inputs, inputs, strict=True)))[0]
     assert (got - expected).abs().max() <= (1e-5 if precision == "fp32" else 0.1)
     assert expected.std() > 0.1
