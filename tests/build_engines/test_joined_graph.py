@@ -16,7 +16,6 @@ from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.segment import Segment
 from tests.support.family_cases import HUNYUAN_VIDEO, LTX, MOCHI, FamilyCase
 
-
 Graphs = dict[PieceKey, PieceGraph]
 
 
