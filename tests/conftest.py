@@ -82,7 +82,8 @@ def mark_slow(item: pytest.Item) -> None:
 
 def pytest_configure() -> None:
     # The exporter collects thousands of operators anew for each graph, always the same ones.
-    ONNXRegistry.from_torchlib = functools.cache(ONNXRegistry.from_torchlib)
+    collect = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
+    pytest.MonkeyPatch().setattr(ONNXRegistry, "from_torchlib", collect)
 
 
 def pytest_collection_finish() -> None:
