@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import shutil
@@ -16,6 +17,7 @@ import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from stg_trt import VideoPipeline, build
 from tests.support.cli import keep_one_block
@@ -76,6 +78,12 @@ def mark_slow(item: pytest.Item) -> None:
             item.add_marker(pytest.mark.slow(reason=SLOW_FIXTURES[name]))
     for mark in item.iter_markers("slow"):
         assert mark.kwargs.keys() == {"reason"}, f"{item.nodeid}: a slow test says why: slow(reason=...)"
+
+
+def pytest_configure() -> None:
+    # The exporter collects thousands of operators anew for each graph, always the same ones.
+    collect = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
+    pytest.MonkeyPatch().setattr(ONNXRegistry, "from_torchlib", collect)
 
 
 def pytest_collection_finish() -> None:
