@@ -1,6 +1,6 @@
 """Arguments of diffusers' and of the published STG pipelines that have other names here, or no meaning.
 
-Sources: LTXPipeline, HunyuanVideoPipeline and others of diffusers; the STG pipelines beside arXiv 2411.18664.
+Sources: diffusers' text-to-video pipelines; the STG pipelines beside arXiv 2411.18664.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class ForeignArguments:
     stg_blocks: BlockSets | None
     rescale: Scale | None
     max_sequence_length: int | None
+    callback_tensors: list[str] | None
     decode_options: dict[str, Any]
 
     @classmethod
@@ -61,4 +62,10 @@ class ForeignArguments:
             if values[own] is not None:
                 raise InvalidRequest(f"{name}: expected {own} under one name, got two: leave {name} out")
             values[own] = (_RESCALE if value else 0.0) if name == "do_rescaling" else value
-        return cls(values["stg_blocks"], values["rescale"], rest.pop("max_sequence_length", None), rest)
+        return cls(
+            values["stg_blocks"],
+            values["rescale"],
+            rest.pop("max_sequence_length", None),
+            rest.pop("callback_on_step_end_tensor_inputs", None),
+            rest,
+        )

@@ -50,7 +50,7 @@ def generate(
     frame_rate: Annotated[float | None, typer.Option(help="Frames per second.")] = None,
     num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance_scale: Annotated[str | None, typer.Option(help="CFG: a number, or one per step: 3,3,1.")] = None,
-    true_cfg_scale: Annotated[str | None, typer.Option(help="CFG of HunyuanVideo.")] = None,
+    true_cfg_scale: Annotated[str | None, typer.Option(help="CFG of distilled models.")] = None,
     stg_scale: Annotated[str | None, typer.Option(help="STG: a number, or one per step: 0,1,1.")] = None,
     stg_mode: Annotated[str | None, typer.Option(help="stg-a or stg-r. [default: the engines']")] = None,
     stg_blocks: Annotated[str | None, typer.Option(help="Such as 14,19. [default: the engines']")] = None,

@@ -161,18 +161,15 @@ class VideoPipeline:
         negative_pooled_prompt_embeds: Tensor | None = None,
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
-        callback_on_step_end_tensor_inputs: list[str] | None = None,
         guidance: GuidanceOptions | None = None,
         **options: Any,
     ) -> VideoPipelineOutput:
         """Generates videos; omitted arguments come from the engines (sizes, blocks) or the family's defaults.
 
-        Scales are numbers, lists with one entry per step, or TimestepBins; at 1 and below there is no CFG.
-        `preset` names published tables, `use_dynamic_cfg` is CogVideoXPipeline's; or `guidance` has all of
-        these. `true_cfg_scale` is CFG for HunyuanVideo, whose `guidance_scale` is an input of the model.
-        `generator` draws the first noise, then the solver's; `options` are the family's own for decoding, and
-        names of other pipelines (`runtime/arguments.py`). One call at a time: others wait. Raises
-        InvalidRequest for arguments that cannot be used and EngineRejected if no engine fits them.
+        Scales are numbers, lists with one entry per step, or TimestepBins; CFG is off at 1 and below.
+        `true_cfg_scale` is CFG of models whose `guidance_scale` is an input; `guidance` holds all of these.
+        `options` are for decoding, or other pipelines' names (arguments.py). Raises InvalidRequest,
+        EngineRejected if no engines fit, and NotFinite.
         """
         foreign = ForeignArguments.read(options, {"stg_blocks": stg_blocks, "rescale": rescale})
         arguments = GuidanceOptions(
@@ -187,26 +184,30 @@ class VideoPipeline:
             num_videos_per_prompt,
         )
         guided = choose_options(guidance, arguments)
-        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        sizes = replace(
-            self._request, height=height, width=width, num_frames=num_frames, videos=prompts.videos
-        )
+        sizes = replace(self._request, height=height, width=width, num_frames=num_frames)
         request = Request(
-            sizes, prompts, guided, num_inference_steps, frame_rate,
-            list(generator) if isinstance(generator, tuple) else generator, latents,
-            foreign.max_sequence_length,
+            replace(sizes, videos=prompts.videos), prompts, guided, num_inference_steps, frame_rate,
+            latents=latents, generator=list(generator) if isinstance(generator, tuple) else generator,
+            max_sequence_length=foreign.max_sequence_length,
         )  # fmt: skip
-        with self._turns:
-            return self._generate(request, output_type, callback_on_step_end, foreign.decode_options)
+        return self._generate(request, output_type, callback_on_step_end, foreign)
 
     def _generate(
-        self,
-        request: Request,
-        output_type: str,
-        callback: StepCallback | None,
-        decode_options: dict[str, Any],
+        self, request: Request, output_type: str, callback: StepCallback | None, foreign: ForeignArguments
     ) -> VideoPipelineOutput:
+        check_callback(callback, foreign.callback_tensors)
+        decode_options = foreign.decode_options
         self._check_options(output_type, decode_options, request.prompts.videos)
+        with self._turns:
+            schedule = self._schedule(request)
+            if output_type != "latent":  # A checkpoint without a VAE is refused before the sampling.
+                self.components.load(self._device_for(schedule.build).torch_device)
+            noise = self._noise(schedule, request)
+            with _memory_explained(schedule.build.manifest, "GPU memory", _LESS_TO_SAMPLE):
+                result = self._drain(self._steps(schedule, request, noise), noise, callback)
+            return self._output(result, schedule, output_type, generator=request.generator, **decode_options)
+
+    def _schedule(self, request: Request) -> Schedule:
         schedule = schedule_steps(request, self.store, self.family, self.scheduler)
         self.num_timesteps = schedule.guidance.num_steps
         if self.family.takes_true_cfg and schedule.guidance.needs_uncond and not request.prompts.has_negative:
@@ -215,12 +216,7 @@ class VideoPipeline:
                 "got none: give negative_prompt, such as an empty text"
             )
         self._warn_of_second_guidance(schedule.guidance)
-        if output_type != "latent":  # A checkpoint without a VAE is refused before the sampling.
-            self.components.load(self._device_for(schedule.build).torch_device)
-        noise = self._noise(schedule, request)
-        with _memory_explained(schedule.build.manifest, "GPU memory", _LESS_TO_SAMPLE):
-            result = self._drain(self._steps(schedule, request, noise), noise, callback)
-        return self._output(result, schedule, output_type, generator=request.generator, **decode_options)
+        return schedule
 
     def _steps(self, schedule: Schedule, request: Request, noise: Tensor) -> Iterator[SampledStep]:
         prompts, guidance = request.prompts, schedule.guidance

@@ -23,7 +23,7 @@ class GuidanceOptions:
     A scale is a number, a list with one entry per step, or TimestepBins; blocks likewise. `stg_range` is
     [start, stop) in steps. `preset` names published tables. Raises InvalidRequest for a mode or a preset that
     does not exist; values are checked when the steps are known. For a model that takes a guidance as an
-    input, `guidance_scale` is that one and `true_cfg_scale` CFG, as in HunyuanVideoPipeline.
+    input, `guidance_scale` is that one and `true_cfg_scale` CFG, as in their diffusers pipelines.
     """
 
     guidance_scale: Scale | None = None
@@ -72,8 +72,8 @@ class GuidanceOptions:
             return self.true_cfg_scale
         if self.true_cfg_scale is not None:
             raise InvalidRequest(
-                f"true_cfg_scale: expected it for HunyuanVideo alone, got {self.true_cfg_scale}: use "
-                "guidance_scale"
+                f"true_cfg_scale: expected it for models that take guidance_scale as an input, got "
+                f"{self.true_cfg_scale}: use guidance_scale"
             )
         return self.guidance_scale
 

@@ -117,7 +117,7 @@ class Guidance:
 
 def _swinging(scale: Scale, timesteps: Sequence[float]) -> list[float]:
     """The scales of use_dynamic_cfg; at 1 and below there is no guidance that could change."""
-    if not isinstance(scale, Real) or float(scale) <= 1:
+    if not isinstance(scale, int | float | Real) or float(scale) <= 1:
         raise InvalidRequest(
             f"use_dynamic_cfg: expected guidance_scale as one number above 1, got {scale}: give one, or turn "
             "use_dynamic_cfg off"
@@ -128,7 +128,7 @@ def _swinging(scale: Scale, timesteps: Sequence[float]) -> list[float]:
 def _per_step(name: str, value: Scale, sigmas: Sequence[float]) -> tuple[float, ...]:
     if isinstance(value, TimestepBins):
         return _looked_up(name, value, sigmas)
-    if isinstance(value, Real):
+    if isinstance(value, int | float | Real):
         return (float(value),) * len(sigmas)
     _check_length(name, len(value), len(sigmas))
     return tuple(float(entry) for entry in value)
@@ -137,12 +137,12 @@ def _per_step(name: str, value: Scale, sigmas: Sequence[float]) -> tuple[float, 
 def _blocks_per_step(value: BlockSets, sigmas: Sequence[float]) -> tuple[Blocks, ...]:
     if isinstance(value, TimestepBins):
         return _looked_up("stg_blocks", value, sigmas)
-    if isinstance(value, Integral):
+    if isinstance(value, int | Integral):
         return ((int(value),),) * len(sigmas)
-    same = tuple(int(block) for block in value if isinstance(block, Integral))
+    same = tuple(int(block) for block in value if isinstance(block, int | Integral))
     if len(same) == len(value):
         return (same,) * len(sigmas)
-    sets = tuple(tuple(map(int, blocks)) for blocks in value if not isinstance(blocks, Integral))
+    sets = tuple(tuple(map(int, blocks)) for blocks in value if not isinstance(blocks, int | Integral))
     if len(sets) != len(value):
         raise InvalidRequest(
             f"stg_blocks: expected block numbers or one list of them per step, got {value}: do not mix them"

@@ -252,5 +252,5 @@ class LTXVideo(CrossAttentionDiT):
 
 def _per_video(value: float | Sequence[float], latents: Tensor) -> Tensor:
     """One number for each video, of the latents' dtype and on their device."""
-    values = [value] * len(latents) if isinstance(value, Real) else [*value]
+    values = [value] * len(latents) if isinstance(value, int | float | Real) else [*value]
     return torch.tensor([float(entry) for entry in values]).to(latents)
