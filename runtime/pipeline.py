@@ -294,7 +294,7 @@ class VideoPipeline:
             f"true_cfg_scale: expected 1 for {self.family.name}, which is distilled and takes "
             f"guidance_scale instead, got {scale}: CFG on top of it doubles the work with one more pass "
             "per step; leave true_cfg_scale out to save it",
-            stacklevel=6,
+            stacklevel=7,
         )
 
     def _noise(self, schedule: Schedule, request: Request) -> Tensor:
