@@ -1,4 +1,4 @@
-// The kernel against a plain loop. Built as it is, and once per mutant.
+// The kernel against a plain loop. Built as it is, and with the mutants.
 #include "copy_rows/copy_rows.cu"
 
 #include <vector>

@@ -1,4 +1,4 @@
-// The kernel against plain loops. Built as it is, and once per mutant.
+// The kernel against plain loops. Built as it is, and with the mutants.
 #include "fan_out_rows/fan_out_rows.cu"
 
 #include <vector>

@@ -1,4 +1,4 @@
-// The kernels, over several steps, against float64. Built as it is, and once per mutant.
+// The kernels, over several steps, against float64. Built as it is, and with the mutants.
 #include "guided_step/guided_step.cu"
 
 #include <cmath>

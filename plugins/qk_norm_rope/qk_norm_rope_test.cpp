@@ -1,4 +1,4 @@
-// The kernels against float64. Built as it is, and once per mutant.
+// The kernels against float64. Built as it is, and with the mutants.
 #include "qk_norm_rope/qk_norm_rope.cu"
 
 #include <algorithm>
