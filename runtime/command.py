@@ -42,7 +42,7 @@ def generate(
     engines: Annotated[Path, typer.Option(help="A folder made by stg-trt build.")],
     output: Annotated[Path, typer.Option(help="video.mp4, or latents.safetensors.")],
     prompt: Annotated[list[str] | None, typer.Option(help="Repeat it for several videos.")] = None,
-    negative_prompt: Annotated[str, typer.Option(help="CFG moves away from it.")] = "",
+    negative_prompt: Annotated[str | None, typer.Option(help="CFG moves away from it.")] = None,
     embeds: Embeds = None,
     height: Annotated[int | None, typer.Option(help="Pixels. [default: the engines']")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels. [default: the engines']")] = None,
@@ -50,7 +50,7 @@ def generate(
     frame_rate: Annotated[float | None, typer.Option(help="Frames per second.")] = None,
     num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance_scale: Annotated[str | None, typer.Option(help="CFG: a number, or one per step: 3,3,1.")] = None,
-    embedded_guidance: Annotated[float | None, typer.Option(help="For distilled models.")] = None,
+    true_cfg_scale: Annotated[str | None, typer.Option(help="CFG of distilled models.")] = None,
     stg_scale: Annotated[str | None, typer.Option(help="STG: a number, or one per step: 0,1,1.")] = None,
     stg_mode: Annotated[str | None, typer.Option(help="stg-a or stg-r. [default: the engines']")] = None,
     stg_blocks: Annotated[str | None, typer.Option(help="Such as 14,19. [default: the engines']")] = None,
@@ -75,7 +75,8 @@ def generate(
     options = GuidanceOptions(
         guidance_scale=_scale("guidance_scale", guidance_scale), stg_scale=_scale("stg_scale", stg_scale),
         rescale=_scale("rescale", rescale), stg_mode=stg_mode, stg_blocks=parse_blocks(stg_blocks),
-        preset=preset, use_dynamic_cfg=use_dynamic_cfg, embedded_guidance=embedded_guidance,
+        preset=preset, use_dynamic_cfg=use_dynamic_cfg,
+        true_cfg_scale=_scale("true_cfg_scale", true_cfg_scale),
     )  # fmt: skip
     request = EngineRequest(height=height, width=width, num_frames=num_frames, layout=layout, backend=backend)
     store = _open_engines(engines, request, opened)

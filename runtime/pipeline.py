@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor
 from stg_trt.engines.backends import backend_for
 from stg_trt.engines.manifest import Manifest
 from stg_trt.engines.store import Build, EngineRequest, EngineStore
-from stg_trt.errors import InvalidRequest, OutOfDeviceMemory
+from stg_trt.errors import InvalidRequest, NotFinite, OutOfDeviceMemory
 from stg_trt.guidance.bins import BlockSets, Scale
 from stg_trt.guidance.options import GuidanceOptions, choose_options
 from stg_trt.guidance.tables import Guidance
@@ -25,14 +25,18 @@ from stg_trt.models.text import TextCondition
 from stg_trt.system.gpu import this_machine
 from stg_trt.system.units import GIB
 
+from .arguments import ForeignArguments
+from .callbacks import StepCallback, call_back, check_callback
 from .components import Components
 from .device import Device, open_device
 from .noise import Generators, draw
 from .prompts import Embeddings, Prompt, Prompts
 from .sampler import SampledStep, Sampler
 from .schedule import Request, Schedule, schedule_steps
+from .turns import Turns
 
-StepCallback = Callable[["VideoPipeline", int, float, dict[str, Tensor]], dict[str, Tensor] | None]
+# Attributes of diffusers' pipelines that their callbacks set.
+_GUIDANCE_OF_DIFFUSERS = ("_guidance_scale", "_guidance_rescale", "_stg_scale", "guidance_scale")
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 _LESS_TO_SAMPLE = "fewer frames, a smaller size, fewer videos at once, the segmented layout, or --offload"
 _LESS_TO_DECODE = "fewer frames, a smaller size, or --offload"
@@ -68,6 +72,7 @@ class VideoPipeline:
         self.interrupt = False
         self.num_timesteps = 0
         self._warned = False
+        self._turns = Turns()
         self._request = EngineRequest(
             weights=checkpoint.fingerprint(), layout=layout, backend=backend, machine=this_machine()
         )
@@ -106,6 +111,25 @@ class VideoPipeline:
         pipeline.store.find(pipeline._request)
         return pipeline
 
+    @property
+    def _interrupt(self) -> bool:
+        """diffusers' name of `interrupt`, which callbacks set."""
+        return self.interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, stop: bool) -> None:
+        self.interrupt = stop
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in _GUIDANCE_OF_DIFFUSERS:
+            raise InvalidRequest(
+                f"{name}: expected guidance to be known before the first step, got another value on the way: "
+                "give guidance_scale, stg_scale and rescale one value per step"
+            )
+        super().__setattr__(name, value)
+
+    # Static memory made in inference mode could not be written outside of it.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def __call__(
         self,
@@ -117,7 +141,7 @@ class VideoPipeline:
         frame_rate: float | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: Scale | None = None,
-        embedded_guidance: float | None = None,
+        true_cfg_scale: Scale | None = None,
         stg_scale: Scale | None = None,
         stg_mode: str | None = None,
         stg_blocks: BlockSets | None = None,
@@ -127,7 +151,7 @@ class VideoPipeline:
         preset: str | None = None,
         use_dynamic_cfg: bool = False,
         num_videos_per_prompt: int = 1,
-        generator: Generators | None = None,
+        generator: Generators | tuple[torch.Generator, ...] | None = None,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         prompt_attention_mask: Tensor | None = None,
@@ -138,18 +162,19 @@ class VideoPipeline:
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
         guidance: GuidanceOptions | None = None,
-        **decode_options: Any,
+        **options: Any,
     ) -> VideoPipelineOutput:
         """Generates videos; omitted arguments come from the engines (sizes, blocks) or the family's defaults.
 
-        Scales are numbers, lists with one entry per step, or TimestepBins; `preset` names published tables,
-        `use_dynamic_cfg` is CogVideoXPipeline's; or `guidance` has all of these. `generator` draws the first
-        noise, then the solver's; `decode_options` are the family's own. Raises InvalidRequest for arguments
-        that cannot be used and EngineRejected if no engine fits them.
+        Scales are numbers, lists with one entry per step, or TimestepBins; CFG is off at 1 and below.
+        `true_cfg_scale` is CFG of models whose `guidance_scale` is an input; `guidance` holds all of these.
+        `options` are for decoding, or other pipelines' names (arguments.py). Raises InvalidRequest,
+        EngineRejected if no engines fit, and NotFinite.
         """
+        foreign = ForeignArguments.read(options, {"stg_blocks": stg_blocks, "rescale": rescale})
         arguments = GuidanceOptions(
-            guidance_scale, stg_scale, rescale, stg_mode, stg_blocks, stg_range, preset, cfg_zero_star,
-            use_dynamic_cfg, embedded_guidance,
+            guidance_scale, stg_scale, foreign.rescale, stg_mode, foreign.stg_blocks, stg_range, preset,
+            cfg_zero_star, use_dynamic_cfg, true_cfg_scale,
         )  # fmt: skip
         prompts = Prompts(
             prompt,
@@ -158,30 +183,40 @@ class VideoPipeline:
             Embeddings(negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds),
             num_videos_per_prompt,
         )
-        options = choose_options(guidance, arguments)
-        sizes = replace(
-            self._request, height=height, width=width, num_frames=num_frames, videos=prompts.videos
-        )
-        request = Request(sizes, prompts, options, num_inference_steps, frame_rate, generator, latents)
-        return self._generate(request, output_type, callback_on_step_end, decode_options)
+        guided = choose_options(guidance, arguments)
+        sizes = replace(self._request, height=height, width=width, num_frames=num_frames)
+        request = Request(
+            replace(sizes, videos=prompts.videos), prompts, guided, num_inference_steps, frame_rate,
+            latents=latents, generator=list(generator) if isinstance(generator, tuple) else generator,
+            max_sequence_length=foreign.max_sequence_length,
+        )  # fmt: skip
+        return self._generate(request, output_type, callback_on_step_end, foreign)
 
     def _generate(
-        self,
-        request: Request,
-        output_type: str,
-        callback: StepCallback | None,
-        decode_options: dict[str, Any],
+        self, request: Request, output_type: str, callback: StepCallback | None, foreign: ForeignArguments
     ) -> VideoPipelineOutput:
-        self._check_options(request.guidance, output_type, decode_options)
+        check_callback(callback, foreign.callback_tensors)
+        decode_options = foreign.decode_options
+        self._check_options(output_type, decode_options, request.prompts.videos)
+        with self._turns:
+            schedule = self._schedule(request)
+            if output_type != "latent":  # A checkpoint without a VAE is refused before the sampling.
+                self.components.load(self._device_for(schedule.build).torch_device)
+            noise = self._noise(schedule, request)
+            with _memory_explained(schedule.build.manifest, "GPU memory", _LESS_TO_SAMPLE):
+                result = self._drain(self._steps(schedule, request, noise), noise, callback)
+            return self._output(result, schedule, output_type, generator=request.generator, **decode_options)
+
+    def _schedule(self, request: Request) -> Schedule:
         schedule = schedule_steps(request, self.store, self.family, self.scheduler)
         self.num_timesteps = schedule.guidance.num_steps
+        if self.family.takes_true_cfg and schedule.guidance.needs_uncond and not request.prompts.has_negative:
+            raise InvalidRequest(
+                "true_cfg_scale: expected a negative prompt beside it, without which diffusers has no CFG, "
+                "got none: give negative_prompt, such as an empty text"
+            )
         self._warn_of_second_guidance(schedule.guidance)
-        if output_type != "latent":  # A checkpoint without a VAE is refused before the sampling.
-            self.components.load(self._device_for(schedule.build).torch_device)
-        noise = self._noise(schedule, request)
-        with _memory_explained(schedule.build.manifest, "GPU memory", _LESS_TO_SAMPLE):
-            result = self._drain(self._steps(schedule, request, noise), noise, callback)
-        return self._output(result, schedule, output_type, generator=request.generator, **decode_options)
+        return schedule
 
     def _steps(self, schedule: Schedule, request: Request, noise: Tensor) -> Iterator[SampledStep]:
         prompts, guidance = request.prompts, schedule.guidance
@@ -200,6 +235,11 @@ class VideoPipeline:
         if prompt.texts is None:
             text = prompt.padded(self.family.tensors(workload), self.family.has_text_mask)
         else:
+            if prompt.prefix and not self.checkpoint.has_pipeline:
+                raise InvalidRequest(
+                    f"negative_prompt_embeds: expected embeddings beside prompt_embeds, got none, and "
+                    f"{self.checkpoint.name} has no text encoder: give them, or set guidance_scale to 1"
+                )
             device = self._device_for(schedule.build).torch_device
             text = self.components.encode(prompt.texts, workload, device)
         self.family.check_text(text)
@@ -220,14 +260,14 @@ class VideoPipeline:
         """Drains the sampler; `interrupt` (settable from the callback) stops after the current step."""
         self.interrupt = False
         step = None
+        finite = []
         for step in steps:
+            finite.append(step.finite)
             if callback is not None:
-                offered = step.latents
-                answer = callback(self, step.index, step.timestep, {"latents": offered}) or {}
-                if answer.get("latents", offered) is not offered:
-                    step.latents = answer["latents"]
+                call_back(self, callback, step)
             if self.interrupt:
                 break
+        _check_finite(finite)
         return latents if step is None else step.latents
 
     def _device_for(self, build: Build) -> Device:
@@ -251,10 +291,10 @@ class VideoPipeline:
             return
         self._warned = True
         warnings.warn(
-            f"guidance_scale: expected 1 for {self.family.name}, which is distilled and takes "
-            f"embedded_guidance instead, got {scale}: CFG on top of it doubles the work with one more pass "
-            "per step; leave guidance_scale out to save it",
-            stacklevel=5,
+            f"true_cfg_scale: expected 1 for {self.family.name}, which is distilled and takes "
+            f"guidance_scale instead, got {scale}: CFG on top of it doubles the work with one more pass "
+            "per step; leave true_cfg_scale out to save it",
+            stacklevel=7,
         )
 
     def _noise(self, schedule: Schedule, request: Request) -> Tensor:
@@ -274,20 +314,15 @@ class VideoPipeline:
                 f"latents: expected {packed} or {shape} for {workload}, got {tuple(latents.shape)}: "
                 "pass latents of the size the engines were built for"
             )
+        if not latents.isfinite().all():
+            raise InvalidRequest("latents: expected finite numbers, got NaN or infinity: check their source")
         noise = self.family.pack(latents) if tuple(latents.shape) == shape else latents
         return noise.float() * schedule.solver.noise_scale
 
-    def _check_options(
-        self, options: GuidanceOptions, output_type: str, decode_options: dict[str, Any]
-    ) -> None:
+    def _check_options(self, output_type: str, decode_options: dict[str, Any], videos: int) -> None:
         if output_type not in _OUTPUT_TYPES:
             raise InvalidRequest(
                 f"output_type: expected one of {', '.join(_OUTPUT_TYPES)}, got {output_type!r}: choose one"
-            )
-        if options.embedded_guidance is not None and self.family.embedded_guidance is None:
-            raise InvalidRequest(
-                f"embedded_guidance: expected none for {self.family.name}, which takes no guidance as an "
-                f"input, got {options.embedded_guidance}: use guidance_scale"
             )
         unknown = decode_options.keys() - self.family.decode_options
         if unknown:
@@ -295,6 +330,21 @@ class VideoPipeline:
                 f"arguments: expected those of VideoPipeline, got {', '.join(sorted(unknown))}: "
                 "check the spelling"
             )
+        for name, value in decode_options.items():
+            if isinstance(value, list | tuple) and len(value) != videos:
+                raise InvalidRequest(
+                    f"{name}: expected one number or {videos}, got {len(value)}: give one per video"
+                )
+
+
+def _check_finite(steps: list[Tensor]) -> None:
+    """Raises NotFinite for the first step that left anything else; `steps` are bools of shape ()."""
+    wrong = torch.stack(steps).logical_not().nonzero() if steps else torch.empty(0)
+    if len(wrong):
+        raise NotFinite(
+            f"latents: expected finite numbers, got NaN or infinity after step {int(wrong[0]) + 1} of "
+            f"{len(steps)}: check the checkpoint's weights and the prompt's embeddings, or use lower scales"
+        )
 
 
 @contextmanager

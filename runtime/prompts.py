@@ -52,6 +52,11 @@ class Prompt:
                 f"got {tuple(embeds.shape)}: pass embeddings of this model's text encoder, or rebuild with a "
                 "larger --text-length"
             )
+        if not embeds.isfinite().all():
+            raise InvalidRequest(
+                f"{self.prefix}prompt_embeds: expected finite numbers, got NaN or infinity: check where "
+                "they come from"
+            )
         if mask.shape != embeds.shape[:2]:
             raise InvalidRequest(
                 f"{self.prefix}prompt_attention_mask: expected {tuple(embeds.shape[:2])}, got "
@@ -90,9 +95,12 @@ class Prompts:
                 f"prompt_embeds: expected (videos, tokens, width), got {tuple(embeds.shape)}: "
                 "pass one row per video"
             )
-        if embeds is None and self.given.pooled is not None:
+        _check_beside("", self.given)
+        _check_beside("negative_", self.negative)
+        if self.negative_prompt is not None and self.negative.embeds is not None:
             raise InvalidRequest(
-                f"{POOLED}: expected it beside prompt_embeds, got it beside a prompt: give one of them"
+                "negative_prompt: expected negative_prompt or negative_prompt_embeds, got both: give one of "
+                "them"
             )
         if self.videos_per_prompt < 1:
             raise InvalidRequest(
@@ -114,22 +122,40 @@ class Prompts:
         return self.count * self.videos_per_prompt
 
     @property
+    def has_negative(self) -> bool:
+        """Whether the call names something to move away from."""
+        return self.negative_prompt is not None or self.negative.embeds is not None
+
+    @property
     def cond(self) -> Prompt:
         """The prompt of the conditional pass."""
         return Prompt([self.prompt] if isinstance(self.prompt, str) else self.prompt, self.given)
 
     @property
     def uncond(self) -> Prompt:
-        """The unconditional pass's prompt; raises InvalidRequest for a wrong number of negative prompts."""
-        if self.given.embeds is not None or self.negative.embeds is not None:
+        """The unconditional pass's prompt; raises InvalidRequest for a wrong number of negative prompts.
+
+        Without negative embeddings the text is encoded, the empty one if none was given, as in diffusers.
+        """
+        if self.negative.embeds is not None:
             return Prompt(None, self.negative, "negative_", self.count)
         negative = self.negative_prompt
-        texts = negative if isinstance(negative, list) else [negative or ""] * self.count
+        texts = list(negative) if isinstance(negative, list | tuple) else [negative or ""] * self.count
         if len(texts) != self.count:
             raise InvalidRequest(
                 f"negative_prompt: expected one text or {self.count}, got {len(texts)}: give one per prompt"
             )
-        return Prompt(texts, self.negative)
+        return Prompt(texts, self.negative, "negative_")
+
+
+def _check_beside(prefix: str, given: Embeddings) -> None:
+    """Masks and pooled embeddings mean nothing without the embeddings that they belong to."""
+    for name, tensor in (("prompt_attention_mask", given.mask), (POOLED, given.pooled)):
+        if given.embeds is None and tensor is not None:
+            raise InvalidRequest(
+                f"{prefix}{name}: expected it beside {prefix}prompt_embeds, got it beside a text: give "
+                f"{prefix}prompt_embeds too, or leave it out"
+            )
 
 
 def _checked_pooled(name: str, pooled: Tensor | None, spec: TensorSpec | None, count: int) -> Tensor | None:

@@ -30,9 +30,13 @@ _MIN_STEPS = 64
 
 
 class SampledStep:
-    """A step that was taken; `latents` may be replaced before the next is asked for."""
+    """A step that was taken; `latents` may be replaced before the next is asked for.
 
-    def __init__(self, index: int, timestep: float, plan: StepPlan, state: StepState) -> None:
+    `finite` is a bool of shape () on the device, which nothing waits for.
+    """
+
+    def __init__(self, index: int, timestep: float, plan: StepPlan, state: StepState, finite: Tensor) -> None:
+        self.finite = finite
         self.index = index
         self.timestep = timestep
         self.plan = plan
@@ -95,7 +99,8 @@ class Sampler:
             with self._device.scope():
                 step = self.step(StepKey.of(guidance, solver, i), state)
                 step.enqueue()
-            sampled = SampledStep(i, solver.timesteps[i], step.plan, state)
+                finite = state.latents.isfinite().all()
+            sampled = SampledStep(i, solver.timesteps[i], step.plan, state, finite)
             yield sampled
             if sampled.replaced:
                 _check_replaceable(solver, i)

@@ -15,6 +15,7 @@ from stg_trt.guidance.resolved import ResolvedGuidance
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.families.base import ModelFamily
+from stg_trt.models.perturbation import check_blocks
 from stg_trt.models.workload import Workload
 
 from .noise import Generators
@@ -32,6 +33,7 @@ class Request:
     frame_rate: float | None
     generator: Generators | None
     latents: Tensor | None
+    max_sequence_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,25 @@ def schedule_steps(request: Request, store: EngineStore, family: ModelFamily, sc
     """
     build = find_possible(store, request.sizes, family)
     workload, preset = build.manifest.workload, request.guidance.published
+    if request.max_sequence_length not in (None, workload.text_length):
+        raise InvalidRequest(
+            f"max_sequence_length: expected {workload.text_length}, the text tokens of these engines, got "
+            f"{request.max_sequence_length}: leave it out, or build with --text-length "
+            f"{request.max_sequence_length}"
+        )
     solver = _solve(scheduler, workload, family, request.num_inference_steps, preset)
     taken = len(solver.timesteps) - (preset.drop_last if preset else 0)
     options = request.guidance.resolve(
-        ResolvedGuidance.of_family(family.defaults, build.manifest.perturbation)
+        ResolvedGuidance.of_family(family.defaults, build.manifest.perturbation), family.takes_true_cfg
     )
+    if options.embedded_guidance is not None and family.embedded_guidance is None:
+        raise InvalidRequest(
+            f"guidance_scale: expected none for this {family.name}, which takes no guidance as an input, got "
+            f"{options.embedded_guidance}: use true_cfg_scale"
+        )
     guidance = Guidance.for_steps(solver.noise_levels[:taken], options, solver.timesteps[:taken])
+    for perturbation in guidance.perturbations:
+        check_blocks(perturbation.blocks, family.num_blocks)
     # The steps belong to the sizes of this build; what they perturb may need another one.
     fitting = replace(
         request.sizes,

@@ -25,3 +25,7 @@ class OutOfDeviceMemory(StgTrtError, MemoryError):
 
 class BackendUnavailable(StgTrtError):
     """The backend's library is not installed or does not support this machine."""
+
+
+class NotFinite(StgTrtError):
+    """The latents of a run are no longer numbers, so there is no video."""

@@ -17,6 +17,7 @@ import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
+from torch._inductor.config import aot_inductor
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from stg_trt import VideoPipeline, build
@@ -45,6 +46,10 @@ _BUILD_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "
 
 BuiltOnce = Callable[[str, Callable[[Path], object]], Path]
 
+
+# g++ takes longest over the code that calls a package's kernels. Tests need its results alone, so it is not
+# optimized and has no line numbers for profilers; the kernels are compiled as for users.
+QUICK_CALLS = {"compile_wrapper_opt_level": "O0", "enable_line_tables": False}
 
 # Fixtures that make a test slow, and why; `golden_engines` is quick for LTX-Video alone.
 SLOW_FIXTURES = {
@@ -84,6 +89,10 @@ def pytest_configure() -> None:
     # The exporter collects thousands of operators anew for each graph, always the same ones.
     collect = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
     pytest.MonkeyPatch().setattr(ONNXRegistry, "from_torchlib", collect)
+    for name, value in QUICK_CALLS.items():
+        # Not every supported torch has both.
+        if hasattr(aot_inductor, name):
+            setattr(aot_inductor, name, value)
 
 
 def pytest_collection_finish() -> None:

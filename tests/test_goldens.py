@@ -27,8 +27,6 @@ GOLDENS = [(case, golden) for case in CASES for golden in case.golden_names]
 def arguments(golden: str, checkpoint: Path) -> dict[str, Any]:
     """A golden's call in VideoPipeline's names."""
     given = json.loads((checkpoint / f"{golden}.json").read_text())
-    renamed = next(case.names for case in CASES if case.goldens == checkpoint)
-    given = given | {ours: given.get(theirs) for ours, theirs in renamed.items()}
     tensors = load_file(checkpoint / f"{golden}.safetensors")
     names = (
         "prompt_embeds",
@@ -45,7 +43,7 @@ def arguments(golden: str, checkpoint: Path) -> dict[str, Any]:
             if name in given
         },
         "guidance_scale": given["guidance_scale"],
-        "embedded_guidance": given.get("embedded_guidance"),
+        "true_cfg_scale": given.get("true_cfg_scale"),
         "stg_scale": given["stg_scale"],
         "stg_blocks": given["stg_applied_layers_idx"],
         "stg_mode": given.get("stg_mode", "stg-r"),

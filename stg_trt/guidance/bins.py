@@ -46,4 +46,4 @@ class TimestepBins(Generic[T]):
 
 
 Scale = float | Sequence[float] | TimestepBins[float]
-BlockSets = Sequence[int] | Sequence[Sequence[int]] | TimestepBins[Blocks]
+BlockSets = int | Sequence[int] | Sequence[Sequence[int]] | TimestepBins[Blocks]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import cached_property
+from numbers import Real
 from typing import TypeVar
 
 from stg_trt.errors import InvalidRequest
@@ -21,7 +22,8 @@ class GuidanceOptions:
 
     A scale is a number, a list with one entry per step, or TimestepBins; blocks likewise. `stg_range` is
     [start, stop) in steps. `preset` names published tables. Raises InvalidRequest for a mode or a preset that
-    does not exist; values are checked when the steps are known.
+    does not exist; values are checked when the steps are known. For a model that takes a guidance as an
+    input, `guidance_scale` is that one and `true_cfg_scale` CFG, as in their diffusers pipelines.
     """
 
     guidance_scale: Scale | None = None
@@ -33,7 +35,7 @@ class GuidanceOptions:
     preset: str | None = None
     cfg_zero_star: bool | None = None
     use_dynamic_cfg: bool = False
-    embedded_guidance: float | None = None
+    true_cfg_scale: Scale | None = None
 
     def __post_init__(self) -> None:
         if self.stg_mode is not None:
@@ -46,11 +48,15 @@ class GuidanceOptions:
         """The preset's tables and steps, read once."""
         return None if self.preset is None else load_preset(self.preset)
 
-    def resolve(self, fallback: ResolvedGuidance) -> ResolvedGuidance:
-        """Decides what was left open: the call's own options win, then the preset's, then the fallback's."""
+    def resolve(self, fallback: ResolvedGuidance, takes_true_cfg: bool = False) -> ResolvedGuidance:
+        """Decides what was left open: the call's own options win, then the preset's, then the fallback's.
+
+        With `takes_true_cfg`, `guidance_scale` is an input of the model, and CFG is `true_cfg_scale`. Raises
+        InvalidRequest for a scale that does not belong to the model, or that it takes on all steps alike.
+        """
         lower = fallback if self.published is None else self.published.guidance
         return ResolvedGuidance(
-            guidance_scale=_first(self.guidance_scale, lower.guidance_scale),
+            guidance_scale=_first(self._cfg_scale(takes_true_cfg), lower.guidance_scale),
             stg_scale=_first(self.stg_scale, lower.stg_scale),
             rescale=_first(self.rescale, lower.rescale),
             stg_mode=_first(self.stg_mode, lower.stg_mode),
@@ -58,8 +64,27 @@ class GuidanceOptions:
             stg_range=self.stg_range,
             cfg_zero_star=_first(self.cfg_zero_star, lower.cfg_zero_star),
             use_dynamic_cfg=self.use_dynamic_cfg,
-            embedded_guidance=self.embedded_guidance,
+            embedded_guidance=self._embedded_guidance() if takes_true_cfg else None,
         )
+
+    def _cfg_scale(self, takes_true_cfg: bool) -> Scale | None:
+        if takes_true_cfg:
+            return self.true_cfg_scale
+        if self.true_cfg_scale is not None:
+            raise InvalidRequest(
+                f"true_cfg_scale: expected it for models that take guidance_scale as an input, got "
+                f"{self.true_cfg_scale}: use guidance_scale"
+            )
+        return self.guidance_scale
+
+    def _embedded_guidance(self) -> float | None:
+        scale = self.guidance_scale
+        if scale is not None and not isinstance(scale, Real):
+            raise InvalidRequest(
+                f"guidance_scale: expected one number, which this model takes as an input on all steps, got "
+                f"{scale}: give one number, or true_cfg_scale for CFG"
+            )
+        return None if scale is None else float(scale)
 
 
 def choose_options(guidance: GuidanceOptions | None, arguments: GuidanceOptions) -> GuidanceOptions:
@@ -71,8 +96,7 @@ def choose_options(guidance: GuidanceOptions | None, arguments: GuidanceOptions)
             f"guidance: expected GuidanceOptions, got {type(guidance).__name__}: write "
             "guidance=GuidanceOptions(stg_scale=1.0)"
         )
-    open_ = GuidanceOptions()
-    given = [f.name for f in fields(arguments) if getattr(arguments, f.name) != getattr(open_, f.name)]
+    given = [f.name for f in fields(arguments) if getattr(arguments, f.name) is not f.default]
     if given:
         raise InvalidRequest(
             f"guidance: expected all guidance options inside it, got {', '.join(given)} beside it: move them "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.guidance.bins import Blocks, BlockSets, Scale, T, TimestepBins
@@ -47,7 +48,7 @@ class Guidance:
         _check_values("rescale", self.rescale, 0, 1)
         if self.embedded is not None and not math.isfinite(self.embedded):
             raise InvalidRequest(
-                f"embedded_guidance: expected a number that is finite, got {self.embedded}: correct the value"
+                f"guidance_scale: expected a number that is finite, got {self.embedded}: correct the value"
             )
         check_mode(self.mode)
         for i, blocks in enumerate(self.blocks):
@@ -71,7 +72,8 @@ class Guidance:
         stg = _per_step("stg_scale", given.stg_scale, sigmas)
         cfg = _swinging(given.guidance_scale, timesteps) if given.use_dynamic_cfg else given.guidance_scale
         guidance = cls(
-            cfg_scale=_per_step("guidance_scale", cfg, sigmas),
+            # As diffusers' pipelines decide it: at 1 and below, there is no CFG.
+            cfg_scale=tuple(max(scale, 1.0) for scale in _per_step("guidance_scale", cfg, sigmas)),
             stg_scale=_within(stg, given.stg_range),
             rescale=_per_step("rescale", given.rescale, sigmas),
             blocks=_blocks_per_step(given.stg_blocks, sigmas),
@@ -115,18 +117,18 @@ class Guidance:
 
 def _swinging(scale: Scale, timesteps: Sequence[float]) -> list[float]:
     """The scales of use_dynamic_cfg; at 1 and below there is no guidance that could change."""
-    if not isinstance(scale, int | float) or scale <= 1:
+    if not isinstance(scale, int | float | Real) or float(scale) <= 1:
         raise InvalidRequest(
             f"use_dynamic_cfg: expected guidance_scale as one number above 1, got {scale}: give one, or turn "
             "use_dynamic_cfg off"
         )
-    return dynamic_cfg(scale, timesteps)
+    return dynamic_cfg(float(scale), timesteps)
 
 
 def _per_step(name: str, value: Scale, sigmas: Sequence[float]) -> tuple[float, ...]:
     if isinstance(value, TimestepBins):
         return _looked_up(name, value, sigmas)
-    if isinstance(value, int | float):
+    if isinstance(value, int | float | Real):
         return (float(value),) * len(sigmas)
     _check_length(name, len(value), len(sigmas))
     return tuple(float(entry) for entry in value)
@@ -135,10 +137,12 @@ def _per_step(name: str, value: Scale, sigmas: Sequence[float]) -> tuple[float, 
 def _blocks_per_step(value: BlockSets, sigmas: Sequence[float]) -> tuple[Blocks, ...]:
     if isinstance(value, TimestepBins):
         return _looked_up("stg_blocks", value, sigmas)
-    same = tuple(block for block in value if isinstance(block, int))
+    if isinstance(value, int | Integral):
+        return ((int(value),),) * len(sigmas)
+    same = tuple(int(block) for block in value if isinstance(block, int | Integral))
     if len(same) == len(value):
         return (same,) * len(sigmas)
-    sets = tuple(tuple(blocks) for blocks in value if not isinstance(blocks, int))
+    sets = tuple(tuple(map(int, blocks)) for blocks in value if not isinstance(blocks, int | Integral))
     if len(sets) != len(value):
         raise InvalidRequest(
             f"stg_blocks: expected block numbers or one list of them per step, got {value}: do not mix them"

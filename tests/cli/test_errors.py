@@ -141,9 +141,9 @@ GENERATE: dict[str, tuple[tuple[str, ...], str]] = {
     "layout": (("--layout", "triple"), "layout: expected one of segmented, twin, got 'triple': choose"),
     "backend": (("--backend", "openvino"), "backend: expected one of onnxruntime, .*got 'openvino': choose"),
     "no number": (("--guidance-scale", "3,high"), "guidance_scale: expected a number, .*'3,high': correct"),
-    "embedded guidance": (
-        ("--embedded-guidance", "6"),
-        "embedded_guidance: expected none for ltx-video, .*got 6.0: use guidance_scale",
+    "true CFG": (
+        ("--true-cfg-scale", "6"),
+        "true_cfg_scale: expected it for models that take guidance_scale as an input, got 6.0: use",
     ),
     "blocks": (("--stg-blocks", "1;3"), "stg_blocks: expected numbers .*got '1;3': write 14,19"),
     "size": (("--height", "64"), "built for height 128, the request is 64: rebuild with --height 64"),

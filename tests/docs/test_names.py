@@ -135,11 +135,11 @@ def family(configuration: str) -> ModelFamily:
 def test_defaults_are_those_of_the_family(row: dict[str, str]) -> None:
     of = family(FAMILIES[row["family"]]).defaults
     assert row["STG mode, blocks"] == f"`{of.stg_mode}` {[*of.stg_blocks]}"
-    assert row["`guidance_scale`"].split(",")[0] == str(of.guidance_scale)
+    assert row["`guidance_scale`"].split(",")[0] == str(of.embedded_guidance or of.guidance_scale)
     wanted = (of.stg_scale, of.rescale, of.num_inference_steps, of.frame_rate)
     got = (row["`stg_scale`"], row["`rescale`"], row["steps"], row["frames per second"])
     assert tuple(map(float, got)) == wanted
-    assert ("`embedded_guidance`" in row["`guidance_scale`"]) == (of.embedded_guidance is not None)
+    assert ("`true_cfg_scale`" in row["`guidance_scale`"]) == (of.embedded_guidance is not None)
 
 
 def test_every_published_configuration_has_its_cost() -> None:

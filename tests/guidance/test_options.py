@@ -34,7 +34,7 @@ GIVEN: dict[str, Any] = {
     "stg_blocks": [1],
     "cfg_zero_star": False,
 }
-OTHERS: dict[str, Any] = {"stg_range": (0, 1), "use_dynamic_cfg": True, "embedded_guidance": 4.0}
+OTHERS: dict[str, Any] = {"stg_range": (0, 1), "use_dynamic_cfg": True}
 
 
 def test_what_is_open_is_the_familys() -> None:

@@ -241,10 +241,6 @@ def test_an_argument_replaces_the_presets_table() -> None:
         ({"stg_scale": 1.0}, "stg_blocks: expected blocks for stg_scale 1.0 at step 0, got none"),
         ({"stg_scale": 1.0, "stg_blocks": [-1]}, "stg_blocks: expected block numbers from 0"),
         ({"stg_scale": 1.0, "stg_blocks": [1, [2]]}, "stg_blocks: .* do not mix them"),
-        (
-            {"embedded_guidance": math.nan},
-            "embedded_guidance: expected a number that is finite, got nan: corr",
-        ),
         ({"stg_mode": "stg-x"}, "stg_mode: expected one of stg-a, stg-r, got 'stg-x': choose one of them"),
         (
             {"stg_scale": 1.0, "stg_blocks": [1], "stg_range": (2, 1)},

@@ -141,8 +141,8 @@ IN_BUILD_ENGINES = (
     Mistake(
         "weights become part of the code",
         "build_engines/aoti_package.py",
-        '"joint_graph_constant_folding": False',
-        '"joint_graph_constant_folding": True',
+        '"always_keep_tensor_constants": True',
+        '"always_keep_tensor_constants": False',
         (f"{_INDUCTOR}::test_no_weight_becomes_part_of_a_package",),
     ),
     Mistake(

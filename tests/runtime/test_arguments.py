@@ -30,7 +30,7 @@ OPTIONS: dict[str, Any] = {
     "preset": "ltx-video-13b-0.9.8-dev",
     "cfg_zero_star": False,
     "use_dynamic_cfg": True,
-    "embedded_guidance": 6.0,
+    "true_cfg_scale": 6.0,
 }
 
 

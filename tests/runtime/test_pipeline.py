@@ -19,7 +19,7 @@ from stg_trt.errors import InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.runtime.components import Components
 from tests.support.family_cases import CASES, FamilyCase
-from tests.support.whole_pipelines import PROMPTS, STEPS, TEXT_LENGTH, call, of_diffusers, seeded
+from tests.support.whole_pipelines import PROMPTS, STEPS, TEXT_LENGTH, call, cfg_of, of_diffusers, seeded
 
 
 @pytest.mark.parametrize("output_type", ["latent", "np"])
@@ -56,7 +56,7 @@ def test_dynamic_cfg_is_that_of_diffusers(
 
 @pytest.mark.parametrize("scale", [1.0, [3.0] * STEPS])
 def test_dynamic_cfg_wants_one_scale_to_change(pipeline: VideoPipeline, case: FamilyCase, scale: Any) -> None:
-    given = call(case, pipeline, PROMPTS[:1]) | {"guidance_scale": scale}
+    given = call(case, pipeline, PROMPTS[:1]) | cfg_of(case, scale)
     with pytest.raises(
         InvalidRequest, match="use_dynamic_cfg: expected guidance_scale as one number above 1"
     ):
@@ -81,9 +81,12 @@ def test_the_negative_prompt_that_is_not_given(
 ) -> None:
     scheduler = pipeline.scheduler = case.schedulers[0]
     given = call(case, pipeline, PROMPTS) | {"negative_prompt": None}
-    # If CFG has a name of its own in diffusers, it is off there without a negative prompt.
-    theirs = given | ({"negative_prompt": [""] * len(PROMPTS)} if "guidance_scale" in case.names else {})
-    expected = of_diffusers(case, checkpoint, scheduler, "latent", **theirs, generator=seeded(5))
+    if case.family.takes_true_cfg:
+        # There is no CFG in diffusers then; here it would be on.
+        with pytest.raises(InvalidRequest, match="true_cfg_scale: expected a negative prompt beside it"):
+            pipeline(**given)
+        return
+    expected = of_diffusers(case, checkpoint, scheduler, "latent", **given, generator=seeded(5))
     given |= {"generator": seeded(5), "stg_scale": 0.0, "rescale": 0.0}
     got = pipeline(**given, output_type="latent").frames
     assert (got - expected).abs().max() <= 1e-4
@@ -109,22 +112,20 @@ def test_stg_changes_the_frames(case: FamilyCase, pipeline: VideoPipeline) -> No
     assert np.abs(with_stg - without).max() > 1e-3
 
 
-def test_embedded_guidance(case: FamilyCase, pipeline: VideoPipeline) -> None:
-    """Models that take one use it; the others refuse it."""
+def test_the_guidance_that_a_model_takes_as_an_input(case: FamilyCase, pipeline: VideoPipeline) -> None:
+    """It is guidance_scale there, as in diffusers; elsewhere that is CFG and has no other name."""
     default = pipeline.family.embedded_guidance
-    given = call(case, pipeline, PROMPTS[:1]) | {
-        "guidance_scale": 1.0,
-        "stg_scale": 0.0,
-        "num_inference_steps": 1,
-    }
+    given = (
+        call(case, pipeline, PROMPTS[:1]) | cfg_of(case, 1.0) | {"stg_scale": 0.0, "num_inference_steps": 1}
+    )
     if default is None:
-        with pytest.raises(
-            InvalidRequest, match=r"embedded_guidance: expected none for .*, got 6.0: use guid"
-        ):
-            pipeline(**given, embedded_guidance=6.0)
+        with pytest.raises(InvalidRequest, match=r"true_cfg_scale: expected it for .*, got 6.0: use guid"):
+            pipeline(**given, true_cfg_scale=6.0)
         return
+    with pytest.raises(InvalidRequest, match=r"guidance_scale: expected one number, .*got \[6.0\]: give one"):
+        pipeline(**given | {"guidance_scale": [6.0]})
     same, by_default, other = (
-        pipeline(**given | {"embedded_guidance": scale}, output_type="latent").frames
+        pipeline(**given | {"guidance_scale": scale}, output_type="latent").frames
         for scale in (default, None, 1.0)
     )
     assert torch.equal(same, by_default) and (same - other).abs().max() > 1e-4
@@ -137,8 +138,9 @@ def test_guidance_on_top_of_the_embedded_is_warned_of_once(case: FamilyCase, pip
     for scale in (1.0, 4.0, 4.0):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            fresh(**given | {"guidance_scale": scale})
+            fresh(**given | cfg_of(case, scale))
         told.append([str(warning.message) for warning in caught if warning.category is UserWarning])
+        assert all(Path(warning.filename) == Path(__file__) for warning in caught if told[-1])
     distilled = case.family.embedded_guidance is not None
     assert [len(messages) for messages in told] == [0, int(distilled), 0]
     assert not distilled or "got 4.0: CFG on top of it doubles the work" in told[1][0]

@@ -200,9 +200,12 @@ def test_presets_run_their_steps_with_their_scales(pipeline: VideoPipeline, mode
     assert len({guidance.passes(i) for i in range(len(sigmas))}) == {FIRST_PASS: 3, SECOND_PASS: 1}[name]
 
 
-def test_a_preset_for_blocks_that_were_not_cut_is_explained(pipeline: VideoPipeline) -> None:
-    with pytest.raises(EngineRejected, match=r"can perturb blocks \[1, 3\], the request is \[27\]: rebuild"):
+def test_blocks_that_cannot_be_perturbed_are_explained(pipeline: VideoPipeline) -> None:
+    """A preset's that the model lacks, and others for which the engines were not cut."""
+    with pytest.raises(InvalidRequest, match=r"stg_blocks: expected block numbers from 0 to 4, got \[27\]"):
         pipeline(**call(preset=SECOND_PASS, num_inference_steps=None))
+    with pytest.raises(EngineRejected, match=r"can perturb blocks \[1, 3\], the request is \[2\]: rebuild"):
+        pipeline(**call(stg_scale=1.0, stg_blocks=[2]))
 
 
 def test_cfg_off_needs_no_negative_prompt(pipeline: VideoPipeline, model: Any) -> None:

@@ -33,8 +33,7 @@ def of_diffusers(
     if tiles is not None:
         own.vae.enable_tiling()
         shrink_tiles(own.vae, tiles)
-    theirs = {case.names.get(name, name): value for name, value in given.items()}
-    return own(**theirs, max_sequence_length=TEXT_LENGTH, output_type=output_type).frames
+    return own(**given, max_sequence_length=TEXT_LENGTH, output_type=output_type).frames
 
 
 @cache
@@ -55,6 +54,13 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def cfg_of(case: FamilyCase, scale: float) -> dict[str, float]:
+    """CFG of a family; where the model takes a guidance as an input, that has a value of its own."""
+    if case.family.takes_true_cfg:
+        return {"guidance_scale": 5.0, "true_cfg_scale": scale}
+    return {"guidance_scale": scale}
+
+
 def call(case: FamilyCase, pipeline: VideoPipeline, prompts: list[str]) -> dict[str, Any]:
     """Arguments that both take."""
     spec = pipeline.family.tensors(case.workload)["latents"]
@@ -66,7 +72,6 @@ def call(case: FamilyCase, pipeline: VideoPipeline, prompts: list[str]) -> dict[
         "width": case.workload.width,
         "num_frames": case.workload.num_frames,
         "num_inference_steps": STEPS,
-        "guidance_scale": 4.0,
-        **({"embedded_guidance": 5.0} if "embedded_guidance" in case.names else {}),
+        **cfg_of(case, 4.0),
         "latents": noise,
     }

@@ -75,6 +75,8 @@ class ModelFamily(ABC):
     has_text_segment: ClassVar[bool]
     # False if diffusers' pipeline takes embeddings without a mask; their padding is zeros.
     has_text_mask: ClassVar[bool] = True
+    # Whether the pipeline in diffusers calls CFG true_cfg_scale, and an input of the model guidance_scale.
+    takes_true_cfg: ClassVar[bool] = False
     # The entries of the transformer's config.json that count blocks, in the order of their numbers.
     block_counts: ClassVar[tuple[str, ...]] = ("num_layers",)
     # Parts of the pipeline that diffusers' documentation wants in float32 on a GPU too.

@@ -176,6 +176,7 @@ class HunyuanVideo(JointAttentionDiT):
     transformer_class = "HunyuanVideoTransformer3DModel"
     pipeline_class = "HunyuanVideoPipeline"
     has_text_segment = False
+    takes_true_cfg = True
     block_counts = ("num_layers", "num_single_layers")
     text_constants = ("prompt_embeds", "text_mean", "key_bias")
     block_constants = ("key_bias", "rope_cos", "rope_sin")

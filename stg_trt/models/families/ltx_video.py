@@ -9,6 +9,8 @@ and the RoPE tables.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -225,7 +227,7 @@ class LTXVideo(CrossAttentionDiT):
         return packed
 
     def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:
-        """`decode_timestep` and `decode_noise_scale` are those of diffusers' LTXPipeline."""
+        """`decode_timestep` and `decode_noise_scale` are LTXPipeline's: one number, or one per video."""
         from diffusers.utils.torch_utils import randn_tensor
 
         vae = pipeline.vae
@@ -236,9 +238,9 @@ class LTXVideo(CrossAttentionDiT):
         ).to(vae.dtype)
         conditions: list[Tensor] = []
         if vae.config.timestep_conditioning:
-            timestep = torch.full((len(latents),), float(options.get("decode_timestep", 0.0))).to(latents)
-            scale = options.get("decode_noise_scale")
-            scale = float(timestep[0]) if scale is None else float(scale)
+            timestep = _per_video(options.get("decode_timestep", 0.0), latents)
+            given = options.get("decode_noise_scale")
+            scale = (timestep if given is None else _per_video(given, latents)).view(-1, 1, 1, 1, 1)
             # diffusers' own: it also takes a list of generators, and those of another device.
             noise = randn_tensor(
                 latents.shape, generator=options.get("generator"), device=latents.device, dtype=latents.dtype
@@ -246,3 +248,9 @@ class LTXVideo(CrossAttentionDiT):
             latents = (1 - scale) * latents + scale * noise
             conditions.append(timestep)
         return vae_video(vae, latents, *conditions)
+
+
+def _per_video(value: float | Sequence[float], latents: Tensor) -> Tensor:
+    """One number for each video, of the latents' dtype and on their device."""
+    values = [value] * len(latents) if isinstance(value, int | float | Real) else [*value]
+    return torch.tensor([float(entry) for entry in values]).to(latents)

@@ -74,7 +74,7 @@ class FamilyCase:
     weights that stay float32, `narrow` ones are modules of others. `refused` are changes to the
     configurations of transformer and VAE, and what is said of them. `refused_steps` are a scheduler, a
     number of steps, and what is said of them. `rounding` is how far float32 lets the cut model be from
-    diffusers'. `names` are arguments of ours that have others in diffusers' pipeline. `variants` are changes
+    diffusers'. `variants` are changes
     to the transformer's configuration that work too. `vae_tiles` are attributes of the small pipeline's VAE
     that make its tiles smaller than the frames of SIZES; none if its configuration does. `noisy_vae` are
     entries of the VAE's configuration with which its decoding takes noise, and `decode_options` go with them.
@@ -104,7 +104,6 @@ class FamilyCase:
     mask_name: str = ""
     refused_steps: tuple[tuple[Any, int, str], ...] = ()
     rounding: float = 1e-6
-    names: Mapping[str, str] = field(default_factory=dict)
     variants: tuple[dict[str, Any], ...] = ()
     vae_tiles: Mapping[str, int] = field(default_factory=dict)
     noisy_vae: Mapping[str, Any] = field(default_factory=dict)

@@ -230,7 +230,6 @@ HUNYUAN_VIDEO = FamilyCase(
     rounding=3e-6,
     schedulers=(FlowMatchEulerDiscreteScheduler(shift=7.0),),
     variants=({"guidance_embeds": False},),
-    names={"guidance_scale": "true_cfg_scale", "embedded_guidance": "guidance_scale"},
     # In time too, with or without tiling.
     vae_tiles={**SMALL_TILES, "tile_sample_min_num_frames": 8, "tile_sample_stride_num_frames": 4},
 )

@@ -1,0 +1,71 @@
+"""Arguments of diffusers' and of the published STG pipelines that have other names here, or no meaning.
+
+Sources: diffusers' text-to-video pipelines; the STG pipelines beside arXiv 2411.18664.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from stg_trt.errors import InvalidRequest
+from stg_trt.guidance.bins import BlockSets, Scale
+
+# The published STG pipelines rescale by this where do_rescaling is set.
+_RESCALE = 0.7
+_OURS = {
+    "stg_applied_layers_idx": "stg_blocks",
+    "guidance_rescale": "rescale",
+    "do_rescaling": "rescale",
+}
+# A value that changes nothing is taken, since calls are copied with it.
+_WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
+    "return_dict": (True, "read .frames of the answer"),
+    "attention_kwargs": (None, "LoRA scales belong to the build"),
+    "joint_attention_kwargs": (None, "LoRA scales belong to the build"),
+    "eta": (0.0, "choose a scheduler that adds noise"),
+    "prompt_2": (None, "both text encoders read prompt"),
+    "negative_prompt_2": (None, "both text encoders read negative_prompt"),
+    "image": (None, "image-to-video is not supported, leave it out"),
+    "timesteps": (None, "give num_inference_steps"),
+    "sigmas": (None, "give num_inference_steps"),
+}
+
+
+@dataclass(frozen=True)
+class ForeignArguments:
+    """The arguments of a call under names of other pipelines; the rest are for decoding."""
+
+    stg_blocks: BlockSets | None
+    rescale: Scale | None
+    max_sequence_length: int | None
+    callback_tensors: list[str] | None
+    decode_options: dict[str, Any]
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any], ours: Mapping[str, Any]) -> ForeignArguments:
+        """Sorts what a call was given beside our own arguments; raises InvalidRequest for two of one meaning.
+
+        `ours` are the values of stg_blocks and rescale under these names, None if they were left out.
+        """
+        rest = dict(given)
+        for name, (neutral, instead) in _WITHOUT_EFFECT.items():
+            value = rest.pop(name, neutral)
+            if value is not neutral and value != neutral:
+                raise InvalidRequest(f"{name}: expected {neutral}, got {value!r}: {instead}")
+        values: dict[str, Any] = dict(ours)
+        for name, own in _OURS.items():
+            value = rest.pop(name, None)
+            if value is None:
+                continue
+            if values[own] is not None:
+                raise InvalidRequest(f"{name}: expected {own} under one name, got two: leave {name} out")
+            values[own] = (_RESCALE if value else 0.0) if name == "do_rescaling" else value
+        return cls(
+            values["stg_blocks"],
+            values["rescale"],
+            rest.pop("max_sequence_length", None),
+            rest.pop("callback_on_step_end_tensor_inputs", None),
+            rest,
+        )
