@@ -126,7 +126,7 @@ def test_an_interrupted_generation_writes_nothing(
     command = [PROGRAM, "generate", ltx_checkpoint, *arguments, "--num-inference-steps=600"]
 
     def start(terminal: int) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(command, stdout=terminal, stderr=terminal, cwd=ROOT)
+        return subprocess.Popen([*map(str, command)], stdout=terminal, stderr=terminal, cwd=ROOT)
 
     # On a terminal the bar says when the sampling has begun.
     interrupt_at(b"sampling", start, lambda: None)

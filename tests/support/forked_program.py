@@ -68,7 +68,7 @@ def program_server(log: Path, *build: str | Path) -> Iterator[ProgramServer]:
     # Whole messages: one is one request.
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs, log.open("w") as output:
-        server = subprocess.Popen(command, cwd=ROOT, stdin=theirs, stdout=output, stderr=output)
+        server = subprocess.Popen(command, cwd=ROOT, stdin=theirs.fileno(), stdout=output, stderr=output)
         theirs.close()
         yield ProgramServer(ours)
         ours.close()
