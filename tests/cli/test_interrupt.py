@@ -198,7 +198,8 @@ def interrupt_at(
     assert process.poll() is None
     until_then = psutil.Process(process.pid).cpu_times()
     process.send_signal(signal.SIGINT)
-    while part := read(ours):
+    deadline = time.monotonic() + A_MINUTE
+    while (part := read(ours)) and time.monotonic() < deadline:
         shown += part
     assert process.wait(A_MINUTE) == 1 and b"Traceback" not in shown
     os.close(ours)

@@ -50,6 +50,7 @@ class ForkedProgram:
 class ProgramServer:
     def __init__(self, requests: socket.socket) -> None:
         self._requests = requests
+        self.started: list[ForkedProgram] = []
 
     def start(self, *arguments: str | Path, output: IO[str] | int, program: str = "stg-trt") -> ForkedProgram:
         """A program in ROOT; its stdout and stderr go to a file or terminal."""
@@ -58,7 +59,8 @@ class ProgramServer:
         descriptor = output if isinstance(output, int) else output.fileno()
         socket.send_fds(self._requests, [command], [descriptor, theirs])
         os.close(theirs)
-        return ForkedProgram(ours)
+        self.started.append(ForkedProgram(ours))
+        return self.started[-1]
 
 
 @contextmanager
@@ -70,6 +72,9 @@ def program_server(log: Path, *build: str | Path) -> Iterator[ProgramServer]:
     with ours, theirs, log.open("w") as output:
         server = subprocess.Popen(command, cwd=ROOT, stdin=theirs.fileno(), stdout=output, stderr=output)
         theirs.close()
-        yield ProgramServer(ours)
+        programs = ProgramServer(ours)
+        yield programs
+        for program in programs.started:
+            program.send_signal(signal.SIGKILL)
         ours.close()
         assert server.wait(60) == 0, log.read_text()
