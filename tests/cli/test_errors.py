@@ -1,6 +1,6 @@
 """Arguments and checkpoints that cannot be used: one line each, and nothing written.
 
-The command line is called in this process; three cases of each program start it as users do.
+The command line is called in this process; a case of each kind starts it as users do.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from stg_trt.engines.store import EngineRequest, EngineStore
 from stg_trt.runtime.device import Cpu
+from tests.conftest import BuiltOnce
 from tests.support.cli import (
-    ROOT,
     SMALL,
     WEIGHTS,
     assert_one_line_error,
@@ -28,16 +28,11 @@ from tests.support.cli import (
     run,
     some_started,
 )
+from tests.support.family_cases import LTX, FamilyCase
+from tests.support.whole_pipelines import TEXT_LENGTH
 
 # The cases that start the program.
-STARTED = {
-    "unknown flag",
-    "weights cut short",
-    "missing shard",
-    "suffix",
-    "size",
-    "negative stg scale",
-}
+STARTED = {"unknown flag", "weights cut short", "negative stg scale"}
 Flags = dict[str, str | None]
 BUILD: Flags = {
     "--height": "128",
@@ -291,16 +286,16 @@ def test_generate_arguments(
     assert contents(ltx_engines) == before
 
 
-def test_a_prompt_that_is_too_long(tmp_path: Path) -> None:
-    checkpoint = tmp_path / "checkpoint"
-    shutil.copytree(ROOT / "examples/moving_shapes/checkpoint", checkpoint)
-    keep_one_block(checkpoint)
-    engines, output = tmp_path / "engines", tmp_path / "x.mp4"
-    built = invoke("build", checkpoint, "--output", engines, *SMALL, "--verify-timesteps=0")
-    assert built.returncode == 0, built.stderr
-    prompt = ("--prompt", "a red circle moves to the right")
+def test_a_prompt_that_is_too_long(
+    tmp_path: Path, built_once: BuiltOnce, whole_engines: Callable[[FamilyCase, Path], Path]
+) -> None:
+    checkpoint = built_once(f"{LTX}-whole-checkpoint", LTX.save_pipeline)
+    engines, output = whole_engines(LTX, checkpoint), tmp_path / "x.mp4"
+    prompt = ("--prompt", "a red circle moves to the right " * TEXT_LENGTH)
     result = invoke("generate", checkpoint, "--engines", engines, "--output", output, *prompt)
-    assert_one_line_error(result, r"expected at most 4 tokens, got (\d+): .*rebuild with --text-length \1$")
+    assert_one_line_error(
+        result, rf"expected at most {TEXT_LENGTH} tokens, got (\d+): .*rebuild with --text-length \1$"
+    )
     assert not output.exists()
 
 

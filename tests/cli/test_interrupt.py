@@ -7,9 +7,8 @@ import pty
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +29,10 @@ from tests.support.cli import (
     SMALL,
     assert_one_line_error,
     contents,
-    cpu_seconds_of_ended_children,
-    finish,
     invoke,
-    start,
 )
 from tests.support.endless_graph import loop_after
+from tests.support.forked_program import ForkedProgram, ProgramServer, program_server
 
 pytestmark = pytest.mark.slow(reason="starts programs and interrupts them")
 
@@ -46,22 +43,12 @@ SEGMENTS = ("text", "front", "block_0", "back")
 CPU_SECONDS_TO_END = 2
 A_MINUTE = 60
 
-# `stg-trt` whose gate runs graphs that have been given a loop without end.
-ENDLESS_GATE = """
-import math, onnx
-from stg_trt.build_engines.onnx_compiler import OnnxCompiler
-from stg_trt.cli.main import main
-from tests.support.endless_graph import loop_after
 
-def endless(compiler, graph):
-    model = onnx.load(graph)
-    loop_after(model, model.graph.input[0].name, below=math.inf)
-    onnx.save(model, graph)
-    return graph
-
-OnnxCompiler._runnable = endless
-main()
-"""
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, one_block: Path) -> Iterator[ProgramServer]:
+    """Its builds export the blocks that can be perturbed and no other piece."""
+    with program_server(tmp_path_factory.mktemp("server") / "log", one_block, *UNVERIFIED) as started:
+        yield started
 
 
 @pytest.fixture
@@ -98,18 +85,20 @@ def assert_whole(engines: Path, builds: int = 1) -> None:
 
 
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_build_resumes(kill: signal.Signals, tmp_path: Path, one_block: Path) -> None:
+def test_an_interrupted_build_resumes(
+    kill: signal.Signals, tmp_path: Path, one_block: Path, server: ProgramServer
+) -> None:
     command = ("build", one_block, "--output", tmp_path / "engines", *CUT)
     with (tmp_path / "stderr").open("w+") as stderr:
-        process = start(*command, stderr=stderr)
+        process = server.start(*command, output=stderr)
         wait_for(process, tmp_path / "stderr", "front: done")
         process.send_signal(kill)
-        process.wait(A_MINUTE)
+        status = process.wait(A_MINUTE)
     (folder,) = (tmp_path / "engines").iterdir()
     kept = contents(folder)
     if kill == signal.SIGINT:
         report = (tmp_path / "stderr").read_text()
-        result = subprocess.CompletedProcess(command, process.returncode, "", report)
+        result = subprocess.CompletedProcess(command, status, "", report)
         assert_one_line_error(result, "interrupted: nothing half-written is left, finished segments are kept")
         assert kept.keys() == {"manifest.json", "text.onnx", "front.onnx"}
         assert {*os.listdir(folder)} == {*kept, ".lock"}
@@ -122,7 +111,7 @@ def test_an_interrupted_build_resumes(kill: signal.Signals, tmp_path: Path, one_
     assert_whole(tmp_path / "engines")
 
 
-def wait_for(process: subprocess.Popen[str], report: Path, text: str) -> None:
+def wait_for(process: ForkedProgram, report: Path, text: str) -> None:
     deadline = time.monotonic() + 120
     while text not in report.read_text():
         assert process.poll() is None and time.monotonic() < deadline, report.read_text()
@@ -132,15 +121,20 @@ def wait_for(process: subprocess.Popen[str], report: Path, text: str) -> None:
 def test_an_interrupted_generation_writes_nothing(
     tmp_path: Path, ltx_checkpoint: Path, ltx_engines: Path, embeds: Path
 ) -> None:
+    """The program as users start it."""
     arguments = ("--engines", ltx_engines, "--output", tmp_path / "x.safetensors", "--embeds", embeds)
-    command = (PROGRAM, "generate", ltx_checkpoint, *arguments, "--num-inference-steps=600")
+    command = [PROGRAM, "generate", ltx_checkpoint, *arguments, "--num-inference-steps=600"]
+
+    def start(terminal: int) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([*map(str, command)], stdout=terminal, stderr=terminal, cwd=ROOT)
+
     # On a terminal the bar says when the sampling has begun.
-    interrupt_at(b"sampling", command, lambda: None)
+    interrupt_at(b"sampling", start, lambda: None)
     assert not os.listdir(tmp_path)
 
 
 def test_an_interrupt_ends_a_running_call(
-    tmp_path: Path, ltx_checkpoint: Path, ltx_engines: Path, embeds: Path
+    tmp_path: Path, ltx_checkpoint: Path, ltx_engines: Path, embeds: Path, server: ProgramServer
 ) -> None:
     """The first engine never comes back from the second step."""
     (source,) = ltx_engines.glob("segmented-*")
@@ -148,46 +142,52 @@ def test_an_interrupt_ends_a_running_call(
     shutil.copytree(source, engines / source.name)
     never_end(engines / source.name, "front")
     arguments = ("--engines", engines, "--output", tmp_path / "x.safetensors", "--embeds", embeds)
-    command = (PROGRAM, "generate", ltx_checkpoint, *arguments, "--num-inference-steps=2")
-    assert interrupt_at(b"sampling", command, a_moment) < CPU_SECONDS_TO_END
+    command = ("generate", ltx_checkpoint, *arguments, "--num-inference-steps=2")
+    ended = interrupt_at(b"sampling", lambda terminal: server.start(*command, output=terminal), a_moment)
+    assert ended < CPU_SECONDS_TO_END
     assert os.listdir(tmp_path) == ["engines"]
 
 
-def test_an_interrupt_ends_the_numerics_gate(tmp_path: Path, one_block: Path) -> None:
+def test_an_interrupt_ends_the_numerics_gate(tmp_path: Path, one_block: Path, server: ProgramServer) -> None:
     """The graph that the gate runs never comes back."""
-    program = tmp_path / "program.py"
-    program.write_text(ENDLESS_GATE)
-    command = (sys.executable, program, "build", one_block, "--output", tmp_path / "engines", *SMALL)
-    assert interrupt_at(b"verify", command, a_moment) < CPU_SECONDS_TO_END
-    assert os.listdir(tmp_path) == ["program.py"]
+    command = ("build", one_block, "--output", tmp_path / "engines", *SMALL)
+    ended = interrupt_at(b"verify", with_an_endless_gate(server, *command), a_moment)
+    assert ended < CPU_SECONDS_TO_END
+    assert not os.listdir(tmp_path)
+
+
+def with_an_endless_gate(server: ProgramServer, *command: str | Path) -> Callable[[int], ForkedProgram]:
+    return lambda terminal: server.start(*command, output=terminal, program="endless gate")
 
 
 def test_a_builder_goes_on_where_the_one_it_waits_for_has_built_nothing(
-    tmp_path: Path, one_block: Path
+    tmp_path: Path, one_block: Path, server: ProgramServer
 ) -> None:
-    program, report = tmp_path / "program.py", tmp_path / "stderr"
-    program.write_text(ENDLESS_GATE)
+    report = tmp_path / "stderr"
     command = ("build", one_block, "--output", tmp_path / "engines", *SMALL, "--verify-timesteps=1")
     waiting = []
 
     def start_another() -> None:
         with report.open("w") as stderr:
-            waiting.append(start(*command, stderr=stderr))
+            waiting.append(server.start(*command, output=stderr))
         wait_for(waiting[0], report, "another build is at work here")
 
-    interrupt_at(b"verify", [sys.executable, program, *command], start_another)
-    assert finish(waiting[0]).returncode == 0, report.read_text()
+    interrupt_at(b"verify", with_an_endless_gate(server, *command), start_another)
+    assert waiting[0].wait(A_MINUTE) == 0, report.read_text()
     assert_whole(tmp_path / "engines")
 
 
-def interrupt_at(sign: bytes, command: Sequence[str | Path], meanwhile: Callable[[], None]) -> float:
-    """Runs a command on a terminal until it shows a sign, calls `meanwhile`, and interrupts it.
+def interrupt_at(
+    sign: bytes,
+    start: Callable[[int], ForkedProgram | subprocess.Popen[bytes]],
+    meanwhile: Callable[[], None],
+) -> float:
+    """Starts a program on a terminal, lets it show a sign, calls `meanwhile`, and interrupts it.
 
-    The CPU time that it took to end, in seconds.
+    The CPU time that a forked one took to end, in seconds.
     """
-    others_s = cpu_seconds_of_ended_children()
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=theirs, cwd=ROOT)
+    process = start(theirs)
     os.close(theirs)
     shown = b""
     while sign not in shown:
@@ -200,12 +200,11 @@ def interrupt_at(sign: bytes, command: Sequence[str | Path], meanwhile: Callable
     process.send_signal(signal.SIGINT)
     while part := read(ours):
         shown += part
-    process.communicate(timeout=A_MINUTE)
+    assert process.wait(A_MINUTE) == 1 and b"Traceback" not in shown
     os.close(ours)
-    assert process.returncode == 1 and b"Traceback" not in shown
     assert b"stg-trt: interrupted: " in shown.splitlines()[-1]
     before_s: float = until_then.user + until_then.system
-    return cpu_seconds_of_ended_children() - others_s - before_s
+    return process.cpu_s - before_s if isinstance(process, ForkedProgram) else 0.0
 
 
 def a_moment() -> None:
@@ -285,13 +284,17 @@ def test_an_output_below_a_file(tmp_path: Path, one_block: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_builders_share_a_folder(tmp_path: Path, one_block: Path) -> None:
-    command = ("build", one_block, "--output", tmp_path, *UNVERIFIED)
-    others = [start(*command), start(*command), start(*command, "--max-batch=2")]
-    results = [finish(process) for process in others]
-    assert [result.returncode for result in results] == [0, 0, 0], [result.stderr for result in results]
-    reused = [result.stderr.count("already built") for result in results]
-    assert sorted(reused[:2]) == [0, 2] and reused[2] == 0
-    waited = ["another build is at work here, waiting for it to end" in result.stderr for result in results]
-    assert waited == [reused[0] == 2, reused[1] == 2, False]
-    assert_whole(tmp_path, builds=2)
+def test_builders_share_a_folder(tmp_path: Path, one_block: Path, server: ProgramServer) -> None:
+    command = ("build", one_block, "--output", tmp_path / "engines", *CUT)
+    reports = [tmp_path / f"stderr_{number}" for number in range(3)]
+    others = []
+    for report, options in zip(reports, [(), (), ("--max-batch=2",)], strict=True):
+        with report.open("w") as stderr:
+            others.append(server.start(*command, *options, output=stderr))
+    statuses, printed = [p.wait(120) for p in others], [report.read_text() for report in reports]
+    assert statuses == [0, 0, 0], printed
+    reused = [text.count("already built") for text in printed]
+    assert sorted(reused[:2]) == [0, len(SEGMENTS)] and reused[2] == 0
+    waited = ["another build is at work here, waiting for it to end" in text for text in printed]
+    assert waited == [reused[0] > 0, reused[1] > 0, False]
+    assert_whole(tmp_path / "engines", builds=2)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+from unittest import mock
+
 import onnx
 from onnx import TensorProto, helper
+
+from stg_trt.cli.main import main
 
 NEVER = 1 << 50
 
@@ -45,3 +51,16 @@ def loop_after(model: onnx.ModelProto, switch: str, *, below: float) -> None:
             helper.make_node("Loop", ["loop_trips", "", f"{output}_before"], [output], body=body),
         ]
     )
+
+
+def stg_trt_with_an_endless_gate() -> None:
+    """`stg-trt` whose gate runs graphs that have been given a loop without end."""
+
+    def endless(compiler: object, graph: Path) -> Path:
+        model = onnx.load(graph)
+        loop_after(model, model.graph.input[0].name, below=math.inf)
+        onnx.save(model, graph)
+        return graph
+
+    with mock.patch("stg_trt.build_engines.onnx_compiler.OnnxCompiler._runnable", endless):
+        main()
