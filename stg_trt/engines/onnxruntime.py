@@ -64,6 +64,8 @@ def load_all(
 def _load(backend: str, path: Path) -> OnnxRuntimeEngine:
     options = ort.SessionOptions()
     options.log_severity_level = 4
+    # Each session has threads of its own, and those that wait for work would take the cores of the next one.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:
