@@ -14,7 +14,7 @@ from stg_trt.build_engines.piece_key import PieceKey
 from stg_trt.build_engines.pieces import pieces_of
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.segment import Segment
-from tests.support.family_cases import HUNYUAN_VIDEO, LTX, MOCHI, FamilyCase
+from tests.support.family_cases import HUNYUAN_VIDEO, LTX, FamilyCase
 
 Graphs = dict[PieceKey, PieceGraph]
 
@@ -48,12 +48,10 @@ def write(case: FamilyCase, segment: Segment, path: Path, graphs: Graphs) -> int
         (LTX, Segment("normal", 0, 5, True, True), 3),
         (LTX, Segment("skipped", 0, 5, True, True, skipped=Perturbation("stg-r", (0, 4))), 3),
         (LTX, Segment("mid", 1, 4), 1),
-        # The last block has no text stream, and the one before it hands it on.
-        (MOCHI, Segment("back", MOCHI.family.num_blocks - 3, MOCHI.family.num_blocks, back=True), 3),
         # Blocks of two streams, then of one.
         (HUNYUAN_VIDEO, Segment("normal", 0, HUNYUAN_VIDEO.family.num_blocks, True, True), 4),
     ],
-    ids=["whole", "two blocks left out", "blocks alone", "last blocks differ", "two kinds"],
+    ids=["whole", "two blocks left out", "blocks alone", "two kinds"],
 )
 def test_a_segment_is_joined_from_kinds_of_pieces(
     case: FamilyCase, segment: Segment, kinds: int, tmp_path: Path, graphs: Graphs

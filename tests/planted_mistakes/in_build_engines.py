@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.planted_mistakes.mistake import Mistake
 
 _INDUCTOR = "tests/build_engines/test_compile_inductor.py"
+_JOINED = "tests/build_engines/test_joined_graph.py"
 _VERIFY = "tests/build_engines/test_verify.py"
 _TENSORRT = "tests/build_engines/test_compile_tensorrt.py"
 
@@ -172,5 +173,12 @@ IN_BUILD_ENGINES = (
         "        if reused:\n",
         "        if not reused:\n",
         ("tests/cli/test_engine_folder.py::test_building_again_repairs",),
+    ),
+    Mistake(
+        "a grid of tokens stays between two pieces",
+        "build_engines/joined_graph.py",
+        "source is not None and source.shape == result.shape",
+        "source is None and source.shape == result.shape",
+        (f"{_JOINED}::test_a_segment_is_joined_from_kinds_of_pieces[blocks alone]",),
     ),
 )

@@ -92,4 +92,11 @@ IN_GUIDANCE = (
         "tuple(parts)",
         (f"{_SOLVER}::test_noise_levels_fall_from_noise_whichever_way_the_timesteps_count",),
     ),
+    Mistake(
+        "CFG below 1 turns away from the prompt",
+        "stg_trt/guidance/tables.py",
+        "tuple(max(scale, 1.0) for scale in",
+        "tuple(scale for scale in",
+        ("tests/runtime/test_calls_of_diffusers.py::test_there_is_no_cfg_at_one_and_below[ltx-0.5]",),
+    ),
 )

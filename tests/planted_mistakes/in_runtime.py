@@ -7,6 +7,7 @@ from tests.planted_mistakes.mistake import Mistake
 _FAMILIES = "tests/models/families/test_families.py"
 _SAMPLER = "tests/runtime/test_sampler.py"
 _TENSORRT = "tests/engines/test_tensorrt.py"
+_CALLS = "tests/runtime/test_calls_of_diffusers.py"
 _LIBRARY = "tests/plugins/test_shared_library.py"
 
 IN_RUNTIME = (
@@ -226,5 +227,33 @@ IN_RUNTIME = (
         "        if error:\n",
         "        if error < 0:\n",
         (f"{_LIBRARY}::test_what_a_kernel_refuses_is_an_error",),
+    ),
+    Mistake(
+        "what a callback edits in place is lost",
+        "runtime/callbacks.py",
+        "    offered = before.clone()\n",
+        "    offered = before\n",
+        (f"{_CALLS}::test_a_callback_edits_in_place",),
+    ),
+    Mistake(
+        "NaN becomes a video",
+        "runtime/pipeline.py",
+        "        _check_finite(finite)\n",
+        "",
+        (f"{_CALLS}::test_numbers_that_are_not_finite",),
+    ),
+    Mistake(
+        "static memory is made in inference mode",
+        "runtime/pipeline.py",
+        "    @torch.inference_mode(False)\n",
+        "",
+        (f"{_CALLS}::test_inference_mode_makes_no_difference",),
+    ),
+    Mistake(
+        "do_rescaling does nothing",
+        "runtime/arguments.py",
+        "(_RESCALE if value else 0.0)",
+        "0.0",
+        (f"{_CALLS}::test_other_names_of_the_same",),
     ),
 )
