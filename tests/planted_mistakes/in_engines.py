@@ -168,8 +168,8 @@ IN_ENGINES = (
     Mistake(
         "an interrupt is swallowed",
         "stg_trt/system/interruptible.py",
-        "        _finish(thread, future)\n        raise\n",
-        "        _finish(thread, future)\n",
+        "        _wait_for(future)\n        raise\n",
+        "        _wait_for(future)\n",
         ("tests/system/test_interruptible.py::test_an_interrupt_stops_the_call_and_waits_for_it",),
     ),
     Mistake(
