@@ -122,11 +122,9 @@ class InductorCompiler(Compiler):
         return Compiled(files, fused, runs.activation_bytes(), lambda: runs.run)
 
     def _traced(self, job: Job, piece: Segment, module: SegmentModule) -> Trace:
-        family, workload, max_rows = self.options.checkpoint.family, self.options.workload, job.rows[2]
-        borders = family.inputs(piece, workload), family.outputs(piece, workload)
-        key = PieceKey.of(module, *borders, max_rows)
+        key = self.piece_key(piece, module, job.rows[2])
         if key not in self._traces:
-            self._traces[key] = trace(job.segment.name, module, *borders, max_rows)
+            self._traces[key] = trace(job.segment.name, module, key.inputs, key.outputs, key.max_rows)
         return self._traces[key]
 
     def _chain(self, job: Job, exported: ExportedChain, names: dict[str, str], stream: Stream) -> Chain:

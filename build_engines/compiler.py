@@ -16,6 +16,7 @@ from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import TensorSpec
 
 from .options import BuildOptions
+from .piece_key import PieceKey
 from .reusable_files import ReusableFiles
 
 Rows = tuple[int, int, int]
@@ -119,6 +120,11 @@ class Compiler(ABC):
     def profiles(self, segment: Segment) -> tuple[Rows, ...]:
         """The rows that the segment's engine is compiled for; a context picks the profile of its own."""
         return (self.options.rows(segment),)
+
+    def piece_key(self, piece: Segment, module: SegmentModule, max_rows: int) -> PieceKey:
+        """Decides whether a piece, with its module as it is now, needs an export of its own."""
+        family, workload = self.options.checkpoint.family, self.options.workload
+        return PieceKey.of(module, family.inputs(piece, workload), family.outputs(piece, workload), max_rows)
 
     def reference_device(self) -> torch.device:
         """Where the eager reference runs."""

@@ -12,7 +12,6 @@ import psutil
 _INTERVAL_S = 0.02
 _MUCH_BYTES = 256 << 20
 
-
 _PROCESS = psutil.Process()
 
 
@@ -64,8 +63,8 @@ class _Growth:
     def __init__(self) -> None:
         self._before_bytes = own_bytes()
 
-    def release(self, limit_bytes: int) -> None:
-        if own_bytes() - self._before_bytes > limit_bytes:
+    def release(self) -> None:
+        if own_bytes() - self._before_bytes > _MUCH_BYTES:
             release()
             self._before_bytes = own_bytes()
 
@@ -78,4 +77,4 @@ def release_growth() -> None:
 
     A search for garbage visits every object of the process: most of a second, however little it finds.
     """
-    _GROWTH.release(_MUCH_BYTES)
+    _GROWTH.release()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stg_trt.engines.key import digest
-from stg_trt.engines.onnxruntime import run_session
+from stg_trt.engines.onnxruntime import run_session, session_options
 from stg_trt.models.families.base import SegmentModule
 from stg_trt.models.segment import Segment
 from stg_trt.system.files import file_sha256
@@ -56,12 +56,10 @@ class OnnxCompiler(Compiler):
         return ExportedGraph(sha256, lambda: graph_runner(self._runnable(path)), path)
 
     def _graph(self, job: Job, piece: Segment, module: SegmentModule) -> PieceGraph:
-        family, workload = self.options.checkpoint.family, self.options.workload
-        max_rows = max(job.rows[2], _TRACED_MAX_ROWS)
-        inputs = family.inputs(piece, workload)
-        key = PieceKey.of(module, inputs, family.outputs(piece, workload), max_rows)
+        key = self.piece_key(piece, module, max(job.rows[2], _TRACED_MAX_ROWS))
         if key not in self._graphs:
-            self._graphs[key] = export(job.segment.name, module, inputs, opset=self.opset, max_rows=max_rows)
+            name = job.segment.name
+            self._graphs[key] = export(name, module, key.inputs, opset=self.opset, max_rows=key.max_rows)
         return self._graphs[key]
 
     def _runnable(self, graph: Path) -> Path:
@@ -75,8 +73,7 @@ class OnnxCompiler(Compiler):
 
 def graph_runner(path: Path) -> Run:
     """A float32 graph in ONNX Runtime on the CPU."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
+    options = session_options()
     # It would hold a second copy of all weights, in the order that its kernels read them.
     options.add_session_config_entry("session.disable_prepacking", "1")
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -35,12 +35,10 @@ def check_callback(callback: StepCallback | None, wanted: list[str] | None) -> N
 
 def call_back(pipeline: VideoPipeline, callback: StepCallback, step: SampledStep) -> None:
     """Calls it after a step; latents that it returns or has edited in place are those of the next step."""
-    before = step.latents
-    offered = before.clone()
+    offered = step.latents
+    shape = offered.shape
     answer = callback(pipeline, step.index, step.timestep, {"latents": offered})
-    latents = offered if answer is None else _latents_of(answer, offered)
-    if latents.shape != before.shape or not torch.equal(latents.to(before), before):
-        step.latents = _checked(latents, before)
+    step.latents = _checked(offered if answer is None else _latents_of(answer, offered), shape)
 
 
 def _latents_of(answer: object, offered: Tensor) -> Tensor:
@@ -64,10 +62,10 @@ def _latents_of(answer: object, offered: Tensor) -> Tensor:
     return latents
 
 
-def _checked(latents: Tensor, before: Tensor) -> Tensor:
-    if latents.shape != before.shape or not latents.is_floating_point():
+def _checked(latents: Tensor, shape: torch.Size) -> Tensor:
+    if latents.shape != shape or not latents.is_floating_point():
         raise InvalidRequest(
-            f"callback_on_step_end: expected latents {tuple(before.shape)} in return, got {latents.dtype} "
+            f"callback_on_step_end: expected latents {tuple(shape)} in return, got {latents.dtype} "
             f"{tuple(latents.shape)}: keep their shape, which is that of output_type='latent'"
         )
     return latents

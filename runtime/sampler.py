@@ -32,16 +32,19 @@ _MIN_STEPS = 64
 class SampledStep:
     """A step that was taken; `latents` may be replaced before the next is asked for.
 
-    `finite` is a bool of shape () on the device, which nothing waits for.
+    `finite` is a bool of shape () on the device, which nothing waits for. With `continued`, later steps go
+    on from the history of the solver, and other latents are refused with InvalidRequest.
     """
 
-    def __init__(self, index: int, timestep: float, plan: StepPlan, state: StepState, finite: Tensor) -> None:
+    def __init__(
+        self, index: int, timestep: float, plan: StepPlan, state: StepState, finite: Tensor, continued: bool
+    ) -> None:
         self.finite = finite
         self.index = index
         self.timestep = timestep
         self.plan = plan
-        self.replaced = False
         self._state = state
+        self._continued = continued
 
     @property
     def latents(self) -> Tensor:
@@ -50,8 +53,13 @@ class SampledStep:
 
     @latents.setter
     def latents(self, latents: Tensor) -> None:
+        # Compared only if it decides: comparing waits for the device.
+        if self._continued and not _same(latents, self._state.latents):
+            raise InvalidRequest(
+                "callback_on_step_end: expected a single-step solver (flow Euler, DDIM) to replace latents, "
+                "got one that continues from its history: return no latents or change scheduler"
+            )
         self._state.latents.copy_(latents)
-        self.replaced = True
 
 
 class Sampler:
@@ -100,10 +108,8 @@ class Sampler:
                 step = self.step(StepKey.of(guidance, solver, i), state)
                 step.enqueue()
                 finite = state.latents.isfinite().all()
-            sampled = SampledStep(i, solver.timesteps[i], step.plan, state, finite)
-            yield sampled
-            if sampled.replaced:
-                _check_replaceable(solver, i)
+            continued = any(pair is None for pair in solver.single_step[i + 1 :])
+            yield SampledStep(i, solver.timesteps[i], step.plan, state, finite, continued)
 
     def prepare(
         self,
@@ -184,9 +190,6 @@ class Sampler:
             self._text.enqueue(self._device.stream)
 
 
-def _check_replaceable(solver: SolverTable, step: int) -> None:
-    if any(pair is None for pair in solver.single_step[step + 1 :]):
-        raise InvalidRequest(
-            "callback_on_step_end: expected a single-step solver (flow Euler, DDIM) to replace latents, "
-            "got one that continues from its history: return no latents or change scheduler"
-        )
+def _same(latents: Tensor, others: Tensor) -> bool:
+    """Whether they are equal; NaN is equal to itself, and reported when the run has ended."""
+    return torch.allclose(latents.to(others), others, rtol=0, atol=0, equal_nan=True)

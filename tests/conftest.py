@@ -96,7 +96,7 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_finish() -> None:
-    # A build collects garbage after every stage; what the imports made would be searched each time.
+    # Python and long builds collect garbage; what the imports made would be searched each time.
     gc.collect()
     gc.freeze()
 

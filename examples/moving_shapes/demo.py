@@ -13,7 +13,6 @@ from statistics import median
 from typing import Any
 
 import diffusers
-import torch
 import transformers
 from rich.console import Console
 from rich.progress import Progress
@@ -24,8 +23,9 @@ from stg_trt.build_engines.display import BuildDisplay
 from stg_trt.engines.manifest import Manifest, load
 from stg_trt.runtime.video_file import save_video
 
+from .clips import NUM_FRAMES, SIZE
 from .results import CHECKPOINT, load_evaluation
-from .settings import BLOCK, SHOWN, Setting, passes_per_step
+from .settings import BLOCK, SHOWN, Setting, passes_per_step, sample
 from .sheet import Column, draw_sheet
 
 PROMPTS = (
@@ -34,10 +34,7 @@ PROMPTS = (
     "a blue triangle moving right",
     "a yellow circle moving down",
 )
-SIZE = 48
-NUM_FRAMES = 9
 STEPS = 20
-FRAME_RATE = 25.0
 # Played slower than it was made, so that nine frames can be seen.
 PLAYED_FRAME_RATE = 8.0
 
@@ -96,26 +93,8 @@ def generate(pipeline: VideoPipeline, runs: Sequence[Run]) -> None:
         for seed, prompt in enumerate(PROMPTS):
             for run in runs:
                 clock = _Clock(run.step_ms, lambda: progress.advance(task))
-                run.clips.append(_clip(pipeline, prompt, seed, run.setting, clock))
-
-
-def _clip(pipeline: VideoPipeline, prompt: str, seed: int, setting: Setting, clock: _Clock) -> Any:
-    return pipeline(
-        prompt=prompt,
-        height=SIZE,
-        width=SIZE,
-        num_frames=NUM_FRAMES,
-        frame_rate=FRAME_RATE,
-        num_inference_steps=STEPS,
-        guidance_scale=setting.cfg_scale,
-        stg_scale=setting.stg_scale,
-        stg_mode=setting.stg_mode,
-        stg_blocks=[setting.stg_block],
-        rescale=0.0,
-        generator=torch.Generator().manual_seed(seed),
-        output_type="np",
-        callback_on_step_end=clock.tick,
-    ).frames[0]
+                (clip,) = sample(pipeline, run.setting, [prompt], [seed], STEPS, clock.tick)
+                run.clips.append(clip)
 
 
 class _Clock:

@@ -16,44 +16,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from stg_trt import VideoPipeline, build
 
-from .clips import FRAME_RATE, LABELS, NUM_FRAMES, SIZE, Label
+from .clips import LABELS, NUM_FRAMES, SIZE, Label
 from .measure import Measurement, measure
 from .report import PARTS, plot, table
 from .results import CHECKPOINT, HERE, sha256_of
-from .settings import SHOWN, SWEEP, SWEEP_BLOCKS, Setting, passes_per_step
+from .settings import SHOWN, SWEEP, SWEEP_BLOCKS, Setting, passes_per_step, sample
 
 BATCH = 8
 TEXT_LENGTH = 16
 
 
-def sample(
+def measure_clips(
     pipe: VideoPipeline, setting: Setting, work: list[tuple[Label, int]], steps: int
 ) -> list[Measurement]:
     """Measure one clip for each label and seed; the noise depends on the seed alone, not on the setting."""
     measured = []
     for start in range(0, len(work), BATCH):
-        part = work[start : start + BATCH]
-        frames = pipe(
-            prompt=[label.prompt for label, _ in part],
-            negative_prompt="",
-            height=SIZE,
-            width=SIZE,
-            num_frames=NUM_FRAMES,
-            frame_rate=FRAME_RATE,
-            num_inference_steps=steps,
-            guidance_scale=setting.cfg_scale,
-            stg_scale=setting.stg_scale,
-            stg_mode=setting.stg_mode,
-            stg_blocks=[setting.stg_block],
-            rescale=0.0,
-            generator=[torch.Generator().manual_seed(seed) for _, seed in part],
-            output_type="np",
-        ).frames
-        measured += [measure(clip) for clip in frames]
+        labels, seeds = zip(*work[start : start + BATCH], strict=True)
+        clips = sample(pipe, setting, [label.prompt for label in labels], seeds, steps)
+        measured += [measure(clip) for clip in clips]
     return measured
 
 
@@ -101,7 +85,7 @@ def evaluate(pipe: VideoPipeline, setting: Setting, seeds: int, steps: int) -> d
     """One setting's row of the report."""
     work = [(label, round_ * len(LABELS) + i) for round_ in range(seeds) for i, label in enumerate(LABELS)]
     passes = passes_per_step(setting, pipe.store.builds[0].manifest)
-    found = summarise(sample(pipe, setting, work, steps), work)
+    found = summarise(measure_clips(pipe, setting, work, steps), work)
     return {"name": setting.name, **asdict(setting), "passes_per_step": passes, **found}
 
 

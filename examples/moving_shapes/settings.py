@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+
+from stg_trt import GuidanceOptions, VideoPipeline
 from stg_trt.engines.manifest import Manifest
+from stg_trt.guidance.resolved import OFF
+from stg_trt.guidance.tables import Guidance
 from stg_trt.models.families import family_for
 from stg_trt.models.passes import Pass
-from stg_trt.models.perturbation import Mode, Perturbation
+from stg_trt.models.perturbation import Mode
 from stg_trt.models.plan import plan_step
 from stg_trt.models.segment import Segment
+from stg_trt.runtime.callbacks import StepCallback
+
+from .clips import FRAME_RATE, NUM_FRAMES, SIZE
 
 BLOCK = 5
 SWEEP_BLOCKS = (2, 5)
@@ -33,11 +43,48 @@ class Setting:
         return " + ".join(filter(None, (cfg, stg))) or "no guidance"
 
     @property
+    def guidance(self) -> GuidanceOptions:
+        """The options of a call; nothing is rescaled."""
+        return GuidanceOptions(
+            guidance_scale=self.cfg_scale,
+            stg_scale=self.stg_scale,
+            rescale=0.0,
+            stg_mode=self.stg_mode,
+            stg_blocks=[self.stg_block],
+        )
+
+    @property
+    def tables(self) -> Guidance:
+        """Its guidance of one step."""
+        return Guidance.for_steps((1.0,), self.guidance.resolve(OFF))
+
+    @property
     def passes(self) -> tuple[Pass, ...]:
         """The passes of a step."""
-        uncond: tuple[Pass, ...] = ("uncond",) if self.cfg_scale != 1 else ()
-        skip: tuple[Pass, ...] = ("skip",) if self.stg_scale else ()
-        return (*uncond, "cond", *skip)
+        return self.tables.passes(0)
+
+
+def sample(
+    pipeline: VideoPipeline,
+    setting: Setting,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    callback: StepCallback | None = None,
+) -> Any:
+    """Clips (prompts, frames, height, width, 3) in 0..1; the noise depends on the seeds alone."""
+    return pipeline(
+        prompt=[*prompts],
+        height=SIZE,
+        width=SIZE,
+        num_frames=NUM_FRAMES,
+        frame_rate=FRAME_RATE,
+        num_inference_steps=steps,
+        guidance=setting.guidance,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="np",
+        callback_on_step_end=callback,
+    ).frames
 
 
 def passes_per_step(setting: Setting, manifest: Manifest) -> float:
@@ -48,9 +95,8 @@ def passes_per_step(setting: Setting, manifest: Manifest) -> float:
     def flops(segment: Segment) -> int:
         return family.segment_flops(segment, manifest.workload)
 
-    perturbation = Perturbation(setting.stg_mode, (setting.stg_block,)) if setting.stg_scale else None
     one_pass = plan_step(segments, ("cond",), None).flops(flops)
-    return plan_step(segments, setting.passes, perturbation).flops(flops) / one_pass
+    return plan_step(segments, setting.passes, setting.tables.perturbation(0)).flops(flops) / one_pass
 
 
 SHOWN = (Setting(), Setting(stg_scale=1), Setting(cfg_scale=1.5), Setting(cfg_scale=1.5, stg_scale=1))

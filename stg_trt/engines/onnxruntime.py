@@ -62,16 +62,21 @@ def load_all(
 
 
 def _load(backend: str, path: Path) -> OnnxRuntimeEngine:
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    # Each session has threads of its own, and those that wait for work would take the cores of the next one.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(path, session_options(), providers=["CPUExecutionProvider"])
     except Exception as error:
         # onnxruntime raises a dozen pybind exception classes with no common base.
         raise EngineRejected(f"{path}: {backend} cannot load it: {str(error).splitlines()[0]}") from error
     return OnnxRuntimeEngine(session)
+
+
+def session_options() -> ort.SessionOptions:
+    """Options of every session: no words of its own, and threads that sleep while they have no work."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    # Each session has threads of its own, and those that wait for work would take the cores of the next one.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
 
 
 def run_session(call: Callable[[ort.RunOptions], Result]) -> Result:

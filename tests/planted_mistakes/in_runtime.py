@@ -63,8 +63,8 @@ IN_RUNTIME = (
     Mistake(
         "latents before a step with a history may be replaced",
         "runtime/sampler.py",
-        "for pair in solver.single_step[step + 1 :])",
-        "for pair in solver.single_step[step + 2 :])",
+        "for pair in solver.single_step[i + 1 :])",
+        "for pair in solver.single_step[i + 2 :])",
         (f"{_SAMPLER}::test_a_solver_with_history_refuses_other_latents",),
     ),
     Mistake(
@@ -231,8 +231,8 @@ IN_RUNTIME = (
     Mistake(
         "what a callback edits in place is lost",
         "runtime/callbacks.py",
-        "    offered = before.clone()\n",
-        "    offered = before\n",
+        "    step.latents = _checked(",
+        "    _checked(",
         (f"{_CALLS}::test_a_callback_edits_in_place",),
     ),
     Mistake(
