@@ -71,7 +71,7 @@ def generate(
 
     # Checks that need no models come first: importing diffusers takes seconds.
     _check_output(output)
-    opened = _open_checkpoint(checkpoint, decodes=output.suffix == ".mp4" or bool(prompt))
+    opened = _open_checkpoint(checkpoint, encodes=bool(prompt), decodes=output.suffix == ".mp4")
     options = GuidanceOptions(
         guidance_scale=_scale("guidance_scale", guidance_scale), stg_scale=_scale("stg_scale", stg_scale),
         rescale=_scale("rescale", rescale), stg_mode=stg_mode, stg_blocks=parse_blocks(stg_blocks),
@@ -111,12 +111,15 @@ def _check_output(output: Path) -> None:
         raise InvalidRequest(f"output: expected a file's name, got the folder {output}: choose another")
 
 
-def _open_checkpoint(checkpoint: str, *, decodes: bool) -> Checkpoint:
+def _open_checkpoint(checkpoint: str, *, encodes: bool, decodes: bool) -> Checkpoint:
+    """Raises InvalidRequest unless the parts that the call needs are there and their files whole."""
     from stg_trt.models.checkpoint import Checkpoint, published
 
     opened = Checkpoint.open(checkpoint, random_weights=checkpoint in published())
+    if encodes:
+        opened.check_text()
     if decodes:
-        opened.check_pipeline()
+        opened.check_vae()
     return opened
 
 

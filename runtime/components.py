@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,13 +12,14 @@ from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint
-from stg_trt.models.families.base import load_class
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
 
+from .parts import load_text_parts, load_vae_part
+
 
 class Components:
-    """The diffusers pipeline of a checkpoint without its transformer; loaded when first asked for.
+    """Text side and VAE side of a checkpoint's diffusers pipeline; each is loaded when first asked for.
 
     With `offload` the text encoders and the VAE are on the device only while they work, which frees their
     memory for the engines and costs a copy per call. With `vae_tiling` the VAE decodes overlapping tiles, of
@@ -32,43 +34,53 @@ class Components:
         self._dtype = dtype
         self._offload = offload
         self.vae_tiling = vae_tiling
-        self._pipeline: Any = None
+        self._text: Any = None
+        self._video: Any = None
 
-    def load(self, device: torch.device) -> None:
-        """Raises InvalidRequest if text encoder or VAE are missing or incomplete, or if `vae_tiling` is
-        on and the VAE has no tiling.
+    def load_text(self, workload: Workload, device: torch.device) -> Any:
+        """diffusers' pipeline with the text side; raises InvalidRequest if a part is not whole."""
+        if self._text is None:
+            self._text = load_text_parts(self._checkpoint, self._dtypes(device), workload)
+        return self._text
+
+    def load_vae(self, workload: Workload, device: torch.device) -> Any:
+        """diffusers' pipeline with the VAE.
+
+        Raises InvalidRequest if it is not whole, or if `vae_tiling` is on and it has no tiling.
         """
-        if self._pipeline is not None:
-            return
-        self._checkpoint.check_pipeline()
-        name = self._family.pipeline_class
-        dtype = self._dtype or self._usual_dtypes(device)
-        try:
-            pipeline = load_class(name).from_pretrained(
-                self._checkpoint.folder, transformer=None, dtype=dtype
-            )
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise InvalidRequest(
-                f"checkpoint: expected a whole {name} folder, got {reason}: download it again"
-            ) from error
-        if self.vae_tiling:
-            _enable_tiling(pipeline.vae)
-        self._pipeline = pipeline
+        if self._video is None:
+            pipeline = load_vae_part(self._checkpoint, self._dtypes(device), workload)
+            if self.vae_tiling:
+                _enable_tiling(pipeline.vae)
+            self._video = pipeline
+        return self._video
 
-    def encode(self, prompts: list[str], workload: Workload, device: torch.device) -> TextCondition:
-        """Prompts to embeddings of the workload's text length; raises InvalidRequest for a longer one."""
-        self.load(device)
+    def encode(
+        self, prompts: list[str], workload: Workload, device: torch.device, prefix: str = ""
+    ) -> TextCondition:
+        """Prompts to embeddings of the workload's text length; raises InvalidRequest for a longer one.
+
+        `prefix` is that of the argument that they come from: empty, or negative_.
+        """
+        pipeline = self.load_text(workload, device)
         for prompt in prompts:
-            tokens = self._family.text_tokens(self._pipeline, prompt)
+            tokens = self._family.text_tokens(pipeline, prompt)
             if tokens > workload.text_length:
                 raise InvalidRequest(
-                    f"prompt: expected at most {workload.text_length} tokens, got {tokens}: "
-                    f"shorten it or rebuild with --text-length {tokens}"
+                    f"{prefix}prompt: expected at most {workload.text_length} tokens, got {tokens}: "
+                    f"shorten it{self._longer(workload, tokens)}"
                 )
-        encoders = [name for name in self._pipeline.components if name.startswith("text_encoder")]
+        encoders = [getattr(pipeline, name) for name in self._checkpoint.text_parts if "encoder" in name]
         with self._on(device, *encoders):
-            return self._family.encode_prompt(self._pipeline, prompts, workload)
+            return self._family.encode_prompt(pipeline, prompts, workload)
+
+    def _longer(self, workload: Workload, tokens: int) -> str:
+        """The build that takes the prompt, if the model can have one."""
+        try:
+            self._family.check(replace(workload, text_length=tokens))
+        except InvalidRequest:
+            return f", the model reads {workload.text_length}"
+        return f" or rebuild with --text-length {tokens}"
 
     def decode(
         self, latents: Tensor, workload: Workload, device: torch.device, output_type: str, **options: Any
@@ -77,9 +89,9 @@ class Components:
 
         Raises InvalidRequest if the VAE's tiles do not join to frames of the workload's size.
         """
-        self.load(device)
-        with self._on(device, "vae"):
-            video = self._family.decode(self._pipeline, latents.to(device), workload, **options)
+        pipeline = self.load_vae(workload, device)
+        with self._on(device, pipeline.vae):
+            video = self._family.decode(pipeline, latents.to(device), workload, **options)
         expected = (workload.num_frames, workload.height, workload.width)
         # The configuration of a VAE may ask for tiles that begin between two latents.
         if self.vae_tiling and video.shape[2:] != expected:
@@ -87,18 +99,16 @@ class Components:
                 f"vae_tiling: expected the VAE's tiles to join to frames, height and width {expected}, got "
                 f"{tuple(video.shape[2:])}: leave it out"
             )
-        return self._pipeline.video_processor.postprocess_video(video, output_type=output_type)
+        return pipeline.video_processor.postprocess_video(video, output_type=output_type)
 
-    def _usual_dtypes(self, device: torch.device) -> torch.dtype | dict[str, torch.dtype]:
-        """float32 on the CPU, else bfloat16 except the parts that the family wants in float32."""
-        if device.type == "cpu":
-            return torch.float32
-        wide = dict.fromkeys(self._family.float32_components, torch.float32)
-        return {"default": torch.bfloat16, **wide}
+    def _dtypes(self, device: torch.device) -> dict[str, torch.dtype]:
+        """By part, with a default: float32 on the CPU, else bfloat16 and what the family wants in float32."""
+        if self._dtype is not None or device.type == "cpu":
+            return {"default": self._dtype or torch.float32}
+        return {"default": torch.bfloat16, **dict.fromkeys(self._family.float32_components, torch.float32)}
 
     @contextmanager
-    def _on(self, device: torch.device, *names: str) -> Iterator[None]:
-        modules = [getattr(self._pipeline, name) for name in names]
+    def _on(self, device: torch.device, *modules: torch.nn.Module) -> Iterator[None]:
         for module in modules:
             module.to(device)
         try:

@@ -200,8 +200,8 @@ class VideoPipeline:
         self._check_options(output_type, decode_options, request.prompts.videos)
         with self._turns:
             schedule = self._schedule(request)
-            if output_type != "latent":  # A checkpoint without a VAE is refused before the sampling.
-                self.components.load(self._device_for(schedule.build).torch_device)
+            if output_type != "latent":  # A VAE that cannot decode is refused before the sampling.
+                self.components.load_vae(schedule.workload, self._device_for(schedule.build).torch_device)
             noise = self._noise(schedule, request)
             with _memory_explained(schedule.build.manifest, "GPU memory", _LESS_TO_SAMPLE):
                 result = self._drain(self._steps(schedule, request, noise), noise, callback)
@@ -235,13 +235,13 @@ class VideoPipeline:
         if prompt.texts is None:
             text = prompt.padded(self.family.tensors(workload), self.family.has_text_mask)
         else:
-            if prompt.prefix and not self.checkpoint.has_pipeline:
+            if prompt.prefix and not self.checkpoint.has_text_encoder:
                 raise InvalidRequest(
                     f"negative_prompt_embeds: expected embeddings beside prompt_embeds, got none, and "
                     f"{self.checkpoint.name} has no text encoder: give them, or set guidance_scale to 1"
                 )
             device = self._device_for(schedule.build).torch_device
-            text = self.components.encode(prompt.texts, workload, device)
+            text = self.components.encode(prompt.texts, workload, device, prompt.prefix)
         self.family.check_text(text)
         return text
 

@@ -1,25 +1,27 @@
-"""A diffusers checkpoint folder, or the name of a published configuration with random weights."""
+"""A checkpoint in diffusers' layout, or the name of a published configuration with random weights."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stg_trt.errors import InvalidRequest
+from stg_trt.models import quantization
+from stg_trt.models.config_file import read_config, read_optional_config
 from stg_trt.models.families import check_class, family_for
+from stg_trt.models.random_weights import random_weights as draw_weights
+from stg_trt.models.source import Source
+from stg_trt.models.weights import StoredWeights, check_weights
 
 if TYPE_CHECKING:
     from stg_trt.models.families.base import ModelFamily
 
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
 _CHUNK_BYTES = 16 << 20
 _NOTES = ("_diffusers_version", "_name_or_path")
 
@@ -32,48 +34,36 @@ def published() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where the configuration and the weights come from; `folder` is None for random weights."""
+    """Where the configuration and the weights come from; `source` is None for random weights."""
 
     name: str
-    folder: Path | None
+    source: Source | None
     transformer_config: dict[str, Any]
     vae_config: dict[str, Any] | None
     scheduler_config: dict[str, Any]
     model_index: dict[str, Any] | None = None
 
     @classmethod
-    def open(cls, checkpoint: str | Path, *, random_weights: bool = False) -> Checkpoint:
+    def open(
+        cls, checkpoint: str | Path, *, random_weights: bool = False, variant: str | None = None
+    ) -> Checkpoint:
         """Reads the configurations; raises InvalidRequest for anything that is not such a checkpoint.
 
         Weight files must be there and whole, so that a bad one is refused before anything is imported.
+        `variant` is the word in the names of weight files, such as fp16; parts without it have plain ones.
         """
-        folder = Path(checkpoint)
-        if not folder.is_dir() and str(checkpoint) in published():
-            if not random_weights:
-                raise InvalidRequest(
-                    f"checkpoint: expected a folder with weights, got the configuration {checkpoint}: "
-                    "give a diffusers folder or add --random-weights"
-                )
-            text = (resources.files("stg_trt") / "published" / f"{checkpoint}.json").read_text("utf-8")
-            data = json.loads(text)
-            transformer, vae, scheduler = data["transformer"], data["vae"], data["scheduler"]
-            return cls(str(checkpoint), None, transformer, vae, scheduler, data.get("model_index"))
-        if not folder.is_dir():
-            raise InvalidRequest(
-                f"checkpoint: expected a diffusers folder or one of {', '.join(published())}, "
-                f"got {checkpoint}, which is neither: check the path"
-            )
-        transformer = _read_config(folder / "transformer" / "config.json")
-        scheduler = _read_config(folder / "scheduler" / "scheduler_config.json")
-        vae_file = folder / "vae" / "config.json"
-        vae = _read_config(vae_file) if vae_file.exists() else None
-        index_file = folder / "model_index.json"
-        index = _read_config(index_file) if index_file.exists() else None
+        if not Path(checkpoint).is_dir() and str(checkpoint) in published():
+            return _open_published(str(checkpoint), random_weights)
+        source = Source.open(checkpoint, variant, published())
+        transformer = read_config(source.folder / "transformer" / "config.json")
+        scheduler = read_config(source.folder / "scheduler" / "scheduler_config.json")
+        vae = read_optional_config(source.folder / "vae" / "config.json")
+        index = read_optional_config(source.folder / "model_index.json")
         check_class(transformer)
-        opened = cls(folder.name, None if random_weights else folder, transformer, vae, scheduler, index)
+        opened = cls(source.name, None if random_weights else source, transformer, vae, scheduler, index)
         if not random_weights:
-            for path in opened._weight_files():
-                _weight_shapes(path)
+            quantization.check_config(transformer, source.folder / "transformer" / "config.json")
+            opened._weights().shapes()
         return opened
 
     def shortened(self, counts: Sequence[int] | None) -> Checkpoint:
@@ -85,7 +75,7 @@ class Checkpoint:
             return self
         names = self.family.block_counts
         most = [self.family.integer(name) for name in names]
-        if self.folder is not None:
+        if self.source is not None:
             raise InvalidRequest(
                 "blocks: expected random weights, got a checkpoint that needs all of its blocks: add "
                 "--random-weights or leave --blocks out"
@@ -107,26 +97,50 @@ class Checkpoint:
         return family_for(self.transformer_config, self.vae_config, self.model_index)
 
     @property
-    def has_pipeline(self) -> bool:
-        """Whether text encoder, tokenizer and VAE are there, so that a prompt can become a video."""
-        return self.folder is not None and self.model_index is not None
+    def has_text_encoder(self) -> bool:
+        """Whether a text encoder and a tokenizer are there, so that a prompt can be embedded."""
+        return (
+            self.source is not None and bool(self.text_parts) and all(map(self.source.has, self.text_parts))
+        )
 
-    def check_pipeline(self) -> None:
-        """Raises InvalidRequest unless text encoder, tokenizer and VAE are there."""
-        if not self.has_pipeline:
+    @property
+    def text_parts(self) -> tuple[str, ...]:
+        """The parts that turn a prompt into embeddings, as model_index.json names them."""
+        parts = {
+            # (library, class), or nulls for none.
+            name: part
+            for name, part in (self.model_index or {}).items()
+            if isinstance(part, list) and part[:1] not in ([], [None])
+        }
+        return tuple(name for name in parts if name.startswith(("text_encoder", "tokenizer")))
+
+    def check_text(self) -> None:
+        """Raises InvalidRequest unless text encoders and tokenizers are there, whole and plain."""
+        if self.source is None or not self.text_parts:
             raise InvalidRequest(
-                f"checkpoint: expected a text encoder and a VAE (model_index.json), got only a transformer "
-                f"in {self.name}: pass prompt_embeds and output_type='latent'"
+                f"checkpoint: expected a text encoder that model_index.json names, got none in {self.name}: "
+                "pass prompt_embeds, or give the whole checkpoint"
             )
-        assert self.folder is not None and self.model_index is not None
-        for name, part in self.model_index.items():
-            # (library, class), or nulls for none. Without a folder transformers makes an empty tokenizer.
-            named = isinstance(part, list) and part[:1] not in ([], [None])
-            if named and not (self.folder / name).is_dir():
-                raise InvalidRequest(
-                    f"checkpoint: expected a whole {self.family.pipeline_class} folder, got no {name}/ in "
-                    f"{self.folder}: download it again"
-                )
+        for name in self.text_parts:
+            self._check_part(name)
+
+    def check_vae(self) -> None:
+        """Raises InvalidRequest unless the VAE is there and its files whole and plain."""
+        if self.source is None or self.vae_config is None:
+            raise InvalidRequest(
+                f"checkpoint: expected a VAE to decode with, got no vae/config.json in {self.name}: "
+                "pass output_type='latent', or give the whole checkpoint"
+            )
+        self._check_part("vae")
+
+    def _check_part(self, name: str) -> None:
+        """Reads the headers of a part's files."""
+        assert self.source is not None
+        folder = self.source.part(name)
+        if name.startswith("tokenizer"):
+            return
+        quantization.check_config(read_config(folder / "config.json"), folder / "config.json")
+        self.source.weights(name).shapes()
 
     def scheduler(self) -> Any:
         """A new scheduler of the checkpoint's class and configuration."""
@@ -147,8 +161,8 @@ class Checkpoint:
         """Raises InvalidRequest unless scheduler and weights are usable; reads only the files' headers."""
         self.scheduler()
         self.family.check_pipeline()
-        if self.folder is not None:
-            self._check_weights(self._empty_transformer().state_dict())
+        if self.source is not None:
+            check_weights(self._weights().shapes(), self._empty_transformer().state_dict())
 
     def fingerprint(self) -> str:
         """SHA-256 of the transformer's configuration and weight files.
@@ -157,9 +171,9 @@ class Checkpoint:
         """
         facts = {name: value for name, value in self.transformer_config.items() if name not in _NOTES}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-        if self.folder is None:
+        if self.source is None:
             return f"random-{digest.hexdigest()}"
-        for path in self._weight_files():
+        for path in self._weights().files:
             with path.open("rb") as file:
                 while chunk := file.read(_CHUNK_BYTES):
                     digest.update(chunk)
@@ -176,11 +190,12 @@ class Checkpoint:
             for name, tensor in everything.items()
             if (block := family.block_of(name)) is None or block in wanted
         }
-        if self.folder is None:
-            weights = _random_weights(expected)
+        if self.source is None:
+            weights = draw_weights(expected)
         else:
-            self._check_weights(everything)
-            weights = self._read_weights(expected)
+            stored = self._weights()
+            check_weights(stored.shapes(), everything)
+            weights = stored.read(expected)
         transformer.load_state_dict(weights, strict=False, assign=True)
         return transformer.eval().requires_grad_(False)
 
@@ -201,127 +216,18 @@ class Checkpoint:
                 f"it refuses ({error}): download the checkpoint again"
             ) from error
 
-    def _weight_files(self) -> list[Path]:
-        assert self.folder is not None
-        folder = self.folder / "transformer"
-        index = folder / f"{_WEIGHTS}.index.json"
-        files = _shards(index) if index.exists() else [folder / _WEIGHTS]
-        for path in files:
-            if not path.is_file():
-                raise InvalidRequest(
-                    f"checkpoint: expected the weights {path.relative_to(self.folder)}, got no such file: "
-                    "download the checkpoint again (safetensors format)"
-                )
-        return files
-
-    def _check_weights(self, expected: dict[str, Any]) -> None:
-        """The files hold the tensors of `expected`, in their shapes, and no others."""
-        found: dict[str, tuple[int, ...]] = {}
-        for path in self._weight_files():
-            found |= _weight_shapes(path)
-        unknown, missing = sorted(found.keys() - expected.keys()), sorted(expected.keys() - found.keys())
-        if unknown or missing:
-            got = (
-                f"{len(found)}; the first missing is {missing[0]}" if missing else f"{unknown[0]} beside them"
-            )
-            raise InvalidRequest(
-                f"checkpoint: expected the {len(expected)} weights of config.json, got {got}: "
-                "the folder holds another model than its config.json says; download it again"
-            )
-        for name, tensor in expected.items():
-            if found[name] != tuple(tensor.shape):
-                raise InvalidRequest(
-                    f"checkpoint: expected {name} of shape {tuple(tensor.shape)} from config.json, got "
-                    f"{found[name]}: the folder mixes two models; download it again"
-                )
-
-    def _read_weights(self, names: Iterable[str]) -> dict[str, Any]:
-        import torch
-        from safetensors import safe_open
-
-        weights: dict[str, Any] = {}
-        for path in self._weight_files():
-            with safe_open(path, framework="pt") as file:
-                for name in set(names) & set(file.keys()):
-                    weights[name] = file.get_tensor(name).to(torch.float32)
-        return weights
+    def _weights(self) -> StoredWeights:
+        assert self.source is not None
+        return self.source.weights("transformer")
 
 
-def _random_weights(expected: dict[str, Any]) -> dict[str, Any]:
-    """Fan-in scaled normal matrices, ones for norms: timed and compiled like trained weights, never zeros.
-
-    Each tensor has a generator of its own, so that all cores can draw at once and the values stay the same.
-    """
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        drawn = threads.map(lambda item: _random_weight(*item), expected.items())
-        return dict(zip(expected, drawn, strict=True))
-
-
-def _random_weight(name: str, like: Any) -> Any:
-    import torch
-
-    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
-    generator = torch.Generator().manual_seed(seed)
-    scale = like.shape[-1] ** -0.5 if like.ndim > 1 else 0.02
-    weight = torch.randn(like.shape, generator=generator).mul_(scale)
-    if like.ndim == 1 and "norm" in name and name.endswith("weight"):
-        weight += 1
-    return weight
-
-
-class _Config(dict[str, Any]):
-    """A configuration file; a missing entry is an error for the user."""
-
-    path = Path()
-
-    def __missing__(self, key: str) -> Any:
+def _open_published(name: str, random_weights: bool) -> Checkpoint:
+    """A configuration that ships with the package; raises InvalidRequest if its weights are asked for."""
+    if not random_weights:
         raise InvalidRequest(
-            f"checkpoint: expected {key} in {self.path}, got no such entry: download the checkpoint again"
+            f"checkpoint: expected a folder with weights, got the configuration {name}: "
+            "give a diffusers folder or add --random-weights"
         )
-
-
-def _shards(index: Path) -> list[Path]:
-    """The weight files that an index names."""
-    names = _read_config(index)["weight_map"]
-    if not isinstance(names, dict) or not all(
-        isinstance(name, str) and Path(name).name == name for name in names.values()
-    ):
-        raise InvalidRequest(
-            f"checkpoint: expected weight_map in {index} to name files beside it, got something else: "
-            "download the checkpoint again"
-        )
-    return [index.parent / name for name in sorted(set(names.values()))]
-
-
-def _weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors in a safetensors file; reads its header and compares it with the file's size."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="np") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise InvalidRequest(
-            f"checkpoint: expected a whole safetensors file, got {path} ({error}): download it again"
-        ) from error
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise InvalidRequest(
-            f"checkpoint: expected a diffusers folder with {path.parent.name}/{path.name}, got none in "
-            f"{path.parent.parent}: give the folder that holds transformer/ and scheduler/"
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(
-            f"checkpoint: expected JSON in {path}, got {error}: download the checkpoint again"
-        ) from error
-    if not isinstance(data, dict):
-        raise InvalidRequest(
-            f"checkpoint: expected an object in {path}, got {type(data).__name__}: correct it"
-        )
-    config = _Config(data)
-    config.path = path
-    return config
+    data = json.loads((resources.files("stg_trt") / "published" / f"{name}.json").read_text("utf-8"))
+    transformer, vae, scheduler = data["transformer"], data["vae"], data["scheduler"]
+    return Checkpoint(name, None, transformer, vae, scheduler, data.get("model_index"))

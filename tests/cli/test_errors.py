@@ -135,7 +135,7 @@ GENERATE: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "no text encoder": (
         ("--prompt", "a red circle"),
-        "checkpoint: expected a text encoder and a VAE .*got only a transformer in ltx: pass prompt_embeds",
+        "checkpoint: expected a text encoder that model_index.json names, got none in ltx: pass",
     ),
     "mode": (("--stg-mode", "stg-z"), "stg_mode: expected one of stg-a, stg-r, got 'stg-z': choose"),
     "layout": (("--layout", "triple"), "layout: expected one of segmented, twin, got 'triple': choose"),

@@ -150,7 +150,7 @@ def test_published_configurations_open() -> None:
     assert published() == tuple(expected)
     for name, (blocks, scheduler) in expected.items():
         checkpoint = Checkpoint.open(name, random_weights=True)
-        assert checkpoint.family.num_blocks == blocks and not checkpoint.has_pipeline
+        assert checkpoint.family.num_blocks == blocks and not checkpoint.has_text_encoder
         assert isinstance(checkpoint.scheduler(), scheduler)
         assert checkpoint.fingerprint().startswith("random-")
         with pytest.raises(InvalidRequest, match=f"got the configuration {name}: .* --random-weights"):

@@ -29,8 +29,7 @@ def reopened(case: FamilyCase, pipeline: VideoPipeline, *, vae_tiling: bool) -> 
     """Another pipeline over the same engines, whose VAE has small tiles, whether or not they are used."""
     opened = VideoPipeline(pipeline.checkpoint, pipeline.store, vae_tiling=vae_tiling)
     opened.scheduler = case.schedulers[0]
-    opened.components.load(CPU)
-    shrink_tiles(opened.components._pipeline.vae, case.vae_tiles)
+    shrink_tiles(opened.components.load_vae(case.workload, CPU).vae, case.vae_tiles)
     return opened
 
 
@@ -62,7 +61,7 @@ def test_videos_are_decoded_one_at_a_time(
     case: FamilyCase, pipeline: VideoPipeline, vae_tiling: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     components = reopened(case, pipeline, vae_tiling=vae_tiling).components
-    vae = components._pipeline.vae
+    vae = components.load_vae(case.workload, CPU).vae
     decode = Mock(side_effect=vae.decode)
     monkeypatch.setattr(vae, "decode", decode)
     latents = call(case, pipeline, PROMPTS)["latents"]
@@ -127,7 +126,7 @@ def test_the_command_line_decodes_in_tiles(
 @pytest.mark.parametrize("case", TILED_BY_CONFIGURATION, ids=str, indirect=True)
 def test_tiles_that_do_not_join_are_refused(case: FamilyCase, pipeline: VideoPipeline) -> None:
     components = reopened(case, pipeline, vae_tiling=True).components
-    components._pipeline.vae.enable_tiling(tile_sample_min_width=44)
+    components.load_vae(case.workload, CPU).vae.enable_tiling(tile_sample_min_width=44)
     latents = call(case, pipeline, PROMPTS[:1])["latents"]
     with pytest.raises(InvalidRequest, match=r"vae_tiling: .*\(9, 48, 64\), got \(9, 48, 68\): leave it out"):
         components.decode(latents, case.workload, CPU, "np")
@@ -138,8 +137,8 @@ def test_tiling_of_a_vae_without_tiles_is_refused(
 ) -> None:
     # As AutoencoderMixin.enable_tiling does for a VAE that has no use_tiling.
     refuse = Mock(side_effect=NotImplementedError("Tiling doesn't seem to be implemented."))
-    pipeline.components.load(CPU)
-    monkeypatch.setattr(type(pipeline.components._pipeline.vae), "enable_tiling", refuse)
+    vae = pipeline.components.load_vae(case.workload, CPU).vae
+    monkeypatch.setattr(type(vae), "enable_tiling", refuse)
     opened = VideoPipeline(pipeline.checkpoint, pipeline.store, vae_tiling=True)
     with pytest.raises(
         InvalidRequest, match=r"vae_tiling: expected a VAE .* tiles, got Auto\w+: leave it out"
@@ -155,7 +154,7 @@ def test_no_room_to_decode(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
 
     opened = reopened(case, pipeline, vae_tiling=vae_tiling)
-    monkeypatch.setattr(opened.components._pipeline.vae, "decode", full)
+    monkeypatch.setattr(opened.components.load_vae(case.workload, CPU).vae, "decode", full)
     with pytest.raises(OutOfDeviceMemory) as told:
         opened(**call(case, pipeline, PROMPTS[:1]) | {"num_inference_steps": 2})
     message = str(told.value)

@@ -13,13 +13,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from stg_trt import VideoPipeline
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint
+from stg_trt.models.text import TextCondition
 from stg_trt.runtime.components import Components
-from tests.support.family_cases import CASES, FamilyCase
-from tests.support.whole_pipelines import PROMPTS, STEPS, TEXT_LENGTH, call, cfg_of, of_diffusers, seeded
+from tests.support.family_cases import CASES, LTX, FamilyCase
+from tests.support.whole_pipelines import (
+    NEGATIVE,
+    PROMPTS,
+    STEPS,
+    TEXT_LENGTH,
+    call,
+    cfg_of,
+    of_diffusers,
+    seeded,
+)
 
 
 @pytest.mark.parametrize("output_type", ["latent", "np"])
@@ -152,7 +163,8 @@ def test_text_tokens_are_those_that_the_pipeline_takes(
     components = pipeline.components
     workload = replace(case.workload, text_length=TEXT_LENGTH)
     condition = components.encode(PROMPTS, workload, torch.device("cpu"))
-    counted = [pipeline.family.text_tokens(components._pipeline, prompt) for prompt in PROMPTS]
+    text = components.load_text(workload, torch.device("cpu"))
+    counted = [pipeline.family.text_tokens(text, prompt) for prompt in PROMPTS]
     # Padding that is kept is text as any other.
     real = [TEXT_LENGTH] * len(PROMPTS) if case.padding == "kept" else counted
     assert condition.mask.sum(1).tolist() == real and max(counted) < TEXT_LENGTH
@@ -166,14 +178,14 @@ def test_every_text_encoder_comes_and_goes(
         Components(Checkpoint.open(checkpoint), dtype=None, offload=True),
         torch.device("cpu"),
     )
-    components.load(device)
-    moved: list[str] = []
-    for name, part in components._pipeline.components.items():
+    workload = replace(case.workload, text_length=TEXT_LENGTH)
+    text, moved = components.load_text(workload, device), list[str]()
+    for name, part in text.components.items():
         if isinstance(part, torch.nn.Module):
             monkeypatch.setattr(part, "to", lambda place, name=name: moved.append(name))
-    components.encode(PROMPTS, replace(case.workload, text_length=TEXT_LENGTH), device)
-    encoders = [name for name in components._pipeline.components if name.startswith("text_encoder")]
-    assert moved == encoders * 2 and encoders
+    components.encode(PROMPTS, workload, device)
+    encoders = [name for name in text.components if name.startswith("text_encoder")]
+    assert sorted(moved) == sorted(encoders * 2) and encoders
 
 
 def test_a_prompt_that_is_too_long_is_refused(case: FamilyCase, pipeline: VideoPipeline) -> None:
@@ -185,24 +197,44 @@ def test_a_prompt_that_is_too_long_is_refused(case: FamilyCase, pipeline: VideoP
 def test_parts_have_their_dtypes_on_a_gpu(case: FamilyCase, checkpoint: Path) -> None:
     """Loading moves nothing, so that this needs no GPU."""
     components = Components(Checkpoint.open(checkpoint), dtype=None, offload=False)
-    components.load(torch.device("cuda"))
     wide = "vae" in case.family.float32_components
-    assert components._pipeline.vae.dtype == (torch.float32 if wide else torch.bfloat16)
-    assert components._pipeline.text_encoder.dtype == torch.bfloat16
+    vae = components.load_vae(case.workload, torch.device("cuda")).vae
+    assert vae.dtype == (torch.float32 if wide else torch.bfloat16)
+    assert components.load_text(case.workload, torch.device("cuda")).text_encoder.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer"])
-def test_a_folder_without_a_part_is_refused(
-    case: FamilyCase, checkpoint: Path, part: str, tmp_path: Path
+@pytest.mark.parametrize("case", [LTX], ids=str, indirect=True)
+def test_only_the_parts_that_a_call_needs_must_be_there(
+    case: FamilyCase, checkpoint: Path, pipeline: VideoPipeline, tmp_path: Path
 ) -> None:
-    shutil.copytree(checkpoint, tmp_path / "model")
-    shutil.rmtree(tmp_path / "model" / part)
-    components = Components(Checkpoint.open(tmp_path / "model"), dtype=None, offload=False)
-    with pytest.raises(InvalidRequest) as refused:
-        components.load(torch.device("cpu"))
-    message = str(refused.value)
-    assert f"checkpoint: expected a whole {case.family.pipeline_class} folder, got " in message
-    assert message.endswith(": download it again") and "\n" not in message
+    """Latents need no VAE, and embeddings need no text encoder: not in the folder, and not on a GPU."""
+    given = call(case, pipeline, PROMPTS[:1]) | {"num_inference_steps": 2, "output_type": "np"}
+    workload = replace(case.workload, text_length=TEXT_LENGTH)
+    texts = [
+        pipeline.components.encode([text], workload, torch.device("cpu")) for text in (PROMPTS[0], NEGATIVE)
+    ]
+    expected = pipeline(**given).frames
+    for kept, left_out in (("vae", ("text_encoder", "tokenizer")), ("text_encoder", ("vae",))):
+        folder = tmp_path / kept
+        shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*left_out))
+        opened = VideoPipeline.from_pretrained(folder, engines=pipeline.store.root)
+        if kept == "vae":
+            embeds = {"prompt": None, "negative_prompt": None, **_as_arguments(texts)}
+            assert np.abs(opened(**given | embeds).frames - expected).max() <= 1e-5
+            with pytest.raises(InvalidRequest, match=r"expected tokenizer/ in|expected text_encoder/ in"):
+                opened(**given)
+            continue
+        assert opened(**given | {"output_type": "latent"}).frames.isfinite().all()
+        with pytest.raises(InvalidRequest, match=r"expected a VAE to decode with, got no vae/config\.json"):
+            opened(**given)
+
+
+def _as_arguments(texts: list[TextCondition]) -> dict[str, Tensor]:
+    """Of the prompt and of the negative prompt."""
+    arguments = {}
+    for prefix, text in zip(("", "negative_"), texts, strict=True):
+        arguments |= {f"{prefix}prompt_embeds": text.embeds, f"{prefix}prompt_attention_mask": text.mask}
+    return arguments
 
 
 @pytest.mark.parametrize("random_weights", [False, True])
