@@ -231,7 +231,7 @@ def test_only_the_parts_that_a_call_needs_must_be_there(
 
 def _as_arguments(texts: list[TextCondition]) -> dict[str, Tensor]:
     """Of the prompt and of the negative prompt."""
-    arguments = {}
+    arguments: dict[str, Tensor] = {}
     for prefix, text in zip(("", "negative_"), texts, strict=True):
         arguments |= {f"{prefix}prompt_embeds": text.embeds, f"{prefix}prompt_attention_mask": text.mask}
     return arguments
