@@ -51,6 +51,8 @@ def build(
     backend: str = "onnxruntime",
     target: str | None = None,
     random_weights: bool = False,
+    variant: str | None = None,
+    revision: str | None = None,
     blocks: Sequence[int] | None = None,
     verify_timesteps: int = 3,
     keep_onnx: bool = False,
@@ -60,12 +62,14 @@ def build(
 ) -> list[Path]:
     """Builds engines below `output` and returns the build folders, one per target.
 
-    `backend` may be auto: the best that this machine can run. `target` may name several, separated by commas;
-    it and `precision` default to the backend's, `text_length` to the family's. `blocks` shortens each list of
-    blocks, with random weights; `plugins` are our own kernels. An interrupted build's segments are reused.
+    `checkpoint`, `variant` and `revision` are those of `Checkpoint.open`. `backend` may be auto: the best
+    that this machine can run. `target` may name several, separated by commas; it and `precision` default to
+    the backend's, `text_length` to the family's. `blocks` shortens each list of blocks, with random weights;
+    `plugins` are our own kernels. An interrupted build's segments are reused.
     Raises InvalidRequest for options that cannot be used and GateMissed for a segment that fails a check.
     """
-    opened = Checkpoint.open(checkpoint, random_weights=random_weights).shortened(blocks)
+    whole = Checkpoint.open(checkpoint, random_weights=random_weights, variant=variant, revision=revision)
+    opened = whole.shortened(blocks)
     progress = progress or Silent()
     if backend == AUTO:
         backend, target = _choose(target, progress)
@@ -75,20 +79,14 @@ def build(
     length = defaults.text_length if text_length is None else text_length
     precision = precision or chosen.target(targets[0]).precisions[0]
     options = BuildOptions(
-        checkpoint=opened,
-        output=Path(output),
+        checkpoint=opened, output=Path(output),
         workload=Workload(height, width, num_frames, length, precision),
         stg_blocks=tuple(sorted(defaults.stg_blocks if stg_blocks is None else stg_blocks)),
         stg_mode=defaults.stg_mode if stg_mode is None else stg_mode,
-        layout=layout,
-        max_batch=max_batch,
-        backend=chosen,
-        targets=targets,
-        verify_timesteps=verify_timesteps,
-        keep_onnx=keep_onnx,
-        plugins=tuple(sorted(set(plugins))),
+        layout=layout, max_batch=max_batch, backend=chosen, targets=targets,
+        verify_timesteps=verify_timesteps, keep_onnx=keep_onnx, plugins=tuple(sorted(set(plugins))),
         builder_optimization_level=builder_optimization_level,
-    )
+    )  # fmt: skip
     opened.check()
     with fresh_folder(options.output):
         return _Builder(options, progress).run()

@@ -16,13 +16,15 @@ TargetNames = Annotated[
 ]
 Plugins = Annotated[str, typer.Option(help="Kernels of ours inside TensorRT engines, such as qk_norm_rope.")]
 
+Variant = Annotated[str | None, typer.Option(help="The word in the names of weight files, such as fp16.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub. [default: main]")]
 OptimizationLevel = Annotated[
     int | None, typer.Option(help="TensorRT's, 0 to 5: build longer, run faster. [default: its own, 3]")
 ]
 
 
 def build(
-    checkpoint: Annotated[str, typer.Argument(help="A diffusers folder, or a published model's name.")],
+    checkpoint: Annotated[str, typer.Argument(help="A diffusers folder, a hub id, or a published name.")],
     output: Annotated[Path, typer.Option(help="Folder for the engines; several builds may share it.")],
     height: Annotated[int, typer.Option(help="Pixels.")],
     width: Annotated[int, typer.Option(help="Pixels.")],
@@ -40,6 +42,8 @@ def build(
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Seeded random weights, for benchmarks.")
     ] = False,
+    variant: Variant = None,
+    revision: Revision = None,
     blocks: Annotated[str | None, typer.Option(help="With random weights: how many, as 3 or 2,2.")] = None,
     verify_timesteps: Annotated[
         int, typer.Option(help="To verify: 3 is first, middle, last; 0 is none.")
@@ -49,43 +53,29 @@ def build(
     builder_optimization_level: OptimizationLevel = None,
 ) -> None:
     """Build verified engines from a checkpoint."""
+    from stg_trt.models.checkpoint import Checkpoint
     from stg_trt.models.perturbation import parse_blocks
 
     # Checks that need no torch come first: its import takes seconds.
     perturbed, kept = parse_blocks(stg_blocks), parse_blocks(blocks, "blocks", "3")
-    _check(checkpoint, random_weights, layout, stg_mode, backend, target, precision)
+    _check(layout, stg_mode, backend, target, precision)
+    Checkpoint.open(checkpoint, random_weights=random_weights, variant=variant, revision=revision)
     from .build import build as build_engines
     from .display import BuildDisplay
 
     with BuildDisplay() as display:
         folders = build_engines(
-            checkpoint,
-            output,
-            height=height,
-            width=width,
-            num_frames=num_frames,
-            text_length=text_length,
-            stg_blocks=perturbed,
-            stg_mode=stg_mode,
-            layout=layout,
-            precision=precision,
-            max_batch=max_batch,
-            backend=backend,
-            target=target,
-            random_weights=random_weights,
-            blocks=kept,
-            verify_timesteps=verify_timesteps,
-            keep_onnx=keep_onnx,
-            plugins=[name for name in plugins.split(",") if name],
-            builder_optimization_level=builder_optimization_level,
-            progress=display,
-        )
+            checkpoint, output, height=height, width=width, num_frames=num_frames, text_length=text_length,
+            stg_blocks=perturbed, stg_mode=stg_mode, layout=layout, precision=precision, max_batch=max_batch,
+            backend=backend, target=target, random_weights=random_weights, variant=variant,
+            revision=revision, blocks=kept, verify_timesteps=verify_timesteps,
+            keep_onnx=keep_onnx, plugins=[name for name in plugins.split(",") if name],
+            builder_optimization_level=builder_optimization_level, progress=display,
+        )  # fmt: skip
     _print(folders)
 
 
 def _check(
-    checkpoint: str,
-    random_weights: bool,
     layout: str,
     stg_mode: str | None,
     backend: str,
@@ -95,14 +85,12 @@ def _check(
     """Raises InvalidRequest for names that do not exist, and for a precision that the backend cannot do."""
     from stg_trt.engines.auto_backend import AUTO
     from stg_trt.engines.backends import backend_for, check_target
-    from stg_trt.models.checkpoint import Checkpoint
     from stg_trt.models.perturbation import check_mode
     from stg_trt.models.segment import check_layout
 
     check_layout(layout)
     if stg_mode is not None:
         check_mode(stg_mode)
-    Checkpoint.open(checkpoint, random_weights=random_weights)
     if backend == AUTO:
         return
     chosen = backend_for(backend)

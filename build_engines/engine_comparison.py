@@ -45,6 +45,8 @@ class Request:
     folders: tuple[Path, ...]
     checkpoint: str | None = None
     random_weights: bool = False
+    variant: str | None = None
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,12 @@ def _opened(build: Build, request: Request) -> Checkpoint:
             f"checkpoint: expected the one that {build.folder.name} was built from, since ONNX Runtime's "
             "engines are their graphs, got none: give --checkpoint"
         )
-    checkpoint = Checkpoint.open(request.checkpoint, random_weights=request.random_weights)
+    checkpoint = Checkpoint.open(
+        request.checkpoint,
+        random_weights=request.random_weights,
+        variant=request.variant,
+        revision=request.revision,
+    )
     if checkpoint.fingerprint() != build.manifest.weights:
         raise InvalidRequest(
             f"checkpoint: expected the one that {build.folder.name} was built from, got other weights: "

@@ -28,13 +28,15 @@ def verify(
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="The checkpoint's weights were random.")
     ] = False,
+    variant: Annotated[str | None, typer.Option(help="Of the checkpoint's weight files, as fp16.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Of the checkpoint on the hub.")] = None,
 ) -> None:
     """Compare every engine with its ONNX graph or the eager model, through Polygraphy."""
     from .engine_comparison import Request
 
     found: list[Comparison] = []
     for backend, folders in _comparable(engines).items():
-        found += _compare(backend, Request(tuple(folders), checkpoint, random_weights))
+        found += _compare(backend, Request(tuple(folders), checkpoint, random_weights, variant, revision))
     _print(found)
     _check(found)
 

@@ -59,6 +59,8 @@ def generate(
     use_dynamic_cfg: Annotated[bool, typer.Option("--use-dynamic-cfg", help="CogVideoX's.")] = False,
     num_videos_per_prompt: Annotated[int, typer.Option(help="Videos per prompt.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the noise.", min=0, max=2**63 - 1)] = 0,
+    variant: Annotated[str | None, typer.Option(help="Of the checkpoint's weight files, as fp16.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Of the checkpoint on the hub.")] = None,
     layout: Annotated[str | None, typer.Option(help="segmented or twin. [default: what fits]")] = None,
     backend: Annotated[str | None, typer.Option(help="[default: what fits]")] = None,
     offload: Annotated[bool, typer.Option("--offload", help="Text encoder and VAE leave the GPU.")] = False,
@@ -71,7 +73,8 @@ def generate(
 
     # Checks that need no models come first: importing diffusers takes seconds.
     _check_output(output)
-    opened = _open_checkpoint(checkpoint, encodes=bool(prompt), decodes=output.suffix == ".mp4")
+    opened = _open_checkpoint(checkpoint, variant, revision)
+    _check_parts(opened, encodes=bool(prompt), decodes=output.suffix == ".mp4")
     options = GuidanceOptions(
         guidance_scale=_scale("guidance_scale", guidance_scale), stg_scale=_scale("stg_scale", stg_scale),
         rescale=_scale("rescale", rescale), stg_mode=stg_mode, stg_blocks=parse_blocks(stg_blocks),
@@ -111,16 +114,20 @@ def _check_output(output: Path) -> None:
         raise InvalidRequest(f"output: expected a file's name, got the folder {output}: choose another")
 
 
-def _open_checkpoint(checkpoint: str, *, encodes: bool, decodes: bool) -> Checkpoint:
-    """Raises InvalidRequest unless the parts that the call needs are there and their files whole."""
+def _open_checkpoint(checkpoint: str, variant: str | None, revision: str | None) -> Checkpoint:
     from stg_trt.models.checkpoint import Checkpoint, published
 
-    opened = Checkpoint.open(checkpoint, random_weights=checkpoint in published())
+    return Checkpoint.open(
+        checkpoint, random_weights=checkpoint in published(), variant=variant, revision=revision
+    )
+
+
+def _check_parts(checkpoint: Checkpoint, *, encodes: bool, decodes: bool) -> None:
+    """Raises InvalidRequest unless the parts that the call needs are there and their files whole."""
     if encodes:
-        opened.check_text()
+        checkpoint.check_text()
     if decodes:
-        opened.check_vae()
-    return opened
+        checkpoint.check_vae()
 
 
 def _open_engines(engines: Path, request: EngineRequest, checkpoint: Checkpoint) -> EngineStore:

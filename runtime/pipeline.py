@@ -85,6 +85,8 @@ class VideoPipeline:
         checkpoint: str | Path,
         engines: str | Path,
         *,
+        variant: str | None = None,
+        revision: str | None = None,
         layout: str | None = None,
         backend: str | None = None,
         dtype: torch.dtype | None = None,
@@ -93,12 +95,17 @@ class VideoPipeline:
     ) -> VideoPipeline:
         """Opens a checkpoint and a folder of engines built from it; raises an error if they do not fit.
 
-        `dtype` is that of text encoder and VAE (default: bfloat16 on a GPU, else float32); `offload`
-        keeps them off the GPU while they are not needed. `vae_tiling` is diffusers' `vae.enable_tiling()`:
-        less memory for large frames, blended from overlapping tiles, so not exactly those of decoding them
-        whole. Either way, videos are decoded one at a time.
+        `checkpoint`, `variant` and `revision` are those of the build, see `Checkpoint.open`. `dtype` is that
+        of text encoder and VAE (default: bfloat16 on a GPU, else float32); `offload` keeps them off the GPU
+        while they are not needed. `vae_tiling` is diffusers' `vae.enable_tiling()`: less memory for large
+        frames, blended from overlapping tiles, so not exactly those of decoding them whole.
         """
-        opened = Checkpoint.open(checkpoint, random_weights=str(checkpoint) in published())
+        opened = Checkpoint.open(
+            checkpoint,
+            random_weights=str(checkpoint) in published(),
+            variant=variant,
+            revision=revision,
+        )
         pipeline = cls(
             opened,
             EngineStore.open(engines),

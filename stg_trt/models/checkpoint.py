@@ -45,16 +45,23 @@ class Checkpoint:
 
     @classmethod
     def open(
-        cls, checkpoint: str | Path, *, random_weights: bool = False, variant: str | None = None
+        cls,
+        checkpoint: str | Path,
+        *,
+        random_weights: bool = False,
+        variant: str | None = None,
+        revision: str | None = None,
     ) -> Checkpoint:
         """Reads the configurations; raises InvalidRequest for anything that is not such a checkpoint.
 
         Weight files must be there and whole, so that a bad one is refused before anything is imported.
-        `variant` is the word in the names of weight files, such as fp16; parts without it have plain ones.
+        `checkpoint` is a folder, an id of the hub such as owner/name, or a published name;
+        `revision` is a branch, tag or commit on the hub. `variant` is the word in the names of weight files,
+        such as fp16; parts without it have plain ones.
         """
-        if not Path(checkpoint).is_dir() and str(checkpoint) in published():
+        if not Path(checkpoint).is_dir() and str(checkpoint) in published() and revision is None:
             return _open_published(str(checkpoint), random_weights)
-        source = Source.open(checkpoint, variant, published())
+        source = Source.open(checkpoint, variant, revision, published())
         transformer = read_config(source.folder / "transformer" / "config.json")
         scheduler = read_config(source.folder / "scheduler" / "scheduler_config.json")
         vae = read_optional_config(source.folder / "vae" / "config.json")

@@ -1,4 +1,4 @@
-"""Where the parts of a checkpoint lie: a folder in diffusers' layout, or a folder of the hub's cache."""
+"""Where the parts of a checkpoint lie: a folder in diffusers' layout, the hub, or a folder of its cache."""
 
 from __future__ import annotations
 
@@ -7,30 +7,41 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.models.weights import StoredWeights, variants
+from stg_trt.models.hub import HubRepository, cached_name, cached_snapshot, is_cache
+from stg_trt.models.weights import STEMS, StoredWeights, variants
+
+_CONFIGURATIONS = (
+    "model_index.json",
+    "*/config.json",
+    "*/scheduler_config.json",
+    "*/tokenizer_config.json",
+    "*.safetensors.index*.json",
+)
+# All that is no weights: configurations, words, merges, and pieces of sentencepiece.
+_SMALL = ("*.json", "*.txt", "*.model")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A folder with a folder per part; `variant` is the word in the names of weight files to prefer."""
+    """A folder with a folder per part; `variant` is the word in the names of weight files to prefer.
+
+    The folder of a repository on the hub fills up as parts are asked for.
+    """
 
     name: str
     folder: Path
     variant: str | None = None
+    repository: HubRepository | None = None
 
     @classmethod
-    def open(cls, checkpoint: str | Path, variant: str | None, others: Iterable[str]) -> Source:
+    def open(
+        cls, checkpoint: str | Path, variant: str | None, revision: str | None, others: Iterable[str]
+    ) -> Source:
         """Finds the folder; `others` are what else a checkpoint may be called, for the message.
 
         Raises InvalidRequest if there is none, or if no part has weights of the variant.
         """
-        folder = Path(checkpoint)
-        if not folder.is_dir():
-            raise InvalidRequest(
-                f"checkpoint: expected a diffusers folder or one of {', '.join(others)}, "
-                f"got {checkpoint}, which is neither: check the path"
-            )
-        source = cls(folder.name, folder, variant)
+        source = _found(checkpoint, variant, revision, others)
         source._check_variant()
         return source
 
@@ -39,24 +50,68 @@ class Source:
         return (self.folder / part).is_dir()
 
     def part(self, name: str) -> Path:
-        """A part's folder; raises InvalidRequest if it is not there."""
+        """A part's folder without its weights; raises InvalidRequest if it is not there."""
         if not self.has(name):
             raise InvalidRequest(
                 f"checkpoint: expected {name}/ in {self.folder}, got no such folder: download the whole "
                 "checkpoint, or leave out what needs it: prompts need the text encoder, frames the VAE"
             )
+        if self.repository is not None:
+            self.repository.fetch([f"{name}/{pattern}" for pattern in _SMALL])
         return self.folder / name
 
     def weights(self, part: str) -> StoredWeights:
         """A part's weight files; raises InvalidRequest if it has none that can be read."""
-        return StoredWeights.find(self.part(part), self.variant)
+        folder = self.part(part)
+        for variant in dict.fromkeys((self.variant, None)):
+            if self.repository is not None:
+                self.repository.fetch([f"{part}/{name}" for name in _weight_names(variant)])
+            if (found := StoredWeights.of_variant(folder, variant)) is not None:
+                return found
+        raise StoredWeights.missing(folder)
 
     def _check_variant(self) -> None:
         if self.variant is None:
             return
-        found = sorted({name for part in self.folder.iterdir() if part.is_dir() for name in variants(part)})
-        if self.variant not in found:
+        if self.repository is not None:
+            words = self.repository.variants()
+        else:
+            parts = (part for part in self.folder.iterdir() if part.is_dir())
+            words = sorted(
+                {name for part in parts for name in variants(file.name for file in part.iterdir())}
+            )
+        if self.variant not in words:
             raise InvalidRequest(
-                f"variant: expected one that weights of {self.name} have ({', '.join(found) or 'none'}), got "
+                f"variant: expected one that weights of {self.name} have ({', '.join(words) or 'none'}), got "
                 f"{self.variant!r}: leave it out for the plain weights"
             )
+
+
+def _found(
+    checkpoint: str | Path, variant: str | None, revision: str | None, others: Iterable[str]
+) -> Source:
+    folder = Path(checkpoint)
+    if folder.is_dir() and is_cache(folder):
+        return Source(cached_name(folder), cached_snapshot(folder, revision), variant)
+    repository = HubRepository.named(str(checkpoint), revision)
+    if revision is not None and (folder.is_dir() or repository is None):
+        raise InvalidRequest(
+            f"revision: expected none for {checkpoint}, which is no repository of the hub, got {revision!r}: "
+            "leave it out"
+        )
+    if folder.is_dir():
+        return Source(folder.name, folder, variant)
+    if repository is None:
+        raise InvalidRequest(
+            f"checkpoint: expected a diffusers folder or one of {', '.join(others)}, "
+            f"got {checkpoint}, which is neither: check the path"
+        )
+    snapshot = repository.fetch(_CONFIGURATIONS)
+    return Source(repository.name, snapshot, variant, repository.at(snapshot))
+
+
+def _weight_names(variant: str | None) -> list[str]:
+    """Names of weight files with a variant, whole and in shards, and of those without."""
+    word = "" if variant is None else f".{variant}"
+    shapes = (f"{word}.safetensors", f"{word}-*-of-*.safetensors", f"-*-of-*{word}.safetensors")
+    return [f"{stem}{shape}" for stem in STEMS for shape in shapes]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Of diffusers' models, and of transformers'.
-_STEMS = ("diffusion_pytorch_model", "model")
+STEMS = ("diffusion_pytorch_model", "model")
 _PICKLES = ("*.bin", "*.pt", "*.ckpt")
+# Shards are diffusion_pytorch_model.fp16-00001-of-00002.safetensors, or have the word before the ending.
+_VARIANT = re.compile(
+    rf"^(?:{'|'.join(STEMS)})(?:-\d+-of-\d+)?\.(\w+)(?:-\d+-of-\d+)?\.safetensors$"
+    rf"|^(?:{'|'.join(STEMS)})\.safetensors\.index\.(\w+)\.json$"
+)
 _POINTER = b"version https://git-lfs"
 
 
@@ -28,17 +34,21 @@ class StoredWeights:
     variant: str | None = None
 
     @classmethod
-    def find(cls, folder: Path, variant: str | None = None) -> StoredWeights:
-        """Those of a part's folder: the variant's where it has some, else the plain ones.
+    def of_variant(cls, folder: Path, variant: str | None) -> StoredWeights | None:
+        """Those in a part's folder with the word, None for those without one; None if there are none.
 
-        Raises InvalidRequest if there are none, or if one that the index names is missing.
+        Raises InvalidRequest if one that the index names is missing.
         """
-        for wanted in dict.fromkeys((variant, None)):
-            for stem in _STEMS:
-                files = _files(folder, stem, wanted)
-                if files:
-                    return cls(tuple(files), wanted)
-        raise _missing(folder)
+        for stem in STEMS:
+            files = _files(folder, stem, variant)
+            if files:
+                return cls(tuple(files), variant)
+        return None
+
+    @staticmethod
+    def missing(folder: Path) -> InvalidRequest:
+        """Why a part's folder has no weights that can be read."""
+        return _missing(folder)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes by name, from the headers.
@@ -81,14 +91,9 @@ def check_weights(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, A
             )
 
 
-def variants(folder: Path) -> list[str]:
-    """The variants that the weights in a part's folder have, such as fp16."""
-    found = set()
-    for stem in _STEMS:
-        found |= {path.name.split(".")[1] for path in folder.glob(f"{stem}.*.safetensors")}
-        found |= {path.name.split(".")[3] for path in folder.glob(f"{stem}.safetensors.index.*.json")}
-    # Shards are diffusion_pytorch_model.fp16-00001-of-00002.safetensors, or have the variant at the end.
-    return sorted({name.split("-0")[0] for name in found})
+def variants(names: Iterable[str]) -> list[str]:
+    """The words in names of weight files, such as fp16 in diffusion_pytorch_model.fp16.safetensors."""
+    return sorted({word for name in names for found in _VARIANT.findall(name) for word in found if word})
 
 
 def _files(folder: Path, stem: str, variant: str | None) -> list[Path]:
@@ -122,7 +127,7 @@ def _shards(index: Path) -> list[Path]:
 
 def _missing(folder: Path) -> InvalidRequest:
     """Why a part's folder has no weights that can be read."""
-    others = variants(folder)
+    others = variants(path.name for path in folder.iterdir())
     if others:
         return InvalidRequest(
             f"checkpoint: expected plain weights in {folder.name}/, got only the variant "
@@ -134,7 +139,7 @@ def _missing(folder: Path) -> InvalidRequest:
             f"checkpoint: expected weights in safetensors format in {folder.name}/, got {pickles[0]}: load "
             "the checkpoint with diffusers and save_pretrained() it again"
         )
-    stem = _STEMS[0] if (folder / "config.json").exists() and not _of_transformers(folder) else _STEMS[1]
+    stem = STEMS[0] if (folder / "config.json").exists() and not _of_transformers(folder) else STEMS[1]
     return InvalidRequest(
         f"checkpoint: expected the weights {folder.name}/{stem}.safetensors, got no such file: "
         "download the checkpoint again (safetensors format)"

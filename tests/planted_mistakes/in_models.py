@@ -53,8 +53,8 @@ IN_MODELS = (
     Mistake(
         "the fingerprint reads the first weight file only",
         "stg_trt/models/checkpoint.py",
-        "for path in self._weight_files():\n            with path.open",
-        "for path in self._weight_files()[:1]:\n            with path.open",
+        "for path in self._weights().files:",
+        "for path in self._weights().files[:1]:",
         (f"{_CHECKPOINT}::test_a_fingerprint_reads_every_shard",),
     ),
     Mistake(
@@ -66,14 +66,14 @@ IN_MODELS = (
     ),
     Mistake(
         "all random weights have one seed",
-        "stg_trt/models/checkpoint.py",
+        "stg_trt/models/random_weights.py",
         'int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")',
         "0",
         (f"{_CHECKPOINT}::test_random_weights_are_seeded_by_name",),
     ),
     Mistake(
         "shapes of the weights are not checked",
-        "stg_trt/models/checkpoint.py",
+        "stg_trt/models/weights.py",
         "if found[name] != tuple(tensor.shape):",
         "if name not in found:",
         (f"{_CHECKPOINT}::test_what_is_no_checkpoint_is_refused",),
