@@ -23,7 +23,7 @@ from torch import Tensor
 from stg_trt.cli.main import run_command
 from stg_trt.engines import manifest as manifests
 from stg_trt.engines.manifest import SegmentRecord
-from stg_trt.engines.store import Build, check_file
+from stg_trt.engines.store import Build
 from stg_trt.errors import BackendUnavailable, EngineRejected, InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.segment import engine_outputs
@@ -70,8 +70,7 @@ def compare_engines(request: Request) -> Iterator[Comparison]:
     _quiet_polygraphy()
     for folder in request.folders:
         build = Build(folder, manifests.load(folder))
-        for file in dict.fromkeys(file for record in build.manifest.segments for file in record.files):
-            check_file(folder / file.name, file)
+        build.check_files(whole=True)
         if build.manifest.backend == "onnxruntime":
             yield from _against_eager(build, _opened(build, request))
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import hashlib
+import os
 import shutil
 import signal
 import time
@@ -198,6 +199,14 @@ def pipeline(
 ) -> VideoPipeline:
     """Over the engines of the whole checkpoint."""
     return VideoPipeline.from_pretrained(checkpoint, engines=whole_engines(case, checkpoint))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_hashes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run instead of the user's, for programs that tests start too."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["STG_TRT_CACHE"] = str(folder)
+    return folder
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ LIBRARY = {"errors", "system", "models", "guidance", "engines"}
 MAY_IMPORT = {
     "stg_trt/errors.py": set(),
     "stg_trt/system": {"errors"},
-    "stg_trt/models": {"errors"},
+    "stg_trt/models": {"errors", "system"},
     "stg_trt/guidance": {"errors", "models"},
     "stg_trt/engines": {"errors", "models", "system"},
     "stg_trt/cli": {*LIBRARY, *PROGRAMS},

@@ -19,11 +19,17 @@ def inspect(
     commands: Annotated[
         bool, typer.Option("--commands", help="Print trtexec and polygraphy lines that build the same.")
     ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every engine file and compare its hash.")
+    ] = False,
 ) -> None:
     """Show the builds in a folder: segments, rows, FLOPs, attention kernels, keys and sizes."""
     from stg_trt.engines.store import EngineStore
 
     store = EngineStore.open(engines)
+    if verify:
+        for build in store.builds:
+            build.check_files(whole=True)
     builds = [describe(build) for build in store.builds]
     if as_json:
         print(json.dumps({"builds": builds, "unreadable": store.unreadable}, indent=1))

@@ -13,8 +13,8 @@ from stg_trt.errors import EngineRejected
 from stg_trt.models.families.base import ModelFamily
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.segment import check_layout
-from stg_trt.system.files import file_sha256
 from stg_trt.system.gpu import Machine
+from stg_trt.system.kept_hashes import kept_sha256
 from stg_trt.system.stream import Stream
 
 
@@ -72,11 +72,15 @@ class Build:
     folder: Path
     manifest: Manifest
 
-    def load_engines(self, stream: Stream) -> dict[str, Engine]:
-        """Engines by segment name, after their files were checked against the manifest's hashes."""
+    def check_files(self, *, whole: bool = False) -> None:
+        """Raises EngineRejected unless the files are those of the manifest; `whole` reads each of them."""
         # Several segments may name the same file.
         for file in dict.fromkeys(file for record in self.manifest.segments for file in record.files):
-            check_file(self.folder / file.name, file)
+            check_file(self.folder / file.name, file, whole=whole)
+
+    def load_engines(self, stream: Stream) -> dict[str, Engine]:
+        """Engines by segment name, after their files were checked against the manifest's hashes."""
+        self.check_files()
         files = {
             record.segment.name: [self.folder / file.name for file in record.files]
             for record in self.manifest.segments
@@ -141,14 +145,14 @@ def find_possible(store: EngineStore, request: EngineRequest, family: ModelFamil
         raise
 
 
-def check_file(path: Path, record: manifests.FileRecord) -> None:
-    """Raises EngineRejected unless the file is the one that the build wrote."""
+def check_file(path: Path, record: manifests.FileRecord, *, whole: bool = False) -> None:
+    """Raises EngineRejected unless the file is the one that the build wrote; reads it if `whole`, or new."""
     if not path.is_file():
         raise EngineRejected(f"{path}: no such file: build the engines again")
     size = path.stat().st_size
     if size != record.bytes:
         raise EngineRejected(f"{path}: expected {record.bytes} bytes, got {size}: build the engines again")
-    if file_sha256(path) != record.sha256:
+    if kept_sha256(path, whole=whole) != record.sha256:
         raise EngineRejected(f"{path}: its contents changed after the build: build the engines again")
 
 

@@ -18,11 +18,11 @@ from stg_trt.models.families import check_class, family_for
 from stg_trt.models.random_weights import random_weights as draw_weights
 from stg_trt.models.source import Source
 from stg_trt.models.weights import StoredWeights, check_weights
+from stg_trt.system.kept_hashes import kept_sha256
 
 if TYPE_CHECKING:
     from stg_trt.models.families.base import ModelFamily
 
-_CHUNK_BYTES = 16 << 20
 _NOTES = ("_diffusers_version", "_name_or_path")
 
 
@@ -172,7 +172,7 @@ class Checkpoint:
             check_weights(self._weights().shapes(), self._empty_transformer().state_dict())
 
     def fingerprint(self) -> str:
-        """SHA-256 of the transformer's configuration and weight files.
+        """SHA-256 of the transformer's configuration and the hashes of its weight files, which are kept.
 
         Leaves out the notes that diffusers adds when it saves a configuration: its release and the source.
         """
@@ -181,9 +181,7 @@ class Checkpoint:
         if self.source is None:
             return f"random-{digest.hexdigest()}"
         for path in self._weights().files:
-            with path.open("rb") as file:
-                while chunk := file.read(_CHUNK_BYTES):
-                    digest.update(chunk)
+            digest.update(kept_sha256(path).encode())
         return digest.hexdigest()
 
     def load_transformer(self, blocks: Iterable[int] | None = None) -> Any:

@@ -12,6 +12,13 @@ _INDUCTOR = "tests/engines/test_inductor.py"
 
 IN_ENGINES = (
     Mistake(
+        "the hash of a file that has just changed is kept",
+        "stg_trt/system/kept_hashes.py",
+        "if settled and _entry",
+        "if _entry",
+        ("tests/system/test_kept_hashes.py::test_a_hash_of_a_file_that_has_just_changed_is_not_kept",),
+    ),
+    Mistake(
         "the key leaves the rows of the profile out",
         "stg_trt/engines/key.py",
         "json.loads(json.dumps(asdict(self)))\n",

@@ -65,6 +65,27 @@ IN_MODELS = (
         (f"{_CHECKPOINT}::test_fingerprints_tell_configurations_apart",),
     ),
     Mistake(
+        "a text encoder that lacks a tensor is taken",
+        "runtime/parts.py",
+        'missing = sorted(loaded["missing_keys"])',
+        "missing: list[str] = []",
+        ("tests/runtime/test_parts.py::test_a_damaged_model_is_refused",),
+    ),
+    Mistake(
+        "scaled fp8 weights are read without their scales",
+        "stg_trt/models/quantization.py",
+        '"scaled_fp8", ".scale_weight"',
+        '"scaled_fp8"',
+        ("tests/models/test_weights.py::test_what_is_not_plain_is_refused_with_its_cause",),
+    ),
+    Mistake(
+        "later parts come from the branch, not from the first part's commit",
+        "stg_trt/models/source.py",
+        "repository.at(snapshot)",
+        "repository",
+        ("tests/models/test_source.py::test_a_moving_branch_does_not_mix_two_commits",),
+    ),
+    Mistake(
         "all random weights have one seed",
         "stg_trt/models/random_weights.py",
         'int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")',

@@ -15,16 +15,21 @@ from urllib.parse import urlsplit
 
 @dataclass
 class FakeHub:
-    """Folders by repository and revision; `downloads` are the files that were asked for."""
+    """Folders by repository and revision; `branches` have moved on to another of these.
+
+    `downloads` are the files that were asked for.
+    """
 
     folders: dict[tuple[str, str], Path]
+    branches: dict[tuple[str, str], str] = field(default_factory=dict)
     url: str = ""
     downloads: list[str] = field(default_factory=list)
 
     def commit(self, repository: str, revision: str) -> str | None:
         """Of a branch, or of a commit itself."""
         commits = {name: commit_of(repository, name) for owner, name in self.folders if owner == repository}
-        return revision if revision in commits.values() else commits.get(revision)
+        moved = self.branches.get((repository, revision), revision)
+        return revision if revision in commits.values() else commits.get(moved)
 
     def folder(self, repository: str, commit: str) -> Path:
         """The files of a commit."""
