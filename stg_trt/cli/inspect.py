@@ -27,6 +27,7 @@ def inspect(
     from stg_trt.engines.store import EngineStore
 
     store = EngineStore.open(engines)
+    store.check_has_builds()
     if verify:
         for build in store.builds:
             build.check_files(whole=True)
@@ -60,6 +61,7 @@ def describe(build: Build) -> dict[str, Any]:
             include={
                 "family", "backend", "target", "gpu", "layout", "stg_mode", "stg_blocks", "max_batch",
                 "workload", "weights", "versions", "stg_trt_version",
+                "export_version",
             },
         ),
         "guidance_states": states,

@@ -87,7 +87,7 @@ class Together(SegmentModule):
         self.parts = nn.ModuleDict(named)
 
     def run(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        results = {}
+        results: dict[str, Tensor] = {}
         for name, module in self.parts.items():
             assert isinstance(module, SegmentModule)
             given = module(*(tensors[f"{name}.{tensor}"] for tensor in module.inputs))
