@@ -29,8 +29,8 @@ def inspect(
     store = EngineStore.open(engines)
     store.check_has_builds()
     if verify:
-        for build in store.builds:
-            build.check_files(whole=True)
+        for found in store.builds:
+            found.check_files(whole=True)
     builds = [describe(build) for build in store.builds]
     if as_json:
         print(json.dumps({"builds": builds, "unreadable": store.unreadable}, indent=1))

@@ -119,6 +119,16 @@ def test_revisions_and_variants(hub: FakeHub, other: Path) -> None:
         Checkpoint.open(NAME, variant="fp16")
 
 
+def test_a_moving_branch_does_not_mix_two_commits(hub: FakeHub, folder: Path, tmp_path: Path) -> None:
+    opened = Checkpoint.open(NAME)
+    assert opened.source is not None
+    hub.folders[NAME, "next"] = Path(shutil.copytree(folder, tmp_path / "moved"))
+    hub.branches[NAME, "main"] = "next"
+    assert opened.source.weights("vae").files[0].parents[1] == opened.source.folder
+    again = Checkpoint.open(NAME).source
+    assert again is not None and again.folder.name == commit_of(NAME, "next")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
