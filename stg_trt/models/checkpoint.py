@@ -16,6 +16,7 @@ from stg_trt.models import quantization
 from stg_trt.models.config_file import read_config, read_optional_config
 from stg_trt.models.families import check_class, family_for
 from stg_trt.models.random_weights import random_weights as draw_weights
+from stg_trt.models.single_file import ConvertedWeights
 from stg_trt.models.source import Source
 from stg_trt.models.weights import StoredWeights, check_weights
 from stg_trt.system.kept_hashes import kept_sha256
@@ -70,7 +71,7 @@ class Checkpoint:
         opened = cls(source.name, None if random_weights else source, transformer, vae, scheduler, index)
         if not random_weights:
             quantization.check_config(transformer, source.folder / "transformer" / "config.json")
-            opened._weights().shapes()
+            source.check_transformer()
         return opened
 
     def shortened(self, counts: Sequence[int] | None) -> Checkpoint:
@@ -169,7 +170,8 @@ class Checkpoint:
         self.scheduler()
         self.family.check_pipeline()
         if self.source is not None:
-            check_weights(self._weights().shapes(), self._empty_transformer().state_dict())
+            expected = self._empty_transformer().state_dict()
+            check_weights(self._weights(expected).shapes(), expected)
 
     def fingerprint(self) -> str:
         """SHA-256 of the transformer's configuration and the hashes of its weight files, which are kept.
@@ -180,7 +182,7 @@ class Checkpoint:
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         if self.source is None:
             return f"random-{digest.hexdigest()}"
-        for path in self._weights().files:
+        for path in self.source.transformer_files():
             digest.update(kept_sha256(path).encode())
         return digest.hexdigest()
 
@@ -198,7 +200,7 @@ class Checkpoint:
         if self.source is None:
             weights = draw_weights(expected)
         else:
-            stored = self._weights()
+            stored = self._weights(everything)
             check_weights(stored.shapes(), everything)
             weights = stored.read(expected)
         transformer.load_state_dict(weights, strict=False, assign=True)
@@ -221,9 +223,13 @@ class Checkpoint:
                 f"it refuses ({error}): download the checkpoint again"
             ) from error
 
-    def _weights(self) -> StoredWeights:
+    def _weights(self, expected: Iterable[str]) -> StoredWeights | ConvertedWeights:
+        """The transformer's weights under diffusers' names, which are `expected`."""
         assert self.source is not None
-        return self.source.weights("transformer")
+        file, class_name = self.source.file, self.family.transformer_class
+        if file is None:
+            return self.source.weights("transformer")
+        return ConvertedWeights(file, class_name, self.transformer_config, frozenset(expected))
 
 
 def _open_published(name: str, random_weights: bool) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""Where the parts of a checkpoint lie: a folder in diffusers' layout, the hub, or a folder of its cache."""
+"""Where the parts of a checkpoint lie: a folder in diffusers' layout, the hub or its cache, a single file."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.hub import HubRepository, cached_name, cached_snapshot, is_cache
+from stg_trt.models.single_file import SUFFIXES, SingleFile
 from stg_trt.models.weights import STEMS, StoredWeights, variants
 
 _CONFIGURATIONS = (
@@ -25,13 +26,15 @@ _SMALL = ("*.json", "*.txt", "*.model")
 class Source:
     """A folder with a folder per part; `variant` is the word in the names of weight files to prefer.
 
-    The folder of a repository on the hub fills up as parts are asked for.
+    The folder of a repository on the hub fills up as parts are asked for. `file` holds the transformer if it
+    is in one file of another layout; the other parts are those of the folder.
     """
 
     name: str
     folder: Path
     variant: str | None = None
     repository: HubRepository | None = None
+    file: SingleFile | None = None
 
     @classmethod
     def open(
@@ -70,6 +73,17 @@ class Source:
                 return found
         raise StoredWeights.missing(folder)
 
+    def transformer_files(self) -> tuple[Path, ...]:
+        """The files that hold the transformer's weights."""
+        return self.weights("transformer").files if self.file is None else (self.file.path,)
+
+    def check_transformer(self) -> None:
+        """Reads the headers of these files; raises InvalidRequest if one is not whole or not plain."""
+        if self.file is None:
+            self.weights("transformer").shapes()
+        else:
+            self.file.stored_shapes()
+
     def _check_variant(self) -> None:
         if self.variant is None:
             return
@@ -94,13 +108,15 @@ def _found(
     if folder.is_dir() and is_cache(folder):
         return Source(cached_name(folder), cached_snapshot(folder, revision), variant)
     repository = HubRepository.named(str(checkpoint), revision)
-    if revision is not None and (folder.is_dir() or repository is None):
+    if revision is not None and (folder.exists() or repository is None):
         raise InvalidRequest(
             f"revision: expected none for {checkpoint}, which is no repository of the hub, got {revision!r}: "
             "leave it out"
         )
     if folder.is_dir():
         return Source(folder.name, folder, variant)
+    if folder.is_file():
+        return _of_file(folder, variant)
     if repository is None:
         raise InvalidRequest(
             f"checkpoint: expected a diffusers folder or one of {', '.join(others)}, "
@@ -108,6 +124,20 @@ def _found(
         )
     snapshot = repository.fetch(_CONFIGURATIONS)
     return Source(repository.name, snapshot, variant, repository.at(snapshot))
+
+
+def _of_file(path: Path, variant: str | None) -> Source:
+    """A transformer's file with the parts of the folder around it, else those that diffusers uses for it."""
+    if path.suffix not in SUFFIXES:
+        raise InvalidRequest(
+            f"checkpoint: expected a folder or a file ending in {' or '.join(SUFFIXES)}, got {path}: give one"
+        )
+    file = SingleFile(path)
+    if (path.parent / "transformer" / "config.json").is_file():
+        return Source(path.stem, path.parent, variant, file=file)
+    repository = HubRepository(file.configuration())
+    snapshot = repository.fetch(_CONFIGURATIONS)
+    return Source(path.stem, snapshot, variant, repository.at(snapshot), file)
 
 
 def _weight_names(variant: str | None) -> list[str]:
