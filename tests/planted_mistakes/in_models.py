@@ -53,8 +53,8 @@ IN_MODELS = (
     Mistake(
         "the fingerprint reads the first weight file only",
         "stg_trt/models/checkpoint.py",
-        "for path in self._weights().files:",
-        "for path in self._weights().files[:1]:",
+        "for path in self.source.transformer_files():",
+        "for path in self.source.transformer_files()[:1]:",
         (f"{_CHECKPOINT}::test_a_fingerprint_reads_every_shard",),
     ),
     Mistake(
@@ -81,8 +81,8 @@ IN_MODELS = (
     Mistake(
         "later parts come from the branch, not from the first part's commit",
         "stg_trt/models/source.py",
-        "repository.at(snapshot)",
-        "repository",
+        "variant, repository.at(snapshot))",
+        "variant, repository)",
         ("tests/models/test_source.py::test_a_moving_branch_does_not_mix_two_commits",),
     ),
     Mistake(
