@@ -55,6 +55,7 @@ def build(
     random_weights: bool = False,
     variant: str | None = None,
     revision: str | None = None,
+    lora: Sequence[str | Path] = (),
     blocks: Sequence[int] | None = None,
     verify_timesteps: int = 3,
     keep_onnx: bool = False,
@@ -64,14 +65,15 @@ def build(
 ) -> list[Path]:
     """Builds engines below `output` and returns the build folders, one per target.
 
-    `checkpoint`, `variant` and `revision` are those of `Checkpoint.open`. `backend` may be auto: the best
-    that this machine can run. `target` may name several, separated by commas; it and `precision` default to
-    the backend's, `text_length` to the family's. `blocks` shortens each list of blocks, with random weights;
-    `plugins` are our own kernels. An interrupted build's segments are reused.
+    `checkpoint`, `variant`, `revision` and `lora` are those of `Checkpoint.open`. `backend` may be auto: the
+    best that this machine can run. `target` may name several, separated by commas; it and `precision` default
+    to the backend's, `text_length` to the family's. `blocks` shortens each list of blocks, with random
+    weights; `plugins` are our own kernels. An interrupted build's segments are reused.
     Raises InvalidRequest for options that cannot be used and GateMissed for a segment that fails a check.
     """
-    whole = Checkpoint.open(checkpoint, random_weights=random_weights, variant=variant, revision=revision)
-    opened = whole.shortened(blocks)
+    opened = Checkpoint.open(
+        checkpoint, random_weights=random_weights, variant=variant, revision=revision, lora=lora
+    ).shortened(blocks)
     progress = progress or Silent()
     if backend == AUTO:
         backend, target = _choose(target, progress)
@@ -108,6 +110,9 @@ class _Builder:
         self.options = options
         self.progress = progress
         self.weights = options.checkpoint.fingerprint()
+        self.segment_weights = {
+            segment: options.checkpoint.segment_fingerprint(segment) for segment in options.segments
+        }
         self.compiler = compiler_for(options)
         self.backend_version = self.compiler.version
         self.gpus = {target: _compiled_on(target, options.backend.name) for target in options.targets}
@@ -136,10 +141,7 @@ class _Builder:
             self.compiler.reference_device(),
         )
         for segment in options.segments:
-            keys = {target: self._key(segment, target) for target in folders}
-            missing = {
-                target: key for target, key in keys.items() if manifest[target].record(segment.name) is None
-            }
+            missing = self._missing(segment, folders, manifest)
             if not missing:
                 record = manifest[options.targets[0]].record(segment.name)
                 assert record is not None
@@ -162,6 +164,25 @@ class _Builder:
                 shutil.rmtree(work, ignore_errors=True)
         for target, folder in folders.items():
             manifests.save(manifest[target].model_copy(update={"complete": True}), folder)
+
+    def _missing(
+        self, segment: Segment, folders: dict[str, Path], manifest: dict[str, Manifest]
+    ) -> dict[str, EngineKey]:
+        """The keys of a segment's engines that neither this build has, by target, nor one beside it."""
+        missing = {}
+        for target, folder in folders.items():
+            if manifest[target].record(segment.name) is not None:
+                continue
+            key = self._key(segment, target)
+            files = ReusableFiles(folder, manifest[target])
+            # The graphs that --keep-onnx asks for are made by building alone.
+            found = None if self.options.keep_onnx else files.take_segment(key, self.options.verify_timesteps)
+            if found is None:
+                missing[target] = key
+            else:
+                manifest[target] = _with(manifest[target], found)
+                manifests.save(manifest[target], folder)
+        return missing
 
     def _row_flops(self) -> int:
         family = self.options.checkpoint.family
@@ -204,6 +225,7 @@ class _Builder:
             transformer_config=options.checkpoint.transformer_config,
             vae_config=options.checkpoint.vae_config,
             weights=self.weights,
+            lora=options.checkpoint.applied_lora,
             workload=options.workload,
             layout=options.layout,
             stg_mode=options.stg_mode,
@@ -216,7 +238,7 @@ class _Builder:
     def _key(self, segment: Segment, target: str) -> EngineKey:
         options, family = self.options, self.options.checkpoint.family
         return EngineKey(
-            weights=self.weights,
+            weights=self.segment_weights[segment],
             export_version=export_version(family),
             segment=segment,
             inputs=tuple(family.inputs(segment, options.workload)),

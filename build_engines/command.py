@@ -17,6 +17,9 @@ TargetNames = Annotated[
 Plugins = Annotated[str, typer.Option(help="Kernels of ours inside TensorRT engines, such as qk_norm_rope.")]
 
 Variant = Annotated[str | None, typer.Option(help="The word in the names of weight files, such as fp16.")]
+LoraFiles = Annotated[
+    list[str] | None, typer.Option("--lora", help="FILE or FILE:SCALE, merged into the weights; repeat it.")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub. [default: main]")]
 OptimizationLevel = Annotated[
     int | None, typer.Option(help="TensorRT's, 0 to 5: build longer, run faster. [default: its own, 3]")
@@ -44,6 +47,7 @@ def build(
     ] = False,
     variant: Variant = None,
     revision: Revision = None,
+    lora: LoraFiles = None,
     blocks: Annotated[str | None, typer.Option(help="With random weights: how many, as 3 or 2,2.")] = None,
     verify_timesteps: Annotated[
         int, typer.Option(help="To verify: 3 is first, middle, last; 0 is none.")
@@ -59,7 +63,9 @@ def build(
     # Checks that need no torch come first: its import takes seconds.
     perturbed, kept = parse_blocks(stg_blocks), parse_blocks(blocks, "blocks", "3")
     _check(layout, stg_mode, backend, target, precision)
-    Checkpoint.open(checkpoint, random_weights=random_weights, variant=variant, revision=revision)
+    Checkpoint.open(
+        checkpoint, random_weights=random_weights, variant=variant, revision=revision, lora=lora or ()
+    )
     from .build import build as build_engines
     from .display import BuildDisplay
 
@@ -68,7 +74,7 @@ def build(
             checkpoint, output, height=height, width=width, num_frames=num_frames, text_length=text_length,
             stg_blocks=perturbed, stg_mode=stg_mode, layout=layout, precision=precision, max_batch=max_batch,
             backend=backend, target=target, random_weights=random_weights, variant=variant,
-            revision=revision, blocks=kept, verify_timesteps=verify_timesteps,
+            revision=revision, lora=lora or (), blocks=kept, verify_timesteps=verify_timesteps,
             keep_onnx=keep_onnx, plugins=[name for name in plugins.split(",") if name],
             builder_optimization_level=builder_optimization_level, progress=display,
         )  # fmt: skip

@@ -47,6 +47,7 @@ class Request:
     random_weights: bool = False
     variant: str | None = None
     revision: str | None = None
+    lora: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,10 @@ def _opened(build: Build, request: Request) -> Checkpoint:
         random_weights=request.random_weights,
         variant=request.variant,
         revision=request.revision,
+        lora=request.lora,
     )
-    if checkpoint.fingerprint() != build.manifest.weights:
+    built = build.manifest.weights, build.manifest.lora
+    if (checkpoint.fingerprint(), checkpoint.applied_lora) != built:
         raise InvalidRequest(
             f"checkpoint: expected the one that {build.folder.name} was built from, got other weights: "
             "give that one, or build again from this one"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from pathlib import Path
 
 from stg_trt.engines import manifest as manifests
-from stg_trt.engines.manifest import FileRecord, Manifest
+from stg_trt.engines.key import EngineKey
+from stg_trt.engines.manifest import FileRecord, Manifest, SegmentRecord
 from stg_trt.engines.store import check_file
 from stg_trt.errors import EngineRejected
 
@@ -39,6 +41,25 @@ class ReusableFiles:
         _log.info("%s: in no build yet", name)
         return None
 
+    def take_segment(self, key: EngineKey, verified: int) -> SegmentRecord | None:
+        """The record of the same engine, verified at so many timesteps, from a build beside this one.
+
+        Its files are then in this build's folder too. None if no build has it whole.
+        """
+        for folder in self._others():
+            try:
+                record = manifests.load(folder).record(key.segment.name)
+                if record is None or not _is_of(record, key) or len(record.verification) < verified:
+                    continue
+                for file in record.files:
+                    check_file(folder / file.name, file)
+                    _link(folder / file.name, self.folder / file.name)
+            except (EngineRejected, FileNotFoundError):
+                continue
+            # They name graphs that were kept in the other folder.
+            return record.model_copy(update={"commands": ()})
+        return None
+
     def _others(self) -> list[Path]:
         folders = {path.parent for path in self.folder.parent.glob(f"*/{manifests.FILE_NAME}")}
         return sorted(folders - {self.folder})
@@ -47,3 +68,21 @@ class ReusableFiles:
         manifest = self.manifest if folder == self.folder else manifests.load(folder)
         files = (file for record in manifest.segments for file in record.files)
         return next((file for file in files if file.name == name), None)
+
+
+def _is_of(record: SegmentRecord, key: EngineKey) -> bool:
+    """Whether a segment was made from exactly the facts of a key."""
+    return {name: fact for name, fact in record.facts.items() if name != "graph_sha256"} == key.facts()
+
+
+def _link(source: Path, path: Path) -> None:
+    """One copy on disk under both names, or a second one where the file system has no links."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -30,13 +30,16 @@ def verify(
     ] = False,
     variant: Annotated[str | None, typer.Option(help="Of the checkpoint's weight files, as fp16.")] = None,
     revision: Annotated[str | None, typer.Option(help="Of the checkpoint on the hub.")] = None,
+    lora: Annotated[list[str] | None, typer.Option(help="FILE:SCALE, as at the build.")] = None,
 ) -> None:
     """Compare every engine with its ONNX graph or the eager model, through Polygraphy."""
     from .engine_comparison import Request
 
     found: list[Comparison] = []
     for backend, folders in _comparable(engines).items():
-        found += _compare(backend, Request(tuple(folders), checkpoint, random_weights, variant, revision))
+        found += _compare(
+            backend, Request(tuple(folders), checkpoint, random_weights, variant, revision, tuple(lora or ()))
+        )
     _print(found)
     _check(found)
 

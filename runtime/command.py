@@ -61,6 +61,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the noise.", min=0, max=2**63 - 1)] = 0,
     variant: Annotated[str | None, typer.Option(help="Of the checkpoint's weight files, as fp16.")] = None,
     revision: Annotated[str | None, typer.Option(help="Of the checkpoint on the hub.")] = None,
+    lora: Annotated[list[str] | None, typer.Option(help="FILE:SCALE, as at the build; repeat it.")] = None,
     layout: Annotated[str | None, typer.Option(help="segmented or twin. [default: what fits]")] = None,
     backend: Annotated[str | None, typer.Option(help="[default: what fits]")] = None,
     offload: Annotated[bool, typer.Option("--offload", help="Text encoder and VAE leave the GPU.")] = False,
@@ -73,7 +74,7 @@ def generate(
 
     # Checks that need no models come first: importing diffusers takes seconds.
     _check_output(output)
-    opened = _open_checkpoint(checkpoint, variant, revision)
+    opened = _open_checkpoint(checkpoint, variant, revision, lora or [])
     _check_parts(opened, encodes=bool(prompt), decodes=output.suffix == ".mp4")
     options = GuidanceOptions(
         guidance_scale=_scale("guidance_scale", guidance_scale), stg_scale=_scale("stg_scale", stg_scale),
@@ -114,11 +115,17 @@ def _check_output(output: Path) -> None:
         raise InvalidRequest(f"output: expected a file's name, got the folder {output}: choose another")
 
 
-def _open_checkpoint(checkpoint: str, variant: str | None, revision: str | None) -> Checkpoint:
+def _open_checkpoint(
+    checkpoint: str, variant: str | None, revision: str | None, lora: list[str]
+) -> Checkpoint:
     from stg_trt.models.checkpoint import Checkpoint, published
 
     return Checkpoint.open(
-        checkpoint, random_weights=checkpoint in published(), variant=variant, revision=revision
+        checkpoint,
+        random_weights=checkpoint in published(),
+        variant=variant,
+        revision=revision,
+        lora=lora,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,7 +74,11 @@ class VideoPipeline:
         self._warned = False
         self._turns = Turns()
         self._request = EngineRequest(
-            weights=checkpoint.fingerprint(), layout=layout, backend=backend, machine=this_machine()
+            weights=checkpoint.fingerprint(),
+            lora=checkpoint.applied_lora,
+            layout=layout,
+            backend=backend,
+            machine=this_machine(),
         )
         self._samplers: dict[Path, Sampler] = {}
         self._devices: dict[str, Device] = {}
@@ -87,6 +91,7 @@ class VideoPipeline:
         *,
         variant: str | None = None,
         revision: str | None = None,
+        lora: Sequence[str | Path] = (),
         layout: str | None = None,
         backend: str | None = None,
         dtype: torch.dtype | None = None,
@@ -95,16 +100,17 @@ class VideoPipeline:
     ) -> VideoPipeline:
         """Opens a checkpoint and a folder of engines built from it; raises an error if they do not fit.
 
-        `checkpoint`, `variant` and `revision` are those of the build, see `Checkpoint.open`. `dtype` is that
-        of text encoder and VAE (default: bfloat16 on a GPU, else float32); `offload` keeps them off the GPU
-        while they are not needed. `vae_tiling` is diffusers' `vae.enable_tiling()`: less memory for large
-        frames, blended from overlapping tiles, so not exactly those of decoding them whole.
+        `checkpoint`, `variant`, `revision` and `lora` are those of the build, see `Checkpoint.open`. `dtype`
+        is that of text encoder and VAE (default: bfloat16 on a GPU, else float32); `offload` keeps them off
+        the GPU while they are not needed. `vae_tiling` is diffusers' `vae.enable_tiling()`: less memory for
+        large frames, blended from overlapping tiles, so not exactly those of decoding them whole.
         """
         opened = Checkpoint.open(
             checkpoint,
             random_weights=str(checkpoint) in published(),
             variant=variant,
             revision=revision,
+            lora=lora,
         )
         pipeline = cls(
             opened,

@@ -10,6 +10,7 @@ from typing import Any
 import pydantic
 
 from stg_trt.errors import EngineRejected
+from stg_trt.models.lora import AppliedLora
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import TensorSpec
@@ -87,6 +88,7 @@ class Manifest(_Record):
     transformer_config: dict[str, Any]
     vae_config: dict[str, Any] | None
     weights: str
+    lora: tuple[AppliedLora, ...] = ()
     workload: Workload
     layout: str
     stg_mode: str

@@ -15,6 +15,7 @@ from stg_trt.engines.manifest import Manifest
 from stg_trt.errors import EngineRejected, InvalidRequest
 from stg_trt.models.families import family_for
 from stg_trt.models.families.base import ModelFamily
+from stg_trt.models.lora import AppliedLora, describe
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.segment import check_layout
 from stg_trt.system.gpu import Machine
@@ -29,6 +30,7 @@ class EngineRequest:
     """A call's requirements of a build; None accepts anything. `perturbations` are those of its steps."""
 
     weights: str | None = None
+    lora: tuple[AppliedLora, ...] | None = None
     height: int | None = None
     width: int | None = None
     num_frames: int | None = None
@@ -54,6 +56,11 @@ class EngineRequest:
             return reason
         if self.weights is not None and self.weights != manifest.weights:
             return "built from other weights: build the engines again from this checkpoint"
+        if self.lora is not None and self.lora != manifest.lora:
+            return (
+                f"built with lora {describe(manifest.lora)}, the request has {describe(self.lora)}: give the "
+                "build's own as lora= (--lora), or build with these"
+            )
         for name in ("layout", "backend", "target"):
             wanted, built = getattr(self, name), getattr(manifest, name)
             if wanted is not None and wanted != built:

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from stg_trt.errors import InvalidRequest
 from stg_trt.models import quantization
 from stg_trt.models.config_file import read_config, read_optional_config
 from stg_trt.models.families import check_class, family_for
+from stg_trt.models.lora import AppliedLora, Lora, LoraWeights, parse_loras
 from stg_trt.models.random_weights import random_weights as draw_weights
 from stg_trt.models.single_file import ConvertedWeights
 from stg_trt.models.source import Source
@@ -23,6 +25,7 @@ from stg_trt.system.kept_hashes import kept_sha256
 
 if TYPE_CHECKING:
     from stg_trt.models.families.base import ModelFamily
+    from stg_trt.models.segment import Segment
 
 _NOTES = ("_diffusers_version", "_name_or_path")
 
@@ -43,6 +46,7 @@ class Checkpoint:
     vae_config: dict[str, Any] | None
     scheduler_config: dict[str, Any]
     model_index: dict[str, Any] | None = None
+    lora: tuple[Lora, ...] = ()
 
     @classmethod
     def open(
@@ -52,15 +56,18 @@ class Checkpoint:
         random_weights: bool = False,
         variant: str | None = None,
         revision: str | None = None,
+        lora: Sequence[str | Path] = (),
     ) -> Checkpoint:
         """Reads the configurations; raises InvalidRequest for anything that is not such a checkpoint.
 
         Weight files must be there and whole, so that a bad one is refused before anything is imported.
         `checkpoint` is a folder, an id of the hub such as owner/name, or a published name;
         `revision` is a branch, tag or commit on the hub. `variant` is the word in the names of weight files,
-        such as fp16; parts without it have plain ones.
+        such as fp16; parts without it have plain ones. `lora` are FILE or FILE:SCALE, merged into the
+        weights.
         """
         if not Path(checkpoint).is_dir() and str(checkpoint) in published() and revision is None:
+            _check_no_lora(lora)
             return _open_published(str(checkpoint), random_weights)
         source = Source.open(checkpoint, variant, revision, published())
         transformer = read_config(source.folder / "transformer" / "config.json")
@@ -68,11 +75,12 @@ class Checkpoint:
         vae = read_optional_config(source.folder / "vae" / "config.json")
         index = read_optional_config(source.folder / "model_index.json")
         check_class(transformer)
-        opened = cls(source.name, None if random_weights else source, transformer, vae, scheduler, index)
-        if not random_weights:
-            quantization.check_config(transformer, source.folder / "transformer" / "config.json")
-            source.check_transformer()
-        return opened
+        if random_weights:
+            _check_no_lora(lora)
+            return cls(source.name, None, transformer, vae, scheduler, index)
+        quantization.check_config(transformer, source.folder / "transformer" / "config.json")
+        source.check_transformer()
+        return cls(source.name, source, transformer, vae, scheduler, index, parse_loras(lora))
 
     def shortened(self, counts: Sequence[int] | None) -> Checkpoint:
         """The same with fewer blocks: one number per entry of the family's `block_counts`; None keeps all.
@@ -170,8 +178,11 @@ class Checkpoint:
         self.scheduler()
         self.family.check_pipeline()
         if self.source is not None:
-            expected = self._empty_transformer().state_dict()
+            transformer = self._empty_transformer()
+            expected = transformer.state_dict()
             check_weights(self._weights(expected).shapes(), expected)
+            for lora in self._lora_weights:
+                lora.check(transformer)
 
     def fingerprint(self) -> str:
         """SHA-256 of the transformer's configuration and the hashes of its weight files, which are kept.
@@ -185,6 +196,24 @@ class Checkpoint:
         for path in self.source.transformer_files():
             digest.update(kept_sha256(path).encode())
         return digest.hexdigest()
+
+    @property
+    def applied_lora(self) -> tuple[AppliedLora, ...]:
+        """The LoRAs as a build records them."""
+        return tuple(lora.applied for lora in self.lora)
+
+    def segment_fingerprint(self, segment: Segment) -> str:
+        """Of the weights of a segment: the checkpoint's fingerprint, unless a LoRA changes some of them."""
+        ends: tuple[None, ...] = (None,) if segment.front or segment.back or segment.text else ()
+        own = [lora.of_blocks(self.family, (*ends, *segment.blocks)) for lora in self._lora_weights]
+        merged = [lora.sha256() for lora in own if lora.tensors]
+        if not merged:
+            return self.fingerprint()
+        return hashlib.sha256(json.dumps([self.fingerprint(), merged]).encode()).hexdigest()
+
+    @cached_property
+    def _lora_weights(self) -> tuple[LoraWeights, ...]:
+        return tuple(lora.read(self.family) for lora in self.lora)
 
     def load_transformer(self, blocks: Iterable[int] | None = None) -> Any:
         """The diffusers transformer in float32 on the CPU; other blocks than `blocks` stay without memory."""
@@ -204,6 +233,8 @@ class Checkpoint:
             check_weights(stored.shapes(), everything)
             weights = stored.read(expected)
         transformer.load_state_dict(weights, strict=False, assign=True)
+        for lora in self._lora_weights:
+            lora.of_blocks(family, (None, *wanted)).merge(transformer)
         return transformer.eval().requires_grad_(False)
 
     def _empty_transformer(self) -> Any:
@@ -230,6 +261,14 @@ class Checkpoint:
         if file is None:
             return self.source.weights("transformer")
         return ConvertedWeights(file, class_name, self.transformer_config, frozenset(expected))
+
+
+def _check_no_lora(lora: Sequence[str | Path]) -> None:
+    if lora:
+        raise InvalidRequest(
+            f"lora: expected a checkpoint with weights to merge it into, got random ones and {lora[0]}: "
+            "leave it out"
+        )
 
 
 def _open_published(name: str, random_weights: bool) -> Checkpoint:

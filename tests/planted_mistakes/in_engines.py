@@ -12,6 +12,13 @@ _INDUCTOR = "tests/engines/test_inductor.py"
 
 IN_ENGINES = (
     Mistake(
+        "engines of another LoRA are run",
+        "stg_trt/engines/store.py",
+        "if self.lora is not None and self.lora != manifest.lora:",
+        "if self.lora is not None and not manifest.weights:",
+        ("tests/build_engines/test_lora_build.py::test_only_changed_segments_are_compiled",),
+    ),
+    Mistake(
         "the hash of a file that has just changed is kept",
         "stg_trt/system/kept_hashes.py",
         "if settled and _entry",

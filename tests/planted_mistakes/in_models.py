@@ -86,6 +86,20 @@ IN_MODELS = (
         ("tests/models/test_source.py::test_a_moving_branch_does_not_mix_two_commits",),
     ),
     Mistake(
+        "the scale of a LoRA is no part of a segment's fingerprint",
+        "stg_trt/models/lora.py",
+        "json.dumps([self.lora.scale, self.metadata]",
+        "json.dumps([self.metadata]",
+        ("tests/models/test_lora.py::test_the_scale_counts",),
+    ),
+    Mistake(
+        "a LoRA is merged at full scale",
+        "stg_trt/models/lora.py",
+        'set_adapters(["merged"], [self.lora.scale])',
+        'set_adapters(["merged"], [1.0])',
+        ("tests/models/test_lora.py::test_the_merged_weights",),
+    ),
+    Mistake(
         "all random weights have one seed",
         "stg_trt/models/random_weights.py",
         'int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")',
