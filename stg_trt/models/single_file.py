@@ -37,7 +37,12 @@ class SingleFile:
         from diffusers.loaders import single_file_utils
 
         like = _on_meta(self.stored_shapes())
-        if single_file_utils.infer_diffusers_model_type(like) == _UNKNOWN:
+        try:
+            kind = single_file_utils.infer_diffusers_model_type(like)
+        # It asks for other tensors of the models that it takes the file for.
+        except (LookupError, AttributeError, NameError):
+            kind = _UNKNOWN
+        if kind == _UNKNOWN:
             raise InvalidRequest(
                 f"checkpoint: expected a file of a model that diffusers knows, got {self.path}: put it into "
                 "the diffusers folder of its model, beside transformer/ and scheduler/"

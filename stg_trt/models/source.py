@@ -49,7 +49,9 @@ class Source:
         return source
 
     def has(self, part: str) -> bool:
-        """Whether a part's folder is there."""
+        """Whether a part's folder is there; of a repository, all but its weights is then downloaded."""
+        if self.repository is not None:
+            self.repository.fetch([f"{part}/{pattern}" for pattern in _SMALL])
         return (self.folder / part).is_dir()
 
     def part(self, name: str) -> Path:
@@ -59,8 +61,6 @@ class Source:
                 f"checkpoint: expected {name}/ in {self.folder}, got no such folder: download the whole "
                 "checkpoint, or leave out what needs it: prompts need the text encoder, frames the VAE"
             )
-        if self.repository is not None:
-            self.repository.fetch([f"{name}/{pattern}" for pattern in _SMALL])
         return self.folder / name
 
     def weights(self, part: str) -> StoredWeights:
@@ -133,8 +133,9 @@ def _of_file(path: Path, variant: str | None) -> Source:
             f"checkpoint: expected a folder or a file ending in {' or '.join(SUFFIXES)}, got {path}: give one"
         )
     file = SingleFile(path)
-    if (path.parent / "transformer" / "config.json").is_file():
-        return Source(path.stem, path.parent, variant, file=file)
+    for folder in (path.parent, path.parent.parent):
+        if (folder / "transformer" / "config.json").is_file():
+            return Source(path.stem, folder, variant, file=file)
     repository = HubRepository(file.configuration())
     snapshot = repository.fetch(_CONFIGURATIONS)
     return Source(path.stem, snapshot, variant, repository.at(snapshot), file)

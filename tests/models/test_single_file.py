@@ -88,6 +88,12 @@ def test_a_file_in_the_names_of_diffusers(case: FamilyCase, tmp_path: Path) -> N
     assert checkpoint.name == "model-bf16" and not checkpoint.has_text_encoder
 
 
+def test_the_file_inside_a_folder(ltx_checkpoint: Path) -> None:
+    path = ltx_checkpoint / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert_same(Checkpoint.open(path), weights_of(LTX))
+    assert Checkpoint.open(path).fingerprint() == Checkpoint.open(ltx_checkpoint).fingerprint()
+
+
 @pytest.mark.parametrize("case", ORIGINAL, ids=str)
 def test_a_file_in_the_names_of_the_original(case: FamilyCase, tmp_path: Path) -> None:
     path = in_folder(case, tmp_path / "model") / "original.safetensors"

@@ -12,6 +12,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint
@@ -127,6 +128,28 @@ def test_a_moving_branch_does_not_mix_two_commits(hub: FakeHub, folder: Path, tm
     assert opened.source.weights("vae").files[0].parents[1] == opened.source.folder
     again = Checkpoint.open(NAME).source
     assert again is not None and again.folder.name == commit_of(NAME, "next")
+
+
+def test_a_single_file_has_the_other_parts_of_its_repository(
+    hub: FakeHub, folder: Path, tmp_path: Path
+) -> None:
+    """Of the repository that diffusers uses for such a file; its transformer is not downloaded."""
+    hub.folders["diffusers/LTX-Video-0.9.0", "main"] = folder
+    weights = load_file(folder / WEIGHTS)
+    names = {"proj_in": "patchify_proj", "time_embed": "adaln_single", "norm_q": "q_norm", "norm_k": "k_norm"}
+    stored = {}
+    for name, tensor in weights.items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        stored[f"model.diffusion_model.{name}"] = tensor
+    save_file(stored, tmp_path / "tuned.safetensors")
+    opened = Checkpoint.open(tmp_path / "tuned.safetensors")
+    opened.check()
+    opened.check_text()
+    opened.check_vae()
+    assert opened.name == "tuned" and WEIGHTS not in hub.downloads
+    for name, tensor in opened.load_transformer().state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
 
 
 @pytest.mark.parametrize(
