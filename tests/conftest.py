@@ -23,6 +23,7 @@ from torch._inductor.config import aot_inductor
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from stg_trt import VideoPipeline, build
+from stg_trt.system import kept_hashes
 from tests.support.cli import keep_one_block
 from tests.support.family_cases import CASES, LTX, FamilyCase, Sizes
 from tests.support.shared_graphs import share_graphs
@@ -207,6 +208,20 @@ def cache_of_hashes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     os.environ["STG_TRT_CACHE"] = str(folder)
     return folder
+
+
+@pytest.fixture
+def hashed_files(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files that are read to be hashed, as they are."""
+    read: list[Path] = []
+    whole = kept_hashes.file_sha256
+
+    def counted(path: Path) -> str:
+        read.append(path)
+        return whole(path)
+
+    monkeypatch.setattr(kept_hashes, "file_sha256", counted)
+    return read
 
 
 @pytest.fixture

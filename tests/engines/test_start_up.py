@@ -11,7 +11,6 @@ import pytest
 from stg_trt import VideoPipeline
 from stg_trt.engines.store import EngineStore
 from stg_trt.runtime.device import Cpu
-from stg_trt.system import kept_hashes
 from tests.support.cli import assert_one_line_error, invoke
 
 
@@ -30,21 +29,14 @@ def aged(folder: Path) -> Path:
 
 
 def test_no_file_is_read_twice(
-    engines: Path, ltx_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engines: Path, ltx_checkpoint: Path, tmp_path: Path, hashed_files: list[Path]
 ) -> None:
     checkpoint = aged(Path(shutil.copytree(ltx_checkpoint, tmp_path / "model")))
-    read: list[Path] = []
-    whole = kept_hashes.file_sha256
-
-    def counted(path: Path) -> str:
-        read.append(path)
-        return whole(path)
-
-    monkeypatch.setattr(kept_hashes, "file_sha256", counted)
     for _ in range(2):
         pipeline = VideoPipeline.from_pretrained(checkpoint, engines=engines)
         pipeline.store.builds[0].load_engines(Cpu())
-    assert {path.suffix for path in read} == {".safetensors", ".onnx"} and len(read) == len({*read})
+    assert {path.suffix for path in hashed_files} == {".safetensors", ".onnx"}
+    assert len(hashed_files) == len({*hashed_files})
 
 
 def test_verify_reads_a_file_that_looks_the_same(engines: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -15,32 +15,10 @@ from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint
-from tests.support.family_cases import CASES, HUNYUAN_VIDEO, LTX, MOCHI, WAN, FamilyCase
+from tests.support.family_cases import CASES, HUNYUAN_VIDEO, LTX, MOCHI, FamilyCase
+from tests.support.original_names import ORIGINAL, original_name
 
 Tensors = dict[str, Tensor]
-# From diffusers' names to the original code's, in this order.
-ORIGINAL: dict[FamilyCase, Mapping[str, str]] = {
-    LTX: {"proj_in": "patchify_proj", "time_embed": "adaln_single", "norm_q": "q_norm", "norm_k": "k_norm"},
-    WAN: {
-        "condition_embedder.time_embedder.linear_1": "time_embedding.0",
-        "condition_embedder.time_embedder.linear_2": "time_embedding.2",
-        "condition_embedder.text_embedder.linear_1": "text_embedding.0",
-        "condition_embedder.text_embedder.linear_2": "text_embedding.2",
-        "condition_embedder.time_proj": "time_projection.1",
-        "attn1": "self_attn",
-        "attn2": "cross_attn",
-        ".to_out.0.": ".o.",
-        ".to_q.": ".q.",
-        ".to_k.": ".k.",
-        ".to_v.": ".v.",
-        "proj_out": "head.head",
-        "ffn.net.0.proj": "ffn.0",
-        "ffn.net.2": "ffn.2",
-        "norm2": "norm_swapped",
-        "norm3": "norm2",
-        "norm_swapped": "norm3",
-    },
-}
 
 
 def in_folder(case: FamilyCase, folder: Path) -> Path:
@@ -53,14 +31,6 @@ def in_folder(case: FamilyCase, folder: Path) -> Path:
 def weights_of(case: FamilyCase) -> Tensors:
     tensors: Tensors = load_file(case.goldens / "transformer" / "diffusion_pytorch_model.safetensors")
     return tensors
-
-
-def original_name(case: FamilyCase, name: str) -> str:
-    if case is WAN and name == "scale_shift_table":
-        return "head.modulation"
-    for ours, theirs in ORIGINAL[case].items():
-        name = name.replace(ours, theirs)
-    return name.replace("scale_shift_table", "modulation") if case is WAN else name
 
 
 def original(case: FamilyCase) -> Tensors:

@@ -20,6 +20,7 @@ from tests.conftest import BuiltOnce
 from tests.support.cli import ROOT
 from tests.support.fake_hub import FakeHub, commit_of, serving
 from tests.support.family_cases import LTX
+from tests.support.original_names import original_name
 
 NAME = "tiny/LTX-Video"
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -136,12 +137,7 @@ def test_a_single_file_has_the_other_parts_of_its_repository(
     """Of the repository that diffusers uses for such a file; its transformer is not downloaded."""
     hub.folders["diffusers/LTX-Video-0.9.0", "main"] = folder
     weights = load_file(folder / WEIGHTS)
-    names = {"proj_in": "patchify_proj", "time_embed": "adaln_single", "norm_q": "q_norm", "norm_k": "k_norm"}
-    stored = {}
-    for name, tensor in weights.items():
-        for ours, theirs in names.items():
-            name = name.replace(ours, theirs)
-        stored[f"model.diffusion_model.{name}"] = tensor
+    stored = {f"model.diffusion_model.{original_name(LTX, name)}": weights[name] for name in weights}
     save_file(stored, tmp_path / "tuned.safetensors")
     opened = Checkpoint.open(tmp_path / "tuned.safetensors")
     opened.check()
