@@ -253,15 +253,15 @@ IN_RUNTIME = (
     Mistake(
         "noise that the solver discards is not drawn",
         "runtime/noise.py",
-        "for k in range(sum(solver.draws[:steps])):\n        drawn = draw(shape, generator)\n        if k in used:\n",
-        "for k in used:\n        drawn = draw(shape, generator)\n        if k in used:\n",
+        "        drawn = draw(shape, generator)\n        if k in used:\n",
+        "        if k in used:\n            drawn = draw(shape, generator)\n",
         ("tests/runtime/test_pipeline.py::test_cfg_is_that_of_diffusers[cogvideox_5b-latent]",),
     ),
     Mistake(
         "a call's steps do not win over their number",
         "runtime/schedule.py",
-        "        if request.steps is not None:\n            return cls(len(request.steps.values), request.steps)\n",
-        "",
+        "        if request.steps is not None:\n",
+        "        if request.steps is not None and count is None:\n",
         (f"{_STEPS}::test_sigmas_are_those_of_diffusers[ltx]",),
     ),
     Mistake(
