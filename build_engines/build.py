@@ -12,7 +12,7 @@ import stg_trt
 from stg_trt.engines import manifest as manifests
 from stg_trt.engines.auto_backend import AUTO, choose_backend
 from stg_trt.engines.backends import THIS_GPU, backend_for
-from stg_trt.engines.key import EngineKey, code_version, digest
+from stg_trt.engines.key import EngineKey, digest, export_version
 from stg_trt.engines.manifest import Manifest, SegmentRecord
 from stg_trt.engines.store import check_file
 from stg_trt.errors import BackendUnavailable, EngineRejected
@@ -194,6 +194,7 @@ class _Builder:
         versions[options.backend.name] = self.backend_version
         return Manifest(
             stg_trt_version=stg_trt.__version__,
+            export_version=export_version(options.checkpoint.family),
             versions=versions,
             backend=options.backend.name,
             target=target,
@@ -215,7 +216,7 @@ class _Builder:
         options, family = self.options, self.options.checkpoint.family
         return EngineKey(
             weights=self.weights,
-            code=code_version(Path(__file__).parent),
+            export_version=export_version(family),
             segment=segment,
             inputs=tuple(family.inputs(segment, options.workload)),
             outputs=tuple(family.outputs(segment, options.workload)),

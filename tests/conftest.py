@@ -17,12 +17,14 @@ import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
+from torch._inductor import config as inductor
 from torch._inductor.config import aot_inductor
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from stg_trt import VideoPipeline, build
 from tests.support.cli import keep_one_block
 from tests.support.family_cases import CASES, LTX, FamilyCase, Sizes
+from tests.support.shared_graphs import share_graphs
 from tests.support.whole_pipelines import TEXT_LENGTH
 
 # The processes of a run take files in this order: one that takes minutes must not begin when the others end.
@@ -93,6 +95,8 @@ def pytest_configure() -> None:
         # Not every supported torch has both.
         if hasattr(aot_inductor, name):
             setattr(aot_inductor, name, value)
+    # Else torch compiles a trial for each instruction set that the processor says it has.
+    inductor.cpp.vec_isa_ok = True
 
 
 def pytest_collection_finish() -> None:
@@ -102,11 +106,10 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session")
-def built_once(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> BuiltOnce:
-    """Fills a folder in the first process that asks for that name, and keeps it for later runs.
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Path:
+    """What tests build, for all processes and for later runs, until something that it is made from changes.
 
-    Later runs use it as long as nothing that it is made from has changed. Without pytest's cache
-    (`-p no:cacheprovider`), it is kept for the processes of this run.
+    Without pytest's cache (`-p no:cacheprovider`), it is kept for the processes of this run.
     """
     if pytestconfig.pluginmanager.hasplugin("cacheprovider"):
         shared = Path(pytestconfig.cache.mkdir("built")) / _digest_of_sources()
@@ -119,10 +122,22 @@ def built_once(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Co
         root = tmp_path_factory.getbasetemp()
         # Where there are several processes, each has a folder of its own inside the run's.
         shared = root.parent if hasattr(pytestconfig, "workerinput") else root
+    return shared
+
+
+@pytest.fixture(scope="session", autouse=True)
+def graphs_are_shared(shared_folder: Path) -> None:
+    """Exporting a graph takes seconds, and many tests build the same few kinds of blocks."""
+    share_graphs(shared_folder / "graphs")
+
+
+@pytest.fixture(scope="session")
+def built_once(shared_folder: Path) -> BuiltOnce:
+    """Fills a folder in the first process that asks for that name."""
 
     def folder_of(name: str, fill: Callable[[Path], object]) -> Path:
-        folder, unfinished = shared / name, shared / f"{name}-unfinished"
-        with FileLock(shared / f"{name}.lock"):
+        folder, unfinished = shared_folder / name, shared_folder / f"{name}-unfinished"
+        with FileLock(shared_folder / f"{name}.lock"):
             if not folder.exists():
                 shutil.rmtree(unfinished, ignore_errors=True)
                 unfinished.mkdir()

@@ -24,6 +24,7 @@ def inspect(
     from stg_trt.engines.store import EngineStore
 
     store = EngineStore.open(engines)
+    store.check_has_builds()
     builds = [describe(build) for build in store.builds]
     if as_json:
         print(json.dumps({"builds": builds, "unreadable": store.unreadable}, indent=1))
@@ -54,6 +55,7 @@ def describe(build: Build) -> dict[str, Any]:
             include={
                 "family", "backend", "target", "gpu", "layout", "stg_mode", "stg_blocks", "max_batch",
                 "workload", "weights", "versions", "stg_trt_version",
+                "export_version",
             },
         ),
         "guidance_states": states,

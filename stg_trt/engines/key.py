@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-from stg_trt.models import families
+from stg_trt.models.families.base import ModelFamily
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import TensorSpec
 from stg_trt.system.gpu import GpuIdentity
 
-KEY_VERSION = 2
+# Raised when what all families share makes other engines: the export, its precisions, the compilers. Each has
+# a number of its own too; tests/build_engines/test_export_version.py compares both with the graphs.
+SHARED_EXPORT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class EngineKey:
     """All that one engine is made from; a profile is its rows (min, opt, max), `gpu` that of `this-gpu`."""
 
     weights: str
-    code: str
+    export_version: str
     segment: Segment
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -34,7 +34,6 @@ class EngineKey:
     target: str
     gpu: GpuIdentity | None
     flags: tuple[str, ...]
-    version: int = KEY_VERSION
 
     def facts(self) -> dict[str, Any]:
         """All facts, as JSON stores them."""
@@ -47,11 +46,6 @@ def digest(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-@cache
-def code_version(*folders: Path) -> str:
-    """SHA-256 over the sources that decide what is exported: the families and the build program."""
-    hashed = hashlib.sha256()
-    for folder in (Path(families.__file__).parent, *folders):
-        for path in sorted(folder.glob("*.py")):
-            hashed.update(path.name.encode() + path.read_bytes())
-    return hashed.hexdigest()[:16]
+def export_version(family: ModelFamily) -> str:
+    """Of the code that makes a family's engines; another number is another graph."""
+    return f"{SHARED_EXPORT_VERSION}.{family.export_version}"

@@ -9,7 +9,6 @@ from typing import Any
 
 import pydantic
 
-import stg_trt
 from stg_trt.errors import EngineRejected
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.segment import Segment
@@ -18,7 +17,7 @@ from stg_trt.models.workload import Workload
 from stg_trt.system.files import write_atomically
 from stg_trt.system.gpu import GpuIdentity
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 FILE_NAME = "manifest.json"
 
 
@@ -79,6 +78,7 @@ class Manifest(_Record):
 
     schema_version: int = SCHEMA_VERSION
     stg_trt_version: str
+    export_version: str
     versions: dict[str, str]
     backend: str
     target: str
@@ -142,11 +142,6 @@ def load(folder: Path) -> Manifest:
     if digest != _digest(body):
         raise EngineRejected(
             f"{path}: expected what the build wrote, got an edited file (its sha256 is another): "
-            "build the engines again"
-        )
-    if body.get("stg_trt_version") != stg_trt.__version__:
-        raise EngineRejected(
-            f"{path}: built by stg_trt {body.get('stg_trt_version')}, this is {stg_trt.__version__}: "
             "build the engines again"
         )
     try:

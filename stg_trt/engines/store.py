@@ -8,8 +8,10 @@ from pathlib import Path
 from stg_trt.engines import manifest as manifests
 from stg_trt.engines.backends import backend_for, backends, load_engines
 from stg_trt.engines.engine import Engine
+from stg_trt.engines.key import export_version
 from stg_trt.engines.manifest import Manifest
-from stg_trt.errors import EngineRejected
+from stg_trt.errors import EngineRejected, InvalidRequest
+from stg_trt.models.families import family_for
 from stg_trt.models.families.base import ModelFamily
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.segment import check_layout
@@ -44,6 +46,8 @@ class EngineRequest:
         workload = manifest.workload
         if not manifest.complete:
             return "the build is not finished: run it again with the same options to finish it"
+        if reason := _outdated(manifest):
+            return reason
         if self.weights is not None and self.weights != manifest.weights:
             return "built from other weights: build the engines again from this checkpoint"
         for name in ("layout", "backend", "target"):
@@ -86,7 +90,7 @@ class Build:
 
 @dataclass(frozen=True)
 class EngineStore:
-    """A folder with one sub-folder per build, as it was when opened."""
+    """A folder with one sub-folder per build, or one such sub-folder, as it was when opened."""
 
     root: Path
     builds: tuple[Build, ...]
@@ -101,7 +105,9 @@ class EngineStore:
                 f"engines: expected a folder made by stg-trt build, got {root}: check the path"
             )
         builds, unreadable = [], {}
-        for folder in sorted(p for p in root.iterdir() if p.is_dir()):
+        # `stg-trt build` prints the folder of a build, not the one around it.
+        one_build = (root / manifests.FILE_NAME).exists()
+        for folder in [root] if one_build else sorted(p for p in root.iterdir() if p.is_dir()):
             try:
                 builds.append(Build(folder, manifests.load(folder)))
             except EngineRejected as error:
@@ -113,18 +119,21 @@ class EngineStore:
 
         Builds for a GPU come first, then the order of the backends counts, then segmented before twin.
         """
+        self.check_has_builds()
         rejected = dict(self.unreadable)
         for build in sorted(self.builds, key=lambda build: _preference(build.manifest)):
             reason = request.rejects(build.manifest)
             if reason is None:
                 return build
             rejected[build.folder.name] = reason
-        if not rejected:
-            raise EngineRejected(
-                f"engines: expected a build in {self.root}, got an empty folder: build first"
-            )
         reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(rejected.items()))
         raise EngineRejected(f"engines: no build in {self.root} fits the request: {reasons}")
+
+    def check_has_builds(self) -> None:
+        """Raises EngineRejected if there is none, not even an unusable one."""
+        if not self.builds and not self.unreadable:
+            got = f"a folder without {manifests.FILE_NAME}" if any(self.root.iterdir()) else "an empty folder"
+            raise EngineRejected(f"engines: expected a build in {self.root}, got {got}: build first")
 
 
 def find_possible(store: EngineStore, request: EngineRequest, family: ModelFamily) -> Build:
@@ -150,6 +159,20 @@ def check_file(path: Path, record: manifests.FileRecord) -> None:
         raise EngineRejected(f"{path}: expected {record.bytes} bytes, got {size}: build the engines again")
     if file_sha256(path) != record.sha256:
         raise EngineRejected(f"{path}: its contents changed after the build: build the engines again")
+
+
+def _outdated(manifest: Manifest) -> str | None:
+    """Its family's graphs are others now; which release built it does not matter."""
+    try:
+        now = export_version(family_for(manifest.transformer_config, manifest.vae_config))
+    except InvalidRequest:
+        return f"built for {manifest.family}, which this release does not know: build the engines again"
+    if manifest.export_version == now:
+        return None
+    return (
+        f"built with export version {manifest.export_version} of {manifest.family}, this one makes {now}: "
+        "build the engines again"
+    )
 
 
 def _preference(manifest: Manifest) -> tuple[bool, int, str]:

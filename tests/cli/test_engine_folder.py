@@ -67,13 +67,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda b: rewrite(b, complete=False),
         "the build is not finished: run it again with the same options to finish it",
     ),
-    "other version": (
-        lambda b: rewrite(b, stg_trt_version="0.0.9"),
-        rf"built by stg_trt 0\.0\.9, this is .*: {AGAIN}",
+    "other graphs": (
+        lambda b: rewrite(b, export_version="1.0"),
+        rf"built with export version 1\.0 of ltx-video, this one makes \d+\.\d+: {AGAIN}",
     ),
     "other schema": (
         lambda b: rewrite(b, schema_version=1),
-        rf"expected schema version 2, got 1: {AGAIN}",
+        rf"expected schema version 3, got 1: {AGAIN}",
     ),
     "no builds": (shutil.rmtree, "expected a build in .*, got an empty folder: build first"),
 }
@@ -149,6 +149,24 @@ def test_building_again_repairs(build: Path, ltx_checkpoint: Path) -> None:
     assert after.keys() == before.keys()
     assert {name for name in after if after[name] != before[name]} <= {"text.onnx", "manifest.json"}
     assert EngineStore.open(build.parent).find(EngineRequest()).load_engines(Cpu())
+
+
+def test_the_folder_that_build_prints_is_taken(
+    tmp_path: Path, build: Path, ltx_checkpoint: Path, embeds: Path
+) -> None:
+    output = tmp_path / "x.safetensors"
+    steps = ("--num-inference-steps=4", "--embeds", embeds, "--output", output)
+    made = invoke("generate", ltx_checkpoint, "--engines", build, *steps)
+    assert made.returncode == 0 and output.exists(), made.stderr
+    shown = invoke("inspect", build)
+    assert shown.returncode == 0 and f"{build.name}: ltx-video" in shown.stdout, shown.stderr
+
+
+def test_a_folder_without_builds_is_refused(tmp_path: Path) -> None:
+    for got in ("an empty folder", r"a folder without manifest\.json"):
+        pattern = f"engines: expected a build in .*, got {got}: build first"
+        assert_one_line_error(invoke("inspect", tmp_path), pattern)
+        (tmp_path / "notes.txt").touch()
 
 
 def test_inspect_names_what_is_unusable(build: Path) -> None:

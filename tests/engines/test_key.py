@@ -2,12 +2,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
-import pytest
-
-from stg_trt.engines.key import EngineKey, code_version, digest
+from stg_trt.engines.key import EngineKey, digest
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import TensorSpec
@@ -17,7 +14,7 @@ SPEC = TensorSpec("latents", "bfloat16", ("rows", 60, 8))
 GPU = GpuIdentity("NVIDIA H100 80GB HBM3", "sm_90", 132, "580")
 KEY = EngineKey(
     weights="aa",
-    code="bb",
+    export_version="1.1",
     segment=Segment("back", 4, 6, back=True),
     inputs=(SPEC,),
     outputs=(TensorSpec("pred", "bfloat16", ("rows", 60, 8)),),
@@ -32,7 +29,7 @@ KEY = EngineKey(
 )
 OTHERS: dict[str, list[Any]] = {
     "weights": ["ab"],
-    "code": ["bc"],
+    "export_version": ["1.2", "2.1"],
     "segment": [
         dataclasses.replace(KEY.segment, name="front"),
         dataclasses.replace(KEY.segment, start=3),
@@ -67,7 +64,6 @@ OTHERS: dict[str, list[Any]] = {
         dataclasses.replace(GPU, driver="570"),
     ],
     "flags": [(), ("strongly_typed", "max_aux_streams=0")],
-    "version": [0],
 }
 
 
@@ -97,21 +93,3 @@ def test_the_key_is_the_same_for_the_same_facts() -> None:
 def test_facts_survive_json() -> None:
     assert json.loads(json.dumps(KEY.facts())) == KEY.facts()
     assert digest(json.loads(json.dumps(KEY.facts()))) == digest(KEY.facts())
-
-
-@pytest.mark.parametrize("change", ["edit", "add", "rename"])
-def test_the_code_version_covers_the_builders_sources(tmp_path: Path, change: str) -> None:
-    versions = []
-    for name in ("before", "after"):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "export.py").write_text("opset = 23\n")
-        versions.append(folder)
-    if change == "edit":
-        (folder / "export.py").write_text("opset = 24\n")
-    elif change == "add":
-        (folder / "verify.py").write_text("")
-    else:
-        (folder / "export.py").rename(folder / "exports.py")
-    before, after = map(code_version, versions)
-    assert before != after and before != code_version()

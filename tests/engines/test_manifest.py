@@ -36,6 +36,7 @@ RECORD = SegmentRecord(
 )
 MANIFEST = Manifest(
     stg_trt_version=stg_trt.__version__,
+    export_version="1.1",
     versions={"torch": "2.9"},
     backend="tensorrt-rtx",
     target="sm_120",
@@ -132,7 +133,7 @@ def test_the_digest_covers_the_hashes_of_engine_files(tmp_path: Path) -> None:
         manifests.load(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["schema_version", "stg_trt_version", "segments", "sha256"])
+@pytest.mark.parametrize("name", ["schema_version", "export_version", "segments", "sha256"])
 def test_a_missing_entry_is_refused(tmp_path: Path, name: str) -> None:
     manifests.save(MANIFEST, tmp_path)
     write(tmp_path, {key: value for key, value in written(tmp_path).items() if key != name})
@@ -142,11 +143,13 @@ def test_a_missing_entry_is_refused(tmp_path: Path, name: str) -> None:
 
 def test_another_version_is_refused(tmp_path: Path) -> None:
     manifests.save(MANIFEST.model_copy(update={"schema_version": 1}), tmp_path)
-    with pytest.raises(EngineRejected, match="expected schema version 2, got 1: build the engines again"):
+    with pytest.raises(EngineRejected, match="expected schema version 3, got 1: build the engines again"):
         manifests.load(tmp_path)
+
+
+def test_a_build_of_another_release_is_read(tmp_path: Path) -> None:
     manifests.save(MANIFEST.model_copy(update={"stg_trt_version": "0.0.9"}), tmp_path)
-    with pytest.raises(EngineRejected, match=rf"built by stg_trt 0\.0\.9, this is {stg_trt.__version__}"):
-        manifests.load(tmp_path)
+    assert manifests.load(tmp_path).stg_trt_version == "0.0.9"
 
 
 @pytest.mark.parametrize(
@@ -166,8 +169,8 @@ def test_entries_are_checked_even_when_signed(tmp_path: Path, change: dict[str, 
         (b"", "not JSON"),
         (b"{", "not JSON"),
         (b"\xff\xfe\x00", "not JSON"),
-        (b"[1]", "expected schema version 2, got list"),
-        (b"{}", "expected schema version 2, got None"),
+        (b"[1]", "expected schema version 3, got list"),
+        (b"{}", "expected schema version 3, got None"),
     ],
     ids=["missing", "empty", "cut", "binary", "list", "object"],
 )

@@ -21,12 +21,13 @@ from stg_trt.system.gpu import Gpu, Machine
 
 MANIFEST = Manifest(
     stg_trt_version=stg_trt.__version__,
+    export_version="1.1",
     versions={},
     backend="onnxruntime",
     target="cpu",
     gpu=None,
-    family="any",
-    transformer_config={},
+    family="ltx-video",
+    transformer_config={"_class_name": "LTXVideoTransformer3DModel"},
     vae_config=None,
     weights="these",
     workload=Workload(128, 160, 17, 9),
@@ -103,6 +104,41 @@ def test_every_rejection_says_what_to_rebuild(
     add("only")
     with pytest.raises(EngineRejected, match=f"no build in .* fits the request: only: {reason}$"):
         EngineStore.open(tmp_path).find(EngineRequest(**{**FITS, **request_changes}))
+
+
+def test_the_release_that_built_it_does_not_count(tmp_path: Path, add: Callable[..., Path]) -> None:
+    folder = add("build", stg_trt_version="0.0.9")
+    assert EngineStore.open(tmp_path).find(EngineRequest(**FITS)).folder == folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"export_version": "0.9"},
+            r"built with export version 0\.9 of ltx-video, this one makes 1\.\d+: build the engines again",
+        ),
+        (
+            {"transformer_config": {"_class_name": "NewTransformer"}, "family": "new"},
+            "built for new, which this release does not know: build the engines again",
+        ),
+    ],
+    ids=["graphs", "family"],
+)
+def test_engines_of_other_graphs_are_refused(
+    tmp_path: Path, add: Callable[..., Path], changes: dict[str, Any], reason: str
+) -> None:
+    add("build", **changes)
+    with pytest.raises(EngineRejected, match=f"build: {reason}$"):
+        EngineStore.open(tmp_path).find(EngineRequest())
+
+
+def test_the_folder_of_a_build_is_taken(tmp_path: Path, add: Callable[..., Path]) -> None:
+    """It is what `stg-trt build` prints; those beside it are not meant."""
+    folder, _ = add("build"), add("another")
+    store = EngineStore.open(folder)
+    assert [build.folder for build in store.builds] == [folder]
+    assert store.find(EngineRequest(**FITS)).folder == folder
 
 
 def test_an_unfinished_build_is_not_used(tmp_path: Path, add: Callable[..., Path]) -> None:

@@ -19,11 +19,11 @@ IN_ENGINES = (
         (f"{_KEY}::test_the_key_changes_with_every_fact",),
     ),
     Mistake(
-        "the code version hashes names only",
-        "stg_trt/engines/key.py",
-        "path.name.encode() + path.read_bytes()",
-        "path.name.encode()",
-        (f"{_KEY}::test_the_code_version_covers_the_builders_sources",),
+        "engines of other graphs are run",
+        "stg_trt/engines/store.py",
+        "if manifest.export_version == now:",
+        "if manifest.export_version <= now:",
+        (f"{_STORE}::test_engines_of_other_graphs_are_refused",),
     ),
     Mistake(
         "an edited manifest is read",
@@ -33,10 +33,10 @@ IN_ENGINES = (
         (f"{_MANIFEST}::test_the_digest_detects_an_edit",),
     ),
     Mistake(
-        "a manifest of another version is read",
+        "a manifest of another schema is read",
         "stg_trt/engines/manifest.py",
-        'if body.get("stg_trt_version") != stg_trt.__version__:',
-        'if "stg_trt_version" not in body:',
+        'body.get("schema_version") != SCHEMA_VERSION:',
+        '"schema_version" not in body:',
         (f"{_MANIFEST}::test_another_version_is_refused",),
     ),
     Mistake(

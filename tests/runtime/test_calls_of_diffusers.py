@@ -217,7 +217,12 @@ def test_other_names_of_the_same(pipeline: VideoPipeline, given: dict[str, Any])
         {"stg_applied_layers_idx": [1], "do_rescaling": True},
         {"stg_blocks": 1, "guidance_rescale": 0.7},
         {"stg_blocks": np.array([1]), "rescale": np.float32(0.7), "stg_scale": np.float64(1.5)},
-        {"stg_blocks": (np.int64(1),), "rescale": 0.7, "max_sequence_length": 16, "return_dict": True},
+        {
+            "stg_blocks": (np.int64(1),),
+            "rescale": 0.7,
+            "max_sequence_length": TEXT_LENGTH,
+            "return_dict": True,
+        },
     ):
         assert distance(pipeline(**given, **options | same).frames, expected) <= 1e-6
     off = pipeline(**given, **options, stg_blocks=[1], rescale=0.0).frames
@@ -240,7 +245,7 @@ def test_a_tuple_of_generators(pipeline: VideoPipeline, given: dict[str, Any]) -
             "stg_applied_layers_idx: expected stg_blocks under",
         ),
         ({"stg_blocks": [99]}, "stg_blocks: expected block numbers from 0 to 2, got"),
-        ({"max_sequence_length": 256}, "max_sequence_length: expected 16, .*got 256: leave it out, or build"),
+        ({"max_sequence_length": 256}, "max_sequence_length: expected 9, .*got 256: leave it out, or build"),
         ({"return_dict": False}, "return_dict: expected True, got False: read .frames"),
         ({"image": "a.png"}, "image: expected None, got 'a.png': image-to-video"),
         (

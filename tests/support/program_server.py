@@ -13,9 +13,11 @@ import socket
 import sys
 import tempfile
 import traceback
+from pathlib import Path
 
 from stg_trt.cli.main import main as stg_trt
 from tests.support.endless_graph import stg_trt_with_an_endless_gate
+from tests.support.shared_graphs import FOLDER, share_graphs
 
 PROGRAMS = {"stg-trt": stg_trt, "endless gate": stg_trt_with_an_endless_gate}
 
@@ -44,6 +46,7 @@ def run_to_the_end(program: str, *arguments: str) -> None:
 def prepare(checkpoint: str, *options: str) -> None:
     """After it every fork has the graphs of this build's pieces."""
     importlib.import_module("stg_trt.runtime.pipeline")
+    share_graphs(Path(os.environ[FOLDER]))
     with tempfile.TemporaryDirectory() as folder:
         run("stg-trt", "build", checkpoint, "--output", folder, *options)
 

@@ -72,6 +72,8 @@ class ModelFamily(ABC):
 
     name: ClassVar[str]
     transformer_class: ClassVar[str]
+    # Raised when the graphs of the family's segments change: engines of another number are built again.
+    export_version: ClassVar[int]
     pipeline_class: str
     defaults: Defaults
     has_text_segment: ClassVar[bool]

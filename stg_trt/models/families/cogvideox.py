@@ -119,6 +119,7 @@ class CogVideoX(JointAttentionDiT):
 
     name = "cogvideox"
     transformer_class = "CogVideoXTransformer3DModel"
+    export_version = 1
     pipeline_class = "CogVideoXPipeline"
     has_text_mask = False
     blocks_name = "transformer_blocks"

@@ -81,6 +81,7 @@ class LTXVideo(CrossAttentionDiT):
 
     name = "ltx-video"
     transformer_class = "LTXVideoTransformer3DModel"
+    export_version = 1
     pipeline_class = "LTXPipeline"
     decode_options = frozenset({"decode_timestep", "decode_noise_scale"})
     blocks_name = "transformer_blocks"

@@ -169,6 +169,7 @@ class Mochi(JointAttentionDiT):
 
     name = "mochi"
     transformer_class = "MochiTransformer3DModel"
+    export_version = 1
     pipeline_class = "MochiPipeline"
     blocks_name = "transformer_blocks"
     block_constants = ("key_bias", "positions")

@@ -75,6 +75,7 @@ class Wan(CrossAttentionDiT):
 
     name = "wan2.1"
     transformer_class = "WanTransformer3DModel"
+    export_version = 1
     pipeline_class = "WanPipeline"
     has_text_mask = False
     float32_components = frozenset({"vae"})

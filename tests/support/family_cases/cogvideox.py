@@ -71,7 +71,7 @@ def save_pipeline(folder: Path, scheduler: Any, **options: Any) -> None:
         sample_height=10,
         sample_width=12,
         sample_frames=17,
-        max_text_seq_length=16,
+        max_text_seq_length=9,
         **options,
     )
     CogVideoXPipeline(

@@ -32,13 +32,15 @@ from tests.support.family_cases.case import GOLDENS, SMALL_TILES, TIMESTEP, Fami
 from tests.support.family_cases.tiny_text import TEXT_WIDTH, WORDS
 
 POOLED_WIDTH = 12
+# This family's pipeline tokenises a prompt as it is written.
+PIECES = (*WORDS, "&amp;amp;")
 
 
 def make_tokenizer() -> LlamaTokenizerFast:
     """Whole words, and a template of as many tokens as the pipeline cuts off before them."""
-    merges = [(word[:end], word[end]) for word in WORDS for end in range(1, len(word))]
-    merges += [("\u2581", word) for word in WORDS]
-    pieces = ["<unk>", "<s>", "</s>", "<pad>", "\u2581", *"".join(WORDS), *map("".join, merges)]
+    merges = [(word[:end], word[end]) for word in PIECES for end in range(1, len(word))]
+    merges += [("\u2581", word) for word in PIECES]
+    pieces = ["<unk>", "<s>", "</s>", "<pad>", "\u2581", *"".join(PIECES), *map("".join, merges)]
     tokenizer = LlamaTokenizerFast(
         vocab={piece: i for i, piece in enumerate(dict.fromkeys(pieces))},
         merges=list(dict.fromkeys(merges)),
@@ -100,13 +102,13 @@ def save_pipeline(folder: Path) -> None:
         in_channels=4,
         out_channels=4,
         num_attention_heads=2,
-        attention_head_dim=12,
+        attention_head_dim=16,
         num_layers=2,
         num_single_layers=1,
         num_refiner_layers=1,
         text_embed_dim=TEXT_WIDTH,
         pooled_projection_dim=POOLED_WIDTH,
-        rope_axes_dim=(4, 4, 4),
+        rope_axes_dim=(4, 6, 6),
     )
     tokenizer, tokenizer_2 = make_tokenizer(), make_clip_tokenizer()
     HunyuanVideoPipeline(

@@ -36,8 +36,8 @@ def save_pipeline(folder: Path) -> None:
         in_channels=8,
         out_channels=8,
         num_attention_heads=2,
-        attention_head_dim=12,
-        cross_attention_dim=24,
+        attention_head_dim=16,
+        cross_attention_dim=32,
         num_layers=3,
         caption_channels=TEXT_WIDTH,
     )

@@ -33,7 +33,7 @@ def save_pipeline(folder: Path) -> None:
     )
     transformer = MochiTransformer3DModel(
         num_attention_heads=2,
-        attention_head_dim=12,
+        attention_head_dim=16,
         num_layers=3,
         pooled_projection_dim=16,
         text_embed_dim=TEXT_WIDTH,
