@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -30,6 +31,7 @@ from .reproduction import KEPT_GRAPHS
 from .reusable_files import ReusableFiles
 from .segment_build import SegmentBuild
 
+_log = logging.getLogger(__name__)
 _RECORDED_VERSIONS = ("torch", "diffusers", "onnx", "onnxscript", "onnxruntime")
 # Above this, one row is verified: a second one of a full-size model would take minutes on a CPU.
 _TWO_ROW_FLOPS = 2e11
@@ -143,6 +145,7 @@ class _Builder:
             if not missing:
                 record = manifest[options.targets[0]].record(segment.name)
                 assert record is not None
+                _log.info("%s: already built", segment.name)
                 self.progress.finish(segment, record, reused=True)
                 continue
             work = folders[next(iter(missing))] / "work"

@@ -8,6 +8,7 @@ header describes the chain.
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ from .options import BuildOptions
 from .piece_key import PieceKey
 from .reusable_files import ReusableFiles
 from .trace import Trace, trace
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,10 @@ class InductorCompiler(Compiler):
 
     def _traced(self, job: Job, piece: Segment, module: SegmentModule) -> Trace:
         key = self.piece_key(piece, module, job.rows[2])
-        if key not in self._traces:
+        if key in self._traces:
+            _log.info("%s: %s has the program of an earlier piece", job.segment.name, piece.name)
+        else:
+            _log.info("%s: tracing %s", job.segment.name, piece.name)
             self._traces[key] = trace(job.segment.name, module, key.inputs, key.outputs, key.max_rows)
         return self._traces[key]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from .joined_graph import JoinedGraph, files_of
 from .piece_key import PieceKey
 from .plugin_nodes import qk_norm_rope
 
+_log = logging.getLogger(__name__)
 # A graph takes any number of rows; one bound for all segments lets them share their pieces' graphs.
 _TRACED_MAX_ROWS = 1024
 
@@ -57,8 +59,11 @@ class OnnxCompiler(Compiler):
 
     def _graph(self, job: Job, piece: Segment, module: SegmentModule) -> PieceGraph:
         key = self.piece_key(piece, module, max(job.rows[2], _TRACED_MAX_ROWS))
-        if key not in self._graphs:
-            name = job.segment.name
+        name = job.segment.name
+        if key in self._graphs:
+            _log.info("%s: %s has the graph of an earlier piece", name, piece.name)
+        else:
+            _log.info("%s: exporting %s", name, piece.name)
             self._graphs[key] = export(name, module, key.inputs, opset=self.opset, max_rows=key.max_rows)
         return self._graphs[key]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from stg_trt.engines import manifest as manifests
 from stg_trt.engines.manifest import FileRecord, Manifest
 from stg_trt.engines.store import check_file
 from stg_trt.errors import EngineRejected
+
+_log = logging.getLogger(__name__)
 
 
 class ReusableFiles:
@@ -29,9 +32,11 @@ class ReusableFiles:
                 if folder != self.folder:
                     path = Path(shutil.copyfile(path, work / name))
                 check_file(path, record)
-                return path
             except (EngineRejected, FileNotFoundError):
                 continue
+            _log.info("%s: found in %s", name, folder.name)
+            return path
+        _log.info("%s: in no build yet", name)
         return None
 
     def _others(self) -> list[Path]:

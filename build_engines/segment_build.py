@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -25,6 +26,8 @@ from .progress import Progress
 from .reference import Reference, State
 from .reusable_files import ReusableFiles
 from .verify import verify
+
+_log = logging.getLogger(__name__)
 
 
 class SegmentBuild:
@@ -155,6 +158,7 @@ class SegmentBuild:
         start = time.perf_counter()
         yield
         seconds[stage] = round(time.perf_counter() - start, 3)
+        _log.info("%s: %s took %.1f s", self.segment.name, stage, seconds[stage])
 
 
 def _publish(path: Path, folder: Path) -> FileRecord:

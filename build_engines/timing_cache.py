@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
 
 from stg_trt.system.files import write_atomically
+
+_log = logging.getLogger(__name__)
 
 
 def load_timings(config: Any, path: Path) -> None:
@@ -16,8 +19,10 @@ def load_timings(config: Any, path: Path) -> None:
     except OSError as error:
         _warn(path, "read", error)
         kept = b""
+    _log.info("%s: %d bytes of timings", path, len(kept))
     cache = config.create_timing_cache(kept)
     if cache is None or not config.set_timing_cache(cache, False):
+        _log.info("%s: of another GPU or library, all kernels are timed again", path)
         config.set_timing_cache(config.create_timing_cache(b""), False)
 
 
@@ -30,6 +35,7 @@ def save_timings(config: Any, path: Path) -> None:
 
 
 def _warn(path: Path, verb: str, error: OSError) -> None:
+    _log.info("%s: cannot be %s: %s", path, verb, error.strerror)
     warnings.warn(
         f"{path}: timings of kernels cannot be {verb} ({error.strerror}), the next build takes them again",
         stacklevel=3,

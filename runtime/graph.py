@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from .device import Device, Graph
 from .state import Snapshot, StepState
 from .step import Step
 
+_log = logging.getLogger(__name__)
 _WARMUPS = 2
 _MAX_RELATIVE = 1e-3
 
@@ -92,10 +94,12 @@ def _captured(step: Step, state: StepState, device: Device) -> Graph | None:
             "these steps run without one"
         )
         return None
+    _log.info("captured %s: %s nodes", "+".join(step.key.passes), graph.nodes)
     return graph
 
 
 def _warn(message: str) -> None:
+    _log.info("not captured: %s", message)
     warnings.warn(f"CUDA graph: {message}", stacklevel=4)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -26,6 +27,7 @@ from .state import RunSize, StepBuffers, StepState, find_ping_pong
 from .step import Step
 from .step_key import StepKey, first_steps
 
+_log = logging.getLogger(__name__)
 _MIN_STEPS = 64
 
 
@@ -137,6 +139,7 @@ class Sampler:
     def step(self, key: StepKey, state: StepState) -> Step | StepGraph:
         """The step of a guidance state; bound when first asked for, and captured if the device can."""
         if key not in self._bound:
+            _log.info("binding %s", "+".join(key.passes))
             plan = plan_step(self.segments, key.passes, key.perturbation)
             bound = BoundPlan(plan, self._engines, state.buffers, self.family.borders, self._device)
             step = Step(key, bound, state, self._device)
@@ -156,6 +159,7 @@ class Sampler:
     def _state_for(self, size: RunSize, latents_shape: torch.Size) -> StepState:
         """The static memory, reallocated only when it must grow; the old memory is freed first."""
         if self._state is None or not self._state.fits(size):
+            _log.info("new static memory for %d videos and %d steps", size.videos, size.steps)
             self._bound.clear()
             self._state = self._text = None
             specs = list(self.family.tensors(self.workload).values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import warnings
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from stg_trt.errors import BackendUnavailable
 from stg_trt.system.files import LIBRARIES
 
+_log = logging.getLogger(__name__)
 ABI = 5
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _LIBRARY = LIBRARIES / "libstg_kernels.so"
@@ -52,11 +54,13 @@ class Kernels:
 def load_kernels() -> Kernels | None:
     """The kernels; None, with one warning, if they were not built. BackendUnavailable for a wrong version."""
     if not _LIBRARY.exists():
+        _log.info("no kernels: %s is not built", _LIBRARY)
         warnings.warn(
             f"kernels: {_LIBRARY} is not built, steps run as torch operations: run make kernels",
             stacklevel=2,
         )
         return None
+    _log.info("kernels of %s", _LIBRARY)
     return Kernels(_LIBRARY)
 
 

@@ -33,16 +33,14 @@ def run_command(command: Callable[..., None]) -> None:
     """Runs one command as a program of its own."""
 
     def application() -> typer.Typer:
-        app = _new_app()
-        app.command()(command)
-        return app
+        return _new_app(command)
 
     _run(application)
 
 
 def run_group(group: typer.Typer) -> None:
     """Runs a group of commands as a program of its own."""
-    _run(lambda: group)
+    _run(lambda: _verbose_group(group))
 
 
 def _application() -> typer.Typer:
@@ -54,20 +52,32 @@ def _application() -> typer.Typer:
     from stg_trt.cli.inspect import inspect
     from stg_trt.runtime.command import generate
 
-    app = _new_app(help="Video diffusion with Spatiotemporal Skip Guidance on compiled engines.")
-    app.command()(build)
-    app.command()(generate)
-    app.command()(inspect)
-    app.command()(verify)
-    app.add_typer(bench, name="bench")
-    app.command()(doctor)
+    app = _new_app(
+        build, generate, inspect, verify, doctor,
+        help="Video diffusion with Spatiotemporal Skip Guidance on compiled engines.",
+    )  # fmt: skip
+    app.add_typer(_verbose_group(bench), name="bench")
     return app
 
 
-def _new_app(**options: Any) -> typer.Typer:
+def _new_app(*commands: Callable[..., None], **options: Any) -> typer.Typer:
     import typer
 
-    return typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, **options)
+    from stg_trt.cli.verbose import with_verbose
+
+    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, **options)
+    for command in commands:
+        app.command()(with_verbose(command))
+    return app
+
+
+def _verbose_group(group: typer.Typer) -> typer.Typer:
+    from stg_trt.cli.verbose import with_verbose
+
+    for command in group.registered_commands:
+        assert command.callback is not None
+        command.callback = with_verbose(command.callback)
+    return group
 
 
 def _run(application: Callable[[], typer.Typer]) -> None:

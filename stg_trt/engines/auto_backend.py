@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from stg_trt.errors import BackendUnavailable
 from stg_trt.system.gpu import Gpu
 
 AUTO = "auto"
+_log = logging.getLogger(__name__)
 # TensorRT 11 starts at Turing.
 _OLDEST_SM = 75
 # Hopper and the A100 are not RTX cards, though engines for the latter can be compiled anywhere.
@@ -30,6 +32,12 @@ class Choice:
 
 def choose_backend(gpu: Gpu | None) -> Choice:
     """TensorRT if it is installed and supports the GPU, else inductor, else ONNX Runtime on the CPU."""
+    choice = _best(gpu)
+    _log.info("%s", choice)
+    return choice
+
+
+def _best(gpu: Gpu | None) -> Choice:
     if gpu is None:
         return Choice("onnxruntime", "cpu", ("there is no NVIDIA GPU",))
     reasons: list[str] = []

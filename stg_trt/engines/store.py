@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from stg_trt.models.segment import check_layout
 from stg_trt.system.files import file_sha256
 from stg_trt.system.gpu import Machine
 from stg_trt.system.stream import Stream
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class Build:
 
     def load_engines(self, stream: Stream) -> dict[str, Engine]:
         """Engines by segment name, after their files were checked against the manifest's hashes."""
+        start = time.perf_counter()
         # Several segments may name the same file.
         for file in dict.fromkeys(file for record in self.manifest.segments for file in record.files):
             check_file(self.folder / file.name, file)
@@ -85,7 +90,10 @@ class Build:
             record.segment.name: [self.folder / file.name for file in record.files]
             for record in self.manifest.segments
         }
-        return load_engines(self.manifest.backend, files, stream)
+        engines = load_engines(self.manifest.backend, files, stream)
+        gb, seconds = self.manifest.engine_bytes / 1e9, time.perf_counter() - start
+        _log.info("%s: %d engines of %.2f GB loaded in %.1f s", self.folder.name, len(engines), gb, seconds)
+        return engines
 
 
 @dataclass(frozen=True)
@@ -124,7 +132,9 @@ class EngineStore:
         for build in sorted(self.builds, key=lambda build: _preference(build.manifest)):
             reason = request.rejects(build.manifest)
             if reason is None:
+                _log.info("%s fits", build.folder.name)
                 return build
+            _log.info("%s does not fit: %s", build.folder.name, reason)
             rejected[build.folder.name] = reason
         reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(rejected.items()))
         raise EngineRejected(f"engines: no build in {self.root} fits the request: {reasons}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -94,3 +96,47 @@ def test_out_of_memory(allocate: Callable[[], object], pattern: str) -> None:
 def test_mistakes_before_a_command() -> None:
     assert_one_line_error(invoke("biuld"), "No such command 'biuld'.*: see stg-trt --help")
     assert_one_line_error(invoke("build"), "Missing argument .*: see stg-trt build --help")
+
+
+@pytest.fixture
+def log() -> Iterator[None]:
+    """That of the library is as it was after the test."""
+    library = logging.getLogger("stg_trt")
+    handlers, level = library.handlers, library.level
+    yield
+    library.handlers = handlers
+    library.setLevel(level)
+
+
+def test_verbose_shows_the_librarys_log(
+    tmp_path: Path, ltx_checkpoint: Path, ltx_engines: Path, embeds: Path, log: None
+) -> None:
+    steps = ("--num-inference-steps=4", "--embeds", embeds, "--output", tmp_path / "x.safetensors")
+    command = (
+        "generate",
+        ltx_checkpoint,
+        "--engines",
+        ltx_engines,
+        "--layout=twin",
+        "--stg-mode=stg-r",
+        "--stg-blocks=3",
+        *steps,
+    )
+    assert not invoke(*command).stderr
+    shown = invoke(*command, "--verbose")
+    assert shown.returncode == 0, shown.stderr
+    lines = re.sub(r"^\d\d:\d\d:\d\d stg_trt\.", "", shown.stderr, flags=re.MULTILINE).splitlines()
+    patterns = (
+        r"engines\.store: segmented-\S+ does not fit: layout is segmented, .*",
+        r"engines\.store: twin-stg-r-\S+ fits",
+        r"engines\.store: twin-\S+: 3 engines of 0\.\d\d GB loaded in .* s",
+        r"runtime\.sampler: binding uncond\+cond\+skip",
+    )
+    for pattern in patterns:
+        assert any(re.fullmatch(pattern, line) for line in lines), (pattern, lines)
+
+
+def test_every_command_has_it() -> None:
+    commands = (["build"], ["generate"], ["inspect"], ["verify"], ["doctor"], ["bench", "peers"])
+    for command in commands:
+        assert "--verbose" in invoke(*command, "--help").stdout, command
