@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,8 @@ from stg_trt.models.workload import Workload
 
 from .noise import Generators
 from .prompts import Prompts
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ def schedule_steps(request: Request, store: EngineStore, family: ModelFamily, sc
         )
     steps = _Steps.of(request, family.defaults)
     steps.set_on(scheduler, family, workload)
+    _log.info("%s: %s", type(scheduler).__name__, steps)
     solver = SolverTable.from_scheduler(scheduler, per_token=family.steps_per_token(scheduler))
     taken = len(solver.timesteps) - steps.drop_last
     options = request.guidance.resolve(

@@ -144,7 +144,7 @@ def unguided(**given: Any) -> dict[str, Any]:
 
 
 def test_a_distilled_checkpoint_runs_as_published(
-    checkpoint: Path, pipeline: VideoPipeline, tmp_path: Path
+    checkpoint: Path, pipeline: VideoPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its own steps with neither CFG nor STG, and the preset does the same on any checkpoint."""
     link = tmp_path / "LTX-Video-0.9.7-distilled"
@@ -152,7 +152,9 @@ def test_a_distilled_checkpoint_runs_as_published(
     distilled = VideoPipeline(Checkpoint.open(link), pipeline.store)
     steps = {"timesteps": PUBLISHED, "guidance_scale": 1.0}
     expected = of_diffusers(checkpoint, SCHEDULER, **unguided(**steps))
-    got = distilled(**unguided()).frames
+    with caplog.at_level("INFO", "stg_trt"):
+        got = distilled(**unguided()).frames
+    assert f"FlowMatchEulerDiscreteScheduler: timesteps {[*map(float, PUBLISHED)]}" in caplog.messages
     assert (got - expected).abs().max() <= 1e-4 and distilled.num_timesteps == 7
     pipeline.scheduler = SCHEDULER
     assert torch.equal(pipeline(**unguided(preset="ltx-video-0.9.8-distilled")).frames, got)
