@@ -7,6 +7,8 @@ import re
 import shutil
 import warnings
 import zipfile
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stg_trt.engines.cuda_toolkit import cuda_build
 from stg_trt.errors import GateMissed
+
+from .gelu_epilogue import fold_gelu
 
 OPTIONS = {
     # The package is shared: no weight, not even a uniform or a very short one, may become part of its code.
@@ -29,15 +33,20 @@ OPTIONS = {
 }
 # Calls in the code that a package was compiled from: one per fused attention.
 _FUSED_ATTENTION = re.compile(
-    r"aoti_torch_(?:cpu__scaled_dot_product_flash_attention_for_cpu"
-    r"|cuda__scaled_dot_product_(?:cudnn|flash|efficient)_attention)\("
+    r"aoti_torch_(?:cpu__scaled_dot_product_(flash)_attention_for_cpu"
+    r"|cuda__scaled_dot_product_(cudnn|flash|efficient)_attention)\("
 )
 # Part of torch's message, a thousand characters and more.
 _COMMAND = re.compile(r"Command: .*? Output: ")
 
 
-def compile_package(program: ExportedProgram, path: Path, device: torch.device) -> Path:
-    """Writes the package for a device; raises GateMissed if inductor cannot compile the program."""
+def compile_package(
+    program: ExportedProgram, path: Path, device: torch.device, attention: Sequence[SDPBackend]
+) -> Path:
+    """Writes the package for a device; raises GateMissed if inductor cannot compile the program.
+
+    Attention becomes the first of the kernels that takes it; `attention_kernels` has them in order.
+    """
     from torch._inductor import aoti_compile_and_package
     from torch._inductor.cpu_vec_isa import pick_vec_isa
     from torch._inductor.utils import fresh_cache
@@ -45,6 +54,7 @@ def compile_package(program: ExportedProgram, path: Path, device: torch.device) 
 
     if device.type == "cuda":
         program = move_to_device_pass(copy.deepcopy(program), str(device))
+        fold_gelu(program)
     # torch finds out about this CPU in ten seconds of trials, and keeps the answer in its usual cache.
     pick_vec_isa()
     failure: RuntimeError | None = None
@@ -53,8 +63,7 @@ def compile_package(program: ExportedProgram, path: Path, device: torch.device) 
     with warnings.catch_warnings(), fresh_cache(dir=str(path.parent)), toolkit:
         warnings.simplefilter("ignore")
         try:
-            # Attention becomes the first of these that can do it; plain arithmetic is not counted as fused.
-            with torch.no_grad(), sdpa_kernel(_attention_kernels(device), set_priority=True):
+            with torch.no_grad(), sdpa_kernel(list(attention), set_priority=True):
                 aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(OPTIONS))
         except RuntimeError as error:
             # Kept until the cache is gone, which would otherwise stay and be reported.
@@ -64,11 +73,14 @@ def compile_package(program: ExportedProgram, path: Path, device: torch.device) 
     return path
 
 
-def fused_attentions(package: Path) -> int:
-    """Calls of fused attention kernels in a package's own source."""
+def fused_attentions(package: Path) -> Counter[str]:
+    """Calls of fused attention kernels in a package's own source, by the kernel: flash, cudnn, efficient."""
     with zipfile.ZipFile(package) as archive:
-        sources = [name for name in archive.namelist() if name.endswith(".wrapper.cpp")]
-        return sum(len(_FUSED_ATTENTION.findall(archive.read(name).decode())) for name in sources)
+        sources = [
+            archive.read(name).decode() for name in archive.namelist() if name.endswith(".wrapper.cpp")
+        ]
+    calls = [call for source in sources for call in _FUSED_ATTENTION.findall(source)]
+    return Counter(on_cpu or on_cuda for on_cpu, on_cuda in calls)
 
 
 def _reason(failure: RuntimeError) -> str:
@@ -76,10 +88,13 @@ def _reason(failure: RuntimeError) -> str:
     return _COMMAND.sub("", " ".join(str(failure).split()))[:300]
 
 
-def _attention_kernels(device: torch.device) -> list[SDPBackend]:
-    """Best first; only cuDNN and the memory-efficient kernel take masks."""
+def attention_kernels(device: torch.device) -> tuple[SDPBackend, ...]:
+    """Best first; only cuDNN and the memory-efficient kernel take masks.
+
+    The last is plain arithmetic, which does not count as fused.
+    """
     flash_first = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
         # torch's flash attention has no kernels of its own for Hopper and later; cuDNN's has.
         flash_first[:2] = reversed(flash_first[:2])
-    return [*flash_first, SDPBackend.MATH]
+    return *flash_first, SDPBackend.MATH

@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -17,21 +19,28 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.nn.attention import SDPBackend
 
 from stg_trt.engines.inductor_chain import Chain, Piece, check_compiler, machine_facts
 from stg_trt.models.families.base import SegmentModule
 from stg_trt.models.segment import Segment
 from stg_trt.system.stream import Stream, open_stream
 
-from .aoti_package import OPTIONS, compile_package, fused_attentions
+from .aoti_package import OPTIONS, attention_kernels, compile_package, fused_attentions
 from .compiler import CPU, Compiled, Compiler, Exported, Job, Tolerance, tolerance_of
-from .inductor_runs import InductorRuns
+from .inductor_runs import InductorRuns, KernelRefused
 from .options import BuildOptions
 from .piece_key import PieceKey
 from .reusable_files import ReusableFiles
 from .trace import Trace, trace
 
 _log = logging.getLogger(__name__)
+# Raised when the same program becomes another package.
+_PACKAGES = 2
+# 16 bytes of bfloat16, which the memory-efficient kernel and cuDNN's want of each row of a mask.
+_MASKED_KEYS_MULTIPLE = 8
+# One that is fused, and plain arithmetic.
+_LEAST_KERNELS = 2
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,8 @@ class InductorCompiler(Compiler):
     def __init__(self, options: BuildOptions) -> None:
         super().__init__(options)
         self._streams: dict[str, Stream] = {}
+        # By target, without those that refused to run.
+        self._attention: dict[str, tuple[SDPBackend, ...]] = {}
         # Of all segments. Each holds one piece's weights, so that it can still be compiled.
         self._traces: dict[PieceKey, Trace] = {}
 
@@ -90,6 +101,7 @@ class InductorCompiler(Compiler):
         programs: dict[str, ExportedProgram] = {}
         weights: dict[str, Tensor] = {}
         for place, (piece, module) in enumerate(modules):
+            module.masked_keys_multiple = _MASKED_KEYS_MULTIPLE
             traced = self._traced(job, piece, module)
             pieces.append(ExportedPiece(piece.name, traced.fingerprint, module.inputs, module.outputs))
             programs[traced.fingerprint] = traced.program
@@ -103,8 +115,27 @@ class InductorCompiler(Compiler):
         )
 
     def compile(self, job: Job, exported: Exported, target: str, finished: ReusableFiles) -> Compiled:
-        """The packages that no build has yet, and the weights with the chain in their header."""
+        """The packages that no build has yet, and the weights with the chain in their header.
+
+        Where an attention kernel refuses to run, the next best one takes its place in all that follows.
+        """
         assert isinstance(exported, ExportedChain)
+        while True:
+            try:
+                return self._compiled(job, exported, target, finished)
+            except KernelRefused as error:
+                refused, *others = self._attention_kernels(target)
+                if len(others) < _LEAST_KERNELS:
+                    raise
+                self._attention[target] = tuple(others)
+                _log.info("%s: no %s attention: %s", job.segment.name, refused.name, error)
+                warnings.warn(
+                    f"inductor: {error}; compiling it again without {refused.name}, the fastest attention "
+                    f"kernel, for {others[0].name}",
+                    stacklevel=2,
+                )
+
+    def _compiled(self, job: Job, exported: ExportedChain, target: str, finished: ReusableFiles) -> Compiled:
         stream = self._stream(target)
         names = {piece.fingerprint: self._package_name(piece, target) for piece in exported.pieces}
         packages = {}
@@ -112,7 +143,8 @@ class InductorCompiler(Compiler):
             found = finished.take(name, job.work)
             if found is None:
                 job.on_progress(f"compile for {target}: {name}")
-                found = compile_package(exported.programs[graph], job.work / name, stream.torch_device)
+                path, kernels = job.work / name, self._attention_kernels(target)
+                found = compile_package(exported.programs[graph], path, stream.torch_device, kernels)
             packages[graph] = found
         weights = job.work / f"{job.segment.name}.safetensors"
         chain = self._chain(job, exported, names, stream)
@@ -121,8 +153,15 @@ class InductorCompiler(Compiler):
         shutil.copymode(next(iter(packages.values())), weights)
         files = (weights, *packages.values())
         runs = InductorRuns(job, files, stream)
-        fused = sum(fused_attentions(packages[piece.fingerprint]) for piece in exported.pieces)
-        return Compiled(files, fused, runs.activation_bytes(), lambda: runs.run)
+        activation_bytes = runs.activation_bytes()
+        fused = Counter[str]()
+        for piece in exported.pieces:
+            fused += fused_attentions(packages[piece.fingerprint])
+        found_kernels = tuple(sorted(fused))
+        return Compiled(files, fused.total(), activation_bytes, lambda: runs.run, (), found_kernels)
+
+    def _attention_kernels(self, target: str) -> tuple[SDPBackend, ...]:
+        return self._attention.get(target) or attention_kernels(self._stream(target).torch_device)
 
     def _traced(self, job: Job, piece: Segment, module: SegmentModule) -> Trace:
         key = self.piece_key(piece, module, job.rows[2])
@@ -150,7 +189,9 @@ class InductorCompiler(Compiler):
 
     def _package_name(self, piece: ExportedPiece, target: str) -> str:
         """Names all that the package is made from: whoever finds it by its name can use it."""
-        facts = (piece.fingerprint, torch.__version__, self._device_name(target), *self.flags(target))
+        kernels = (kernel.name for kernel in self._attention_kernels(target))
+        device = self._device_name(target)
+        facts = (piece.fingerprint, torch.__version__, device, *self.flags(target), *kernels, _PACKAGES)
         return f"{piece.name}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.pt2"
 
     def _stream(self, target: str) -> Stream:

@@ -85,6 +85,7 @@ class Compiled:
     """Finished files, the engine's own first, and what the gates measured, None where it cannot be known.
 
     `runner` loads the engine, where only it shows the numerics. `commands` of other tools do the same.
+    `attention_kernels` are those of the fused attentions, where their names are known.
     """
 
     files: tuple[Path, ...]
@@ -92,6 +93,7 @@ class Compiled:
     activation_bytes: int | None
     runner: Callable[[], Run] | None = None
     commands: tuple[str, ...] = ()
+    attention_kernels: tuple[str, ...] = ()
 
 
 class Compiler(ABC):

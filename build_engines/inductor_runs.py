@@ -18,6 +18,10 @@ from stg_trt.system.stream import Stream
 from .compiler import CPU, Job
 
 
+class KernelRefused(GateMissed):
+    """A compiled engine that raises when it runs: a kernel does not take its sizes."""
+
+
 class InductorRuns:
     """One engine, loaded from its files when it is first run."""
 
@@ -27,7 +31,7 @@ class InductorRuns:
         self._stream = stream
 
     def run(self, inputs: dict[str, Tensor]) -> list[Tensor]:
-        """Outputs in order, on the CPU; raises GateMissed if a kernel refuses to run."""
+        """Outputs in order, on the CPU; raises KernelRefused if one refuses to run."""
         with self._scope():
             context, outputs = self._bound(inputs)
             context.enqueue(self._stream.stream)
@@ -62,7 +66,7 @@ class InductorRuns:
                 yield
             except RuntimeError as error:
                 reason = " ".join(str(error).split())[:300]
-                raise GateMissed(
+                raise KernelRefused(
                     f"{self._job.segment.name}: the compiled engine cannot run: {reason}"
                 ) from error
 

@@ -91,6 +91,7 @@ class SegmentBuild:
             flops=family.segment_flops(self.segment, workload),
             attentions=family.attentions(self.segment),
             fused_attentions=compiled.fused_attentions,
+            attention_kernels=compiled.attention_kernels,
             activation_bytes=compiled.activation_bytes,
             verification=verification,
             commands=compiled.commands,

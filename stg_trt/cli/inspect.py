@@ -67,6 +67,7 @@ def describe(build: Build) -> dict[str, Any]:
                 "flops_per_row": family.segment_flops(record.segment, manifest.workload),
                 "attentions": record.attentions,
                 "fused_attentions": record.fused_attentions,
+                "attention_kernels": list(record.attention_kernels),
                 "activation_bytes": record.activation_bytes,
                 "bytes": record.engine_bytes,
                 "relative_l2": max((v.relative_l2 for v in record.verification), default=None),

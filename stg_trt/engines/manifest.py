@@ -58,6 +58,7 @@ class SegmentRecord(_Record):
     flops: int
     attentions: int
     fused_attentions: int | None
+    attention_kernels: tuple[str, ...]
     activation_bytes: int | None
     verification: tuple[Verification, ...]
     commands: tuple[str, ...]

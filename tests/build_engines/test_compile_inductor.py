@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from stg_trt import build
 from stg_trt.build_engines import aoti_package, compile_inductor
-from stg_trt.build_engines.aoti_package import compile_package, fused_attentions
+from stg_trt.build_engines.aoti_package import attention_kernels, compile_package, fused_attentions
 from stg_trt.build_engines.compile_inductor import InductorCompiler
+from stg_trt.build_engines.compiler import Job
+from stg_trt.build_engines.inductor_runs import InductorRuns, KernelRefused
 from stg_trt.build_engines.options import BuildOptions
 from stg_trt.build_engines.pieces import pieces_of
 from stg_trt.build_engines.reusable_files import ReusableFiles
@@ -73,9 +78,9 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the packages that a build compiles."""
     names: list[str] = []
 
-    def recorded(program: Any, path: Path, device: torch.device) -> Path:
+    def recorded(program: Any, path: Path, device: torch.device, attention: Sequence[SDPBackend]) -> Path:
         names.append(path.name.split("-")[0])
-        return compile_package(program, path, device)
+        return compile_package(program, path, device, attention)
 
     monkeypatch.setattr(compile_inductor, "compile_package", recorded)
     return names
@@ -202,8 +207,8 @@ def test_an_attention_that_is_not_fused_misses_its_gate(
 ) -> None:
     """The packages are those of the build beside it; what counts their attentions misses one a block."""
 
-    def one_less(package: Path) -> int:
-        return fused_attentions(package) - package.name.startswith("block")
+    def one_less(package: Path) -> Counter[str]:
+        return fused_attentions(package) - Counter(flash=int(package.name.startswith("block")))
 
     monkeypatch.setattr(compile_inductor, "fused_attentions", one_less)
     with pytest.raises(GateMissed, match="front: expected 2 fused attentions, got 1: an attention of this"):
@@ -215,6 +220,38 @@ def test_an_attention_that_is_not_fused_misses_its_gate(
     assert [record.segment.name for record in manifests.load(folder).segments] == ["text"]
 
 
+def test_the_next_attention_kernel_takes_the_place_of_one_that_refuses(
+    segmented: Build, tmp_path: Path, ltx_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU's first run shows it; all that follows is compiled without the kernel."""
+    tried: list[tuple[str, str]] = []
+    package = next(path for path in segmented.folder.glob("block-*.pt2"))
+
+    def first_refuses(self: InductorRuns) -> None:
+        if tried[-1][1] == "FLASH_ATTENTION":
+            raise KernelRefused("front: the compiled engine cannot run: no plan")
+
+    def copied(program: Any, path: Path, device: torch.device, attention: Sequence[SDPBackend]) -> Path:
+        tried.append((path.name, attention[0].name))
+        return Path(shutil.copyfile(package, path))
+
+    monkeypatch.setattr(InductorRuns, "activation_bytes", first_refuses)
+    monkeypatch.setattr(compile_inductor, "compile_package", copied)
+    compiler = compiler_of(ltx_checkpoint, tmp_path, "fp32")
+    family, segment = LTX.family, Segment("block", 1, 2)
+    specs = tuple(family.inputs(segment, LTX.workload)), tuple(family.outputs(segment, LTX.workload))
+    job = Job(segment, *specs, (1, 3, 6), tmp_path, lambda phase: None)
+    module = family.module(LTX.checkpoint.load_transformer(segment.blocks), segment, expand_masks=False)
+    exported = compiler.export(job, iter([(segment, module)]))
+    nothing = ReusableFiles(tmp_path, segmented.manifest.model_copy(update={"segments": ()}))
+    with pytest.warns(UserWarning, match="no plan; compiling it again without FLASH_ATTENTION, .*CUDNN_ATT"):
+        compiled = compiler.compile(job, exported, "cpu", nothing)
+    assert [kernel for _, kernel in tried] == ["FLASH_ATTENTION", "CUDNN_ATTENTION"]
+    assert tried[0][0] != tried[1][0] and compiled.attention_kernels == ("flash",)
+    compiler.compile(job, exported, "cpu", nothing)
+    assert tried[2] == tried[1]
+
+
 def test_what_inductor_refuses_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("no such\n\nkernel")
@@ -222,7 +259,7 @@ def test_what_inductor_refuses_is_told_in_one_line(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", refuses)
     program = trace("x", Doubled(("x",), ("x",), False), (X,), (X,), 6).program
     with pytest.raises(GateMissed, match=r"^x: inductor cannot compile it: no such kernel$"):
-        compile_package(program, tmp_path / "x.pt2", CPU)
+        compile_package(program, tmp_path / "x.pt2", CPU, attention_kernels(CPU))
     assert not list(tmp_path.iterdir())
 
 
@@ -321,5 +358,5 @@ def test_a_failed_compile_is_told_in_the_compilers_words() -> None:
 def test_the_fastest_attention_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     for capability, first in (((9, 0), "CUDNN_ATTENTION"), ((8, 9), "FLASH_ATTENTION")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        kernels = [kernel.name for kernel in aoti_package._attention_kernels(torch.device("cuda"))]
+        kernels = [kernel.name for kernel in attention_kernels(torch.device("cuda"))]
         assert kernels[0] == first and kernels[-1] == "MATH" and len(set(kernels)) == 4

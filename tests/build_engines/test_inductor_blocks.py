@@ -5,6 +5,7 @@ Most of a package's time goes into what all packages have, so that all blocks ar
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional
 
-from stg_trt.build_engines.aoti_package import compile_package, fused_attentions
+from stg_trt.build_engines.aoti_package import attention_kernels, compile_package, fused_attentions
 from stg_trt.build_engines.compiler import tolerance_of
 from stg_trt.build_engines.trace import Trace, trace
 from stg_trt.build_engines.weights import weights_of
@@ -55,7 +56,21 @@ class Unfused(SegmentModule):
         x = tensors["x"][:, None]
         weights = (x @ x.transpose(2, 3) * x.shape[3] ** -0.5).exp()
         by_hand = (weights / weights.sum(dim=3, keepdim=True)) @ x
-        return {"x": (by_hand + scaled_dot_product_attention(x, x, 2 * x))[:, 0]}
+        return {"x": (by_hand + functional.scaled_dot_product_attention(x, x, 2 * x))[:, 0]}
+
+
+class Folded(SegmentModule):
+    """What gelu_epilogue.py makes of a product for a GPU; on a CPU the operator has the erf GELU."""
+
+    def __init__(self) -> None:
+        super().__init__(("x",), ("x",), False)
+        self.weight = nn.Parameter(torch.arange(36.0).reshape(6, 6) / 36 - 0.5)
+        self.bias = nn.Parameter(torch.arange(6.0) / 6)
+
+    def run(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        rows = tensors["x"].reshape(-1, 6)
+        product = torch.ops.aten._addmm_activation(self.bias, rows, self.weight.t(), use_gelu=True)
+        return {"x": product.reshape(-1, 4, 6)}
 
 
 @dataclass(frozen=True)
@@ -104,7 +119,8 @@ class Package:
         self.traced: Trace = trace(
             "all", self.together, self._specs("inputs"), self._specs("outputs"), MAX_ROWS
         )
-        self.path = compile_package(self.traced.program, folder / "all.pt2", torch.device("cpu"))
+        cpu = torch.device("cpu")
+        self.path = compile_package(self.traced.program, folder / "all.pt2", cpu, attention_kernels(cpu))
         self._loader: Any = torch._C._aoti.AOTIModelPackageLoader(str(self.path), "model", True, 1, -1)
 
     def outputs(self, inputs: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -145,12 +161,14 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
     skipped = Segment("mid", 1, 2, skipped=Perturbation("stg-a", (1,)))
     parts["rounded"] = Part.of(LTX, skipped, "bf16")
     parts["foldable"] = Part(Foldable(), (X,), (X,))
+    parts["folded"] = Part(Folded(), (X,), (X,))
     parts["unfused"] = Part(Unfused(), (X,), (X,), attentions=1)
     return Package(tmp_path_factory.mktemp("package"), parts)
 
 
 def test_fused_attentions_are_counted_and_others_are_not(package: Package) -> None:
-    assert fused_attentions(package.path) == sum(part.attentions for part in package.parts.values())
+    wanted = sum(part.attentions for part in package.parts.values())
+    assert fused_attentions(package.path) == {"flash": wanted}
     assert list(package.path.parent.iterdir()) == [package.path]
 
 
@@ -183,7 +201,7 @@ def test_bfloat16_is_within_its_own_tolerance(package: Package) -> None:
     (name,) = (f"rounded.{spec.name}" for spec in part.outputs)
     got = package.outputs(rounded, package.weights)[name]
     with torch.no_grad():
-        (wanted,) = part.module.float()(*inputs.values())
+        (wanted,) = copy.deepcopy(part.module).float()(*inputs.values())
     assert got.dtype == torch.bfloat16
     difference = float((got.float() - wanted).norm() / wanted.norm())
     assert 1e-4 < difference < tolerance_of("bf16").relative_l2 / 2
@@ -200,3 +218,11 @@ def test_no_weight_becomes_part_of_a_package(package: Package) -> None:
         x = torch.randn(3, 4, 6)
         got = package.outputs({"foldable.x": x}, given)["foldable.x"]
         torch.testing.assert_close(got, x * uniform + short * scalar)
+
+
+def test_a_product_with_gelu_is_compiled(package: Package) -> None:
+    x, module = torch.randn(3, 4, 6), package.parts["folded"].module
+    got = package.outputs({"folded.x": x}, package.weights)["folded.x"]
+    with torch.no_grad():
+        expected = functional.gelu(functional.linear(x, module.weight, module.bias))  # type: ignore[arg-type]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)

@@ -28,6 +28,7 @@ RECORD = SegmentRecord(
     flops=123,
     attentions=11,
     fused_attentions=11,
+    attention_kernels=("flash",),
     activation_bytes=4096,
     verification=(Verification(timestep=999.0, cosine=1.0, relative_l2=1e-7, max_abs=1e-6),),
     commands=("trtexec --onnx=onnx/skipped.onnx",),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.planted_mistakes.mistake import Mistake
 
 _INDUCTOR = "tests/build_engines/test_compile_inductor.py"
+_BLOCKS = "tests/build_engines/test_inductor_blocks.py"
 _JOINED = "tests/build_engines/test_joined_graph.py"
 _VERIFY = "tests/build_engines/test_verify.py"
 _TENSORRT = "tests/build_engines/test_compile_tensorrt.py"
@@ -144,7 +145,21 @@ IN_BUILD_ENGINES = (
         "build_engines/aoti_package.py",
         '"always_keep_tensor_constants": True',
         '"always_keep_tensor_constants": False',
-        (f"{_INDUCTOR}::test_no_weight_becomes_part_of_a_package",),
+        (f"{_BLOCKS}::test_no_weight_becomes_part_of_a_package",),
+    ),
+    Mistake(
+        "the GELU of another formula is folded",
+        "build_engines/gelu_epilogue.py",
+        'node.target != aten.gelu.default or node.kwargs.get("approximate") != "tanh"',
+        "node.target != aten.gelu.default",
+        ("tests/build_engines/test_gelu_epilogue.py::test_other_products_are_kept",),
+    ),
+    Mistake(
+        "an attention kernel that refused is tried again",
+        "build_engines/compile_inductor.py",
+        "self._attention[target] = tuple(others)",
+        "self._attention[target] = (refused, *others)[:len(others)]",
+        (f"{_INDUCTOR}::test_the_next_attention_kernel_takes_the_place_of_one_that_refuses",),
     ),
     Mistake(
         "a failed compilation leaves its cache",
@@ -165,7 +180,7 @@ IN_BUILD_ENGINES = (
         "build_engines/compiler.py",
         "BFLOAT16 = Tolerance(3e-2, 1 - 1e-3)",
         "BFLOAT16 = Tolerance(1e-4, 1 - 1e-6)",
-        (f"{_INDUCTOR}::test_bfloat16_is_within_its_own_tolerance",),
+        (f"{_BLOCKS}::test_bfloat16_is_within_its_own_tolerance",),
     ),
     Mistake(
         "segments are told as built that were not",

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.custom_steps import CustomSteps
@@ -51,6 +52,8 @@ class SegmentModule(nn.Module):
         self.expand_masks = expand_masks
         # Replaces norm and rotation of queries and keys if a TensorRT plugin computes them.
         self.qk_norm_rope: QKNormRope | None = None
+        # Kernels that take masks want their rows aligned: keys under a mask are padded to a multiple of this.
+        self.masked_keys_multiple = 1
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         results = self.run(dict(zip(self.inputs, tensors, strict=True)))
@@ -62,9 +65,12 @@ class SegmentModule(nn.Module):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
         """softmax(QK^T/sqrt(d) + bias)V over (rows, heads, tokens, d), with an additive mask over keys."""
+        if bias is not None and (padding := -key.shape[2] % self.masked_keys_multiple):
+            key, value = (functional.pad(tensor, (0, 0, 0, padding)) for tensor in (key, value))
+            bias = functional.pad(bias, (0, padding), value=-torch.inf)
         if bias is not None and self.expand_masks:
             bias = bias.expand(-1, -1, query.shape[2], -1)
-        return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
 
 class ModelFamily(ABC):
