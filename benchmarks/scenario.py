@@ -136,7 +136,7 @@ class Scenario:
         uncond, cond = (family.random_text(workload, 1, generator) for _ in range(2))
         scheduler = self.opened.scheduler()
         family.set_timesteps(scheduler, steps or family.defaults.num_inference_steps, workload)
-        solver = SolverTable.from_scheduler(scheduler)
+        solver = SolverTable.from_scheduler(scheduler, per_token=family.steps_per_token(scheduler))
         noise = torch.randn(family.tensors(workload)["latents"].with_rows(1), generator=generator)
         middle = len(solver.timesteps) // 2
         return Inputs(

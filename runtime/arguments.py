@@ -28,8 +28,6 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
     "prompt_2": (None, "both text encoders read prompt"),
     "negative_prompt_2": (None, "both text encoders read negative_prompt"),
     "image": (None, "image-to-video is not supported, leave it out"),
-    "timesteps": (None, "give num_inference_steps"),
-    "sigmas": (None, "give num_inference_steps"),
 }
 
 

@@ -49,6 +49,8 @@ def generate(
     num_frames: Annotated[int | None, typer.Option(help="Frames. [default: the engines']")] = None,
     frame_rate: Annotated[float | None, typer.Option(help="Frames per second.")] = None,
     num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    timesteps: Annotated[str | None, typer.Option(help="Of all steps, such as 1000,909,725.")] = None,
+    sigmas: Annotated[str | None, typer.Option(help="Of all steps, such as 1,0.9,0.7.")] = None,
     guidance_scale: Annotated[str | None, typer.Option(help="CFG: a number, or one per step: 3,3,1.")] = None,
     true_cfg_scale: Annotated[str | None, typer.Option(help="CFG of distilled models.")] = None,
     stg_scale: Annotated[str | None, typer.Option(help="STG: a number, or one per step: 0,1,1.")] = None,
@@ -90,6 +92,7 @@ def generate(
         frames = pipeline(
             prompt=prompt or None, negative_prompt=negative_prompt, height=height, width=width,
             num_frames=num_frames, frame_rate=frame_rate, num_inference_steps=num_inference_steps,
+            timesteps=_numbers("timesteps", timesteps), sigmas=_numbers("sigmas", sigmas),
             guidance=options, num_videos_per_prompt=num_videos_per_prompt, generator=_generator(seed),
             output_type="np" if output.suffix == ".mp4" else "latent", callback_on_step_end=advance, **given,
         ).frames  # fmt: skip
@@ -200,17 +203,22 @@ def _progress_bar() -> Iterator[StepCallback]:
 
 def _scale(name: str, text: str | None) -> float | list[float] | None:
     """A number, or a list of them separated by commas."""
+    values = _numbers(name, text)
+    return values[0] if values is not None and len(values) == 1 else values
+
+
+def _numbers(name: str, text: str | None) -> list[float] | None:
+    """Numbers separated by commas."""
     from stg_trt.errors import InvalidRequest
 
     if text is None:
         return None
     try:
-        values = [float(value) for value in text.split(",")]
+        return [float(value) for value in text.split(",")]
     except ValueError as error:
         raise InvalidRequest(
             f"{name}: expected a number, or one per step separated by commas, got {text!r}: correct it"
         ) from error
-    return values if len(values) > 1 else values[0]
 
 
 def _read_embeds(path: Path) -> EmbedsFile:

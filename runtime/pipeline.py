@@ -21,6 +21,7 @@ from stg_trt.guidance.bins import BlockSets, Scale
 from stg_trt.guidance.options import GuidanceOptions, choose_options
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.checkpoint import Checkpoint, published
+from stg_trt.models.custom_steps import CustomSteps, Numbers
 from stg_trt.models.text import TextCondition
 from stg_trt.system.gpu import this_machine
 from stg_trt.system.units import GIB
@@ -153,6 +154,8 @@ class VideoPipeline:
         num_frames: int | None = None,
         frame_rate: float | None = None,
         num_inference_steps: int | None = None,
+        timesteps: Numbers | None = None,
+        sigmas: Numbers | None = None,
         guidance_scale: Scale | None = None,
         true_cfg_scale: Scale | None = None,
         stg_scale: Scale | None = None,
@@ -189,19 +192,17 @@ class VideoPipeline:
             guidance_scale, stg_scale, foreign.rescale, stg_mode, foreign.stg_blocks, stg_range, preset,
             cfg_zero_star, use_dynamic_cfg, true_cfg_scale,
         )  # fmt: skip
-        prompts = Prompts(
-            prompt,
-            negative_prompt,
-            Embeddings(prompt_embeds, prompt_attention_mask, pooled_prompt_embeds),
-            Embeddings(negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds),
-            num_videos_per_prompt,
+        cond = Embeddings(prompt_embeds, prompt_attention_mask, pooled_prompt_embeds)
+        uncond = Embeddings(
+            negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds
         )
+        prompts = Prompts(prompt, negative_prompt, cond, uncond, num_videos_per_prompt)
         guided = choose_options(guidance, arguments)
         sizes = replace(self._request, height=height, width=width, num_frames=num_frames)
         request = Request(
             replace(sizes, videos=prompts.videos), prompts, guided, num_inference_steps, frame_rate,
             latents=latents, generator=list(generator) if isinstance(generator, tuple) else generator,
-            max_sequence_length=foreign.max_sequence_length,
+            max_sequence_length=foreign.max_sequence_length, steps=CustomSteps.read(timesteps, sigmas),
         )  # fmt: skip
         return self._generate(request, output_type, callback_on_step_end, foreign)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,21 +11,26 @@ from torch import Tensor
 from stg_trt.engines.store import Build, EngineRequest, EngineStore, find_possible
 from stg_trt.errors import InvalidRequest
 from stg_trt.guidance.options import GuidanceOptions
-from stg_trt.guidance.presets import Preset
 from stg_trt.guidance.resolved import ResolvedGuidance
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
-from stg_trt.models.families.base import ModelFamily
+from stg_trt.models.custom_steps import CustomSteps
+from stg_trt.models.families.base import Defaults, ModelFamily
 from stg_trt.models.perturbation import check_blocks
 from stg_trt.models.workload import Workload
 
 from .noise import Generators
 from .prompts import Prompts
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Request:
-    """A call's arguments up to its latents; None is the default of the family or the engines."""
+    """A call's arguments up to its latents; None is the default of the family or the engines.
+
+    `steps` win over `num_inference_steps`, as in diffusers.
+    """
 
     sizes: EngineRequest
     prompts: Prompts
@@ -34,6 +40,56 @@ class Request:
     generator: Generators | None
     latents: Tensor | None
     max_sequence_length: int | None = None
+    steps: CustomSteps | None = None
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """How many steps a scheduler is asked for, or which; the first and the last of them may be left out."""
+
+    count: int
+    custom: CustomSteps | None
+    drop_first: int = 0
+    drop_last: int = 0
+
+    @classmethod
+    def of(cls, request: Request, defaults: Defaults) -> _Steps:
+        """Those that the call lists, else its number of them, else the preset's, else the family's.
+
+        What a preset leaves out belongs to a number of steps, not to a list.
+        """
+        preset, count = request.guidance.published, request.num_inference_steps
+        if request.steps is not None:
+            return cls(len(request.steps.values), request.steps)
+        if preset is None:
+            usual = cls(defaults.num_inference_steps, defaults.steps)
+        else:
+            usual = cls(preset.num_inference_steps, preset.custom, preset.drop_first, preset.drop_last)
+        if count is None:
+            return usual
+        if count < 1:
+            raise InvalidRequest(f"num_inference_steps: expected at least 1, got {count}: use {usual.count}")
+        return replace(usual, count=count, custom=None)
+
+    def set_on(self, scheduler: Any, family: ModelFamily, workload: Workload) -> None:
+        """Sets the scheduler's timesteps; raises InvalidRequest for those that it cannot take."""
+        try:
+            if self.custom is None:
+                family.set_timesteps(scheduler, self.count, workload)
+            else:
+                family.set_custom_steps(scheduler, self.custom, workload)
+        except InvalidRequest:
+            raise
+        except (ValueError, AssertionError) as error:
+            raise InvalidRequest(
+                f"scheduler: expected steps that {type(scheduler).__name__} can take, got {self} ({error}): "
+                "change the steps or the scheduler"
+            ) from error
+        if self.drop_first:
+            scheduler.set_begin_index(self.drop_first)
+
+    def __str__(self) -> str:
+        return f"{self.count} steps" if self.custom is None else f"{self.custom.name} {[*self.custom.values]}"
 
 
 @dataclass(frozen=True)
@@ -56,15 +112,18 @@ def schedule_steps(request: Request, store: EngineStore, family: ModelFamily, sc
     Raises InvalidRequest for options that cannot be used and EngineRejected if no build fits them.
     """
     build = find_possible(store, request.sizes, family)
-    workload, preset = build.manifest.workload, request.guidance.published
+    workload = build.manifest.workload
     if request.max_sequence_length not in (None, workload.text_length):
         raise InvalidRequest(
             f"max_sequence_length: expected {workload.text_length}, the text tokens of these engines, got "
             f"{request.max_sequence_length}: leave it out, or build with --text-length "
             f"{request.max_sequence_length}"
         )
-    solver = _solve(scheduler, workload, family, request.num_inference_steps, preset)
-    taken = len(solver.timesteps) - (preset.drop_last if preset else 0)
+    steps = _Steps.of(request, family.defaults)
+    steps.set_on(scheduler, family, workload)
+    _log.info("%s: %s", type(scheduler).__name__, steps)
+    solver = SolverTable.from_scheduler(scheduler, per_token=family.steps_per_token(scheduler))
+    taken = len(solver.timesteps) - steps.drop_last
     options = request.guidance.resolve(
         ResolvedGuidance.of_family(family.defaults, build.manifest.perturbation), family.takes_true_cfg
     )
@@ -87,17 +146,3 @@ def schedule_steps(request: Request, store: EngineStore, family: ModelFamily, sc
     if fitting.rejects(build.manifest) is not None:
         build = store.find(fitting)
     return Schedule(build, guidance, solver)
-
-
-def _solve(
-    scheduler: Any, workload: Workload, family: ModelFamily, steps: int | None, preset: Preset | None
-) -> SolverTable:
-    """The solver's table; a preset says how many steps there are, and which of them come first."""
-    usual = preset.num_inference_steps if preset else family.defaults.num_inference_steps
-    steps = usual if steps is None else steps
-    if steps < 1:
-        raise InvalidRequest(f"num_inference_steps: expected at least 1, got {steps}: use {usual}")
-    family.set_timesteps(scheduler, steps, workload)
-    if preset and preset.drop_first:
-        scheduler.set_begin_index(preset.drop_first)
-    return SolverTable.from_scheduler(scheduler)

@@ -9,18 +9,20 @@ from importlib import resources
 from stg_trt.errors import InvalidRequest
 from stg_trt.guidance.bins import TimestepBins
 from stg_trt.guidance.resolved import ResolvedGuidance
+from stg_trt.models.custom_steps import CustomSteps
 
 _FOLDER = resources.files("stg_trt") / "presets"
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Published tables and their steps; see `load_preset`."""
+    """Published tables and their steps; see `load_preset`. `custom` lists the steps of a distilled model."""
 
     num_inference_steps: int
     drop_first: int
     drop_last: int
     guidance: ResolvedGuidance
+    custom: CustomSteps | None = None
 
 
 def check_preset(name: str) -> None:
@@ -48,4 +50,5 @@ def load_preset(name: str) -> Preset:
         stg_blocks=TimestepBins(edges, tuple(tuple(blocks) for blocks in data["stg_blocks"])),
         cfg_zero_star=data["cfg_zero_star"],
     )
-    return Preset(data["num_inference_steps"], data["drop_first"], data["drop_last"], guidance)
+    custom = CustomSteps.read(data.get("timesteps"), None)
+    return Preset(data["num_inference_steps"], data["drop_first"], data["drop_last"], guidance, custom)

@@ -1,4 +1,4 @@
-"""A solver as data: every deterministic diffusers scheduler is linear in the noise and the predictions."""
+"""A solver as data: a step of most diffusers schedulers is linear in the noise and the predictions."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,11 +45,15 @@ class SolverTable:
     single_step: tuple[tuple[float, float] | None, ...]
 
     @classmethod
-    def from_scheduler(cls, scheduler: Any, num_steps: int | None = None) -> SolverTable:
+    def from_scheduler(
+        cls, scheduler: Any, num_steps: int | None = None, *, per_token: bool = False
+    ) -> SolverTable:
         """The table of a scheduler fresh from `set_timesteps`, which is left as it was.
 
-        `num_steps` calls `set_timesteps(num_steps)` first, on our copy. Raises InvalidRequest for a
-        scheduler that is stochastic, non-linear, already stepped, or without timesteps.
+        `num_steps` calls `set_timesteps(num_steps)` first, on our copy. With `per_token` each step starts
+        from its timestep and ends at the next lower sigma, as FlowMatchEulerDiscreteScheduler does if every
+        token has its own. Raises InvalidRequest for a scheduler that is not linear, whose noise has no
+        generator, or that has stepped or has no timesteps.
         """
         solver = _private_copy(scheduler)
         if num_steps is not None:
@@ -56,10 +61,12 @@ class SolverTable:
         _check_ready(solver)
         begin, timesteps = _remaining(solver)
         zeros = torch.zeros(1, 1, 1, 1, 1, dtype=torch.float64)
-        dry = _Trajectory(solver, zeros, [zeros] * len(timesteps), lambda _: zeros)
-        rows = _basis_rows(solver, len(timesteps), sum(dry.draws))
+        run = partial(_Trajectory, solver, per_token)
+        dry = run(zeros, [zeros] * len(timesteps), lambda _: zeros)
+        rows = _basis_rows(run, len(timesteps), sum(dry.draws))
+        _check_finite(solver, rows)
         _check_noise(solver, rows, len(timesteps))
-        _check_linear(solver, rows, len(timesteps))
+        _check_linear(solver, run, rows, len(timesteps))
         sigmas = getattr(solver, "sigmas", ())
         return cls(
             timesteps=tuple(float(t) for t in timesteps),
@@ -119,14 +126,19 @@ class _Trajectory:
     """Steps a copy of the scheduler over given predictions: states, draws and input scale per step."""
 
     def __init__(
-        self, scheduler: Any, latents: Tensor, preds: Sequence[Tensor], draw: Callable[[int], Tensor]
+        self,
+        scheduler: Any,
+        per_token: bool,
+        latents: Tensor,
+        preds: Sequence[Tensor],
+        draw: Callable[[int], Tensor],
     ) -> None:
         solver = copy.deepcopy(scheduler)
         self.states: list[Tensor] = []
         self.draws: list[int] = []
         self.input_scale: list[float] = []
         timesteps = _remaining(solver)[1]
-        step = _stepper(solver, timesteps)
+        step = _stepper(solver, timesteps, per_token)
         with _Draws(draw) as drawn:
             for i, pred in enumerate(preds):
                 before = drawn.count
@@ -134,6 +146,9 @@ class _Trajectory:
                 latents = step(i, pred, latents)
                 self.states.append(latents)
                 self.draws.append(drawn.count - before)
+
+
+_Run = Callable[[Tensor, Sequence[Tensor], Callable[[int], Tensor]], _Trajectory]
 
 
 def _remaining(solver: Any) -> tuple[int, Tensor]:
@@ -148,8 +163,8 @@ def _noise_levels(solver: Any, timesteps: Tensor) -> tuple[float, ...]:
     return tuple(1 - part for part in parts) if solver.config.get("invert_sigmas") else tuple(parts)
 
 
-def _stepper(solver: Any, timesteps: Tensor) -> Callable[[int, Tensor, Tensor], Tensor]:
-    """`step(i, pred, x) -> x`, passing on the history that CogVideoXDPMScheduler wants back."""
+def _stepper(solver: Any, timesteps: Tensor, per_token: bool) -> Callable[[int, Tensor, Tensor], Tensor]:
+    """`step(i, pred, x) -> x`, with the history that CogVideoXDPMScheduler wants, or its own timestep."""
     history: Tensor | None = None
 
     def plain(i: int, pred: Tensor, x: Tensor) -> Tensor:
@@ -163,6 +178,16 @@ def _stepper(solver: Any, timesteps: Tensor) -> Callable[[int, Tensor, Tensor], 
         result, history = solver.step(pred, history, timesteps[i], back, x, return_dict=False)
         return result
 
+    def from_own_timestep(i: int, pred: Tensor, x: Tensor) -> Tensor:
+        # diffusers counts these steps downwards, but not those that draw new noise.
+        sign = 1 if solver.config.get("stochastic_sampling") else -1
+        levels = timesteps[i].reshape(1, 1).float()
+        result: Tensor
+        result = solver.step(sign * pred, timesteps[i], x, per_token_timesteps=levels, return_dict=False)[0]
+        return result
+
+    if per_token:
+        return from_own_timestep
     return with_history if _takes_history(solver) else plain
 
 
@@ -186,19 +211,21 @@ def _private_copy(scheduler: Any) -> Any:
     return solver
 
 
-def _basis_rows(solver: Any, steps: int, draws: int) -> Tensor:
+def _basis_rows(trajectory: _Run, steps: int, draws: int) -> Tensor:
     """Row i: x_{i+1}'s coefficients of x_T, pred_0.., noise_0.., by stepping over unit vectors."""
     eye = torch.eye(1 + steps + draws, dtype=torch.float64).reshape(-1, 1 + steps + draws, 1, 1, 1, 1)
     preds = [eye[1 + j] for j in range(steps)]
-    run = _Trajectory(solver, eye[0], preds, lambda k: eye[1 + steps + k])
-    rows = torch.stack([state.flatten() for state in run.states]).double()
+    run = trajectory(eye[0], preds, lambda k: eye[1 + steps + k])
+    return torch.stack([state.flatten() for state in run.states]).double()
+
+
+def _check_finite(solver: Any, rows: Tensor) -> None:
     if not rows.isfinite().all():
         first = int((~rows.isfinite()).any(dim=1).nonzero()[0])
         raise InvalidRequest(
             f"scheduler: expected finite coefficients, got nan or inf from {_name(solver)} at step {first}: "
             "choose another prediction_type, timestep_spacing or beta schedule"
         )
-    return rows
 
 
 def _single_step_rows(rows: Tensor) -> Iterator[tuple[float, float] | None]:
@@ -232,6 +259,10 @@ def _check_ready(solver: Any) -> None:
             f"scheduler: expected one that has not stepped, got {_name(solver)} at step {solver.step_index}: "
             "call set_timesteps again"
         )
+    if solver.config.get("scale_factors"):
+        raise InvalidRequest(
+            f"scheduler: expected latents of one size, got {_name(solver)} with scale_factors: leave them out"
+        )
     known = {"model_output", "timestep", "sample"}
     if _takes_history(solver):
         known |= {_HISTORY, "timestep_back"}
@@ -247,20 +278,20 @@ def _check_ready(solver: Any) -> None:
 def _check_noise(solver: Any, rows: Tensor, steps: int) -> None:
     """Fresh noise is a column only if the sampler can reproduce the scheduler's draws."""
     noisy = (rows[:, 1 + steps :] != 0).any(dim=1)
-    if bool(noisy.any()) and not _takes_history(solver):
+    if bool(noisy.any()) and "generator" not in inspect.signature(solver.step).parameters:
         raise InvalidRequest(
-            f"scheduler: expected a deterministic one, got {_name(solver)}, which adds noise at step "
-            f"{int(noisy.nonzero()[0])}: choose its deterministic variant"
+            f"scheduler: expected one that draws its noise from a generator, got {_name(solver)}, which adds "
+            f"its own at step {int(noisy.nonzero()[0])}: choose another scheduler"
         )
 
 
-def _check_linear(solver: Any, rows: Tensor, steps: int) -> None:
+def _check_linear(solver: Any, trajectory: _Run, rows: Tensor, steps: int) -> None:
     """Re-steps on random vectors, large enough to reach any clipping, and compares with the rows."""
     generator = torch.Generator().manual_seed(0)
     shape = (rows.shape[1], 1, 1, 1, 4, 4)
     columns = 10 * torch.randn(shape, generator=generator, dtype=torch.float64)
     columns[0] *= float(getattr(solver, "init_noise_sigma", 1.0))
-    run = _Trajectory(solver, columns[0], list(columns[1 : 1 + steps]), lambda k: columns[1 + steps + k])
+    run = trajectory(columns[0], list(columns[1 : 1 + steps]), lambda k: columns[1 + steps + k])
     for i, state in enumerate(run.states):
         expected = torch.tensordot(rows[i], columns, dims=1)
         scale = torch.tensordot(rows[i].abs(), columns.abs(), dims=1).max()
@@ -269,7 +300,7 @@ def _check_linear(solver: Any, rows: Tensor, steps: int) -> None:
             raise InvalidRequest(
                 f"scheduler: expected steps linear in the latents and the predictions, got {_name(solver)}, "
                 f"which is off by {error:.1e} at step {i}: turn off clip_sample, thresholding and "
-                "stochastic options"
+                "the like"
             )
 
 

@@ -110,7 +110,16 @@ class Checkpoint:
     @property
     def family(self) -> ModelFamily:
         """The model family of the transformer."""
-        return family_for(self.transformer_config, self.vae_config, self.model_index)
+        return family_for(self.transformer_config, self.vae_config, self.model_index, self.origin)
+
+    @property
+    def origin(self) -> str:
+        """Its names: the folder's, in a cache the repository's, and those that diffusers noted on saving."""
+        folder = (self.folder or Path(self.name)).absolute()
+        cached = folder.parents[1].name if folder.parent.name == "snapshots" else ""
+        configs = (self.transformer_config, self.model_index or {})
+        noted = (Path(str(config.get("_name_or_path") or "")).name for config in configs)
+        return " ".join((self.name, cached, *noted))
 
     @property
     def has_text_encoder(self) -> bool:

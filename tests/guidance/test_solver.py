@@ -86,6 +86,13 @@ SINGLE_STEP = {
     "dpm++, order 1": of(DPM, solver_order=1),
     "edm euler": of("EDMEulerScheduler"),
 }
+STOCHASTIC = {
+    "flow euler": of("FlowMatchEulerDiscreteScheduler", stochastic_sampling=True),
+    "flow lcm": of("FlowMatchLCMScheduler", shift=3.0),
+    "lcm": of("LCMScheduler", prediction_type="v_prediction"),
+    "euler ancestral": of("EulerAncestralDiscreteScheduler"),
+    "dpm++ sde": of(DPM, algorithm_type="sde-dpmsolver++"),
+}
 HISTORY = {
     "cogvideox dpm": of("CogVideoXDPMScheduler", **COGVIDEOX),
     "cogvideox dpm, epsilon": of("CogVideoXDPMScheduler", timestep_spacing="leading"),
@@ -125,7 +132,8 @@ def errors(reference: Any, table: SolverTable, dtype: torch.dtype) -> list[float
             back = timesteps[i - 1] if i > 0 else None
             x, history = reference.step(preds[-1], history, t, back, x, generator=theirs, return_dict=False)
         else:
-            x = reference.step(preds[-1], t, x, return_dict=False)[0]
+            given = {"generator": theirs} if any(table.draws) else {}
+            x = reference.step(preds[-1], t, x, **given, return_dict=False)[0]
         noise += [torch.randn(SHAPE, generator=ours, dtype=dtype) for _ in range(table.draws[i])]
         y = table.advance(i, y, preds, initial, noise)
         assert x.isfinite().all() and y.isfinite().all()
@@ -143,6 +151,32 @@ def test_reproduces_the_scheduler(name: str, steps: int) -> None:
     # Below about 10 steps a float32 scheduler itself is off by up to 5e-5: it cancels latents of size sigma.
     if steps >= 20:
         assert max(errors(make(steps), table, torch.float32)) <= 2e-6
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_draws_of_a_stochastic_scheduler_are_columns(name: str) -> None:
+    """Also those that it discards: what is drawn after them must be the same."""
+    make = STOCHASTIC[name]
+    table = SolverTable.from_scheduler(make(20))
+    # Some draw in float32 whatever the latents are.
+    assert table.c.any() and max(errors(make(20), table, torch.float32)) <= 2e-6
+
+
+def test_steps_from_their_own_timestep_end_at_the_next_lower_sigma() -> None:
+    """By hand: shift 3 makes 1, 0.923, 0.667 of the sigmas 1, 0.8, 0.4; the timesteps stay."""
+    timesteps = [1000.0, 800.0, 400.0]
+    shifted = scheduler("FlowMatchEulerDiscreteScheduler", 3, timesteps={"timesteps": timesteps}, shift=3.0)
+    table = SolverTable.from_scheduler(shifted, per_token=True)
+    falls = torch.tensor([12 / 13 - 1.0, 2 / 3 - 0.8, -0.4]).double()
+    assert torch.allclose(table.b, falls.expand(3, 3).tril(), atol=1e-6) and torch.allclose(table.a, falls**0)
+    assert table.timesteps == pytest.approx(timesteps)
+
+
+def test_new_noise_does_not_turn_the_prediction_round() -> None:
+    """diffusers counts such steps downwards, with the prediction negated, but not those that draw noise."""
+    reference = flow_euler(3, stochastic_sampling=True)
+    own, usual = (SolverTable.from_scheduler(reference, per_token=per_token) for per_token in (True, False))
+    assert torch.allclose(own.b, usual.b) and torch.allclose(own.c, usual.c) and own.b[0, 0] < 0
 
 
 @pytest.mark.parametrize("name", SINGLE_STEP)
@@ -248,10 +282,7 @@ def test_num_steps_sets_timesteps_on_the_copy_only() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (of("EulerAncestralDiscreteScheduler"), "adds noise at step 0"),
-        (of("LCMScheduler"), "adds noise at step 0"),
-        (of("FlowMatchEulerDiscreteScheduler", stochastic_sampling=True), "adds noise at step 0"),
-        (of(DPM, algorithm_type="sde-dpmsolver++"), "adds noise at step 0"),
+        (of("FlowMatchLCMScheduler", scale_factors=[0.5, 0.7, 1.0]), "with scale_factors: leave them out"),
         (of("DDIMScheduler"), "turn off clip_sample"),
         (of("DDIMScheduler", clip_sample=False, thresholding=True), "turn off clip_sample, thresholding"),
         (of(UNIPC, thresholding=True), "turn off clip_sample, thresholding"),
@@ -260,9 +291,21 @@ def test_num_steps_sets_timesteps_on_the_copy_only() -> None:
         (of("RePaintScheduler"), "choose another scheduler"),
     ],
 )
-def test_refuses_what_is_not_linear_and_deterministic(make: Callable[[int], Any], message: str) -> None:
+def test_refuses_what_is_not_linear(make: Callable[[int], Any], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         SolverTable.from_scheduler(make(4))
+
+
+def test_refuses_a_scheduler_whose_noise_has_no_generator() -> None:
+    class Loose(diffusers.FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]  # has no types
+        def step(self, model_output: Any, timestep: Any, sample: Any, return_dict: bool = True) -> Any:
+            return (sample + torch.randn_like(sample),)
+
+    made: Callable[[], Any] = Loose
+    reference = made()
+    reference.set_timesteps(3)
+    with pytest.raises(InvalidRequest, match="got Loose, which adds its own at step 0"):
+        SolverTable.from_scheduler(reference)
 
 
 def test_refuses_a_scheduler_whose_step_rolls_its_own_dice() -> None:

@@ -93,6 +93,27 @@ IN_GUIDANCE = (
         (f"{_SOLVER}::test_noise_levels_fall_from_noise_whichever_way_the_timesteps_count",),
     ),
     Mistake(
+        "a step per token goes the wrong way",
+        "stg_trt/guidance/solver.py",
+        'sign = 1 if solver.config.get("stochastic_sampling") else -1',
+        "sign = 1",
+        (f"{_SOLVER}::test_steps_from_their_own_timestep_end_at_the_next_lower_sigma",),
+    ),
+    Mistake(
+        "new noise per token turns the prediction round",
+        "stg_trt/guidance/solver.py",
+        'sign = 1 if solver.config.get("stochastic_sampling") else -1',
+        "sign = -1",
+        (f"{_SOLVER}::test_new_noise_does_not_turn_the_prediction_round",),
+    ),
+    Mistake(
+        "noise without a generator is a column",
+        "stg_trt/guidance/solver.py",
+        'if bool(noisy.any()) and "generator" not in inspect.signature(solver.step).parameters:',
+        "if False:",
+        (f"{_SOLVER}::test_refuses_a_scheduler_whose_noise_has_no_generator",),
+    ),
+    Mistake(
         "CFG below 1 turns away from the prompt",
         "stg_trt/guidance/tables.py",
         "tuple(max(scale, 1.0) for scale in",

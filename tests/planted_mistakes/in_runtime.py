@@ -8,6 +8,7 @@ _FAMILIES = "tests/models/families/test_families.py"
 _SAMPLER = "tests/runtime/test_sampler.py"
 _TENSORRT = "tests/engines/test_tensorrt.py"
 _CALLS = "tests/runtime/test_calls_of_diffusers.py"
+_STEPS = "tests/runtime/test_steps_of_a_call.py"
 _LIBRARY = "tests/plugins/test_shared_library.py"
 
 IN_RUNTIME = (
@@ -248,6 +249,34 @@ IN_RUNTIME = (
         "    @torch.inference_mode(False)\n",
         "",
         (f"{_CALLS}::test_inference_mode_makes_no_difference",),
+    ),
+    Mistake(
+        "noise that the solver discards is not drawn",
+        "runtime/noise.py",
+        "        drawn = draw(shape, generator)\n        if k in used:\n",
+        "        if k in used:\n            drawn = draw(shape, generator)\n",
+        ("tests/runtime/test_pipeline.py::test_cfg_is_that_of_diffusers[cogvideox_5b-latent]",),
+    ),
+    Mistake(
+        "a call's steps do not win over their number",
+        "runtime/schedule.py",
+        "        if request.steps is not None:\n",
+        "        if request.steps is not None and count is None:\n",
+        (f"{_STEPS}::test_sigmas_are_those_of_diffusers[ltx]",),
+    ),
+    Mistake(
+        "LTXPipeline's shift is left out of sigmas",
+        "stg_trt/models/custom_steps.py",
+        ": np.array(self.values)}, **shift)",
+        ": np.array(self.values)}, **dict.fromkeys(shift, 0.0))",
+        (f"{_STEPS}::test_sigmas_are_those_of_diffusers[ltx]",),
+    ),
+    Mistake(
+        "timesteps that the scheduler shifts are taken",
+        "stg_trt/models/families/base.py",
+        "            steps.check_kept(scheduler)\n",
+        "            return\n",
+        (f"{_STEPS}::test_timesteps_are_those_of_diffusers[hunyuan_video]",),
     ),
     Mistake(
         "do_rescaling does nothing",

@@ -93,13 +93,16 @@ def test_the_command_line_makes_the_same_options(
     monkeypatch.setattr(pipeline_module, "choose_options", choose)
     output = tmp_path / "x.safetensors"
     generate(
-        str(ltx_checkpoint), ltx_engines, output, embeds=embeds, num_inference_steps=2, guidance_scale="3",
-        stg_scale="0,1", stg_mode="stg-r", stg_blocks="3", rescale="0.5", layout="segmented",
+        str(ltx_checkpoint), ltx_engines, output, embeds=embeds, num_inference_steps=9, sigmas="1,0.6",
+        guidance_scale="3", stg_scale="0,1", stg_mode="stg-r", stg_blocks="3", rescale="0.5",
+        layout="segmented",
     )  # fmt: skip
     options = GuidanceOptions(3.0, [0.0, 1.0], 0.5, "stg-r", (3,))
     assert [call.args[0] for call in choose.call_args_list] == [options]
     assert calls == {"Checkpoint.open": 1, "EngineStore.open": 1, "EngineStore.find": 2}
     tensors = load_file(embeds)
     pipeline = VideoPipeline.from_pretrained(ltx_checkpoint, ltx_engines, layout="segmented")
-    again = pipeline(**tensors, num_inference_steps=2, guidance=options, output_type="latent").frames
+    again = pipeline(**tensors, sigmas=[1.0, 0.6], guidance=options, output_type="latent").frames
     assert load_file(output)["latents"].equal(again)
+    with pytest.raises(InvalidRequest, match="timesteps: expected a scheduler that steps between them"):
+        generate(str(ltx_checkpoint), ltx_engines, output, embeds=embeds, timesteps="1000,500")

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from diffusers import FlowMatchLCMScheduler
 
 from stg_trt.engines.engine import Context, Engine
 from stg_trt.models.perturbation import MODES
@@ -48,6 +49,18 @@ def test_a_captured_run_is_the_plain_one(device: SimulatedCuda, case: FamilyCase
         captured = run(sampler_on(device, case), case, **scales)
     assert_same(captured, run(sampler_on(Cpu(), case), case, **scales))
     assert [graph.replays for graph in device.graphs] == [1 + STEPS]
+
+
+def test_a_captured_run_adds_the_noise_of_its_solver(device: SimulatedCuda) -> None:
+    """Twice over the same memory: the second run draws the same noise."""
+    sampler = sampler_on(device)
+    captured = [run(sampler, scheduler=FlowMatchLCMScheduler(), **STG_R) for _ in range(2)]
+    plain = run(sampler_on(Cpu()), scheduler=FlowMatchLCMScheduler(), **STG_R)
+    assert_same(captured[0], plain)
+    assert_same(captured[1], plain)
+    # The last step adds no noise, so it needs no history and is a graph of its own.
+    assert [graph.replays for graph in device.graphs] == [1 + 2 * (STEPS - 1), 1 + 2]
+    assert not torch.equal(plain[-1], run(sampler_on(Cpu()), **STG_R)[-1])
 
 
 @pytest.mark.parametrize("lost", [SEGMENTS, *((name,) for name in sorted({*ONE_STEP}))], ids="+".join)

@@ -46,15 +46,17 @@ def steps_of(
     videos: int = 2,
     frame_rate: float = 25.0,
     cond: TextCondition | None = None,
+    scheduler: Any = None,
     **scales: Any,
 ) -> Iterator[SampledStep]:
-    """A run from the same noise every time, with CFG unless `guidance_scale` is given."""
+    """A run from the same noise every time; flow Euler and CFG unless told otherwise."""
     guidance = Guidance.for_steps(
         [0.0] * STEPS, GuidanceOptions(**{"guidance_scale": 3.0, **scales}).resolve(OFF)
     )
-    solver = SolverTable.from_scheduler(FlowMatchEulerDiscreteScheduler(), STEPS)
+    solver = SolverTable.from_scheduler(scheduler or FlowMatchEulerDiscreteScheduler(), STEPS)
+    generator = torch.Generator().manual_seed(11)
     texts = cond or case.text(videos, seed=1), case.text(videos, seed=2)
-    return sampler.steps(case.latents(videos), *texts, guidance, solver, frame_rate)
+    return sampler.steps(case.latents(videos), *texts, guidance, solver, frame_rate, generator)
 
 
 @torch.no_grad()

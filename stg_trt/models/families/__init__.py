@@ -34,9 +34,13 @@ def family_for(
     config: dict[str, Any],
     vae_config: dict[str, Any] | None = None,
     model_index: dict[str, Any] | None = None,
+    origin: str = "",
 ) -> ModelFamily:
-    """The family of a transformer's config.json; raises InvalidRequest for an unknown class."""
+    """The family of a transformer's config.json; raises InvalidRequest for an unknown class.
+
+    `origin` has the names by which the checkpoint is known, since no configuration says what is distilled.
+    """
     check_class(config)
     module, name = _FAMILIES[config["_class_name"]]
     family: type[ModelFamily] = getattr(importlib.import_module(f"stg_trt.models.families.{module}"), name)
-    return family(config, vae_config, model_index)
+    return family(config, vae_config, model_index, origin)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stg_trt.errors import InvalidRequest
+from stg_trt.models.custom_steps import CustomSteps
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.models.text import TextCondition
@@ -26,7 +27,7 @@ QKNormRope = Callable[[Tensor, Tensor, Pair, Pair, float], Pair]
 
 @dataclass(frozen=True)
 class Defaults:
-    """A family's published sampling defaults (diffusers block numbering)."""
+    """A family's published sampling defaults (diffusers block numbering); `steps` of a distilled model."""
 
     stg_mode: str
     stg_blocks: tuple[int, ...]
@@ -37,6 +38,7 @@ class Defaults:
     frame_rate: float
     text_length: int
     embedded_guidance: float | None = None
+    steps: CustomSteps | None = None
 
 
 class SegmentModule(nn.Module):
@@ -79,7 +81,7 @@ class ModelFamily(ABC):
     # Raised when the graphs of the family's segments change: engines of another number are built again.
     export_version: ClassVar[int]
     pipeline_class: str
-    defaults: ClassVar[Defaults]
+    defaults: Defaults
     has_text_segment: ClassVar[bool]
     # False if diffusers' pipeline takes embeddings without a mask; their padding is zeros.
     has_text_mask: ClassVar[bool] = True
@@ -98,11 +100,13 @@ class ModelFamily(ABC):
         config: Mapping[str, Any],
         vae_config: Mapping[str, Any] | None = None,
         model_index: Mapping[str, Any] | None = None,
+        origin: str = "",
     ) -> None:
         # Not copied: a checkpoint's configuration says which file lacks an entry.
         self.config = config
         self.vae_config = vae_config
         self.model_index = model_index or {}
+        self.origin = origin
 
     @property
     @abstractmethod
@@ -177,6 +181,28 @@ class ModelFamily(ABC):
     def set_timesteps(self, scheduler: Any, num_inference_steps: int, workload: Workload) -> None:
         """Calls the scheduler's set_timesteps as the family's diffusers pipeline does."""
         scheduler.set_timesteps(num_inference_steps)
+
+    def set_custom_steps(self, scheduler: Any, steps: CustomSteps, workload: Workload) -> None:
+        """The same for the steps of a call; raises InvalidRequest if the scheduler has no use for them."""
+        steps.set_on(scheduler, **self.shift(scheduler, workload))
+        if not self.takes_timesteps(scheduler):
+            steps.check_kept(scheduler)
+
+    def takes_timesteps(self, scheduler: Any) -> bool:
+        """Whether the pipeline in diffusers runs a call's timesteps, whatever this scheduler makes of them.
+
+        Other pipelines have no such argument or always refuse it. Here they take timesteps if the scheduler
+        steps between what the network is told.
+        """
+        return False
+
+    def steps_per_token(self, scheduler: Any) -> bool:
+        """Whether the pipeline steps from the timestep to the next lower sigma, see SolverTable."""
+        return False
+
+    def shift(self, scheduler: Any, workload: Workload) -> dict[str, float]:
+        """What the pipeline passes to `set_timesteps` beside the steps."""
+        return {}
 
     def text_tokens(self, pipeline: Any, prompt: str) -> int:
         """How many text tokens the prompt takes."""

@@ -253,6 +253,9 @@ class CogVideoX(JointAttentionDiT):
                 f"reads every one, got {fewest}: pad the prompt before it is encoded"
             )
 
+    def takes_timesteps(self, scheduler: Any) -> bool:
+        return True
+
     def encode_prompt(self, pipeline: Any, prompts: list[str], workload: Workload) -> TextCondition:
         embeds, _ = pipeline.encode_prompt(
             prompts,

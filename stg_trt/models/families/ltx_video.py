@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from numbers import Real
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
+from stg_trt.models.custom_steps import CustomSteps
 from stg_trt.models.families.base import Defaults, load_class, vae_video
 from stg_trt.models.families.cross_attention import CrossAttentionDiT, CrossAttentionSegment
 from stg_trt.models.families.dit import State, half_table, rms_norm, rotate
@@ -25,6 +27,8 @@ from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
 
 _CONDITION_PIPELINE = "LTXConditionPipeline"
+# Lightricks' configs/ltxv-13b-0.9.8-distilled.yaml, first_pass, in training steps.
+_DISTILLED = CustomSteps("timesteps", (1000.0, 993.7, 987.5, 981.2, 975.0, 909.4, 725.0))
 
 
 class LTXSegment(CrossAttentionSegment):
@@ -107,6 +111,15 @@ class LTXVideo(CrossAttentionDiT):
         self._conditioned = self.model_index.get("_class_name") == _CONDITION_PIPELINE
         if self._conditioned:
             self.pipeline_class = _CONDITION_PIPELINE
+        if "distilled" in self.origin.lower():
+            self.defaults = self._distilled_defaults()
+
+    def _distilled_defaults(self) -> Defaults:
+        """No guidance: the published steps of 0.9.7 and later, which have that pipeline; 8 steps of 0.9.6."""
+        off = replace(self.defaults, guidance_scale=1.0, stg_scale=0.0, rescale=0.0, num_inference_steps=8)
+        if not self._conditioned:
+            return off
+        return replace(off, num_inference_steps=len(_DISTILLED.values), steps=_DISTILLED)
 
     @property
     def feed_forward_width(self) -> int:
@@ -188,10 +201,8 @@ class LTXVideo(CrossAttentionDiT):
 
     def set_timesteps(self, scheduler: Any, num_inference_steps: int, workload: Workload) -> None:
         import numpy as np
-        from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
         from diffusers.pipelines.ltx.pipeline_ltx_condition import linear_quadratic_schedule
 
-        config = scheduler.config
         takes = inspect.signature(scheduler.set_timesteps).parameters.keys()
         wanted = {"timesteps"} if self._conditioned else {"sigmas", "mu"}
         if not wanted <= takes:
@@ -199,11 +210,27 @@ class LTXVideo(CrossAttentionDiT):
             scheduler.set_timesteps(num_inference_steps)
             return
         if self._conditioned:
-            timesteps = (linear_quadratic_schedule(num_inference_steps) * 1000).numpy()
+            sigmas = linear_quadratic_schedule(num_inference_steps).numpy()
+            own = {"timesteps": 1000 * sigmas} if self.steps_per_token(scheduler) else {}
             # The sigmas are those that the scheduler makes of the timesteps; given too, it does not warn.
-            given = {"sigmas": timesteps / config["num_train_timesteps"]} if "sigmas" in takes else {}
-            scheduler.set_timesteps(timesteps=timesteps, **given)
+            scheduler.set_timesteps(sigmas=sigmas, **own)
             return
+        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+        scheduler.set_timesteps(sigmas=sigmas, **self.shift(scheduler, workload))
+
+    def takes_timesteps(self, scheduler: Any) -> bool:
+        return self.steps_per_token(scheduler)
+
+    def steps_per_token(self, scheduler: Any) -> bool:
+        # LTXConditionPipeline runs with no other scheduler; one without it keeps to its own sigmas.
+        return self._conditioned and "per_token_timesteps" in inspect.signature(scheduler.step).parameters
+
+    def shift(self, scheduler: Any, workload: Workload) -> dict[str, float]:
+        from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
+
+        if self._conditioned or "mu" not in inspect.signature(scheduler.set_timesteps).parameters:
+            return {}
+        config = scheduler.config
         mu = calculate_shift(
             self.tokens(workload),
             config.get("base_image_seq_len", 256),
@@ -211,8 +238,7 @@ class LTXVideo(CrossAttentionDiT):
             config.get("base_shift", 0.5),
             config.get("max_shift", 1.15),
         )
-        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        scheduler.set_timesteps(sigmas=sigmas, mu=mu)
+        return {"mu": mu}
 
     def encode_prompt(self, pipeline: Any, prompts: list[str], workload: Workload) -> TextCondition:
         embeds, mask, _, _ = pipeline.encode_prompt(
