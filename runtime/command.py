@@ -96,8 +96,7 @@ def generate(
             guidance=options, num_videos_per_prompt=num_videos_per_prompt, generator=_generator(seed),
             output_type="np" if output.suffix == ".mp4" else "latent", callback_on_step_end=advance, **given,
         ).frames  # fmt: skip
-    for path in _save(frames, output, frame_rate or pipeline.family.defaults.frame_rate):
-        print(path)
+    print(*_save(frames, output, frame_rate or pipeline.family.defaults.frame_rate), sep="\n")
 
 
 def _check_output(output: Path) -> None:

@@ -114,12 +114,10 @@ class Checkpoint:
 
     @property
     def origin(self) -> str:
-        """Its names: the folder's, in a cache the repository's, and those that diffusers noted on saving."""
-        folder = (self.folder or Path(self.name)).absolute()
-        cached = folder.parents[1].name if folder.parent.name == "snapshots" else ""
+        """The name of folder, file or repository, and those that diffusers noted on saving."""
         configs = (self.transformer_config, self.model_index or {})
         noted = (Path(str(config.get("_name_or_path") or "")).name for config in configs)
-        return " ".join((self.name, cached, *noted))
+        return " ".join((self.name, *noted))
 
     @property
     def has_text_encoder(self) -> bool:

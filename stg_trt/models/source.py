@@ -114,7 +114,7 @@ def _found(
             "leave it out"
         )
     if folder.is_dir():
-        return Source(folder.name, folder, variant)
+        return Source(_folder_name(folder), folder, variant)
     if folder.is_file():
         return _of_file(folder, variant)
     if repository is None:
@@ -124,6 +124,12 @@ def _found(
         )
     snapshot = repository.fetch(_CONFIGURATIONS)
     return Source(repository.name, snapshot, variant, repository.at(snapshot))
+
+
+def _folder_name(folder: Path) -> str:
+    """Its own, or the repository's for a snapshot, which is named after its commit."""
+    path = folder.absolute()
+    return cached_name(path.parents[1]) if path.parent.name == "snapshots" else path.name
 
 
 def _of_file(path: Path, variant: str | None) -> Source:

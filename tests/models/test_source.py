@@ -171,7 +171,7 @@ def test_a_folder_of_the_cache_is_a_checkpoint(hub: FakeHub, folder: Path, tmp_p
     cached = tmp_path / "cache" / "models--tiny--LTX-Video"
     expected = Checkpoint.open(folder).fingerprint()
     snapshot = cached / "snapshots" / commit_of(NAME, "main")
-    assert Checkpoint.open(cached).name == NAME
+    assert Checkpoint.open(cached).name == Checkpoint.open(snapshot).name == NAME
     for opened in (
         Checkpoint.open(cached),
         Checkpoint.open(snapshot),
