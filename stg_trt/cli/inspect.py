@@ -60,7 +60,7 @@ def describe(build: Build) -> dict[str, Any]:
             mode="json",
             include={
                 "family", "backend", "target", "gpu", "layout", "stg_mode", "stg_blocks", "max_batch",
-                "workload", "weights", "versions", "stg_trt_version",
+                "workload", "weights", "lora", "versions", "stg_trt_version",
                 "export_version",
             },
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ def test_only_changed_segments_are_compiled(engines: Path, lora: Path, tmp_path:
         assert same == (name != "block_1.onnx")
     assert manifests.load(folder).complete and not list(folder.glob(".*.onnx*"))
     assert str(manifests.load(folder).lora[0]) == "style.safetensors:0.5"
+    shown = json.loads(invoke("inspect", folder, "--json").stdout)["builds"][0]["lora"]
+    assert [(one["name"], one["scale"]) for one in shown] == [("style.safetensors", 0.5)]
     again = Finished()
     assert build(LTX.goldens, engines, lora=[f"{lora}:0.5"], **options, progress=again) == [folder]
     assert not again.compiled
