@@ -5,10 +5,12 @@ from __future__ import annotations
 from importlib.metadata import version
 
 import onnx
+import onnx_ir as ir
 
 from .compiler import Compiled, Exported, Job
 from .joined_graph import files_of
 from .onnx_compiler import ExportedGraph, OnnxCompiler
+from .onnxruntime_graph import fuse_rotations
 from .reproduction import onnxruntime_command
 from .reusable_files import ReusableFiles
 
@@ -22,6 +24,10 @@ class OnnxRuntimeCompiler(OnnxCompiler):
     def version(self) -> str:
         """ONNX Runtime's."""
         return version("onnxruntime")
+
+    def rewrite(self, graph: ir.Graph) -> None:
+        """Rotary embeddings as one operator."""
+        fuse_rotations(graph)
 
     def compile(self, job: Job, exported: Exported, target: str, finished: ReusableFiles) -> Compiled:
         """Each Attention node is one kernel of ONNX Runtime."""

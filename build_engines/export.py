@@ -65,9 +65,26 @@ def export(
         )
     assert program is not None and not program.model.functions
     _check_borders(segment, program.model.graph, inputs)
+    _share_norm_scales(program.model.graph)
     # Where each operator was called: it would differ from machine to machine.
     ClearMetadataAndDocStringPass()(program.model)
     return PieceGraph(program.model.graph, program.model.ir_version)
+
+
+def _share_norm_scales(graph: ir.Graph) -> None:
+    """Of norms without a weight: the exporter makes ones of the size of all hidden states, for every run."""
+    for node in graph:
+        scale = node.inputs[1] if node.op_type == "RMSNormalization" else None
+        maker = scale.producer() if scale is not None else None
+        if maker is not None and maker.op_type == "ConstantOfShape":
+            (x, *_), name = node.inputs, f"{node.name}_scale"
+            assert x is not None and x.shape is not None
+            ones = ir.tensor(torch.ones(int(x.shape[-1])).numpy(), name=name)  # type: ignore[arg-type]
+            shared = ir.Value(
+                name=name, shape=ir.Shape(x.shape[-1:]), type=ir.TensorType(ones.dtype), const_value=ones
+            )
+            graph.register_initializer(shared)
+            node.replace_input_with(1, shared)
 
 
 def _check_borders(segment: str, graph: ir.Graph, inputs: Sequence[TensorSpec]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -59,12 +59,15 @@ class JoinedGraph:
         self._graph.opset_imports.update(copy.opset_imports)
         self._values |= dict(zip(module.outputs, outputs, strict=True))
 
-    def save(self, path: Path, outputs: tuple[str, ...]) -> None:
-        """Writes `path`, and `path`.data where the weights are large."""
+    def save(
+        self, path: Path, outputs: tuple[str, ...], rewrite: Callable[[ir.Graph], object] = lambda graph: None
+    ) -> None:
+        """Writes `path`, and `path`.data where the weights are large; `rewrite` changes the graph before."""
         engine_names = engine_outputs(tuple(str(value.name) for value in self._inputs), outputs)
         for name, engine_name in zip(outputs, engine_names, strict=True):
             self._graph.outputs.append(self._output(self._values[name], engine_name))
         _skip_reshapes_back(self._graph)
+        rewrite(self._graph)
         model = ir.Model(self._graph, ir_version=self._ir_version, producer_name="stg_trt")
         CommonSubexpressionEliminationPass()(model)
         RemoveUnusedNodesPass()(model)

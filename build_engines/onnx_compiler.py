@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import onnx_ir as ir
 import onnxruntime as ort
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from .plugin_nodes import qk_norm_rope
 
 _log = logging.getLogger(__name__)
 # A graph takes any number of rows; one bound for all segments lets them share their pieces' graphs.
-_TRACED_MAX_ROWS = 1024
+TRACED_MAX_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,15 @@ class OnnxCompiler(Compiler):
                 module.qk_norm_rope = qk_norm_rope
             joined.append(piece.name, self._graph(job, piece, module), module)
         path = job.work / f"{job.segment.name}.onnx"
-        joined.save(path, tuple(spec.name for spec in job.outputs))
+        joined.save(path, tuple(spec.name for spec in job.outputs), self.rewrite)
         sha256 = digest({file.name: file_sha256(file) for file in files_of(path)})
         return ExportedGraph(sha256, lambda: graph_runner(self._runnable(path)), path)
 
+    def rewrite(self, graph: ir.Graph) -> None:
+        """Changes a segment's graph, in place, for the backend; the gates see the result."""
+
     def _graph(self, job: Job, piece: Segment, module: SegmentModule) -> PieceGraph:
-        key = self.piece_key(piece, module, max(job.rows[2], _TRACED_MAX_ROWS))
+        key = self.piece_key(piece, module, max(job.rows[2], TRACED_MAX_ROWS))
         name = job.segment.name
         if key in self._graphs:
             _log.info("%s: %s has the graph of an earlier piece", name, piece.name)

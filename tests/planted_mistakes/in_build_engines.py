@@ -148,6 +148,13 @@ IN_BUILD_ENGINES = (
         (f"{_BLOCKS}::test_no_weight_becomes_part_of_a_package",),
     ),
     Mistake(
+        "a rotation the other way is fused too",
+        "build_engines/onnxruntime_graph.py",
+        " or others != [(b, cos), (a, sin)]",
+        "",
+        ("tests/build_engines/test_onnxruntime_graph.py::test_other_joins_are_kept",),
+    ),
+    Mistake(
         "the GELU of another formula is folded",
         "build_engines/gelu_epilogue.py",
         'node.target != aten.gelu.default or node.kwargs.get("approximate") != "tanh"',

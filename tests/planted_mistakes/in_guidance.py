@@ -69,14 +69,14 @@ IN_GUIDANCE = (
         "stg_trt/guidance/solver.py",
         "        _check_noise(solver, rows, len(timesteps))\n",
         "",
-        (f"{_SOLVER}::test_refuses_what_is_not_linear_and_deterministic",),
+        (f"{_SOLVER}::test_refuses_what_is_not_linear",),
     ),
     Mistake(
         "a scheduler that clips is taken",
         "stg_trt/guidance/solver.py",
-        "        _check_linear(solver, rows, len(timesteps))\n",
+        "        _check_linear(solver, run, rows, len(timesteps))\n",
         "",
-        (f"{_SOLVER}::test_refuses_what_is_not_linear_and_deterministic",),
+        (f"{_SOLVER}::test_refuses_what_is_not_linear",),
     ),
     Mistake(
         "the last prediction is left out of a step",

@@ -148,7 +148,7 @@ IN_RUNTIME = (
     Mistake(
         "a preset's last steps are run too",
         "runtime/schedule.py",
-        "len(solver.timesteps) - (preset.drop_last if preset else 0)",
+        "len(solver.timesteps) - steps.drop_last",
         "len(solver.timesteps)",
         (f"{_SAMPLER}::test_presets_run_their_steps_with_their_scales",),
     ),
