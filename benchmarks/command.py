@@ -161,13 +161,18 @@ def peers(
     peers: Annotated[
         str, typer.Option(help="Who takes part; the others are recorded as left out.")
     ] = "eager,compiled,compiled_max_autotune,torch_tensorrt",
+    stg: Annotated[bool, typer.Option(help="With the skip pass, or CFG alone.")] = True,
     rounds: Rounds = 20,
     engines: Engines = None,
 ) -> None:
     """Time a CFG+STG step against diffusers' transformer: eager, and as compilers make it."""
+    from dataclasses import replace
+
     size = (height, width, num_frames, text_length)
     scenario = _scenario(checkpoint, size, stg_mode, stg_blocks, backend, target, blocks, precision)
     from .peers import PeersBenchmark
+
+    scenario = replace(scenario, stg=stg)
 
     _layouts(layout)
     PeersBenchmark(scenario, tuple(peers.split(",")), layout, rounds).run(output, engines)

@@ -24,7 +24,10 @@ _BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks", "blocks")
 
 @contextmanager
 def perturbed_skip_row(scenario: Scenario, model: Any) -> Iterator[None]:
-    """The last row of the batch perturbed; the model is restored afterwards."""
+    """The last row of the batch perturbed, if it is a skip row; the model is restored afterwards."""
+    if not scenario.stg:
+        yield
+        return
     known, perturbation = diffusers_model(scenario.family), scenario.perturbation
     every = [block for name in _BLOCK_LISTS for block in getattr(model, name, ())]
     blocks = [every[block] for block in perturbation.blocks]

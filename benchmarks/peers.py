@@ -55,7 +55,8 @@ class Comparison:
     def add_ours(self, loaded: LoadedBuild) -> None:
         """Adds the engines, captured if the device can."""
         scenario = self.scenario
-        step: Any = loaded.step(plan_step(loaded.sampler.segments, scenario.passes, scenario.perturbation))
+        perturbation = scenario.perturbation if scenario.stg else None
+        step: Any = loaded.step(plan_step(loaded.sampler.segments, scenario.passes, perturbation))
         if self.device.captures:
             step = loaded.captured(step)
         loaded.measure_memory()
@@ -94,7 +95,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class PeersBenchmark:
-    """A CFG+STG step of each, verified, then in alternating rounds; the quickest to prepare come first."""
+    """A step of each, verified, then in alternating rounds; the quickest to prepare come first."""
 
     scenario: Scenario
     peers: tuple[str, ...]
@@ -108,7 +109,7 @@ class PeersBenchmark:
         """Builds, verifies, times, prints a table and writes the JSON; what is done before a cut is kept."""
         scenario = self.scenario
         scenario.check()
-        facts = {"layout": self.layout, "rounds": self.rounds}
+        facts = {"layout": self.layout, "rounds": self.rounds, "passes": list(scenario.passes)}
         left_out = {peer: "not named by --peers" for peer in PEERS if peer not in self.peers}
         results = record.Record(output, "peers", **scenario.to_json(), **facts, left_out=left_out)
         device, inputs = scenario.device(), scenario.inputs()
@@ -181,7 +182,8 @@ def _ratios(times: dict[str, Times]) -> dict[str, float]:
 
 
 def _print(result: dict[str, Any]) -> None:
-    table = Table(title=f"{result['model']}, one STG step, all passes in one batch", title_justify="left")
+    passes = "+".join(result["passes"])
+    table = Table(title=f"{result['model']}, one step of {passes}, in one batch", title_justify="left")
     for column in ("", "median ms", "p10", "p90", "MFU", "x ours", "peak MB"):
         table.add_column(column, justify="right" if column else "left")
     for name, row in result["timings"].items():

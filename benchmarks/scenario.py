@@ -38,6 +38,7 @@ class Scenario:
     """The options that step, sample and peers share; None is the small model, or the family's own.
 
     `blocks` shortens the model, as `build --blocks` does; `precision` is by default the target's first.
+    Without `stg`, steps have no skip pass; the engines are the same.
     """
 
     checkpoint: str | None
@@ -51,6 +52,7 @@ class Scenario:
     target: str | None = None
     blocks: tuple[int, ...] | None = None
     precision: str | None = None
+    stg: bool = True
 
     def check(self) -> None:
         """Raises InvalidRequest or BackendUnavailable for what cannot be measured, before a build."""
@@ -92,8 +94,9 @@ class Scenario:
 
     @property
     def passes(self) -> tuple[Pass, ...]:
-        """The passes of a step with STG; some families have no unconditional one."""
-        return PASSES if self.family.defaults.guidance_scale != 1 else ("cond", "skip")
+        """The passes of a step; some families have no unconditional one."""
+        usual: tuple[Pass, ...] = PASSES if self.family.defaults.guidance_scale != 1 else ("cond", "skip")
+        return usual if self.stg else usual[:-1]
 
     @property
     def _place(self) -> tuple[str, str]:
@@ -148,8 +151,9 @@ class Scenario:
             earlier=torch.randn(middle, *noise.shape, generator=generator),
         )
 
-    def guidance(self, solver: SolverTable, *, stg: bool = True) -> Guidance:
-        """The family's scales on every step, with or without the skip pass."""
+    def guidance(self, solver: SolverTable, *, stg: bool | None = None) -> Guidance:
+        """The family's scales on every step, with or without the skip pass; by default the scenario's."""
+        stg = self.stg if stg is None else stg
         usual = ResolvedGuidance.of_family(self.family.defaults, self.perturbation)
         return Guidance.for_steps(solver.noise_levels, usual if stg else replace(usual, stg_scale=0.0))
 

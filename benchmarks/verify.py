@@ -85,6 +85,8 @@ class Reference:
 
     def doubt_perturbation(self, lowered: dict[str, Tensor]) -> tuple[str, ...]:
         """A doubt if eager predictions do not show the perturbation, in float32 or in `lowered` precision."""
+        if "skip" not in self.preds:
+            return ()
         step, limit = relative_l2(self.preds["skip"], self.preds["cond"]), limit_for(None)
         if step > limit and self._moved_alike(lowered):
             return ()

@@ -53,6 +53,7 @@ def _comparable(engines: Path) -> dict[str, list[Path]]:
     from stg_trt.errors import EngineRejected
 
     store = EngineStore.open(engines)
+    store.check_has_builds()
     found: dict[str, list[Path]] = {}
     left_out = dict(store.unreadable)
     for build in store.builds:
@@ -64,8 +65,7 @@ def _comparable(engines: Path) -> dict[str, list[Path]]:
     reasons = [f"{name}: {reason}" for name, reason in left_out.items()]
     if not found:
         raise EngineRejected(
-            f"verify: expected engines in {engines} that can be compared here, got "
-            f"{'; '.join(reasons) or 'an empty folder: build first'}"
+            f"verify: expected engines in {engines} that can be compared here, got {'; '.join(reasons)}"
         )
     for reason in reasons:
         print(f"not compared: {reason}")

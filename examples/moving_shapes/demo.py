@@ -24,6 +24,7 @@ from stg_trt.engines.manifest import Manifest, load
 from stg_trt.runtime.video_file import save_video
 
 from .clips import NUM_FRAMES, SIZE
+from .eager import EagerSteps, eager_steps
 from .results import CHECKPOINT, load_evaluation
 from .settings import BLOCK, SHOWN, Setting, passes_per_step, sample
 from .sheet import Column, draw_sheet
@@ -35,6 +36,8 @@ PROMPTS = (
     "a yellow circle moving down",
 )
 STEPS = 20
+# Of each prompt's turn.
+EAGER_STEPS = 5
 # Played slower than it was made, so that nine frames can be seen.
 PLAYED_FRAME_RATE = 8.0
 
@@ -62,9 +65,10 @@ def main() -> None:
     manifest = build_engines(options.checkpoint, engines)
     pipeline = VideoPipeline.from_pretrained(options.checkpoint, engines=engines, layout="segmented")
     runs = [Run(setting, passes_per_step(setting, manifest)) for setting in SHOWN]
-    generate(pipeline, runs)
+    eager = eager_steps(options.checkpoint)
+    generate(pipeline, runs, eager)
     save(runs, options.output, load_evaluation(options.checkpoint))
-    print_costs(runs)
+    print_costs(runs, eager)
     Console().print(f"Videos and contact_sheet.png are in {options.output}")
 
 
@@ -86,8 +90,8 @@ def build_engines(checkpoint: Path, engines: Path) -> Manifest:
     return load(folder)
 
 
-def generate(pipeline: VideoPipeline, runs: Sequence[Run]) -> None:
-    """The same prompts and noise for every setting; settings take turns, so that drift hits all alike."""
+def generate(pipeline: VideoPipeline, runs: Sequence[Run], eager: Sequence[EagerSteps] = ()) -> None:
+    """The same prompts and noise for every setting; all take turns, so that drift hits them alike."""
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("sampling", total=len(PROMPTS) * len(runs) * STEPS)
         for seed, prompt in enumerate(PROMPTS):
@@ -95,6 +99,8 @@ def generate(pipeline: VideoPipeline, runs: Sequence[Run]) -> None:
                 clock = _Clock(run.step_ms, lambda: progress.advance(task))
                 (clip,) = sample(pipeline, run.setting, [prompt], [seed], STEPS, clock.tick)
                 run.clips.append(clip)
+            for steps in eager:
+                steps.run(EAGER_STEPS)
 
 
 class _Clock:
@@ -147,8 +153,8 @@ def footer(evaluation: dict[str, Any] | None) -> tuple[str, ...]:
     return (shown, f"Overlap: 1 is a perfect shape. Jitter: 0 is a straight path. Measured on {clips}.")
 
 
-def print_costs(runs: Sequence[Run]) -> None:
-    """Passes computed per step, passes without the shared prefix, and time per step."""
+def print_costs(runs: Sequence[Run], eager: Sequence[EagerSteps]) -> None:
+    """Passes computed per step, passes without the shared prefix, and time per step; then diffusers'."""
     where = f"{platform.machine()}, {os.cpu_count()} cores, ONNX Runtime"
     table = Table(title=f"{where}: one step", title_justify="left")
     for column in ("setting", "passes", "in full", "ms (median)"):
@@ -156,6 +162,9 @@ def print_costs(runs: Sequence[Run]) -> None:
     for run in runs:
         full = len(run.setting.passes)
         table.add_row(run.setting.name, f"{run.passes:.2f}", f"{full}", f"{median(run.step_ms):.1f}")
+    for steps in eager:
+        passes, name = len(steps.passes), "diffusers, eager: " + "+".join(steps.passes)
+        table.add_row(name, f"{passes:.2f}", f"{passes}", f"{median(steps.step_ms):.1f}")
     Console().print(table)
 
 

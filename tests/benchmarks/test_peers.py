@@ -43,6 +43,16 @@ def test_measures_a_family_with_a_multi_step_solver(tmp_path: Path, tiny_wan: tu
     assert result["complete"] and max(result["verification"]["eager"].values()) <= 1e-4
 
 
+def test_measures_cfg_alone(tmp_path: Path, tiny: tuple[str, ...]) -> None:
+    output = tmp_path / "peers.json"
+    answer = invoke("bench", "peers", *tiny, "--no-stg", "--peers=eager", "--rounds=2", f"--output={output}")
+    assert answer.returncode == 0, answer.stderr
+    result = json.loads(output.read_text())
+    assert result["trusted"] and result["passes"] == ["uncond", "cond"]
+    assert result["verification"]["stg_trt"].keys() == {"uncond", "cond"}
+    assert result["timings"]["stg_trt"]["gflop"] == result["timings"]["eager"]["gflop"]
+
+
 @pytest.fixture
 def compilers(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The arguments of torch.compile, which changes nothing here: a real one takes a minute on a CPU."""

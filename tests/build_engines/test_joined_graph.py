@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from pathlib import Path
 
 import numpy as np
@@ -10,19 +11,20 @@ import torch
 
 from stg_trt.build_engines.export import PieceGraph, export
 from stg_trt.build_engines.joined_graph import JoinedGraph
+from stg_trt.build_engines.onnx_compiler import TRACED_MAX_ROWS, OnnxCompiler
 from stg_trt.build_engines.piece_key import PieceKey
 from stg_trt.build_engines.pieces import pieces_of
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.segment import Segment
 from tests.support.family_cases import HUNYUAN_VIDEO, LTX, FamilyCase
 
-Graphs = dict[PieceKey, PieceGraph]
+Graphs = MutableMapping[PieceKey, PieceGraph]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def graphs() -> Graphs:
-    """Exported so far."""
-    return {}
+    """Exported so far by any test, for builds too."""
+    return OnnxCompiler._graphs
 
 
 def write(case: FamilyCase, segment: Segment, path: Path, graphs: Graphs) -> int:
@@ -31,11 +33,11 @@ def write(case: FamilyCase, segment: Segment, path: Path, graphs: Graphs) -> int
     kinds = set()
     joined = JoinedGraph(list(family.inputs(segment, workload)))
     for piece in pieces_of(segment):
-        module = family.module(transformer, piece, expand_masks=True)
+        module = family.module(transformer, piece, expand_masks=True).eval()
         inputs = family.inputs(piece, workload)
-        key = PieceKey.of(module, inputs, family.outputs(piece, workload), 6)
+        key = PieceKey.of(module, inputs, family.outputs(piece, workload), TRACED_MAX_ROWS)
         if key not in graphs:
-            graphs[key] = export("seg", module, inputs, opset=23, max_rows=6)
+            graphs[key] = export("seg", module, inputs, opset=23, max_rows=TRACED_MAX_ROWS)
         kinds.add(key)
         joined.append(piece.name, graphs[key], module)
     joined.save(path, family.borders(segment)[1])

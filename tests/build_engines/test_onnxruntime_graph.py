@@ -27,7 +27,7 @@ ROTATIONS = [(LTX, 2), (WAN, 2), (HUNYUAN_VIDEO, 2), (COGVIDEOX["5b"], 2), (COGV
 def joined(case: FamilyCase) -> JoinedGraph:
     family, workload = case.family, case.workload
     inputs = family.inputs(BLOCK, workload)
-    module = family.module(case.checkpoint.load_transformer(BLOCK.blocks), BLOCK, expand_masks=True)
+    module = family.module(case.checkpoint.load_transformer(BLOCK.blocks), BLOCK, expand_masks=True).eval()
     key = PieceKey.of(module, inputs, family.outputs(BLOCK, workload), TRACED_MAX_ROWS)
     graphs = OnnxCompiler._graphs
     if key not in graphs:
