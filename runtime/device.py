@@ -20,7 +20,7 @@ from stg_trt.system.stream import CpuStream, CudaStream, Stream
 
 from .kernels.operations import KernelOperations
 from .kernels.shared_library import load_kernels
-from .operations import Operation, Operations, TorchOperations
+from .operations import CpuOperations, Operation, Operations, TorchOperations
 
 
 class Graph(Protocol):
@@ -57,7 +57,7 @@ class Cpu(CpuStream):
     captures = False
 
     def __init__(self) -> None:
-        self.operations: Operations = TorchOperations()
+        self.operations: Operations = CpuOperations()
 
     def capture(self, work: Callable[[], None]) -> Graph:
         """A CPU has no graphs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -45,3 +46,16 @@ class TorchOperations:
     def guided_step(self, state: StepState, key: StepKey) -> Operation:
         """An operation per term of the equations."""
         return lambda stream: guided_step(state, key)
+
+
+class CpuOperations(TorchOperations):
+    """On the CPU, where torch's threads go on spinning after a large copy and hold up those of the engines."""
+
+    def copy_rows(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Operation:
+        """One copy after the other, each by the calling thread alone."""
+
+        def enqueue(stream: int) -> None:
+            for destination, source in pairs:
+                ctypes.memmove(destination.data_ptr(), source.data_ptr(), source.nbytes)
+
+        return enqueue
