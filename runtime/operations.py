@@ -49,7 +49,7 @@ class TorchOperations:
 
 
 class CpuOperations(TorchOperations):
-    """On the CPU, where torch's threads go on spinning after a large copy and hold up those of the engines."""
+    """On the CPU, where torch's threads go on spinning after a large copy, which holds up the engines."""
 
     def copy_rows(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Operation:
         """One copy after the other, each by the calling thread alone."""
