@@ -80,9 +80,7 @@ def _share_norm_scales(graph: ir.Graph) -> None:
             (x, *_), name = node.inputs, f"{node.name}_scale"
             assert x is not None and x.shape is not None
             ones = ir.tensor(torch.ones(int(x.shape[-1])).numpy(), name=name)  # type: ignore[arg-type]
-            shared = ir.Value(
-                name=name, shape=ir.Shape(x.shape[-1:]), type=ir.TensorType(ones.dtype), const_value=ones
-            )
+            shared = ir.val(name, const_value=ones)
             graph.register_initializer(shared)
             node.replace_input_with(1, shared)
 

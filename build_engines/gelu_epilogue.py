@@ -27,7 +27,8 @@ def _is_gelu_of_linear(node: Node) -> bool:
     if node.target != aten.gelu.default or node.kwargs.get("approximate") != "tanh":
         return False
     (linear,) = node.all_input_nodes
-    with_bias = linear.target == aten.linear.default and len(linear.args) == len(("x", "weight", "bias"))
+    # Its arguments are x, weight and, if it has one, bias.
+    with_bias = linear.target == aten.linear.default and len(linear.args) == 3
     return with_bias and len(linear.users) == 1
 
 

@@ -75,12 +75,7 @@ class JoinedGraph:
         ir.save(model, path, external_data=f"{path.name}.data" if beside else None)
 
     def _initializer(self, tensor: ir.TensorProtocol, name: str | None = None) -> ir.Value:
-        value = ir.Value(
-            name=name or tensor.name,
-            shape=ir.Shape(tensor.shape.numpy()),
-            type=ir.TensorType(tensor.dtype),
-            const_value=tensor,
-        )
+        value = ir.val(name or tensor.name, const_value=tensor)
         self._graph.register_initializer(value)
         self._weight_bytes += tensor.nbytes
         return value
