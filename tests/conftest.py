@@ -61,6 +61,7 @@ SLOW_FIXTURES = {
     "whole_engines": "builds the engines of a whole pipeline",
     "golden_engines": "builds the engines of every family",
     "library": "compiles the kernels with nvcc",
+    "tiny_wan": "exports the graphs of Wan",
 }
 
 
