@@ -17,7 +17,7 @@ from stg_trt.engines.backends import backend_for
 from stg_trt.engines.manifest import Manifest
 from stg_trt.engines.store import Build, EngineRequest, EngineStore
 from stg_trt.errors import InvalidRequest, NotFinite, OutOfDeviceMemory
-from stg_trt.guidance.bins import BlockSets, Scale
+from stg_trt.guidance.bins import Scale, SkipBlocks, SkipScales
 from stg_trt.guidance.options import GuidanceOptions, choose_options
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.checkpoint import Checkpoint, published
@@ -158,9 +158,9 @@ class VideoPipeline:
         sigmas: Numbers | None = None,
         guidance_scale: Scale | None = None,
         true_cfg_scale: Scale | None = None,
-        stg_scale: Scale | None = None,
+        stg_scale: SkipScales | None = None,
         stg_mode: str | None = None,
-        stg_blocks: BlockSets | None = None,
+        stg_blocks: SkipBlocks | None = None,
         stg_range: tuple[int, int] | None = None,
         rescale: Scale | None = None,
         cfg_zero_star: bool | None = None,
@@ -182,10 +182,10 @@ class VideoPipeline:
     ) -> VideoPipelineOutput:
         """Generates videos; omitted arguments come from the engines (sizes, blocks) or the family's defaults.
 
-        Scales are numbers, lists with one entry per step, or TimestepBins; CFG is off at 1 and below.
-        `true_cfg_scale` is CFG of models whose `guidance_scale` is an input; `guidance` holds all of these.
-        `options` are for decoding, or other pipelines' names (arguments.py). Raises InvalidRequest,
-        EngineRejected if no engines fit, and NotFinite.
+        Scales are numbers, lists with one entry per step, or TimestepBins, and mappings of these from the
+        names of several skip passes; CFG is off at 1 and below. `guidance` holds all of these, see
+        GuidanceOptions. `options` are for decoding, or other pipelines' names (arguments.py). Raises
+        InvalidRequest, EngineRejected if no engines fit, and NotFinite.
         """
         foreign = ForeignArguments.read(options, {"stg_blocks": stg_blocks, "rescale": rescale})
         arguments = GuidanceOptions(

@@ -15,6 +15,7 @@ from stg_trt.errors import InvalidRequest
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.families.base import ModelFamily
+from stg_trt.models.passes import UNCOND
 from stg_trt.models.plan import StepPlan, plan_step
 from stg_trt.models.segment import TEXT, Segment
 from stg_trt.models.text import TextCondition
@@ -76,6 +77,7 @@ class Sampler:
             record.segment for record in manifest.segments if not record.segment.text
         )
         self._engines = engines
+        self._groups = 2 + max(1, len(manifest.skips))
         self._device = device
         self._state: StepState | None = None
         self._text: Context | None = None
@@ -98,7 +100,7 @@ class Sampler:
         """
         steps = range(len(guidance.cfg_scale))
         for i in steps:
-            if "uncond" in guidance.passes(i) and uncond is None:
+            if UNCOND in guidance.passes(i) and uncond is None:
                 raise InvalidRequest(
                     f"negative_prompt_embeds: expected embeddings for guidance_scale {guidance.cfg_scale[i]} "
                     f"at step {i}, got none: give them or set guidance_scale to 1"
@@ -129,7 +131,8 @@ class Sampler:
             state = self._state_for(size, latents.shape)
             state.table.load(guidance, solver)
             state.start(latents)
-            text = TextCondition.stacked((uncond or cond, cond, cond)).guided(guidance.embedded)
+            rows = (uncond or cond, *[cond] * (state.buffers.groups - 1))
+            text = TextCondition.stacked(rows).guided(guidance.embedded)
             if not size.single_step:
                 state.add_noise(draw_for(solver, len(guidance.cfg_scale), latents.shape, generator))
             self._write_position_tables(state, frame_rate)
@@ -139,8 +142,8 @@ class Sampler:
     def step(self, key: StepKey, state: StepState) -> Step | StepGraph:
         """The step of a guidance state; bound when first asked for, and captured if the device can."""
         if key not in self._bound:
-            _log.info("binding %s", "+".join(key.passes))
-            plan = plan_step(self.segments, key.passes, key.perturbation)
+            _log.info("binding %s", key.name)
+            plan = plan_step(self.segments, key.passes)
             bound = BoundPlan(plan, self._engines, state.buffers, self.family.borders, self._device)
             step = Step(key, bound, state, self._device)
             captured = StepGraph(step, state, self._device) if self._device.captures else step
@@ -164,7 +167,8 @@ class Sampler:
             self._state = self._text = None
             specs = list(self.family.tensors(self.workload).values())
             ping_pong = find_ping_pong(self.segments, self.family.borders)
-            buffers = StepBuffers(specs, ping_pong, size.videos, self._device.torch_device)
+            groups = max(size.groups, self._groups)
+            buffers = StepBuffers(specs, ping_pong, size.videos, self._device.torch_device, groups)
             self._text = self._bound_text(buffers) if self.family.has_text_segment else None
             roomy = replace(size, steps=max(size.steps, _MIN_STEPS))
             self._state = StepState.allocate(buffers, latents_shape, roomy)

@@ -125,7 +125,8 @@ def schedule_steps(request: Request, store: EngineStore, family: ModelFamily, sc
     solver = SolverTable.from_scheduler(scheduler, per_token=family.steps_per_token(scheduler))
     taken = len(solver.timesteps) - steps.drop_last
     options = request.guidance.resolve(
-        ResolvedGuidance.of_family(family.defaults, build.manifest.perturbation), family.takes_true_cfg
+        ResolvedGuidance.of_family(family.defaults, build.manifest.stg_mode, build.manifest.skips),
+        family.takes_true_cfg,
     )
     if options.embedded_guidance is not None and family.embedded_guidance is None:
         raise InvalidRequest(
@@ -142,6 +143,7 @@ def schedule_steps(request: Request, store: EngineStore, family: ModelFamily, sc
         width=workload.width,
         num_frames=workload.num_frames,
         perturbations=guidance.perturbations,
+        skips=guidance.most_skips,
     )
     if fitting.rejects(build.manifest) is not None:
         build = store.find(fitting)

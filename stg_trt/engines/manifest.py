@@ -11,6 +11,7 @@ import pydantic
 
 from stg_trt.errors import EngineRejected
 from stg_trt.models.lora import AppliedLora
+from stg_trt.models.passes import SkipBlocksByName, read_skips
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import TensorSpec
@@ -94,6 +95,8 @@ class Manifest(_Record):
     layout: str
     stg_mode: str
     stg_blocks: tuple[int, ...]
+    # By name; without any, stg_blocks are those of one pass.
+    skip_passes: dict[str, tuple[int, ...]] = {}
     max_batch: int
     complete: bool
     segments: tuple[SegmentRecord, ...]
@@ -102,6 +105,11 @@ class Manifest(_Record):
     def perturbation(self) -> Perturbation:
         """The mode and all blocks that the build can perturb."""
         return Perturbation(self.stg_mode, self.stg_blocks)
+
+    @property
+    def skips(self) -> SkipBlocksByName:
+        """The skip passes that a step can have, each with the blocks that it was named with."""
+        return self.skip_passes or read_skips(self.stg_blocks)
 
     @property
     def engine_bytes(self) -> int:

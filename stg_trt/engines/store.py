@@ -27,7 +27,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """A call's requirements of a build; None accepts anything. `perturbations` are those of its steps."""
+    """A call's requirements of a build; None accepts anything.
+
+    `perturbations` are those of its steps, and `skips` the most skip passes that one of them has.
+    """
 
     weights: str | None = None
     lora: tuple[AppliedLora, ...] | None = None
@@ -36,6 +39,7 @@ class EngineRequest:
     num_frames: int | None = None
     videos: int = 1
     perturbations: frozenset[Perturbation] = field(default_factory=frozenset)
+    skips: int = 0
     layout: str | None = None
     backend: str | None = None
     target: str | None = None
@@ -77,6 +81,8 @@ class EngineRequest:
                 f"built for at most {manifest.max_batch} videos at once, the request is {self.videos}: "
                 f"rebuild with --max-batch {self.videos}"
             )
+        if reason := _rejects_skips(manifest, self.skips):
+            return reason
         return next(filter(None, (_rejects(manifest, p) for p in self.perturbations)), None)
 
 
@@ -215,6 +221,18 @@ def _cannot_run(manifest: Manifest, machine: Machine) -> str | None:
         return f"compiled for {manifest.target}, this GPU is {gpu.sm}: build with --target {gpu.sm}"
     if manifest.gpu is not None and manifest.gpu != gpu.identity:
         return f"compiled for {manifest.gpu}, this GPU is {gpu.identity}: build the engines again here"
+    return None
+
+
+def _rejects_skips(manifest: Manifest, skips: int) -> str | None:
+    """Why a step of so many skip passes cannot run; None if it can."""
+    if skips > 1 and manifest.layout == "twin":
+        return f"the twin layout has one skip pass, the request has {skips}: rebuild with --layout segmented"
+    if skips > max(1, len(manifest.skips)) and backend_for(manifest.backend).limits_rows:
+        return (
+            f"built for {len(manifest.skips)} skip passes, the request has {skips}: rebuild with "
+            "--stg-blocks NAME=BLOCKS for each"
+        )
     return None
 
 
