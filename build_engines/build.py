@@ -227,6 +227,7 @@ class _Builder:
             family=options.checkpoint.family.name,
             transformer_config=options.checkpoint.transformer_config,
             vae_config=options.checkpoint.vae_config,
+            image_encoder_config=options.checkpoint.image_encoder_config,
             weights=self.weights,
             lora=options.checkpoint.applied_lora,
             workload=options.workload,

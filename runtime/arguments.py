@@ -27,7 +27,6 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
     "eta": (0.0, "choose a scheduler that adds noise"),
     "prompt_2": (None, "both text encoders read prompt"),
     "negative_prompt_2": (None, "both text encoders read negative_prompt"),
-    "image": (None, "image-to-video is not supported, leave it out"),
 }
 
 

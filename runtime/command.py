@@ -39,6 +39,8 @@ def generate(
     output: Annotated[Path, typer.Option(help="video.mp4, or latents.safetensors.")],
     prompt: Annotated[list[str] | None, typer.Option(help="Repeat it for several videos.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="CFG moves away from it.")] = None,
+    image: Annotated[Path | None, typer.Option(help="The picture that the video begins with.")] = None,
+    last_image: Annotated[Path | None, typer.Option(help="The picture that it ends with.")] = None,
     embeds: Embeds = None,
     height: Annotated[int | None, typer.Option(help="Pixels. [default: the engines']")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels. [default: the engines']")] = None,
@@ -82,11 +84,12 @@ def generate(
     pipeline = _open_pipeline(opened, store, request, offload=offload, vae_tiling=vae_tiling)
     with _progress_bar() as advance:
         frames = pipeline(
-            prompt=prompt or None, negative_prompt=negative_prompt, height=height, width=width,
-            num_frames=num_frames, frame_rate=frame_rate, num_inference_steps=num_inference_steps,
-            timesteps=read_numbers("timesteps", timesteps), sigmas=read_numbers("sigmas", sigmas),
-            guidance=options, num_videos_per_prompt=num_videos_per_prompt, generator=_generator(seed),
-            output_type="np" if output.suffix == ".mp4" else "latent", callback_on_step_end=advance, **given,
+            prompt=prompt or None, negative_prompt=negative_prompt, image=image, last_image=last_image,
+            height=height, width=width, num_frames=num_frames, frame_rate=frame_rate,
+            num_inference_steps=num_inference_steps, timesteps=read_numbers("timesteps", timesteps),
+            sigmas=read_numbers("sigmas", sigmas), guidance=options, generator=_generator(seed),
+            num_videos_per_prompt=num_videos_per_prompt, callback_on_step_end=advance,
+            output_type="np" if output.suffix == ".mp4" else "latent", **given,
         ).frames  # fmt: skip
     print(*_save(frames, output, frame_rate or pipeline.family.defaults.frame_rate), sep="\n")
 

@@ -15,6 +15,7 @@ from stg_trt.errors import InvalidRequest
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.families.base import ModelFamily
+from stg_trt.models.image import ImageCondition
 from stg_trt.models.passes import UNCOND
 from stg_trt.models.plan import StepPlan, plan_step
 from stg_trt.models.segment import TEXT, Segment
@@ -92,6 +93,7 @@ class Sampler:
         solver: SolverTable,
         frame_rate: float,
         generator: Generators | None = None,
+        image: ImageCondition | None = None,
     ) -> Iterator[SampledStep]:
         """Yields every step of `guidance`, from packed noise (videos, ...) times `solver.noise_scale`.
 
@@ -105,7 +107,7 @@ class Sampler:
                     f"negative_prompt_embeds: expected embeddings for guidance_scale {guidance.cfg_scale[i]} "
                     f"at step {i}, got none: give them or set guidance_scale to 1"
                 )
-        state = self.prepare(latents, cond, uncond, guidance, solver, frame_rate, generator)
+        state = self.prepare(latents, cond, uncond, guidance, solver, frame_rate, generator, image)
         self._bind_all(guidance, solver, state)
         for i in steps:
             with self._device.scope():
@@ -124,6 +126,7 @@ class Sampler:
         solver: SolverTable,
         frame_rate: float,
         generator: Generators | None = None,
+        image: ImageCondition | None = None,
     ) -> StepState:
         """Writes a run's start, tables and constants into the static memory, as `steps` does."""
         with self._device.scope():
@@ -136,6 +139,7 @@ class Sampler:
             if not size.single_step:
                 state.add_noise(draw_for(solver, len(guidance.cfg_scale), latents.shape, generator))
             self._write_position_tables(state, frame_rate)
+            self._write_image(state.buffers, image)
             self._write_text(state.buffers, text)
         return state
 
@@ -189,6 +193,14 @@ class Sampler:
         for name, tensor in self.family.position_tables(self.workload, frame_rate).items():
             state.buffers.view(name).copy_(tensor)
         state.frame_rate = frame_rate
+
+    def _write_image(self, buffers: StepBuffers, image: ImageCondition | None) -> None:
+        """What pictures add, the same in every pass."""
+        if image is None:
+            return
+        for name, tensor in self.family.image_inputs(image).items():
+            for rows in buffers.view(name).split(buffers.videos):
+                rows.copy_(tensor)
 
     def _write_text(self, buffers: StepBuffers, text: TextCondition) -> None:
         """Embeddings and masks of the whole run; the skip rows have the prompt of cond."""

@@ -16,6 +16,7 @@ from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.custom_steps import CustomSteps
 from stg_trt.models.families.base import Defaults, ModelFamily
+from stg_trt.models.image import Images
 from stg_trt.models.perturbation import check_blocks
 from stg_trt.models.workload import Workload
 
@@ -34,6 +35,7 @@ class Request:
 
     sizes: EngineRequest
     prompts: Prompts
+    images: Images | None
     guidance: GuidanceOptions
     num_inference_steps: int | None
     frame_rate: float | None

@@ -12,7 +12,6 @@ from stg_trt import GuidanceOptions, VideoPipeline
 from stg_trt.engines.manifest import Manifest
 from stg_trt.guidance.resolved import OFF
 from stg_trt.guidance.tables import Guidance
-from stg_trt.models.families import family_for
 from stg_trt.models.passes import COND, Pass
 from stg_trt.models.perturbation import Mode
 from stg_trt.models.plan import plan_step
@@ -89,7 +88,7 @@ def sample(
 
 def passes_per_step(setting: Setting, manifest: Manifest) -> float:
     """The FLOPs of a step on segmented engines, divided by those of one whole pass."""
-    family = family_for(manifest.transformer_config, manifest.vae_config)
+    family = manifest.model
     segments = [record.segment for record in manifest.segments if not record.segment.text]
 
     def flops(segment: Segment) -> int:

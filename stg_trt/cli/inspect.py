@@ -49,10 +49,9 @@ def inspect(
 
 def describe(build: Build) -> dict[str, Any]:
     """The facts of a build, ready for JSON."""
-    from stg_trt.models.families import family_for
 
     manifest = build.manifest
-    family = family_for(manifest.transformer_config, manifest.vae_config)
+    family = manifest.model
     states = _states(build)
     return {
         "folder": build.folder.name,
@@ -92,11 +91,10 @@ def describe(build: Build) -> dict[str, Any]:
 
 def _states(build: Build) -> dict[str, dict[str, Any]]:
     """Per guidance state: rows per segment, and FLOPs of one video's step, shared and in full."""
-    from stg_trt.models.families import family_for
     from stg_trt.models.plan import plan_step
 
     manifest = build.manifest
-    family = family_for(manifest.transformer_config, manifest.vae_config)
+    family = manifest.model
     segments = [record.segment for record in manifest.segments if not record.segment.text]
 
     def flops(segment: Any) -> int:

@@ -13,7 +13,6 @@ from stg_trt.engines.engine import Engine
 from stg_trt.engines.key import export_version
 from stg_trt.engines.manifest import Manifest
 from stg_trt.errors import EngineRejected, InvalidRequest
-from stg_trt.models.families import family_for
 from stg_trt.models.families.base import ModelFamily
 from stg_trt.models.lora import AppliedLora, describe
 from stg_trt.models.perturbation import Perturbation
@@ -191,7 +190,7 @@ def check_file(path: Path, record: manifests.FileRecord, *, whole: bool = False)
 def _outdated(manifest: Manifest) -> str | None:
     """Its family's graphs are others now; which release built it does not matter."""
     try:
-        now = export_version(family_for(manifest.transformer_config, manifest.vae_config))
+        now = export_version(manifest.model)
     except InvalidRequest:
         return f"built for {manifest.family}, which this release does not know: build the engines again"
     if manifest.export_version == now:

@@ -178,7 +178,7 @@ def test_block_sets_may_change_every_step(
 @pytest.mark.parametrize("mode", MODES)
 def test_several_skip_passes(pipeline: VideoPipeline, model: Any, mode: str) -> None:
     """They leave the shared prefix in both orders, and one of them pauses."""
-    scales = {"first": 1.0, "second": [2.0, 1.5, 0.0, 0.5]}
+    scales: dict[str, Any] = {"first": 1.0, "second": [2.0, 1.5, 0.0, 0.5]}
     blocks = {"first": [[1], [3], [1], [3]], "second": [[3], [1, 3], [3], [1]]}
     options = GuidanceOptions([3.0, 1.0, 3.0, 3.0], scales, 0.7, mode, blocks)
     expected = eager(model, scheduler_of(pipeline), tables(options), noise())
