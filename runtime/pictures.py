@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
@@ -16,8 +17,6 @@ from stg_trt.models.image import Images
 
 Picture = str | Path | Image.Image | np.ndarray[Any, Any] | Tensor
 Pictures = Picture | Sequence[Picture]
-# More would take gigabytes to decode; PIL's own limit warns of it, and then decodes.
-_MOST_PIXELS = 1 << 26
 
 
 def read_images(
@@ -87,13 +86,15 @@ def _picture(name: str, value: object) -> Any:
 def _opened(name: str, path: Path) -> Image.Image:
     """A picture file, turned as its camera says; raises InvalidRequest for what is none, or too large."""
     try:
-        with Image.open(path) as picture:
-            if picture.width * picture.height > _MOST_PIXELS:
-                raise InvalidRequest(
-                    f"{name}: expected at most {_MOST_PIXELS} pixels, got {picture.width}x{picture.height} "
-                    f"in {path}: make it smaller, as the video is"
-                )
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                return ImageOps.exif_transpose(picture).convert("RGB")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InvalidRequest(
+            f"{name}: expected at most {Image.MAX_IMAGE_PIXELS} pixels, got more in {path}: make it smaller, "
+            "as the video is"
+        ) from error
+    except (OSError, SyntaxError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InvalidRequest(f"{name}: expected a picture, got {path} ({reason}): check the file") from error
