@@ -3,8 +3,8 @@
 Reproduces diffusers' CogVideoXTransformer3DModel, CogVideoXPipeline and CogVideoXImageToVideoPipeline, whose
 latents have frames before channels. Constant over the steps: the projected text, whose padding takes part as
 any other token; the positions, which 2B adds to the video tokens as sines and cosines, where 5B and 1.5 have
-RoPE tables, one head's for all heads; and for image-to-video the picture's latents, which are further
-channels of the first frame. 5B for image-to-video has learned positions too, and so one size.
+RoPE tables, one head's for all heads; and for image-to-video the picture's latents, further channels of the
+first frame. 5B for image-to-video has learned positions too, and so one size.
 """
 
 from __future__ import annotations
@@ -53,9 +53,7 @@ class CogVideoXSegment(JointAttentionSegment):
         return tuple(size // patch for size, patch in zip((frames, height, width), self.patch, strict=True))
 
     def embed(self, state: State) -> State:
-        latents = state["latents"]
-        if CONDITION in state:
-            latents = torch.cat([latents, state[CONDITION]], 2)
+        latents = torch.cat([state[name] for name in ("latents", CONDITION) if name in state], 2)
         hidden, positions = self.tokens(latents), state.get("positions", self.positions)
         if positions is not None:
             hidden = hidden + positions
@@ -378,8 +376,8 @@ class CogVideoX(JointAttentionDiT):
         return dict(zip(_ROPE, map(half_table, tables), strict=True))
 
     def _check_channels(self) -> None:
-        channels, out = self.integer("in_channels"), self.integer("out_channels")
-        if channels not in (out, 2 * out):
+        out = self.integer("out_channels")
+        if (channels := self.integer("in_channels")) not in (out, 2 * out):
             raise InvalidRequest(
                 f"checkpoint: expected in_channels {out} in transformer/config.json, as out_channels, or "
                 f"{2 * out} for image-to-video, got {channels}: download it again"
@@ -389,12 +387,11 @@ class CogVideoX(JointAttentionDiT):
         """Raises InvalidRequest for another size than that of the learned positions."""
         temporal, spatial = self.compression
         height, width, frames = (self.integer(f"sample_{side}") for side in ("height", "width", "frames"))
-        learned = height * spatial, width * spatial, (frames - 1) // temporal * temporal + 1
-        for side, size in zip(("height", "width", "num_frames"), learned, strict=True):
-            if getattr(workload, side) != size:
+        sizes = height * spatial, width * spatial, (frames - 1) // temporal * temporal + 1
+        for side, size in zip(("height", "width", "num_frames"), sizes, strict=True):
+            if (got := getattr(workload, side)) != size:
                 raise InvalidRequest(
-                    f"{side}: expected {size}, the size of the learned positions, got "
-                    f"{getattr(workload, side)}: use {size}"
+                    f"{side}: expected {size}, the size of the learned positions, got {got}: use {size}"
                 )
 
 

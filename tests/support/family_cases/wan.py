@@ -147,7 +147,7 @@ WAN = FamilyCase(
         ),
         *(
             Published(name, Workload(480, 832, 81, 512), (16, 21, 60, 104), (16, 21, 60, 104), teraflops)
-            for name, teraflops in (("wan2.1-i2v-14b", 1701.0), ("wan2.1-flf2v-14b", 1724.0))
+            for name, teraflops in (("wan2.1-i2v-14b", 1686.0), ("wan2.1-flf2v-14b", 1694.0))
         ),
     ),
     pipeline_class=WanPipeline,
