@@ -15,7 +15,7 @@ TEST_PROCESSES ?= 2
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-# Without the tests that are marked slow.
+# Without the tests that are marked slow: the goldens of LTX-Video alone, and nothing that a compiler makes for a GPU.
 quick: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder \
 		-m "not slow"

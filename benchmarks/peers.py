@@ -168,7 +168,7 @@ def _timings(
         row = record.percentiles(times[name].device_s)
         rows[name] = {
             **row,
-            "gflop": round(candidate.flops / 1e9, 2),
+            "gflop": round(candidate.flops / 1e9, 4),
             "roofline_ms": round(peak.ms(candidate.flops), 4),
             "mfu": peak.mfu(candidate.flops, row["median_ms"]),
         }

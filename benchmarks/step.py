@@ -145,7 +145,7 @@ def _timings(variants: dict[str, Variant], times: dict[str, Times], peak: PeakMa
         rows[name] = {
             **row,
             **record.percentiles(times[name].host_s, "host_"),
-            "gflop": round(variant.flops / 1e9, 2),
+            "gflop": round(variant.flops / 1e9, 4),
             "roofline_ms": round(peak.ms(variant.flops), 4),
             "mfu": peak.mfu(variant.flops, row["median_ms"]),
             "layout": variant.loaded.build.manifest.layout,

@@ -12,8 +12,7 @@ function(add_mutated_program program kernel)
   endforeach()
   add_host_program(${program} cuda_on_host plugins/${kernel}/${kernel}_test.cpp)
   target_include_directories(${program} BEFORE PRIVATE ${mutants}/${program})
-  # They run many times.
-  target_compile_options(${program} PRIVATE -Og -include ${CMAKE_CURRENT_SOURCE_DIR}/plugins/mutant.h)
+  target_compile_options(${program} PRIVATE -include ${CMAKE_CURRENT_SOURCE_DIR}/plugins/mutant.h)
 endfunction()
 
 function(plant name source from to)

@@ -60,6 +60,8 @@ SLOW_FIXTURES = {
     "inductor_engines": "compiles packages with AOTInductor",
     "whole_engines": "builds the engines of a whole pipeline",
     "golden_engines": "builds the engines of every family",
+    "library": "compiles the kernels with nvcc",
+    "tiny_wan": "exports the graphs of Wan",
 }
 
 

@@ -168,6 +168,7 @@ def test_inspect_shows_the_states_that_the_model_is_used_in(
     assert all(set(segment["rows"]) == set(states) for segment in described["segments"])
 
 
+@pytest.mark.slow(reason="builds the engines of CogVideoX 5B")
 def test_noise_is_that_of_the_call(golden_engines: Callable[[FamilyCase], Path], layout: str) -> None:
     """Of a solver that adds it, after runs that add none, or more of it."""
     case = COGVIDEOX["5b"]

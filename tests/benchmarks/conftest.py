@@ -1,17 +1,16 @@
-"""Models whose engines all benchmarks share: two blocks of LTX-Video, and the tiny Wan of the goldens."""
+"""Models whose engines all benchmarks share; as tiny as those of the goldens, whose graphs they have."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from stg_trt.benchmarks.scenario import Scenario
 from tests.conftest import BuiltOnce
-from tests.support.cli import ROOT
-from tests.support.family_cases import WAN, FamilyCase
-
-MODEL = ROOT / "benchmarks/models/ltx-video-128x2"
+from tests.support.family_cases import LTX, WAN, FamilyCase
 
 
 @pytest.fixture(scope="session")
@@ -21,23 +20,41 @@ def engines(built_once: BuiltOnce) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny(engines: Path) -> tuple[str, ...]:
+def model(built_once: BuiltOnce) -> Path:
+    """Configurations of two blocks of LTX-Video, without weights."""
+    return built_once("benchmark-model", write_configurations) / "ltx-video-32x2"
+
+
+def write_configurations(root: Path) -> None:
+    folder = root / "ltx-video-32x2"
+    shutil.copytree(LTX.goldens / "scheduler", folder / "scheduler")
+    config = json.loads((LTX.goldens / "transformer" / "config.json").read_text())
+    (folder / "transformer").mkdir()
+    (folder / "transformer" / "config.json").write_text(json.dumps(config | {"num_layers": 2}))
+
+
+@pytest.fixture(scope="session")
+def tiny(engines: Path, model: Path) -> tuple[str, ...]:
     """Options of step, sample and peers."""
-    size = ("--height=64", "--width=64", "--num-frames=9", "--text-length=8")
-    return (f"--checkpoint={MODEL}", *size, "--stg-blocks=1", f"--engines={engines}")
+    return options_of(LTX, model, engines, block=1)
 
 
 @pytest.fixture(scope="session")
 def tiny_wan(engines: Path) -> tuple[str, ...]:
     """The same of a family whose solver has a history, and with latents that are not packed."""
-    size = [f"--{name.replace('_', '-')}={value}" for name, value in WAN.sizes.items()]
-    return (f"--checkpoint={WAN.goldens}", *size, "--stg-blocks=2", f"--engines={engines}")
+    return options_of(WAN, WAN.goldens, engines, block=2)
+
+
+def options_of(case: FamilyCase, checkpoint: Path, engines: Path, block: int) -> tuple[str, ...]:
+    """A family's options at the size of its goldens."""
+    size = [f"--{name.replace('_', '-')}={value}" for name, value in case.sizes.items()]
+    return (f"--checkpoint={checkpoint}", *size, f"--stg-blocks={block}", f"--engines={engines}")
 
 
 @pytest.fixture
-def scenario() -> Scenario:
+def scenario(model: Path) -> Scenario:
     """The LTX-Video model and size in Python."""
-    return Scenario(str(MODEL), 64, 64, 9, 8, stg_mode="stg-a", stg_blocks=(1,), backend="onnxruntime")
+    return scenario_of(LTX, "stg-a", (1,), model)
 
 
 @pytest.fixture
@@ -46,7 +63,10 @@ def wan_scenario() -> Scenario:
     return scenario_of(WAN, "stg-a", (2,))
 
 
-def scenario_of(case: FamilyCase, mode: str, blocks: tuple[int, ...]) -> Scenario:
-    """A family's tiny transformer at the size of its goldens, on ONNX Runtime."""
+def scenario_of(
+    case: FamilyCase, mode: str, blocks: tuple[int, ...], checkpoint: Path | None = None
+) -> Scenario:
+    """A family's tiny transformer, or another checkpoint, at the size of its goldens, on ONNX Runtime."""
     sizes = (case.workload.height, case.workload.width, case.workload.num_frames, case.workload.text_length)
-    return Scenario(str(case.goldens), *sizes, stg_mode=mode, stg_blocks=blocks, backend="onnxruntime")
+    source = str(checkpoint or case.goldens)
+    return Scenario(source, *sizes, stg_mode=mode, stg_blocks=blocks, backend="onnxruntime")

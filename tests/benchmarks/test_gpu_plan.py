@@ -10,7 +10,7 @@ from stg_trt.benchmarks import gpu_plan
 from stg_trt.benchmarks.gpu_plan import ON_GPU, REHEARSAL, Part, Scale, choose_parts, plan_stages
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint
-from tests.support.cli import assert_one_line_error, run
+from tests.support.cli import assert_one_line_error, invoke
 
 WORKLOADS = ("build", "step", "peers", "sample")
 LTX, LARGE_LTX = "ltx-video-2b-704x480x121", "ltx-video-2b-1216x704x121"
@@ -139,5 +139,5 @@ def test_the_planned_commands_parse(tmp_path: Path) -> None:
     of_each_kind = {part.command[3]: part for part in parts if part.command[3] in WORKLOADS}
     assert of_each_kind.keys() == set(WORKLOADS)
     for part in of_each_kind.values():
-        answer = run("bench", *part.command[3:], "--target=no-such-target")
+        answer = invoke("bench", *part.command[3:], "--target=no-such-target")
         assert_one_line_error(answer, "target: expected one of this-gpu, cpu for inductor, got 'no-such-targ")

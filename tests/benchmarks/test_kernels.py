@@ -13,7 +13,7 @@ from stg_trt.benchmarks.kernels import KernelBenchmark
 from stg_trt.errors import GateMissed
 from stg_trt.runtime import operations
 from stg_trt.runtime.guided_step import guided_step
-from tests.support.cli import assert_one_line_error, invoke, run
+from tests.support.cli import assert_one_line_error, invoke
 
 
 def test_measures_every_kernel_on_every_size(tmp_path: Path) -> None:
@@ -62,5 +62,5 @@ def test_a_wrong_kernel_is_timed_but_not_trusted(tmp_path: Path, monkeypatch: py
 
 
 def test_elements_are_numbers(tmp_path: Path) -> None:
-    result = run("bench", "kernels", "--elements=1e6", f"--output={tmp_path / 'kernels.json'}")
+    result = invoke("bench", "kernels", "--elements=1e6", f"--output={tmp_path / 'kernels.json'}")
     assert_one_line_error(result, "elements: expected numbers above 1 separated by commas, got '1e6'")

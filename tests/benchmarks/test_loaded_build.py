@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from stg_trt.benchmarks.eager_step import EagerStep, perturbed_skip_row
@@ -12,6 +13,7 @@ from stg_trt.benchmarks.scenario import Scenario
 from stg_trt.models.plan import plan_step
 
 
+@pytest.mark.slow(reason="exports the graphs of Wan")
 def test_a_step_starts_from_a_history(engines: Path, wan_scenario: Scenario) -> None:
     inputs, device = wan_scenario.inputs(6), wan_scenario.device()
     assert None in inputs.solver.single_step and inputs.middle == 3

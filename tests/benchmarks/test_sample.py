@@ -37,6 +37,7 @@ def test_measures_calls_and_their_steps(tmp_path: Path, tiny: tuple[str, ...]) -
     assert "loop overhead" in answer.stdout
 
 
+@pytest.mark.slow(reason="exports the graphs of two more families")
 @pytest.mark.parametrize("case", [WAN, COGVIDEOX["5b"]], ids=str)
 def test_a_multi_step_solver(tmp_path: Path, engines: Path, case: FamilyCase) -> None:
     """Of which one adds noise."""

@@ -14,11 +14,11 @@ from stg_trt.errors import InvalidRequest
 def test_the_text_length_is_the_familys(scenario: Scenario, wan_scenario: Scenario) -> None:
     lengths = [replace(one, text_length=None).workload.text_length for one in (scenario, wan_scenario)]
     assert lengths == [128, 512]
-    assert scenario.workload.text_length == 8
+    assert scenario.workload.text_length == 9
 
 
 def test_tokens_are_counted_by_the_family(scenario: Scenario, wan_scenario: Scenario) -> None:
-    assert scenario.to_json()["tokens"] == 2 * 2 * 2
+    assert scenario.to_json()["tokens"] == 3 * 4 * 5
     assert wan_scenario.to_json()["tokens"] == 3 * 3 * 4
 
 

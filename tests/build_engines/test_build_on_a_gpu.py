@@ -202,6 +202,7 @@ def test_levels_that_do_not_exist(
         build_one_block(one_block, tmp_path / "engines", **{"builder_optimization_level": 5, **options})
 
 
+@pytest.mark.slow(reason="exports graphs in bfloat16")
 def test_a_build_for_this_gpu(
     sim: SimulatedTensorRTBuilder, tmp_path: Path, one_block: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

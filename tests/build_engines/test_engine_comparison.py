@@ -32,11 +32,12 @@ from stg_trt.engines.store import Build
 from stg_trt.errors import EngineRejected, InvalidRequest, StgTrtError
 from stg_trt.models.workload import Workload
 from tests.conftest import BuiltOnce
+from tests.support.family_cases import LTX
 from tests.support.tiny_graph import INPUT, OUTPUT, write_graph
 
 pytest.importorskip("polygraphy", reason="needs the extra verify")
 
-SMALL: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 9, "text_length": 4, "stg_blocks": []}
+SMALL: dict[str, Any] = {**LTX.sizes, "stg_blocks": []}
 
 
 @pytest.fixture
@@ -143,7 +144,7 @@ def test_each_runner_is_given_its_own_precision(copied: Path, tmp_path: Path) ->
 
     manifest = rewrite(copied)
     record = manifest.segments[0].model_copy(update={"inputs": (INPUT,)})
-    bf16 = manifest.model_copy(update={"workload": Workload(32, 32, 9, 4, "bf16")})
+    bf16 = manifest.model_copy(update={"workload": Workload(**LTX.sizes, precision="bf16")})
     compiled = Build(copied, bf16)
     runners = [Bfloat16Runner("bf16"), OnnxrtRunner(SessionFromOnnx(str(graph)))]
     results = _run(compiled, record, runners, [random_inputs(record, 3)])

@@ -51,7 +51,12 @@ def write(case: FamilyCase, segment: Segment, path: Path, graphs: Graphs) -> int
         (LTX, Segment("skipped", 0, 5, True, True, skipped=Perturbation("stg-r", (0, 4))), 3),
         (LTX, Segment("mid", 1, 4), 1),
         # Blocks of two streams, then of one.
-        (HUNYUAN_VIDEO, Segment("normal", 0, HUNYUAN_VIDEO.family.num_blocks, True, True), 4),
+        pytest.param(
+            HUNYUAN_VIDEO,
+            Segment("normal", 0, HUNYUAN_VIDEO.family.num_blocks, True, True),
+            4,
+            marks=pytest.mark.slow(reason="exports the graphs of HunyuanVideo"),
+        ),
     ],
     ids=["whole", "two blocks left out", "blocks alone", "two kinds"],
 )
@@ -78,6 +83,7 @@ def test_a_segment_is_joined_from_kinds_of_pieces(
             np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow(reason="exports a model twice")
 def test_a_graph_is_written_alike_again(tmp_path: Path) -> None:
     """Engines are known by their graph's digest; it has no names of files or lines of this machine."""
     for name in ("once", "again"):

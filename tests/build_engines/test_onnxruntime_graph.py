@@ -37,6 +37,7 @@ def joined(case: FamilyCase) -> JoinedGraph:
     return graph
 
 
+@pytest.mark.slow(reason="exports a block of every family")
 @pytest.mark.parametrize(("case", "count"), ROTATIONS, ids=str)
 def test_rotations_become_one_operator(case: FamilyCase, count: int, tmp_path: Path) -> None:
     outputs, found = case.family.borders(BLOCK)[1], []

@@ -83,6 +83,7 @@ def test_equal_blocks_are_traced_once(
     assert len(counted) == kinds and again.pieces == exported.pieces[2:]
 
 
+@pytest.mark.slow(reason="exports pieces that are shared with nothing")
 def test_what_is_exported_is_what_a_trace_of_every_piece_gives(
     tmp_path: Path, traced: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ BACK = Segment("back", 2, 4, back=True)
 WITH_PLUGIN = [case for case in CASES if "qk_norm_rope" in case.family.plugins]
 
 
+@pytest.mark.slow(reason="exports a block of every family with the plugin")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("case", WITH_PLUGIN, ids=str)
 def test_one_node_per_block_computes_the_same(case: FamilyCase, precision: str, tmp_path: Path) -> None:

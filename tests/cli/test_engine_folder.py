@@ -106,7 +106,7 @@ def test_no_folder(tmp_path: Path, ltx_checkpoint: Path, embeds: Path) -> None:
     arguments = ("--engines", tmp_path / "none", "--output", tmp_path / "x.safetensors", "--embeds", embeds)
     pattern = "engines: expected a folder made by stg-trt build, got .*none: check the path"
     assert_one_line_error(invoke("generate", ltx_checkpoint, *arguments), pattern)
-    assert_one_line_error(run("inspect", tmp_path / "none"), pattern)
+    assert_one_line_error(invoke("inspect", tmp_path / "none"), pattern)
 
 
 def test_other_weights(tmp_path: Path, build: Path, ltx_checkpoint: Path, embeds: Path) -> None:

@@ -270,7 +270,7 @@ def test_a_sharded_checkpoint_builds(tmp_path: Path, checkpoint: Path) -> None:
     shard(checkpoint)
     result = invoke("build", checkpoint, "--output", tmp_path / "out", *SMALL, "--verify-timesteps", "1")
     assert result.returncode == 0, result.stderr
-    assert EngineStore.open(tmp_path / "out").find(EngineRequest(height=32)).load_engines(Cpu())
+    assert EngineStore.open(tmp_path / "out").find(EngineRequest(height=128)).load_engines(Cpu())
 
 
 @pytest.mark.parametrize("case", some_started(GENERATE, STARTED))

@@ -14,12 +14,15 @@ from stg_trt.engines.manifest import FileRecord
 from stg_trt.engines.store import EngineStore
 from stg_trt.system.files import file_sha256
 from tests.conftest import BuiltOnce
-from tests.support.cli import run
+from tests.support.cli import invoke, run
+from tests.support.family_cases import LTX
 from tests.support.tiny_graph import write_graph
 
 pytest.importorskip("polygraphy", reason="needs the extra verify")
 
-SMALL: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 9, "text_length": 4, "stg_blocks": []}
+pytestmark = pytest.mark.slow(reason="compares engines in a process of its own")
+
+SMALL: dict[str, Any] = {**LTX.sizes, "stg_blocks": []}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,7 @@ def test_an_engine_of_another_model_is_noticed(copied: Path, one_block: Path, tm
     manifest = manifests.load(copied)
     text = manifest.record("text")
     assert text is not None
-    other = write_graph(tmp_path / "other.onnx", tokens=4)
+    other = write_graph(tmp_path / "other.onnx", tokens=LTX.sizes["text_length"])
     engine = copied / text.files[0].name
     shutil.copyfile(other, engine)
     file = FileRecord(name=engine.name, bytes=engine.stat().st_size, sha256=file_sha256(engine))
@@ -60,7 +63,7 @@ def test_an_engine_of_another_model_is_noticed(copied: Path, one_block: Path, tm
         for record in manifest.segments
     )
     manifests.save(manifest.model_copy(update={"segments": records}), copied)
-    result = run("verify", copied.parent, "--checkpoint", one_block)
+    result = invoke("verify", copied.parent, "--checkpoint", one_block)
     assert result.returncode == 1
     assert "DIFFERS" in result.stdout and "equal" in result.stdout
     (line,) = result.stderr.splitlines()

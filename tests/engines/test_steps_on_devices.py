@@ -147,6 +147,7 @@ def arguments(scenario: Scenario, inputs: Inputs) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow(reason="exports graphs of its own")
 @pytest.mark.parametrize(("place", "layout"), CASES)
 def test_every_step_matches(
     engines_of: Callable[[Place], Path],

@@ -179,6 +179,7 @@ def test_no_room_on_the_gpu(
     assert (pipeline(**call).frames - expected).abs().max() <= 1e-4
 
 
+@pytest.mark.slow(reason="generates many times")
 def test_many_generations_do_not_grow(
     sim: SimulatedTensorRT, device: SimulatedCuda, engines: Path, ltx_checkpoint: Path
 ) -> None:
