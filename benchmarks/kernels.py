@@ -1,4 +1,7 @@
-"""The kernels of a step against a plain copy: verified in float64, then timed by the bytes they must move."""
+"""The kernels of a step against a plain copy: verified in float64, then timed by the bytes they must move.
+
+Then the optimisations of the engines: what each should gain beside what it does.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from stg_trt.runtime.device import Device, open_device
 
 from . import record
 from .clock import Work, alternate
+from .expected_gains import SIZES, measure_gains
 from .kernel_cases import KERNELS, Case
 from .launches import count_launches
 from .roofline import format_share, share_of_ceiling
@@ -49,6 +53,7 @@ class KernelBenchmark:
             )
             rows = [self._timed(name, case, elements, device) for name, case in cases.items()]
             results.add(kernels=[*results.result["kernels"], *rows])
+        results.add(optimisations=measure_gains(device, _copied_per_s(device, self.rounds), self.rounds))
         _print(results.result)
         results.finish()
 
@@ -69,6 +74,13 @@ class KernelBenchmark:
         if device.torch_device.type == "cuda":
             row |= count_launches(case.work, device).to_json()
         return row
+
+
+def _copied_per_s(device: Device, rounds: int) -> float:
+    """Bytes that a copy of the hidden states of a step reads and writes a second: more than a cache holds."""
+    size = 2 * SIZES[device.torch_device.type].hidden_bytes
+    seconds = alternate({_COPY: _copy(size, device)}, rounds, device)[_COPY].device_s
+    return size / median(seconds)
 
 
 def _copy(size: int, device: Device) -> Work:

@@ -128,12 +128,18 @@ def _section(result: Row) -> str:
 
 
 def _optimisations(result: Row) -> str:
-    """Expected and measured gains of the optimisations; empty without any."""
+    """Expected and measured gains of the optimisations, as ratios of times; empty without any."""
     rows = [
-        [row["name"], str(row["expected"]), str(row.get("measured") or "not measured")]
+        [row["name"], row["backend"], row["part"], row["derivation"], _gain(row["expected"], "no formula"),
+         _gain(row["measured"], "not measured")]
         for row in result.get("optimisations", [])
-    ]
-    return _table(["optimisation", "expected", "measured"], rows) if rows else ""
+    ]  # fmt: skip
+    words = ["optimisation", "backend", "before / after of", "expected by"]
+    return _table([*words, "expected", "measured"], rows, len(words)) if rows else ""
+
+
+def _gain(ratio: float | None, otherwise: str) -> str:
+    return otherwise if ratio is None else f"{ratio:.3f}x"
 
 
 def _title(result: Row) -> str:

@@ -6,6 +6,8 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
+from .node_values import set_values
+
 aten = torch.ops.aten
 
 
@@ -15,7 +17,8 @@ def fold_gelu(program: ExportedProgram) -> int:
     The operator computes the tanh GELU on CUDA, through cuBLASLt's epilogue; on a CPU it is the erf GELU.
     """
     graph_module = program.graph_module
-    found = [node for node in graph_module.graph.nodes if _is_gelu_of_linear(node)]
+    linears = graph_module.graph.find_nodes(op="call_function", target=aten.linear.default)
+    found = [next(iter(node.users)) for node in linears if gelu_follows(node)]
     for gelu in found:
         _fold(graph_module, gelu)
     graph_module.graph.eliminate_dead_code()
@@ -23,13 +26,12 @@ def fold_gelu(program: ExportedProgram) -> int:
     return len(found)
 
 
-def _is_gelu_of_linear(node: Node) -> bool:
-    if node.target != aten.gelu.default or node.kwargs.get("approximate") != "tanh":
-        return False
-    (linear,) = node.all_input_nodes
+def gelu_follows(linear: Node) -> bool:
+    """Whether the tanh GELU alone reads the result of a linear with a bias."""
+    (gelu, *others) = linear.users or (linear,)
+    tanh_gelu = gelu.target == aten.gelu.default and gelu.kwargs.get("approximate") == "tanh"
     # Its arguments are x, weight and, if it has one, bias.
-    with_bias = linear.target == aten.linear.default and len(linear.args) == 3
-    return with_bias and len(linear.users) == 1
+    return tanh_gelu and not others and len(linear.args) == 3
 
 
 def _fold(graph_module: GraphModule, gelu: Node) -> None:
@@ -46,7 +48,5 @@ def _fold(graph_module: GraphModule, gelu: Node) -> None:
         product = graph.call_function(aten._addmm_activation.default, given, {"use_gelu": True})
         width = weight.meta["val"].shape[0]
         folded = graph.call_function(aten.reshape.default, (product, [-1, tokens, width]))
-    for node in (rows, turned, product, folded):
-        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda given: given.meta["val"])
-        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+    set_values((rows, turned, product, folded))
     gelu.replace_all_uses_with(folded)

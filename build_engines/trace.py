@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from stg_trt.models.families.base import SegmentModule
 from stg_trt.models.tensor_spec import TensorSpec
 
 from .dynamic_rows import traced_with
+from .joined_products import join_products
 from .weights import weights_of
 
 
@@ -45,7 +46,7 @@ class _Numbered(nn.Module):
 
 @dataclass(frozen=True)
 class Trace:
-    """A program, its fingerprint, and the numbers of the weights that it reads.
+    """A program, its fingerprint, the numbers of the weights that it reads, and which are joined of others.
 
     The program is that of every piece with the same key; the weights in it are those of the first.
     """
@@ -53,11 +54,13 @@ class Trace:
     program: ExportedProgram
     fingerprint: str
     reads: frozenset[str]
+    joined: Mapping[str, tuple[str, ...]]
 
     def weights_of(self, module: SegmentModule) -> dict[str, Tensor]:
         """What the program reads of a piece, by the names that a package knows its weights under."""
         numbered = {_number(number): tensor for number, (_, tensor) in enumerate(weights_of(module))}
-        return {name: tensor for name, tensor in numbered.items() if name in self.reads}
+        joined = {name: torch.cat([numbered[part] for part in parts]) for name, parts in self.joined.items()}
+        return {name: tensor for name, tensor in (numbered | joined).items() if name in self.reads}
 
 
 def trace(
@@ -83,7 +86,8 @@ def trace(
             f"{name}: expected all weights to be parameters or buffers, got {len(program.constants)} tensors "
             "made while it runs: register them as buffers"
         )
-    return Trace(program, _fingerprint(program), _weights_read(program))
+    joined = join_products(program)
+    return Trace(program, _fingerprint(program), _weights_read(program), joined)
 
 
 def _weights_read(program: ExportedProgram) -> frozenset[str]:

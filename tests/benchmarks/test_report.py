@@ -130,13 +130,15 @@ def test_a_share_above_the_ceiling_is_no_share(tmp_path: Path) -> None:
 
 
 def test_optimisations_have_what_was_expected_of_them(tmp_path: Path) -> None:
+    facts = {"backend": "inductor", "part": "block", "derivation": "bytes"}
     listed = [
-        {"name": "half RoPE tables", "expected": "-2 ms", "measured": "-1.7 ms"},
-        {"name": "GELU in the product", "expected": "-3.7 ms"},
+        {"name": "half RoPE tables", **facts, "expected": 1.1428, "measured": 1.1},
+        {"name": "static profiles", **facts, "expected": None, "measured": None},
     ]
     write_report(save(tmp_path, step={**STEP, "optimisations": listed}), tmp_path / "report.md", None)
     text = (tmp_path / "report.md").read_text()
-    assert "| half RoPE tables | -2 ms | -1.7 ms |\n| GELU in the product | -3.7 ms | not measured |" in text
+    assert "| half RoPE tables | inductor | block | bytes | 1.143x | 1.100x |" in text
+    assert "| static profiles | inductor | block | bytes | no formula | not measured |" in text
 
 
 def test_a_run_on_a_gpu_brings_the_results_of_its_parts(tmp_path: Path) -> None:

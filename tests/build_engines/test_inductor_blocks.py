@@ -6,6 +6,7 @@ Most of a package's time goes into what all packages have, so that all blocks ar
 from __future__ import annotations
 
 import copy
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,9 @@ def test_bfloat16_is_within_its_own_tolerance(package: Package) -> None:
 def test_no_weight_becomes_part_of_a_package(package: Package) -> None:
     weights = package.weights
     assert package.constants == weights.keys()
+    largest = max(weights.values(), key=torch.numel).detach().contiguous().numpy().tobytes()
+    with zipfile.ZipFile(package.path) as archive:
+        assert not any(largest in archive.read(name) for name in archive.namelist())
     places = [name for name, _ in weights_of(package.together)]
     names = [f"w{places.index(f'parts.foldable.{name}')}" for name in ("short", "uniform", "scalar")]
     for change in (1.0, 3.0):

@@ -51,7 +51,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def counts(name: str, *arguments: Any) -> Trace:
         names.append(name)
-        return Trace(ExportedProgram.__new__(ExportedProgram), str(len(names)), frozenset())
+        return Trace(ExportedProgram.__new__(ExportedProgram), str(len(names)), frozenset(), {})
 
     monkeypatch.setattr(compile_inductor, "trace", counts)
     return names

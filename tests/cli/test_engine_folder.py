@@ -176,3 +176,26 @@ def test_inspect_names_what_is_unusable(build: Path) -> None:
     edit(bracketed / "manifest.json", '"max_batch": 2', '"max_batch": 8')
     result = invoke("inspect", build.parent)
     assert result.returncode == 0 and "[red]mine: unusable: " in result.stdout, result.stderr
+
+
+def test_inspect_prints_the_manifests_commands(build: Path) -> None:
+    """Whole, one per line: a terminal's width does not cut them, and nothing in them is taken for markup."""
+    kept = [command for record in manifests.load(build).segments for command in record.commands]
+    assert len(kept) == len(manifests.load(build).segments)
+    assert commands_shown(build) == kept
+    lines = (
+        "trtexec --onnx=onnx/back.onnx --minShapes=x:1x4",
+        f"polygraphy run [red]back {'x:[1,4] ' * 40}end",
+    )
+    segments = tuple(
+        record.model_copy(update={"commands": lines}) for record in manifests.load(build).segments
+    )
+    rewrite(build, segments=segments)
+    assert commands_shown(build) == [*lines] * len(segments)
+
+
+def commands_shown(build: Path) -> list[str]:
+    """The lines that begin with the name of a tool."""
+    shown = invoke("inspect", "--commands", build)
+    assert shown.returncode == 0, shown.stderr
+    return [line for line in shown.stdout.splitlines() if line.startswith(("trtexec", "polygraphy"))]

@@ -31,7 +31,10 @@ class TensorIOMode(enum.Enum):
 
 
 class SimulatedTensorRT(SimulatedGpu):
-    """Takes the place of the imported module; `profiles` are (min, max) rows of every engine."""
+    """Takes the place of the imported module; `profiles` are (min, max) rows of every engine.
+
+    Those whose plans are in `profiles_by_plan` have these instead.
+    """
 
     __version__ = "11.0.0"
     TensorIOMode = TensorIOMode
@@ -46,6 +49,7 @@ class SimulatedTensorRT(SimulatedGpu):
     def __init__(self, *profiles: tuple[int, int]) -> None:
         super().__init__()
         self.profiles = profiles
+        self.profiles_by_plan: dict[bytes, tuple[tuple[int, int], ...]] = {}
         self.profiles_used: list[int] = []
         self.says: list[str] = []
         """Tells the library's log, before a call fails."""
@@ -135,7 +139,8 @@ class _Engine:
         nodes += [(n, TensorIOMode.OUTPUT) for n in self.session.get_outputs()]
         self.nodes = {node.name: (node, mode) for node, mode in nodes}
         self.num_io_tensors = len(nodes)
-        self.num_optimization_profiles = len(sim.profiles)
+        self.profiles = sim.profiles_by_plan.get(data, sim.profiles)
+        self.num_optimization_profiles = len(self.profiles)
         self.cache: _RuntimeCache | None = None
 
     def get_tensor_name(self, index: int) -> str:
@@ -149,7 +154,7 @@ class _Engine:
         return SimpleNamespace(name=_NAMES[self.nodes[name][0].type])
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
-        low, high = self.sim.profiles[profile]
+        low, high = self.profiles[profile]
         return [self._with_rows(name, rows) for rows in (low, high, high)]
 
     def _with_rows(self, name: str, rows: int) -> tuple[int, ...]:
@@ -205,7 +210,7 @@ class _Context:
             raise RuleBroken("the default stream synchronises the device")
         if "set_optimization_profile_async" in self.sim.failing:
             return False
-        if not 0 <= index < len(self.sim.profiles):
+        if not 0 <= index < len(self.engine.profiles):
             raise RuleBroken(f"no profile {index}")
         self._changed()
         self.profile = index
