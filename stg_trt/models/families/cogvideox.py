@@ -53,7 +53,9 @@ class CogVideoXSegment(JointAttentionSegment):
         return tuple(size // patch for size, patch in zip((frames, height, width), self.patch, strict=True))
 
     def embed(self, state: State) -> State:
-        latents = torch.cat([state[name] for name in ("latents", CONDITION) if name in state], 2)
+        latents = state["latents"]
+        if CONDITION in state:
+            latents = torch.cat([latents, state[CONDITION]], 2)
         hidden, positions = self.tokens(latents), state.get("positions", self.positions)
         if positions is not None:
             hidden = hidden + positions
@@ -95,8 +97,7 @@ class CogVideoXSegment(JointAttentionSegment):
         self, norm: Any, video: Tensor, text: Tensor, temb: Tensor
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Both streams normed, shifted and scaled in float32, in the compute dtype again, and their gates."""
-        made = modulation(norm.linear, temb).chunk(6, -1)
-        shift, scale, gate, text_shift, text_scale, text_gate = made
+        shift, scale, gate, text_shift, text_scale, text_gate = modulation(norm.linear, temb).chunk(6, -1)
         normed_video = layer_norm(norm.norm, video) * (1 + scale) + shift
         normed_text = layer_norm(norm.norm, text) * (1 + text_scale) + text_shift
         return (normed_video.to(video.dtype), normed_text.to(text.dtype)), (gate, text_gate)
@@ -285,13 +286,13 @@ class CogVideoX(JointAttentionDiT):
         self, pipeline: Any, images: Images, workload: Workload, videos: int, generator: Any
     ) -> ImageCondition:
         """Samples of the pictures' latents in the first frame, zeros in the others."""
-        vae, (frames, *_) = pipeline.vae, self.noise_shape(workload)
+        vae, frames = pipeline.vae, self.noise_shape(workload)[0]
         pixels = pipeline.video_processor.preprocess([*images.image], workload.height, workload.width)
         latents = posterior_samples(vae, pixels.to(vae.device, vae.dtype).unsqueeze(2), videos, generator)
         scale = vae.config.scaling_factor
-        # Of 1.5, whose training left the factor out.
-        first = (latents / scale if vae.config.invert_scale_latents else latents * scale).transpose(1, 2)
-        return ImageCondition(F.pad(first, (0, 0, 0, 0, 0, 0, 0, frames - 1)))
+        # 1.5 inverts it: its training left the factor out.
+        scaled = latents / scale if vae.config.invert_scale_latents else latents * scale
+        return ImageCondition(F.pad(scaled.transpose(1, 2), (0, 0, 0, 0, 0, 0, 0, frames - 1)))
 
     def text_flops(self, workload: Workload) -> int:
         return 2 * workload.text_length * self.text_channels * self.width
@@ -331,8 +332,7 @@ class CogVideoX(JointAttentionDiT):
         return TextCondition(embeds, embeds.new_ones(embeds.shape[:2]))
 
     def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:
-        _, frames, _, _ = super().latent_shape(workload)
-        vae = pipeline.vae
+        vae, frames = pipeline.vae, super().latent_shape(workload)[1]
         kept = latents[:, -frames:].to(vae.dtype).transpose(1, 2)
         return vae_video(vae, kept / vae.config.scaling_factor)
 
