@@ -15,16 +15,16 @@ from stg_trt.errors import InvalidRequest
 from stg_trt.models.families.base import ModelFamily
 from stg_trt.models.image import Images
 
+from .prompts import Prompts
+
 Picture = str | Path | Image.Image | np.ndarray[Any, Any] | Tensor
 Pictures = Picture | Sequence[Picture]
 
 
-def read_images(
-    family: ModelFamily, pictures: dict[str, Pictures | None], prompts: int, times: int
-) -> Images | None:
+def read_images(family: ModelFamily, pictures: dict[str, Pictures | None], prompts: Prompts) -> Images | None:
     """The pictures by their argument's name, one for all videos or one for each; None for text-to-video.
 
-    One prompt's are those of its `times` videos. Raises InvalidRequest for pictures that the model has no use
+    One prompt's are those of its videos. Raises InvalidRequest for pictures that the model has no use
     for, for one that it lacks, and for what is not a picture.
     """
     given = {name: value for name, value in pictures.items() if value is not None}
@@ -43,15 +43,15 @@ def read_images(
             )
     if not given:
         return None
-    read = {name: _read(name, value, prompts) for name, value in given.items()}
+    read = {name: _read(name, value, prompts.count) for name, value in given.items()}
     if any(len(found) > 1 for found in read.values()):
-        read = {name: _of_videos(found, prompts, times) for name, found in read.items()}
+        read = {name: _of_videos(found, prompts) for name, found in read.items()}
     return Images(**read)
 
 
-def _of_videos(found: list[Any], prompts: int, times: int) -> list[Any]:
-    of_prompts = found * prompts if len(found) == 1 else found
-    return [one for one in of_prompts for _ in range(times)]
+def _of_videos(found: list[Any], prompts: Prompts) -> list[Any]:
+    of_prompts = found * prompts.count if len(found) == 1 else found
+    return [one for one in of_prompts for _ in range(prompts.videos_per_prompt)]
 
 
 def _read(name: str, value: Pictures, prompts: int) -> list[Any]:

@@ -186,10 +186,9 @@ class VideoPipeline:
     ) -> VideoPipelineOutput:
         """Generates videos; omitted arguments come from the engines (sizes, blocks) or the family's defaults.
 
-        Scales are numbers, lists with one entry per step, or TimestepBins, and mappings of these from the
-        names of several skip passes; CFG is off at 1 and below. `guidance` holds all of these, see
-        GuidanceOptions. `options` are for decoding, or other pipelines' names (arguments.py). Raises
-        InvalidRequest, EngineRejected if no engines fit, and NotFinite.
+        `guidance` holds all scales, see GuidanceOptions; CFG is off at 1 and below. `options` are for
+        decoding, or other pipelines' names (arguments.py). Raises InvalidRequest, EngineRejected if no
+        engines fit, and NotFinite.
         """
         foreign = ForeignArguments.read(options, {"stg_blocks": stg_blocks, "rescale": rescale})
         arguments = GuidanceOptions(
@@ -201,13 +200,12 @@ class VideoPipeline:
             negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds
         )
         prompts = Prompts(prompt, negative_prompt, cond, uncond, num_videos_per_prompt)
-        pictures = {"image": image, "last_image": last_image}
-        images = read_images(self.family, pictures, prompts.count, num_videos_per_prompt)
-        guided = choose_options(guidance, arguments)
+        images = read_images(self.family, {"image": image, "last_image": last_image}, prompts)
         sizes = replace(self._request, height=height, width=width, num_frames=num_frames)
         request = Request(
-            replace(sizes, videos=prompts.videos), prompts, images, guided, num_inference_steps, frame_rate,
-            latents=latents, generator=list(generator) if isinstance(generator, tuple) else generator,
+            replace(sizes, videos=prompts.videos), prompts, images, choose_options(guidance, arguments),
+            num_inference_steps, frame_rate, latents=latents,
+            generator=list(generator) if isinstance(generator, tuple) else generator,
             max_sequence_length=foreign.max_sequence_length, steps=CustomSteps.read(timesteps, sigmas),
         )  # fmt: skip
         return self._generate(request, output_type, callback_on_step_end, foreign)
