@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ Picture = str | Path | Image.Image | np.ndarray[Any, Any] | Tensor
 Pictures = Picture | Sequence[Picture]
 
 
-def read_images(family: ModelFamily, pictures: dict[str, Pictures | None], prompts: Prompts) -> Images | None:
+def read_images(
+    family: ModelFamily, pictures: Mapping[str, Pictures | None], prompts: Prompts
+) -> Images | None:
     """The pictures by their argument's name, one for all videos or one for each; None for text-to-video.
 
     One prompt's are those of its videos. Raises InvalidRequest for pictures that the model has no use

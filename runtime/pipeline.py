@@ -22,7 +22,7 @@ from stg_trt.guidance.options import GuidanceOptions, choose_options
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.checkpoint import Checkpoint, published
 from stg_trt.models.custom_steps import CustomSteps, Numbers
-from stg_trt.models.image import ImageCondition
+from stg_trt.models.image import ImageCondition, Images
 from stg_trt.models.text import TextCondition
 from stg_trt.system.gpu import this_machine
 from stg_trt.system.units import GIB
@@ -186,9 +186,8 @@ class VideoPipeline:
     ) -> VideoPipelineOutput:
         """Generates videos; omitted arguments come from the engines (sizes, blocks) or the family's defaults.
 
-        `guidance` holds all scales, see GuidanceOptions; CFG is off at 1 and below. `options` are for
-        decoding, or other pipelines' names (arguments.py). Raises InvalidRequest, EngineRejected if no
-        engines fit, and NotFinite.
+        `guidance` holds all scales; CFG is off at 1 and below. `options` are for decoding, or those of other
+        pipelines. Raises InvalidRequest, EngineRejected if no engines fit, and NotFinite.
         """
         foreign = ForeignArguments.read(options, {"stg_blocks": stg_blocks, "rescale": rescale})
         arguments = GuidanceOptions(
@@ -200,13 +199,12 @@ class VideoPipeline:
             negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds
         )
         prompts = Prompts(prompt, negative_prompt, cond, uncond, num_videos_per_prompt)
-        images = read_images(self.family, {"image": image, "last_image": last_image}, prompts)
+        guided = choose_options(guidance, arguments)
         sizes = replace(self._request, height=height, width=width, num_frames=num_frames)
         request = Request(
-            replace(sizes, videos=prompts.videos), prompts, images, choose_options(guidance, arguments),
-            num_inference_steps, frame_rate, latents=latents,
-            generator=list(generator) if isinstance(generator, tuple) else generator,
-            max_sequence_length=foreign.max_sequence_length, steps=CustomSteps.read(timesteps, sigmas),
+            replace(sizes, videos=prompts.videos), prompts, {"image": image, "last_image": last_image},
+            guided, num_inference_steps, frame_rate,
+            list(generator) if isinstance(generator, tuple) else generator, latents, foreign.max_sequence_length, CustomSteps.read(timesteps, sigmas),
         )  # fmt: skip
         return self._generate(request, output_type, callback_on_step_end, foreign)
 
@@ -216,12 +214,13 @@ class VideoPipeline:
         check_callback(callback, foreign.callback_tensors)
         decode_options = foreign.decode_options
         self._check_options(output_type, decode_options, request.prompts.videos)
+        images = read_images(self.family, request.pictures, request.prompts)
         with self._turns:
             schedule = self._schedule(request)
             if output_type != "latent":  # A VAE that cannot decode is refused before the sampling.
                 self.components.load_vae(schedule.workload, self._device_for(schedule.build).torch_device)
             # In this order, since both draw from the generator.
-            image = self._image(schedule, request)
+            image = self._image(schedule, request, images)
             noise = self._noise(schedule, request)
             with _memory_explained(schedule.build.manifest, "GPU memory", _LESS_TO_SAMPLE):
                 result = self._drain(self._steps(schedule, request, noise, image), noise, callback)
@@ -238,17 +237,17 @@ class VideoPipeline:
         self._warn_of_second_guidance(schedule.guidance)
         return schedule
 
-    def _image(self, schedule: Schedule, request: Request) -> ImageCondition | None:
+    def _image(self, schedule: Schedule, request: Request, images: Images | None) -> ImageCondition | None:
         """What the call's pictures add; None without any."""
         generator, videos = request.generator, request.prompts.videos
         if isinstance(generator, list) and len(generator) != videos:
             raise InvalidRequest(
                 f"generator: expected one or {videos}, got {len(generator)}: give one per video"
             )
-        if request.images is None:
+        if images is None:
             return None
         device = self._device_for(schedule.build).torch_device
-        return self.components.encode_images(request.images, schedule.workload, device, videos, generator)
+        return self.components.encode_images(images, schedule.workload, device, videos, generator)
 
     def _steps(
         self, schedule: Schedule, request: Request, noise: Tensor, image: ImageCondition | None

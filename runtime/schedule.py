@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,11 +17,11 @@ from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.custom_steps import CustomSteps
 from stg_trt.models.families.base import Defaults, ModelFamily
-from stg_trt.models.image import Images
 from stg_trt.models.perturbation import check_blocks
 from stg_trt.models.workload import Workload
 
 from .noise import Generators
+from .pictures import Pictures
 from .prompts import Prompts
 
 _log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class Request:
 
     sizes: EngineRequest
     prompts: Prompts
-    images: Images | None
+    pictures: Mapping[str, Pictures | None]
     guidance: GuidanceOptions
     num_inference_steps: int | None
     frame_rate: float | None
