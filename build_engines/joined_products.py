@@ -3,8 +3,8 @@
 Queries, keys and values are; so are the keys and values of a text. The tensor is read once, and one large
 product leaves fewer multiprocessors idle at its end than several small ones. For inductor alone:
 
-- TensorRT joins them by itself. The plan that TensorRT-RTX 1.7.1 makes of a block with cross-attention has
-  one weight of 2048 x 6144 for its queries, keys and values, and one of 2048 x 4096 for those of the text.
+- TensorRT joins them by itself. The plan that TensorRT-RTX 1.7.1 makes of a block of width 2048 has one
+  weight of 2048 x 6144 for its queries, keys and values, and one of 2048 x 4096 for those of the text.
 - ONNX Runtime copies the parts of a result that is split. On one or two cores, by turns, two rows of 1024
   tokens of width 2048 take 2 to 6 % longer joined, and of width 512 8 %.
 - inductor reads the parts where they are. On one core, in float32, that block with 1024 tokens takes 3.57 s,

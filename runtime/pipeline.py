@@ -204,7 +204,8 @@ class VideoPipeline:
         request = Request(
             replace(sizes, videos=prompts.videos), prompts, {"image": image, "last_image": last_image},
             guided, num_inference_steps, frame_rate,
-            list(generator) if isinstance(generator, tuple) else generator, latents, foreign.max_sequence_length, CustomSteps.read(timesteps, sigmas),
+            list(generator) if isinstance(generator, tuple) else generator, latents,
+            foreign.max_sequence_length, CustomSteps.read(timesteps, sigmas),
         )  # fmt: skip
         return self._generate(request, output_type, callback_on_step_end, foreign)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable
@@ -144,6 +145,12 @@ def test_manifests_say_all_and_files_are_what_they_say(builds: dict[str, list[Pa
             assert record.verification[0].relative_l2 <= 1e-4
             assert record.activation_bytes and record.flops and record.peak_bytes > 1 << 20
             assert record.seconds.keys() == {"reference", "export", "verify", "compile"}
+
+
+def test_queries_keys_and_values_are_one_product(builds: dict[str, list[Path]]) -> None:
+    """Why graphs leave them apart: the plan has one weight for the three, 128 channels to 3 times 128."""
+    plan = (builds["segmented"][0] / "block_1.sm_120.engine").read_bytes()
+    assert re.search(rb"const_payload_size=98304 dims=\{ 128 384 \}", plan)
 
 
 def test_targets_share_the_graph_and_not_the_engine(builds: dict[str, list[Path]]) -> None:
