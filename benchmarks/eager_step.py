@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from stg_trt.guidance.combine import combine
+from stg_trt.models.passes import UNCOND
 from stg_trt.models.text import TextCondition
 from stg_trt.runtime.noise import draw
+from stg_trt.runtime.step_key import StepKey
 
 from .diffusers_models import diffusers_model
 from .scenario import Inputs, Scenario
@@ -87,7 +89,7 @@ class EagerStep:
         generator, draws = inputs.generator(), sum(inputs.solver.draws)
         self._noise = [draw(inputs.noise.shape, generator).to(device) for _ in range(draws)]
         self._timesteps = torch.tensor(inputs.solver.timesteps, device=device)
-        texts = [inputs.uncond if name == "uncond" else inputs.cond for name in self._passes]
+        texts = [inputs.uncond if one == UNCOND else inputs.cond for one in self._passes]
         text = TextCondition.stacked(texts)
         text = TextCondition(
             text.embeds.to(device, dtype),
@@ -110,16 +112,13 @@ class EagerStep:
 
     def step(self, latents: Tensor, step: int, preds: list[Tensor]) -> Tensor:
         """The latents after a step; its guided prediction is added to those of the steps before it."""
-        rows = dict(zip(self._passes, self.preds(latents, step).float().split(1), strict=True))
-        guidance = self._guidance
+        key = StepKey.of(self._guidance, self._solver, step)
         pred = combine(
-            rows["cond"],
-            rows.get("uncond"),
-            rows.get("skip"),
-            cfg_scale=guidance.cfg_scale[step],
-            stg_scale=guidance.stg_scale[step],
-            rescale=guidance.rescale[step],
-            cfg_zero_star=guidance.cfg_zero_star,
+            self.preds(latents, step).unflatten(0, (len(key.passes), 1)),
+            torch.tensor(self._guidance.weights(step), device=latents.device),
+            key.cond,
+            rescale=self._guidance.rescale[step],
+            zero_star=key.zero_star,
         )
         preds.append(pred)
         return self._solver.advance(step, latents, preds, self._initial, self._noise)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from stg_trt.engines.store import Build, EngineStore
 from stg_trt.errors import BackendUnavailable, GateMissed
-from stg_trt.models.passes import PASSES
 from stg_trt.models.plan import plan_step
 from stg_trt.runtime.device import open_device
 
@@ -82,7 +81,7 @@ def _run(build: Build) -> None:
     reference = Reference.of_step(_SCENARIO, load_model(_SCENARIO, device), inputs, device)
     loaded = LoadedBuild(_SCENARIO, build, inputs, device)
     print("run", flush=True)
-    step = loaded.step(plan_step(loaded.sampler.segments, PASSES, _SCENARIO.perturbation))
+    step = loaded.step(plan_step(loaded.sampler.segments, _SCENARIO.passes))
     preds = loaded.preds(step)
     print("compare", flush=True)
     verdict = reference.check("foreign engine", preds)

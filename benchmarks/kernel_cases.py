@@ -14,7 +14,6 @@ from stg_trt.guidance.resolved import ResolvedGuidance
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.families.base import keep_attention_spec
-from stg_trt.models.passes import PASSES
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.runtime.device import Device
 from stg_trt.runtime.kernels.operations import KernelOperations
@@ -27,6 +26,7 @@ from .clock import Work
 CUDA_KERNEL, REFERENCE = "CUDA kernel", "torch reference"
 
 _STEPS = 4
+_PASSES = 3
 _WIDTH = 2048
 _DTYPE = {"cuda": "bfloat16", "cpu": "float32"}
 
@@ -69,7 +69,7 @@ def _guided_step(
         step(device.stream)
         error = float((state.latents.double() - expected).abs().max() / expected.abs().max())
     row_bytes = elements * state.buffers.view("pred").element_size()
-    rows_read = len(PASSES) * (2 if rescaled else 1) + (2 if cfg_zero_star else 0)
+    rows_read = _PASSES * (2 if rescaled else 1) + (2 if cfg_zero_star else 0)
     moved = rows_read * row_bytes + 2 * elements * state.latents.element_size()
     return Case(_implementation(device), Work(lambda: step(device.stream), reset), moved, error)
 
@@ -79,13 +79,13 @@ def _fan_out_rows(elements: int, device: Device) -> Case:
     guidance, solver = _tables()
     state = _state(elements, device)
     state.table.load(guidance, solver)
-    fan_out = device.operations.fan_out_rows(state, PASSES)
+    fan_out = device.operations.fan_out_rows(state, range(_PASSES))
     rows = state.buffers.view("latents")
     with device.scope():
         fan_out(device.stream)
         expected = (state.latents.double() * solver.input_scale[0]).to(rows.dtype)
         error = _relative(rows, expected.expand_as(rows))
-    moved = elements * (state.latents.element_size() + len(PASSES) * rows.element_size())
+    moved = elements * (state.latents.element_size() + _PASSES * rows.element_size())
     return Case(_implementation(device), Work(lambda: fan_out(device.stream)), moved, error)
 
 
@@ -177,21 +177,18 @@ def _state(elements: int, device: Device) -> StepState:
     size = RunSize(videos=1, steps=_STEPS, single_step=True, noises=0)
     state = StepState.allocate(StepBuffers(specs, frozenset(), 1, place), (1, elements), size)
     state.start(random(1, elements))
-    state.buffers.view("pred").copy_(random(len(PASSES), elements) + 1)
+    state.buffers.view("pred").copy_(random(_PASSES, elements) + 1)
     return state
 
 
 def _stepped(state: StepState, guidance: Guidance, solver: SolverTable) -> Tensor:
     """The first step in float64."""
-    uncond, cond, skip = state.buffers.view("pred").double().split(1)
     pred = combine(
-        cond,
-        uncond,
-        skip,
-        cfg_scale=guidance.cfg_scale[0],
-        stg_scale=guidance.stg_scale[0],
+        state.buffers.view("pred").double().unflatten(0, (_PASSES, 1)),
+        torch.tensor(guidance.weights(0), dtype=torch.float64, device=state.latents.device),
+        cond=1,
         rescale=guidance.rescale[0],
-        cfg_zero_star=guidance.cfg_zero_star,
+        zero_star=0 if guidance.cfg_zero_star else None,
     )
     factors = solver.single_step[0]
     assert factors is not None

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from stg_trt.engines.store import Build
+from stg_trt.models.passes import row_groups
 from stg_trt.models.plan import StepPlan
 from stg_trt.runtime.bound_plan import BoundPlan
 from stg_trt.runtime.device import Device
@@ -52,7 +53,7 @@ class LoadedBuild:
 
     def step(self, plan: StepPlan) -> Step:
         """A whole step of the plan: row fan-out, engines, guidance, solver."""
-        stg = "skip" in plan.passes
+        stg = any(one.is_skip for one in plan.passes)
         guidance = self._scenario.guidance(self._inputs.solver, stg=stg)
         key = StepKey.of(guidance, self._inputs.solver, self._inputs.middle)
         assert key.passes == plan.passes
@@ -81,7 +82,7 @@ class LoadedBuild:
         """One run's predictions for each of its passes; rows that it does not write are NaN."""
         passes = step.plan.passes
         with self._device.scope():
-            pred = self.state.buffers.view("pred", passes)
+            pred = self.state.buffers.view("pred", row_groups(passes))
             pred.fill_(float("nan"))
             self.reset()
             step.enqueue()

@@ -55,8 +55,7 @@ class Comparison:
     def add_ours(self, loaded: LoadedBuild) -> None:
         """Adds the engines, captured if the device can."""
         scenario = self.scenario
-        perturbation = scenario.perturbation if scenario.stg else None
-        step: Any = loaded.step(plan_step(loaded.sampler.segments, scenario.passes, perturbation))
+        step: Any = loaded.step(plan_step(loaded.sampler.segments, scenario.passes))
         if self.device.captures:
             step = loaded.captured(step)
         loaded.measure_memory()
@@ -109,7 +108,11 @@ class PeersBenchmark:
         """Builds, verifies, times, prints a table and writes the JSON; what is done before a cut is kept."""
         scenario = self.scenario
         scenario.check()
-        facts = {"layout": self.layout, "rounds": self.rounds, "passes": list(scenario.passes)}
+        facts = {
+            "layout": self.layout,
+            "rounds": self.rounds,
+            "passes": [one.name for one in scenario.passes],
+        }
         left_out = {peer: "not named by --peers" for peer in PEERS if peer not in self.peers}
         results = record.Record(output, "peers", **scenario.to_json(), **facts, left_out=left_out)
         device, inputs = scenario.device(), scenario.inputs()

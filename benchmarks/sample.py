@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
 from statistics import median
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from stg_trt.guidance.skips import SkipSchedule
 from stg_trt.guidance.tables import Guidance
 from stg_trt.runtime.device import Device
 from stg_trt.runtime.sampler import SampledStep
@@ -83,10 +84,13 @@ def _guidance(scenario: Scenario, inputs: Inputs, name: str) -> Guidance:
     given = scenario.guidance(inputs.solver, stg=name != "cfg")
     if name != "stg in the middle":
         return given
-    count = len(given.stg_scale)
+    count = given.num_steps
     middle = range(count // 4, max(count // 4 + 1, count - count // 4))
-    scales = tuple(scale if i in middle else 0.0 for i, scale in enumerate(given.stg_scale))
-    return Guidance(given.cfg_scale, scales, given.rescale, given.blocks, given.mode)
+
+    def in_middle(skip: SkipSchedule) -> SkipSchedule:
+        return replace(skip, scale=tuple(s if i in middle else 0.0 for i, s in enumerate(skip.scale)))
+
+    return replace(given, skips=tuple(map(in_middle, given.skips)))
 
 
 def _sampled(loaded: LoadedBuild, inputs: Inputs, guidance: Guidance, stop: int) -> Tensor:
@@ -183,7 +187,7 @@ def _indices(inputs: Inputs) -> range:
 
 def _state(key: StepKey) -> str:
     """A guidance state as it is shown: its passes, and whether the prediction is rescaled."""
-    return "+".join(key.passes) + (", rescaled" if key.rescaled else "")
+    return key.name + (", rescaled" if key.rescaled else "")
 
 
 def _call_result(

@@ -21,7 +21,7 @@ from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.families.base import ModelFamily
-from stg_trt.models.passes import PASSES, Pass
+from stg_trt.models.passes import COND, SKIP, UNCOND, Pass
 from stg_trt.models.perturbation import Perturbation, check_blocks
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
@@ -95,8 +95,8 @@ class Scenario:
     @property
     def passes(self) -> tuple[Pass, ...]:
         """The passes of a step; some families have no unconditional one."""
-        usual: tuple[Pass, ...] = PASSES if self.family.defaults.guidance_scale != 1 else ("cond", "skip")
-        return usual if self.stg else usual[:-1]
+        plain = (UNCOND, COND) if self.family.defaults.guidance_scale != 1 else (COND,)
+        return (*plain, Pass(SKIP, self.perturbation)) if self.stg else plain
 
     @property
     def _place(self) -> tuple[str, str]:
@@ -154,7 +154,8 @@ class Scenario:
     def guidance(self, solver: SolverTable, *, stg: bool | None = None) -> Guidance:
         """The family's scales on every step, with or without the skip pass; by default the scenario's."""
         stg = self.stg if stg is None else stg
-        usual = ResolvedGuidance.of_family(self.family.defaults, self.perturbation)
+        skips = {SKIP: self.perturbation.blocks}
+        usual = ResolvedGuidance.of_family(self.family.defaults, self.stg_mode, skips)
         return Guidance.for_steps(solver.noise_levels, usual if stg else replace(usual, stg_scale=0.0))
 
     def to_json(self) -> dict[str, Any]:

@@ -88,12 +88,12 @@ class StepBenchmark:
 
 def _plans(layout: str, segments: Sequence[Segment], scenario: Scenario) -> dict[str, StepPlan]:
     """The plans of a layout by name; cfg is what is left without the skip pass."""
-    passes, perturbation = scenario.passes, scenario.perturbation
-    cfg = plan_step(segments, passes[:-1], None)
-    stg = plan_step(segments, passes, perturbation)
+    passes = scenario.passes
+    cfg = plan_step(segments, passes[:-1])
+    stg = plan_step(segments, passes)
     if layout == "twin":
         return {"twin": stg, "twin cfg": cfg}
-    return {"shared": stg, "full": full_plan(segments, passes, perturbation), "cfg": cfg}
+    return {"shared": stg, "full": full_plan(segments, passes), "cfg": cfg}
 
 
 def _variants(loaded: LoadedBuild, scenario: Scenario, device: Device) -> dict[str, Variant]:

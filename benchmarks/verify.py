@@ -129,7 +129,7 @@ def finite_or_none(value: float) -> float | None:
 
 def rows_by_pass(preds: Tensor, passes: Sequence[Pass]) -> dict[str, Tensor]:
     """Rows of one video by the name of their pass, copied."""
-    return {name: pred.clone() for name, pred in zip(passes, preds.split(1), strict=True)}
+    return {one.name: pred.clone() for one, pred in zip(passes, preds.split(1), strict=True)}
 
 
 def _preds(

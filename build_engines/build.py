@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ from stg_trt.engines.manifest import Manifest, SegmentRecord
 from stg_trt.engines.store import check_file
 from stg_trt.errors import BackendUnavailable, EngineRejected
 from stg_trt.models.checkpoint import Checkpoint
+from stg_trt.models.passes import read_skips
 from stg_trt.models.segment import Segment
 from stg_trt.models.workload import Workload
 from stg_trt.system.gpu import GpuIdentity, find_gpu
@@ -45,7 +46,7 @@ def build(
     width: int,
     num_frames: int,
     text_length: int | None = None,
-    stg_blocks: Sequence[int] | None = None,
+    stg_blocks: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
     stg_mode: str | None = None,
     layout: str = "segmented",
     precision: str | None = None,
@@ -66,9 +67,10 @@ def build(
     """Builds engines below `output` and returns the build folders, one per target.
 
     `checkpoint`, `variant`, `revision` and `lora` are those of `Checkpoint.open`. `backend` may be auto: the
-    best that this machine can run. `target` may name several, separated by commas; it and `precision` default
-    to the backend's, `text_length` to the family's. `blocks` shortens each list of blocks, with random
-    weights; `plugins` are our own kernels. An interrupted build's segments are reused.
+    best that this machine can run. `stg_blocks` are those that a skip pass may perturb, or a mapping of them
+    from the names of several passes. `target` may name several, separated by commas; it and `precision`
+    default to the backend's, `text_length` to the family's. `blocks` shortens each list of blocks, with
+    random weights; `plugins` are our own kernels. An interrupted build's segments are reused.
     Raises InvalidRequest for options that cannot be used and GateMissed for a segment that fails a check.
     """
     opened = Checkpoint.open(
@@ -85,7 +87,7 @@ def build(
     options = BuildOptions(
         checkpoint=opened, output=Path(output),
         workload=Workload(height, width, num_frames, length, precision),
-        stg_blocks=tuple(sorted(defaults.stg_blocks if stg_blocks is None else stg_blocks)),
+        skips=read_skips(defaults.stg_blocks if stg_blocks is None else stg_blocks),
         stg_mode=defaults.stg_mode if stg_mode is None else stg_mode,
         layout=layout, max_batch=max_batch, backend=chosen, targets=targets,
         verify_timesteps=verify_timesteps, keep_onnx=keep_onnx, plugins=tuple(sorted(set(plugins))),
@@ -208,7 +210,8 @@ class _Builder:
             except EngineRejected:
                 continue
             kept.append(record)
-        return found.model_copy(update={"segments": tuple(kept), "complete": False})
+        changes = {"segments": tuple(kept), "skip_passes": dict(self.options.skips), "complete": False}
+        return found.model_copy(update=changes)
 
     def _new_manifest(self, target: str) -> Manifest:
         options = self.options
@@ -224,12 +227,14 @@ class _Builder:
             family=options.checkpoint.family.name,
             transformer_config=options.checkpoint.transformer_config,
             vae_config=options.checkpoint.vae_config,
+            image_encoder_config=options.checkpoint.image_encoder_config,
             weights=self.weights,
             lora=options.checkpoint.applied_lora,
             workload=options.workload,
             layout=options.layout,
             stg_mode=options.stg_mode,
             stg_blocks=options.stg_blocks,
+            skip_passes=dict(options.skips),
             max_batch=options.max_batch,
             complete=False,
             segments=(),

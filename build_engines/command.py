@@ -8,7 +8,10 @@ from typing import Annotated
 import typer
 
 StgBlocks = Annotated[
-    str | None, typer.Option(help="Blocks that can be perturbed, such as 14,19. [default: the family's]")
+    list[str] | None,
+    typer.Option(
+        help="Blocks to perturb, as 14,19; or spatial=14, again for each pass. [default: the family's]"
+    ),
 ]
 Precision = Annotated[str | None, typer.Option(help="fp32 or bf16. [default: what the backend runs]")]
 TargetNames = Annotated[
@@ -58,10 +61,12 @@ def build(
 ) -> None:
     """Build verified engines from a checkpoint."""
     from stg_trt.models.checkpoint import Checkpoint
+    from stg_trt.models.passes import parse_by_pass
     from stg_trt.models.perturbation import parse_blocks
 
     # Checks that need no torch come first: its import takes seconds.
-    perturbed, kept = parse_blocks(stg_blocks), parse_blocks(blocks, "blocks", "3")
+    perturbed = parse_by_pass("stg_blocks", stg_blocks, parse_blocks)
+    kept = None if blocks is None else parse_blocks(blocks, "blocks", "3")
     _check(layout, stg_mode, backend, target, precision)
     Checkpoint.open(
         checkpoint, random_weights=random_weights, variant=variant, revision=revision, lora=lora or ()

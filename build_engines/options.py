@@ -8,7 +8,7 @@ from pathlib import Path
 from stg_trt.engines.backends import Backend, check_target
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint
-from stg_trt.models.passes import PASSES
+from stg_trt.models.passes import SkipBlocksByName
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.plan import row_counts
 from stg_trt.models.segment import TEXT, Segment, check_layout, cut
@@ -25,7 +25,7 @@ class BuildOptions:
     checkpoint: Checkpoint
     output: Path
     workload: Workload
-    stg_blocks: tuple[int, ...]
+    skips: SkipBlocksByName
     stg_mode: str
     layout: str
     max_batch: int
@@ -44,6 +44,11 @@ class BuildOptions:
             raise InvalidRequest(f"verify_timesteps: expected 0 or more, got {self.verify_timesteps}: use 3")
         if self.layout == "twin" and not self.stg_blocks:
             raise InvalidRequest("stg_blocks: expected blocks for the twin layout, got none: name them")
+        if self.layout == "twin" and len(self.skips) > 1:
+            raise InvalidRequest(
+                f"stg_blocks: expected one skip pass for the twin layout, got {', '.join(self.skips)}: name "
+                "one, or use --layout segmented"
+            )
         for target in self.targets:
             check_target(self.backend, target, self.workload.precision)
         self._check_plugins()
@@ -59,6 +64,16 @@ class BuildOptions:
         return (TEXT, *blocks) if family.has_text_segment else blocks
 
     @property
+    def stg_blocks(self) -> tuple[int, ...]:
+        """All blocks that a skip pass may perturb: there the model is cut."""
+        return tuple(sorted({block for blocks in self.skips.values() for block in blocks}))
+
+    @property
+    def _most_passes(self) -> int:
+        """Uncond, cond, and as many skip passes as were named."""
+        return 2 + max(1, len(self.skips))
+
+    @property
     def name(self) -> str:
         """Tells the build from others in a folder, apart from weights and versions."""
         blocks = ".".join(map(str, self.stg_blocks)) or "none"
@@ -67,14 +82,18 @@ class BuildOptions:
     def rows(self, segment: Segment) -> tuple[int, int, int]:
         """(min, opt, max) rows: opt is what a CFG+STG step of `max_batch` videos runs the segment with."""
         plain = segment.front and (not segment.back or self.layout == "twin")
-        passes = 1 if segment.skipped else 2 if plain else len(PASSES)
-        return 1, passes * self.max_batch, len(PASSES) * self.max_batch
+        left = sum(blocks[0] <= segment.start for blocks in self.skips.values())
+        after = self._most_passes if segment.text or segment.front else 2 + max(1, left)
+        passes = 1 if segment.skipped else 2 if plain else after
+        return 1, passes * self.max_batch, self._most_passes * self.max_batch
 
     def row_counts(self, segment: Segment) -> tuple[int, ...]:
         """All numbers of rows that a step of up to `max_batch` videos can run the segment with."""
         built = Perturbation(self.stg_mode, self.stg_blocks)
         segments = [other for other in self.segments if not other.text]
-        per_video = {len(PASSES)} if segment.text else row_counts(segments, segment, built)
+        per_video = {self._most_passes}
+        if not segment.text:
+            per_video = set(row_counts(segments, segment, built, max(1, len(self.skips))))
         videos = range(1, self.max_batch + 1)
         return tuple(sorted({rows * count for rows in per_video for count in videos}))
 

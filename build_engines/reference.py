@@ -92,7 +92,8 @@ class Reference:
         """Random latents and text."""
         generator = torch.Generator().manual_seed(int(timestep))
         text = self.family.random_text(self.workload, rows, generator)
-        constants = self.family.constants(text, self.workload, self.family.defaults.frame_rate)
+        image = self.family.random_image(self.workload, rows, generator)
+        constants = self.family.constants(text, self.workload, self.family.defaults.frame_rate, image)
         latents = self.family.tensors(self.workload)["latents"].with_rows(rows)
         return {
             **constants,

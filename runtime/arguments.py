@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.guidance.bins import BlockSets, Scale
+from stg_trt.guidance.bins import Scale, SkipBlocks
 
 # The published STG pipelines rescale by this where do_rescaling is set.
 _RESCALE = 0.7
@@ -27,7 +27,6 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
     "eta": (0.0, "choose a scheduler that adds noise"),
     "prompt_2": (None, "both text encoders read prompt"),
     "negative_prompt_2": (None, "both text encoders read negative_prompt"),
-    "image": (None, "image-to-video is not supported, leave it out"),
 }
 
 
@@ -35,7 +34,7 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
 class ForeignArguments:
     """The arguments of a call under names of other pipelines; the rest are for decoding."""
 
-    stg_blocks: BlockSets | None
+    stg_blocks: SkipBlocks | None
     rescale: Scale | None
     max_sequence_length: int | None
     callback_tensors: list[str] | None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stg_trt.engines.engine import Engine
 from stg_trt.models.families.base import KEEP_ATTENTION
-from stg_trt.models.passes import Pass
+from stg_trt.models.passes import COND, Pass
 from stg_trt.models.plan import SegmentRun, StepPlan
 from stg_trt.models.segment import Segment, engine_outputs
 
@@ -50,16 +50,23 @@ class BoundPlan:
     def _add(
         self, run: SegmentRun, engine: Engine, inputs: tuple[str, ...], outputs: tuple[str, ...]
     ) -> None:
-        if run.fork:
+        if run.forks:
             self._copy(
-                (self._current(name, ("skip",)), self._current(name, ("cond",))) for name in self._row_outputs
+                (self._current(name, (fork,)), self._current(name, (COND,)))
+                for name in self._row_outputs
+                for fork in run.forks
             )
         context = engine.context()
-        before = {name: self._current(name, ("skip",)) for name in inputs if name in outputs}
+        before = [
+            (name, one, self._current(name, (one,)))
+            for name in inputs
+            if name in outputs
+            for one in run.bypassed
+        ]
         to_aligned = []
         for name in inputs:
             if name == KEEP_ATTENTION:
-                tensor = self._buffers.keep_attention(run.passes, run.perturbed)
+                tensor = self._buffers.keep_attention([one not in run.perturbed for one in run.passes])
             else:
                 tensor = self._current(name, run.passes)
             aligned = _aligned(tensor, engine.alignment)
@@ -77,11 +84,10 @@ class BoundPlan:
                 self._row_outputs[name] = None
         self._operations.append(self._device.named(run.segment.name, context.enqueue))
         self._copy(results)
-        if run.bypass:
-            self._copy((self._current(name, ("skip",)), rows) for name, rows in before.items())
+        self._copy((self._current(name, (one,)), rows) for name, one, rows in before)
 
     def _current(self, name: str, passes: Sequence[Pass]) -> Tensor:
-        return self._buffers.view(name, passes, self._turns.get(name, 0))
+        return self._buffers.view(name, self.plan.groups(passes), self._turns.get(name, 0))
 
     def _copy(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         """One operation for each (destination, source), except pairs that are the same tensor twice."""

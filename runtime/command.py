@@ -6,9 +6,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from .command_arguments import EMBEDS, EmbedsFile, read_embeds, read_guidance, read_numbers
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -19,21 +21,15 @@ if TYPE_CHECKING:
     from .pipeline import StepCallback, VideoPipeline
 
 
-class EmbedsFile(TypedDict, total=False):
-    """The tensors that `--embeds` may hold, by the names of the pipeline's arguments."""
-
-    prompt_embeds: Tensor
-    prompt_attention_mask: Tensor
-    pooled_prompt_embeds: Tensor
-    negative_prompt_embeds: Tensor
-    negative_prompt_attention_mask: Tensor
-    negative_pooled_prompt_embeds: Tensor
-    latents: Tensor
-
-
-_EMBEDS = tuple(EmbedsFile.__annotations__)
 Embeds = Annotated[
-    Path | None, typer.Option(help=f"Instead of a prompt: safetensors with {', '.join(_EMBEDS)}.")
+    Path | None, typer.Option(help=f"Instead of a prompt: safetensors with {', '.join(EMBEDS)}.")
+]
+SkipScale = Annotated[
+    list[str] | None,
+    typer.Option(help="STG: a number, or one per step: 0,1,1; or NAME=1 for each pass."),
+]
+SkipBlocks = Annotated[
+    list[str] | None, typer.Option(help="As 14,19; or NAME=15 for each pass. [default: the engines']")
 ]
 
 
@@ -43,6 +39,8 @@ def generate(
     output: Annotated[Path, typer.Option(help="video.mp4, or latents.safetensors.")],
     prompt: Annotated[list[str] | None, typer.Option(help="Repeat it for several videos.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="CFG moves away from it.")] = None,
+    image: Annotated[Path | None, typer.Option(help="The picture that the video begins with.")] = None,
+    last_image: Annotated[Path | None, typer.Option(help="The picture that it ends with.")] = None,
     embeds: Embeds = None,
     height: Annotated[int | None, typer.Option(help="Pixels. [default: the engines']")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels. [default: the engines']")] = None,
@@ -53,9 +51,9 @@ def generate(
     sigmas: Annotated[str | None, typer.Option(help="Of all steps, such as 1,0.9,0.7.")] = None,
     guidance_scale: Annotated[str | None, typer.Option(help="CFG: a number, or one per step: 3,3,1.")] = None,
     true_cfg_scale: Annotated[str | None, typer.Option(help="CFG of distilled models.")] = None,
-    stg_scale: Annotated[str | None, typer.Option(help="STG: a number, or one per step: 0,1,1.")] = None,
+    stg_scale: SkipScale = None,
     stg_mode: Annotated[str | None, typer.Option(help="stg-a or stg-r. [default: the engines']")] = None,
-    stg_blocks: Annotated[str | None, typer.Option(help="Such as 14,19. [default: the engines']")] = None,
+    stg_blocks: SkipBlocks = None,
     rescale: Annotated[str | None, typer.Option(help="0 (off) to 1; a number, or one per step.")] = None,
     preset: Annotated[str | None, typer.Option(help="Published per-step tables by name.")] = None,
     use_dynamic_cfg: Annotated[bool, typer.Option("--use-dynamic-cfg", help="CogVideoX's.")] = False,
@@ -71,30 +69,27 @@ def generate(
 ) -> None:
     """Generate videos with compiled engines."""
     from stg_trt.engines.store import EngineRequest
-    from stg_trt.guidance.options import GuidanceOptions
-    from stg_trt.models.perturbation import parse_blocks
 
     # Checks that need no models come first: importing diffusers takes seconds.
     _check_output(output)
     opened = _open_checkpoint(checkpoint, variant, revision, lora or [])
     _check_parts(opened, encodes=bool(prompt), decodes=output.suffix == ".mp4")
-    options = GuidanceOptions(
-        guidance_scale=_scale("guidance_scale", guidance_scale), stg_scale=_scale("stg_scale", stg_scale),
-        rescale=_scale("rescale", rescale), stg_mode=stg_mode, stg_blocks=parse_blocks(stg_blocks),
-        preset=preset, use_dynamic_cfg=use_dynamic_cfg,
-        true_cfg_scale=_scale("true_cfg_scale", true_cfg_scale),
+    options = read_guidance(
+        guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale, stg_scale=stg_scale, stg_mode=stg_mode,
+        stg_blocks=stg_blocks, rescale=rescale, preset=preset, use_dynamic_cfg=use_dynamic_cfg,
     )  # fmt: skip
     request = EngineRequest(height=height, width=width, num_frames=num_frames, layout=layout, backend=backend)
     store = _open_engines(engines, request, opened)
-    given: EmbedsFile = {} if embeds is None else _read_embeds(embeds)
+    given: EmbedsFile = {} if embeds is None else read_embeds(embeds)
     pipeline = _open_pipeline(opened, store, request, offload=offload, vae_tiling=vae_tiling)
     with _progress_bar() as advance:
         frames = pipeline(
-            prompt=prompt or None, negative_prompt=negative_prompt, height=height, width=width,
-            num_frames=num_frames, frame_rate=frame_rate, num_inference_steps=num_inference_steps,
-            timesteps=_numbers("timesteps", timesteps), sigmas=_numbers("sigmas", sigmas),
-            guidance=options, num_videos_per_prompt=num_videos_per_prompt, generator=_generator(seed),
-            output_type="np" if output.suffix == ".mp4" else "latent", callback_on_step_end=advance, **given,
+            prompt=prompt or None, negative_prompt=negative_prompt, image=image, last_image=last_image,
+            height=height, width=width, num_frames=num_frames, frame_rate=frame_rate,
+            num_inference_steps=num_inference_steps, timesteps=read_numbers("timesteps", timesteps),
+            sigmas=read_numbers("sigmas", sigmas), guidance=options, generator=_generator(seed),
+            num_videos_per_prompt=num_videos_per_prompt, callback_on_step_end=advance,
+            output_type="np" if output.suffix == ".mp4" else "latent", **given,
         ).frames  # fmt: skip
     print(*_save(frames, output, frame_rate or pipeline.family.defaults.frame_rate), sep="\n")
 
@@ -198,46 +193,6 @@ def _progress_bar() -> Iterator[StepCallback]:
             progress.update(task, description="sampling", completed=step + 1, total=pipe.num_timesteps)
 
         yield advance
-
-
-def _scale(name: str, text: str | None) -> float | list[float] | None:
-    """A number, or a list of them separated by commas."""
-    values = _numbers(name, text)
-    return values[0] if values is not None and len(values) == 1 else values
-
-
-def _numbers(name: str, text: str | None) -> list[float] | None:
-    """Numbers separated by commas."""
-    from stg_trt.errors import InvalidRequest
-
-    if text is None:
-        return None
-    try:
-        return [float(value) for value in text.split(",")]
-    except ValueError as error:
-        raise InvalidRequest(
-            f"{name}: expected a number, or one per step separated by commas, got {text!r}: correct it"
-        ) from error
-
-
-def _read_embeds(path: Path) -> EmbedsFile:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from stg_trt.errors import InvalidRequest
-
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InvalidRequest(
-            f"embeds: expected a safetensors file, got {path} ({error}): check it"
-        ) from error
-    unknown = sorted(tensors.keys() - set(_EMBEDS))
-    if unknown:
-        raise InvalidRequest(
-            f"embeds: expected tensors {', '.join(_EMBEDS)}, got also {', '.join(unknown)}: leave those out"
-        )
-    return cast(EmbedsFile, tensors)
 
 
 def _save(frames: Any, output: Path, frame_rate: float) -> list[Path]:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint
+from stg_trt.models.image import ImageCondition, Images
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
 
-from .parts import load_text_parts, load_vae_part
+from .parts import add_image_parts, load_text_parts, load_vae_part
 
 
 class Components:
@@ -36,6 +37,7 @@ class Components:
         self.vae_tiling = vae_tiling
         self._text: Any = None
         self._video: Any = None
+        self._sees = False
 
     def load_text(self, workload: Workload, device: torch.device) -> Any:
         """diffusers' pipeline with the text side; raises InvalidRequest if a part is not whole."""
@@ -81,6 +83,18 @@ class Components:
         except InvalidRequest:
             return f", the model reads {workload.text_length}"
         return f" or rebuild with --text-length {tokens}"
+
+    def encode_images(
+        self, images: Images, workload: Workload, device: torch.device, videos: int, generator: Any
+    ) -> ImageCondition:
+        """Pictures to what they add to each of the videos; raises InvalidRequest if a part is not whole."""
+        pipeline = self.load_vae(workload, device)
+        if not self._sees:
+            add_image_parts(pipeline, self._checkpoint, self._dtypes(device))
+            self._sees = True
+        encoder = getattr(pipeline, "image_encoder", None)
+        with self._on(device, *filter(None, (pipeline.vae, encoder))), torch.no_grad():
+            return self._family.encode_images(pipeline, images, workload, videos, generator)
 
     def decode(
         self, latents: Tensor, workload: Workload, device: torch.device, output_type: str, **options: Any

@@ -29,7 +29,7 @@ class StepGraph:
         self.plan = step.plan
         self._graph = _captured(step, state, device)
         replay = step.enqueue if self._graph is None else self._graph.replay
-        self._run = device.named(f"replay {'+'.join(step.key.passes)}", lambda stream: replay())
+        self._run = device.named(f"replay {step.key.name}", lambda stream: replay())
         self._stream = device.stream
 
     @property
@@ -52,7 +52,7 @@ class _Outcome:
 
     @classmethod
     def of(cls, step: Step, state: StepState, start: Snapshot) -> _Outcome:
-        pred = state.buffers.view("pred", step.key.passes)
+        pred = state.buffers.view("pred", step.key.groups)
         change = state.latents - start.latents
         return cls(pred.to(torch.float32, copy=True), change, state.table.counter.clone())
 
@@ -94,7 +94,7 @@ def _captured(step: Step, state: StepState, device: Device) -> Graph | None:
             "these steps run without one"
         )
         return None
-    _log.info("captured %s: %s nodes", "+".join(step.key.passes), graph.nodes)
+    _log.info("captured %s: %s nodes", step.key.name, graph.nodes)
     return graph
 
 

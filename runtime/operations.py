@@ -8,8 +8,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from stg_trt.models.passes import Pass
-
 from .guided_step import fan_out_rows, guided_step
 from .kernels.copy_rows import copy_rows
 from .state import StepState
@@ -25,8 +23,8 @@ class Operations(Protocol):
     def copy_rows(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Operation:
         """Copies of (destination, source), alike and contiguous; no destination overlaps another tensor."""
 
-    def fan_out_rows(self, state: StepState, passes: tuple[Pass, ...]) -> Operation:
-        """The latents, scaled and cast, to the rows of each pass, with the step's timestep."""
+    def fan_out_rows(self, state: StepState, groups: range) -> Operation:
+        """The latents, scaled and cast, to the rows of each group, with the step's timestep."""
 
     def guided_step(self, state: StepState, key: StepKey) -> Operation:
         """Guidance, rescale and the solver's step; it advances the counter."""
@@ -39,9 +37,9 @@ class TorchOperations:
         """One copy after the other."""
         return lambda stream: copy_rows(pairs)
 
-    def fan_out_rows(self, state: StepState, passes: tuple[Pass, ...]) -> Operation:
-        """An operation per pass and table."""
-        return lambda stream: fan_out_rows(state, passes)
+    def fan_out_rows(self, state: StepState, groups: range) -> Operation:
+        """An operation per row group and table."""
+        return lambda stream: fan_out_rows(state, groups)
 
     def guided_step(self, state: StepState, key: StepKey) -> Operation:
         """An operation per term of the equations."""

@@ -60,6 +60,28 @@ def load_vae_part(checkpoint: Checkpoint, dtypes: Mapping[str, torch.dtype], wor
     return _pipeline(checkpoint, {"vae": vae})
 
 
+def add_image_parts(pipeline: Any, checkpoint: Checkpoint, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Adds the parts that see a call's pictures; raises InvalidRequest as `load_text_parts`."""
+    parts = {}
+    for name in checkpoint.family.image_parts:
+        checkpoint.check_image_part(name)
+        if name.endswith("encoder"):
+            parts[name] = _load_model(checkpoint, name, _indexed_class(checkpoint, name), dtypes)
+        else:
+            parts[name] = _load_processor(checkpoint, name)
+    pipeline.register_modules(**parts)
+
+
+def _load_processor(checkpoint: Checkpoint, name: str) -> Any:
+    assert checkpoint.source is not None
+    try:
+        return _indexed_class(checkpoint, name).from_pretrained(
+            checkpoint.source.part(name), local_files_only=True
+        )
+    except (OSError, ValueError, TypeError) as error:
+        raise _unreadable(name, error) from error
+
+
 def _pipeline(checkpoint: Checkpoint, parts: Mapping[str, Any]) -> Any:
     """The family's pipeline of `parts` and the settings of model_index.json, with None for the rest."""
     pipeline_class = load_class(checkpoint.family.pipeline_class)

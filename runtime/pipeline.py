@@ -17,11 +17,12 @@ from stg_trt.engines.backends import backend_for
 from stg_trt.engines.manifest import Manifest
 from stg_trt.engines.store import Build, EngineRequest, EngineStore
 from stg_trt.errors import InvalidRequest, NotFinite, OutOfDeviceMemory
-from stg_trt.guidance.bins import BlockSets, Scale
+from stg_trt.guidance.bins import Scale, SkipBlocks, SkipScales
 from stg_trt.guidance.options import GuidanceOptions, choose_options
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.checkpoint import Checkpoint, published
 from stg_trt.models.custom_steps import CustomSteps, Numbers
+from stg_trt.models.image import ImageCondition, Images
 from stg_trt.models.text import TextCondition
 from stg_trt.system.gpu import this_machine
 from stg_trt.system.units import GIB
@@ -31,6 +32,7 @@ from .callbacks import StepCallback, call_back, check_callback
 from .components import Components
 from .device import Device, open_device
 from .noise import Generators, draw
+from .pictures import Pictures, read_images
 from .prompts import Embeddings, Prompt, Prompts
 from .sampler import SampledStep, Sampler
 from .schedule import Request, Schedule, schedule_steps
@@ -149,6 +151,8 @@ class VideoPipeline:
         self,
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
+        image: Pictures | None = None,
+        last_image: Pictures | None = None,
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
@@ -158,9 +162,9 @@ class VideoPipeline:
         sigmas: Numbers | None = None,
         guidance_scale: Scale | None = None,
         true_cfg_scale: Scale | None = None,
-        stg_scale: Scale | None = None,
+        stg_scale: SkipScales | None = None,
         stg_mode: str | None = None,
-        stg_blocks: BlockSets | None = None,
+        stg_blocks: SkipBlocks | None = None,
         stg_range: tuple[int, int] | None = None,
         rescale: Scale | None = None,
         cfg_zero_star: bool | None = None,
@@ -182,10 +186,8 @@ class VideoPipeline:
     ) -> VideoPipelineOutput:
         """Generates videos; omitted arguments come from the engines (sizes, blocks) or the family's defaults.
 
-        Scales are numbers, lists with one entry per step, or TimestepBins; CFG is off at 1 and below.
-        `true_cfg_scale` is CFG of models whose `guidance_scale` is an input; `guidance` holds all of these.
-        `options` are for decoding, or other pipelines' names (arguments.py). Raises InvalidRequest,
-        EngineRejected if no engines fit, and NotFinite.
+        `guidance` holds all scales; CFG is off at 1 and below. `options` are for decoding, or those of other
+        pipelines. Raises InvalidRequest, EngineRejected if no engines fit, and NotFinite.
         """
         foreign = ForeignArguments.read(options, {"stg_blocks": stg_blocks, "rescale": rescale})
         arguments = GuidanceOptions(
@@ -200,9 +202,10 @@ class VideoPipeline:
         guided = choose_options(guidance, arguments)
         sizes = replace(self._request, height=height, width=width, num_frames=num_frames)
         request = Request(
-            replace(sizes, videos=prompts.videos), prompts, guided, num_inference_steps, frame_rate,
-            latents=latents, generator=list(generator) if isinstance(generator, tuple) else generator,
-            max_sequence_length=foreign.max_sequence_length, steps=CustomSteps.read(timesteps, sigmas),
+            replace(sizes, videos=prompts.videos), prompts, {"image": image, "last_image": last_image},
+            guided, num_inference_steps, frame_rate,
+            list(generator) if isinstance(generator, tuple) else generator, latents,
+            foreign.max_sequence_length, CustomSteps.read(timesteps, sigmas),
         )  # fmt: skip
         return self._generate(request, output_type, callback_on_step_end, foreign)
 
@@ -212,13 +215,16 @@ class VideoPipeline:
         check_callback(callback, foreign.callback_tensors)
         decode_options = foreign.decode_options
         self._check_options(output_type, decode_options, request.prompts.videos)
+        images = read_images(self.family, request.pictures, request.prompts)
         with self._turns:
             schedule = self._schedule(request)
             if output_type != "latent":  # A VAE that cannot decode is refused before the sampling.
                 self.components.load_vae(schedule.workload, self._device_for(schedule.build).torch_device)
+            # In this order, since both draw from the generator.
+            image = self._image(schedule, request, images)
             noise = self._noise(schedule, request)
             with _memory_explained(schedule.build.manifest, "GPU memory", _LESS_TO_SAMPLE):
-                result = self._drain(self._steps(schedule, request, noise), noise, callback)
+                result = self._drain(self._steps(schedule, request, noise, image), noise, callback)
             return self._output(result, schedule, output_type, generator=request.generator, **decode_options)
 
     def _schedule(self, request: Request) -> Schedule:
@@ -232,7 +238,21 @@ class VideoPipeline:
         self._warn_of_second_guidance(schedule.guidance)
         return schedule
 
-    def _steps(self, schedule: Schedule, request: Request, noise: Tensor) -> Iterator[SampledStep]:
+    def _image(self, schedule: Schedule, request: Request, images: Images | None) -> ImageCondition | None:
+        """What the call's pictures add; None without any."""
+        generator, videos = request.generator, request.prompts.videos
+        if isinstance(generator, list) and len(generator) != videos:
+            raise InvalidRequest(
+                f"generator: expected one or {videos}, got {len(generator)}: give one per video"
+            )
+        if images is None:
+            return None
+        device = self._device_for(schedule.build).torch_device
+        return self.components.encode_images(images, schedule.workload, device, videos, generator)
+
+    def _steps(
+        self, schedule: Schedule, request: Request, noise: Tensor, image: ImageCondition | None
+    ) -> Iterator[SampledStep]:
         prompts, guidance = request.prompts, schedule.guidance
         times = prompts.videos_per_prompt
         cond = self._condition(prompts.cond, schedule).repeated(times)
@@ -241,7 +261,7 @@ class VideoPipeline:
         if not 0 < rate < math.inf:
             raise InvalidRequest(f"frame_rate: expected frames per second above 0, got {rate}: use 25")
         sampler = self._sampler(schedule.build)
-        return sampler.steps(noise, cond, uncond, guidance, schedule.solver, rate, request.generator)
+        return sampler.steps(noise, cond, uncond, guidance, schedule.solver, rate, request.generator, image)
 
     def _condition(self, prompt: Prompt, schedule: Schedule) -> TextCondition:
         """A prompt as the engines take it: its texts encoded, or the embeddings that were given."""
@@ -314,15 +334,11 @@ class VideoPipeline:
     def _noise(self, schedule: Schedule, request: Request) -> Tensor:
         """Packed float32 noise at the solver's scale: drawn as diffusers draws it, or given."""
         workload, videos = schedule.workload, request.prompts.videos
-        generator, latents = request.generator, request.latents
+        latents = request.latents
         shape = (videos, *self.family.noise_shape(workload))
         packed = self.family.tensors(workload)["latents"].with_rows(videos)
-        if isinstance(generator, list) and len(generator) != videos:
-            raise InvalidRequest(
-                f"generator: expected one or {videos}, got {len(generator)}: give one per video"
-            )
         if latents is None:
-            latents = draw(shape, generator)
+            latents = draw(shape, request.generator)
         if tuple(latents.shape) not in (packed, shape):
             raise InvalidRequest(
                 f"latents: expected {packed} or {shape} for {workload}, got {tuple(latents.shape)}: "

@@ -15,6 +15,8 @@ from stg_trt.errors import InvalidRequest
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.families.base import ModelFamily
+from stg_trt.models.image import ImageCondition
+from stg_trt.models.passes import UNCOND
 from stg_trt.models.plan import StepPlan, plan_step
 from stg_trt.models.segment import TEXT, Segment
 from stg_trt.models.text import TextCondition
@@ -76,6 +78,7 @@ class Sampler:
             record.segment for record in manifest.segments if not record.segment.text
         )
         self._engines = engines
+        self._groups = 2 + max(1, len(manifest.skips))
         self._device = device
         self._state: StepState | None = None
         self._text: Context | None = None
@@ -90,6 +93,7 @@ class Sampler:
         solver: SolverTable,
         frame_rate: float,
         generator: Generators | None = None,
+        image: ImageCondition | None = None,
     ) -> Iterator[SampledStep]:
         """Yields every step of `guidance`, from packed noise (videos, ...) times `solver.noise_scale`.
 
@@ -98,12 +102,12 @@ class Sampler:
         """
         steps = range(len(guidance.cfg_scale))
         for i in steps:
-            if "uncond" in guidance.passes(i) and uncond is None:
+            if UNCOND in guidance.passes(i) and uncond is None:
                 raise InvalidRequest(
                     f"negative_prompt_embeds: expected embeddings for guidance_scale {guidance.cfg_scale[i]} "
                     f"at step {i}, got none: give them or set guidance_scale to 1"
                 )
-        state = self.prepare(latents, cond, uncond, guidance, solver, frame_rate, generator)
+        state = self.prepare(latents, cond, uncond, guidance, solver, frame_rate, generator, image)
         self._bind_all(guidance, solver, state)
         for i in steps:
             with self._device.scope():
@@ -122,6 +126,7 @@ class Sampler:
         solver: SolverTable,
         frame_rate: float,
         generator: Generators | None = None,
+        image: ImageCondition | None = None,
     ) -> StepState:
         """Writes a run's start, tables and constants into the static memory, as `steps` does."""
         with self._device.scope():
@@ -129,18 +134,20 @@ class Sampler:
             state = self._state_for(size, latents.shape)
             state.table.load(guidance, solver)
             state.start(latents)
-            text = TextCondition.stacked((uncond or cond, cond, cond)).guided(guidance.embedded)
+            rows = (uncond or cond, *[cond] * (state.buffers.groups - 1))
+            text = TextCondition.stacked(rows).guided(guidance.embedded)
             if not size.single_step:
                 state.add_noise(draw_for(solver, len(guidance.cfg_scale), latents.shape, generator))
             self._write_position_tables(state, frame_rate)
+            self._write_image(state.buffers, image)
             self._write_text(state.buffers, text)
         return state
 
     def step(self, key: StepKey, state: StepState) -> Step | StepGraph:
         """The step of a guidance state; bound when first asked for, and captured if the device can."""
         if key not in self._bound:
-            _log.info("binding %s", "+".join(key.passes))
-            plan = plan_step(self.segments, key.passes, key.perturbation)
+            _log.info("binding %s", key.name)
+            plan = plan_step(self.segments, key.passes)
             bound = BoundPlan(plan, self._engines, state.buffers, self.family.borders, self._device)
             step = Step(key, bound, state, self._device)
             captured = StepGraph(step, state, self._device) if self._device.captures else step
@@ -164,7 +171,8 @@ class Sampler:
             self._state = self._text = None
             specs = list(self.family.tensors(self.workload).values())
             ping_pong = find_ping_pong(self.segments, self.family.borders)
-            buffers = StepBuffers(specs, ping_pong, size.videos, self._device.torch_device)
+            groups = max(size.groups, self._groups)
+            buffers = StepBuffers(specs, ping_pong, size.videos, self._device.torch_device, groups)
             self._text = self._bound_text(buffers) if self.family.has_text_segment else None
             roomy = replace(size, steps=max(size.steps, _MIN_STEPS))
             self._state = StepState.allocate(buffers, latents_shape, roomy)
@@ -185,6 +193,14 @@ class Sampler:
         for name, tensor in self.family.position_tables(self.workload, frame_rate).items():
             state.buffers.view(name).copy_(tensor)
         state.frame_rate = frame_rate
+
+    def _write_image(self, buffers: StepBuffers, image: ImageCondition | None) -> None:
+        """What pictures add, the same in every pass."""
+        if image is None:
+            return
+        for name, tensor in self.family.image_inputs(image).items():
+            for rows in buffers.view(name).split(buffers.videos):
+                rows.copy_(tensor)
 
     def _write_text(self, buffers: StepBuffers, text: TextCondition) -> None:
         """Embeddings and masks of the whole run; the skip rows have the prompt of cond."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from stg_trt.models.perturbation import check_blocks
 from stg_trt.models.workload import Workload
 
 from .noise import Generators
+from .pictures import Pictures
 from .prompts import Prompts
 
 _log = logging.getLogger(__name__)
@@ -34,6 +36,7 @@ class Request:
 
     sizes: EngineRequest
     prompts: Prompts
+    pictures: Mapping[str, Pictures | None]
     guidance: GuidanceOptions
     num_inference_steps: int | None
     frame_rate: float | None
@@ -125,7 +128,8 @@ def schedule_steps(request: Request, store: EngineStore, family: ModelFamily, sc
     solver = SolverTable.from_scheduler(scheduler, per_token=family.steps_per_token(scheduler))
     taken = len(solver.timesteps) - steps.drop_last
     options = request.guidance.resolve(
-        ResolvedGuidance.of_family(family.defaults, build.manifest.perturbation), family.takes_true_cfg
+        ResolvedGuidance.of_family(family.defaults, build.manifest.stg_mode, build.manifest.skips),
+        family.takes_true_cfg,
     )
     if options.embedded_guidance is not None and family.embedded_guidance is None:
         raise InvalidRequest(
@@ -142,6 +146,7 @@ def schedule_steps(request: Request, store: EngineStore, family: ModelFamily, sc
         width=workload.width,
         num_frames=workload.num_frames,
         perturbations=guidance.perturbations,
+        skips=guidance.most_skips,
     )
     if fitting.rejects(build.manifest) is not None:
         build = store.find(fitting)

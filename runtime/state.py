@@ -13,55 +13,52 @@ from torch import Tensor
 
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
-from stg_trt.models.passes import PASSES, Pass
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import TensorSpec
 from stg_trt.runtime.table import StepTable
 
 
 class StepBuffers:
-    """Static memory for every tensor at a border: rows of uncond, cond and skip, one per video each.
+    """Static memory for every tensor at a border, in row groups: one row per video for each pass of a step.
 
     A `ping_pong` tensor is read and written by the same segment, so it is two, which take turns.
     """
 
     def __init__(
-        self, specs: Sequence[TensorSpec], ping_pong: frozenset[str], videos: int, device: torch.device
+        self,
+        specs: Sequence[TensorSpec],
+        ping_pong: frozenset[str],
+        videos: int,
+        device: torch.device,
+        groups: int = 3,
     ) -> None:
         self.videos = videos
+        self.groups = groups
+        self._device = device
         self._tensors: dict[str, tuple[Tensor, ...]] = {}
         self._has_rows = {spec.name: spec.has_rows for spec in specs}
         for spec in specs:
-            shape = spec.with_rows(len(PASSES) * videos)
+            shape = spec.with_rows(groups * videos)
             count = 2 if spec.name in ping_pong else 1
             self._tensors[spec.name] = tuple(
                 torch.zeros(shape, dtype=spec.torch_dtype, device=device) for _ in range(count)
             )
-        self._keep = {
-            perturbed: torch.tensor(
-                [not (perturbed and name == "skip") for name in PASSES for _ in range(videos)],
-                device=device,
-            )
-            for perturbed in (False, True)
-        }
 
-    def view(self, name: str, passes: Sequence[Pass] = PASSES, turn: int = 0) -> Tensor:
-        """The rows of neighbouring passes after `turn` rewrites; all of a tensor that the rows share."""
+    def view(self, name: str, groups: range | None = None, turn: int = 0) -> Tensor:
+        """The rows of neighbouring groups after `turn` rewrites, or of all; a shared tensor is whole."""
         tensor = self._tensors[name][turn % len(self._tensors[name])]
-        return tensor[self._rows(passes)] if self._has_rows[name] else tensor
+        if groups is None or not self._has_rows[name]:
+            return tensor
+        assert 0 <= groups.start < groups.stop <= self.groups, groups
+        return tensor[groups.start * self.videos : groups.stop * self.videos]
 
-    def keep_attention(self, passes: Sequence[Pass], perturbed: bool) -> Tensor:
-        """One bool per row, false for perturbed skip rows."""
-        return self._keep[perturbed][self._rows(passes)]
+    def keep_attention(self, kept: Sequence[bool]) -> Tensor:
+        """A bool per row, from one per row group: false for the perturbed."""
+        return torch.tensor([keep for keep in kept for _ in range(self.videos)], device=self._device)
 
     def has_rows(self, name: str) -> bool:
         """Whether the tensor has one entry per row."""
         return self._has_rows[name]
-
-    def _rows(self, passes: Sequence[Pass]) -> slice:
-        first, last = PASSES.index(passes[0]), PASSES.index(passes[-1])
-        assert tuple(passes) == PASSES[first : last + 1], passes
-        return slice(first * self.videos, (last + 1) * self.videos)
 
 
 def find_ping_pong(
@@ -75,18 +72,21 @@ def find_ping_pong(
 
 @dataclass(frozen=True)
 class RunSize:
-    """The sizes of a run's memory: videos at once, steps, and the solver's history with its noise."""
+    """The sizes of a run's memory: videos at once, row groups, steps, the solver's history with its noise."""
 
     videos: int
     steps: int
     single_step: bool
     noises: int
+    groups: int = 3
 
     @classmethod
     def of(cls, latents: Tensor, guidance: Guidance, solver: SolverTable) -> RunSize:
         """The size of a run from latents (videos, ...)."""
         steps = len(guidance.cfg_scale)
-        return cls(len(latents), steps, None not in solver.single_step, len(solver.used_draws(steps)))
+        noises = len(solver.used_draws(steps))
+        groups = 2 + max(1, guidance.most_skips)
+        return cls(len(latents), steps, None not in solver.single_step, noises, groups)
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class StepState:
     def allocate(cls, buffers: StepBuffers, latents_shape: Sequence[int], size: RunSize) -> StepState:
         """For runs of a size or less, whose latents (videos, ...) have a shape; on the buffers' device."""
         device = buffers.view("latents").device
-        table = StepTable(size.steps, device, size.noises)
+        table = StepTable(size.steps, buffers.groups, device, size.noises)
 
         def zeros(*leading: int) -> Tensor:
             return torch.zeros(*leading, *latents_shape, device=device)
@@ -129,6 +129,7 @@ class StepState:
         """Whether this memory is large enough for a run."""
         return (
             self.buffers.videos == size.videos
+            and self.buffers.groups >= size.groups
             and self.table.capacity >= size.steps
             and (size.single_step or self.history is not None)
             and self.table.slots - self.table.capacity >= size.noises

@@ -18,12 +18,12 @@ class Step:
         self.plan = bound.plan
         self._stream = device.stream
         self._written = (
-            state.buffers.view("latents", key.passes),
-            state.buffers.view("timestep", key.passes),
+            state.buffers.view("latents", key.groups),
+            state.buffers.view("timestep", key.groups),
             *bound.written,
         )
         self._operations = (
-            device.named("fan_out", device.operations.fan_out_rows(state, key.passes)),
+            device.named("fan_out", device.operations.fan_out_rows(state, key.groups)),
             bound.enqueue,
             device.named("guided_step", device.operations.guided_step(state, key)),
         )

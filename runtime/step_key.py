@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
-from stg_trt.models.passes import Pass
-from stg_trt.models.perturbation import Perturbation
+from stg_trt.models.passes import COND, UNCOND, Pass, row_groups
 
 
 @dataclass(frozen=True)
@@ -15,10 +14,29 @@ class StepKey:
     """All that a step, and a graph captured from it, is specialised on; the rest is in the step table."""
 
     passes: tuple[Pass, ...]
-    perturbation: Perturbation | None
     rescaled: bool
     single_step: bool
     cfg_zero_star: bool
+
+    @property
+    def groups(self) -> range:
+        """The row groups of its passes."""
+        return row_groups(self.passes)
+
+    @property
+    def cond(self) -> int:
+        """The index of cond among the passes."""
+        return self.passes.index(COND)
+
+    @property
+    def zero_star(self) -> int | None:
+        """The index of the pass that CFG-Zero* scales."""
+        return self.passes.index(UNCOND) if self.cfg_zero_star else None
+
+    @property
+    def name(self) -> str:
+        """For logs and profilers."""
+        return "+".join(map(str, self.passes))
 
     @classmethod
     def of(cls, guidance: Guidance, solver: SolverTable, step: int) -> StepKey:
@@ -26,10 +44,9 @@ class StepKey:
         passes = guidance.passes(step)
         return cls(
             passes,
-            guidance.perturbation(step),
             guidance.rescale[step] != 0,
             solver.single_step[step] is not None,
-            guidance.cfg_zero_star and "uncond" in passes,
+            guidance.cfg_zero_star and UNCOND in passes,
         )
 
 

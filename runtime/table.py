@@ -9,23 +9,26 @@ from torch import Tensor
 
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
+from stg_trt.models.passes import row_groups
 
-_SCALARS = ("timestep", "input_scale", "cfg_scale", "stg_scale", "rescale", "latents_factor", "pred_factor")
+_SCALARS = ("timestep", "input_scale", "rescale", "latents_factor", "pred_factor")
 
 
 class StepTable:
     """Per-step values for up to `capacity` steps; `counter`, on the device too, is the step to run next.
 
     So N steps are N runs of the same work, with nothing copied from the host in between, and one captured
-    graph serves them all. A single step is x' = latents_factor*x + pred_factor*pred; the others use the rows
+    graph serves them all. `weights` (capacity, groups) are those of the predictions of a step's row groups. A
+    single step is x' = latents_factor*x + pred_factor*pred; the others use the rows
     x' = initial_factor*x_T + sum_j history_factors_j*history_j, whose history is `slots` tensors: the
     predictions of `capacity` steps, then `noises` of noise.
     """
 
-    def __init__(self, capacity: int, device: torch.device, noises: int = 0) -> None:
+    def __init__(self, capacity: int, groups: int, device: torch.device, noises: int = 0) -> None:
         self.capacity = capacity
         self.slots = capacity + noises
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
+        self.weights = torch.zeros(capacity, groups, device=device)
         self._scalars = torch.zeros(len(_SCALARS), capacity, device=device)
         self._initial_factor = torch.zeros(capacity, device=device)
         self._history_factors = torch.zeros(capacity, self.slots, device=device)
@@ -37,13 +40,12 @@ class StepTable:
         columns: Sequence[Sequence[float]] = (
             solver.timesteps[:steps],
             solver.input_scale[:steps],
-            guidance.cfg_scale,
-            guidance.stg_scale,
             guidance.rescale,
             [a for a, _ in pairs],
             [b for _, b in pairs],
         )
         self._scalars[:, :steps].copy_(torch.tensor(columns))
+        self.weights.copy_(self._weights_of(guidance))
         self._initial_factor[:steps].copy_(solver.a[:steps])
         self._history_factors[:steps, :steps].copy_(solver.b[:steps, :steps])
         used = solver.used_draws(steps)
@@ -60,6 +62,17 @@ class StepTable:
         """The current step's factors of x_T (1,) and of the history (slots,)."""
         initial = self._initial_factor.index_select(0, self.counter)
         return initial, self._history_factors.index_select(0, self.counter)[0]
+
+    def weights_now(self, groups: range) -> Tensor:
+        """The current step's weights (groups,) of neighbouring row groups."""
+        return self.weights.index_select(0, self.counter)[0, groups.start : groups.stop]
+
+    def _weights_of(self, guidance: Guidance) -> Tensor:
+        weights = torch.zeros(self.weights.shape)
+        for step in range(guidance.num_steps):
+            groups = row_groups(guidance.passes(step))
+            weights[step, groups.start : groups.stop] = torch.tensor(guidance.weights(step))
+        return weights
 
     def device_values(self, *names: str) -> dict[str, Tensor]:
         """The tables that a kernel reads, by name, at their fixed addresses."""

@@ -163,7 +163,7 @@ def print_costs(runs: Sequence[Run], eager: Sequence[EagerSteps]) -> None:
         full = len(run.setting.passes)
         table.add_row(run.setting.name, f"{run.passes:.2f}", f"{full}", f"{median(run.step_ms):.1f}")
     for steps in eager:
-        passes, name = len(steps.passes), "diffusers, eager: " + "+".join(steps.passes)
+        passes, name = len(steps.passes), "diffusers, eager: " + "+".join(map(str, steps.passes))
         table.add_row(name, f"{passes:.2f}", f"{passes}", f"{median(steps.step_ms):.1f}")
     Console().print(table)
 

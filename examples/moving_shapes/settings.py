@@ -12,8 +12,7 @@ from stg_trt import GuidanceOptions, VideoPipeline
 from stg_trt.engines.manifest import Manifest
 from stg_trt.guidance.resolved import OFF
 from stg_trt.guidance.tables import Guidance
-from stg_trt.models.families import family_for
-from stg_trt.models.passes import Pass
+from stg_trt.models.passes import COND, Pass
 from stg_trt.models.perturbation import Mode
 from stg_trt.models.plan import plan_step
 from stg_trt.models.segment import Segment
@@ -89,14 +88,14 @@ def sample(
 
 def passes_per_step(setting: Setting, manifest: Manifest) -> float:
     """The FLOPs of a step on segmented engines, divided by those of one whole pass."""
-    family = family_for(manifest.transformer_config, manifest.vae_config)
+    family = manifest.model
     segments = [record.segment for record in manifest.segments if not record.segment.text]
 
     def flops(segment: Segment) -> int:
         return family.segment_flops(segment, manifest.workload)
 
-    one_pass = plan_step(segments, ("cond",), None).flops(flops)
-    return plan_step(segments, setting.passes, setting.tables.perturbation(0)).flops(flops) / one_pass
+    one_pass = plan_step(segments, [COND]).flops(flops)
+    return plan_step(segments, setting.passes).flops(flops) / one_pass
 
 
 SHOWN = (Setting(), Setting(stg_scale=1), Setting(cfg_scale=1.5), Setting(cfg_scale=1.5, stg_scale=1))

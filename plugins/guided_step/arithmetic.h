@@ -53,18 +53,13 @@ STG_BOTH float projection(Products p) { return p.cond_uncond / (p.uncond_uncond 
 
 // One step's values from the device table.
 struct StepScalars {
-  float cfg_scale;
-  float stg_scale;
   float rescale;
   float latents_factor;
   float pred_factor;
 };
 
-// uncond + cfg*(cond - uncond) + stg*(cond - skip). A pass that is off is given as cond.
-STG_BOTH float combine(float cond, float uncond, float skip, StepScalars s) {
-  const float guided = fmaf(s.cfg_scale, cond - uncond, uncond);
-  return fmaf(s.stg_scale, cond - skip, guided);
-}
+// A pass's share of the weighted sum, whose weights add up to 1, beyond cond: sum + weight*(pred - cond).
+STG_BOTH float add_pass(float sum, float pred, float cond, float weight) { return fmaf(weight, pred - cond, sum); }
 
 // rescale*std(cond)/std(pred) + (1 - rescale); the counts are equal, so they cancel.
 STG_BOTH float rescale_factor(Moments cond, Moments pred, float rescale) {

@@ -33,26 +33,38 @@ __device__ __forceinline__ void store(float* to, int64_t left, const float (&fro
 }
 
 __device__ __forceinline__ StepScalars scalars(const StgGuidedStep& p, int64_t step) {
-  return StepScalars{p.cfg_scale[step], p.stg_scale[step], p.rescale[step], p.latents_factor[step],
-                     p.pred_factor[step]};
+  return StepScalars{p.rescale[step], p.latents_factor[step], p.pred_factor[step]};
 }
 
-// The guided prediction of kVector values, with uncond times `scale`; `cond` comes back too.
+// A pass's predictions for the values from `at` on.
 template <class T, bool kAligned>
-__device__ __forceinline__ void guided(const StgGuidedStep& p, StepScalars s, float scale, int64_t at,
-                                       int64_t left, float (&cond)[kVector], float (&pred)[kVector]) {
-  float uncond[kVector], skip[kVector];
-  stg::load<kAligned>(static_cast<const T*>(p.cond) + at, left, cond);
+__device__ __forceinline__ void load_pred(const StgGuidedStep& p, int pass, int64_t at, int64_t left,
+                                          float (&pred)[kVector]) {
+  stg::load<kAligned>(static_cast<const T*>(p.preds) + pass * p.videos * p.length + at, left, pred);
+}
+
+// The guided prediction of the kVector values from place `i` of the video on, with uncond times `scale`; `cond` comes
+// back too.
+template <class T, bool kAligned>
+__device__ __forceinline__ void guided(const StgGuidedStep& p, int64_t step, float scale, int64_t i,
+                                       float (&cond)[kVector], float (&pred)[kVector]) {
+  const int64_t at = blockIdx.y * p.length + i, left = p.length - i;
+  load_pred<T, kAligned>(p, p.cond, at, left, cond);
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) uncond[i] = skip[i] = cond[i];
-  if (p.uncond != nullptr) {
-    stg::load<kAligned>(static_cast<const T*>(p.uncond) + at, left, uncond);
+  for (int k = 0; k < kVector; ++k) pred[k] = cond[k];
+  for (int pass = 0; pass < p.passes; ++pass) {
+    if (pass == p.cond) continue;
+    float other[kVector];
+    load_pred<T, kAligned>(p, pass, at, left, other);
+    const float* weights = p.weights + step * p.weights_stride + pass * p.frames;
+    const float factor = pass == p.uncond ? scale : 1.0f;
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) uncond[i] *= scale;
+    for (int k = 0; k < kVector; ++k) {
+      // Behind the video's end there is nothing to weigh.
+      const int64_t frame = p.frames == 1 || k >= left ? 0 : (i + k) * p.frames / p.length;
+      pred[k] = stg::add_pass(pred[k], factor * other[k], cond[k], weights[frame]);
+    }
   }
-  if (p.skip != nullptr) stg::load<kAligned>(static_cast<const T*>(p.skip) + at, left, skip);
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) pred[i] = stg::combine(cond[i], uncond[i], skip[i], s);
 }
 
 __device__ __forceinline__ Moments moments_of_valid(const float (&values)[kVector], int64_t left) {
@@ -133,8 +145,8 @@ __global__ void __launch_bounds__(kThreads) products_kernel(StgGuidedStep p) {
        i += stride) {
     const int64_t at = video + i, left = p.length - i;
     float cond[kVector], uncond[kVector];
-    stg::load<kAligned>(static_cast<const T*>(p.cond) + at, left, cond);
-    stg::load<kAligned>(static_cast<const T*>(p.uncond) + at, left, uncond);
+    load_pred<T, kAligned>(p, p.cond, at, left, cond);
+    load_pred<T, kAligned>(p, p.uncond, at, left, uncond);
 #pragma unroll
     for (int k = 0; k < kVector; ++k) {
       sum = stg::merge(sum, Products{cond[k] * uncond[k], uncond[k] * uncond[k]});
@@ -147,15 +159,14 @@ __global__ void __launch_bounds__(kThreads) products_kernel(StgGuidedStep p) {
 // Partial moments of cond and of the guided prediction.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads) moments_kernel(StgGuidedStep p) {
-  const StepScalars s = scalars(p, *p.counter);
-  const float scale = p.cfg_zero_star ? projection_of_video(p) : 1.0f;
-  const int64_t video = blockIdx.y * p.length;
+  const int64_t step = *p.counter;
+  const float scale = p.uncond >= 0 ? projection_of_video(p) : 1.0f;
   Moments of_cond = stg::no_moments(), of_pred = stg::no_moments();
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads * kVector;
   for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kVector; i < p.length;
        i += stride) {
     float cond[kVector], pred[kVector];
-    guided<T, kAligned>(p, s, scale, video + i, p.length - i, cond, pred);
+    guided<T, kAligned>(p, step, scale, i, cond, pred);
     of_cond = stg::merge(of_cond, moments_of_valid(cond, p.length - i));
     of_pred = stg::merge(of_pred, moments_of_valid(pred, p.length - i));
   }
@@ -198,7 +209,7 @@ template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads) apply_kernel(StgGuidedStep p) {
   const int64_t step = *p.counter;
   const StepScalars s = scalars(p, step);
-  const float scale = p.cfg_zero_star ? projection_of_video(p) : 1.0f;
+  const float scale = p.uncond >= 0 ? projection_of_video(p) : 1.0f;
   const float factor = p.rescaled ? rescale_of_video(p, s) : 1.0f;
   const int64_t video = blockIdx.y * p.length;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads * kVector;
@@ -206,7 +217,7 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(StgGuidedStep p) {
        i += stride) {
     const int64_t at = video + i, left = p.length - i;
     float cond[kVector], pred[kVector], next[kVector];
-    guided<T, kAligned>(p, s, scale, at, left, cond, pred);
+    guided<T, kAligned>(p, step, scale, i, cond, pred);
 #pragma unroll
     for (int k = 0; k < kVector; ++k) pred[k] *= factor;
     if (p.history != nullptr) store<kAligned>(p.history + step * p.videos * p.length + at, left, pred);
@@ -238,9 +249,8 @@ bool rows_fit(const void* rows, int64_t length) {
 
 template <class T>
 bool all_aligned(const StgGuidedStep& p) {
-  return rows_fit<T>(p.cond, p.length) && rows_fit<T>(p.uncond, p.length) && rows_fit<T>(p.skip, p.length) &&
-         rows_fit<float>(p.latents, p.length) && rows_fit<float>(p.history, p.length) &&
-         rows_fit<float>(p.initial, p.length);
+  return rows_fit<T>(p.preds, p.length) && rows_fit<float>(p.latents, p.length) &&
+         rows_fit<float>(p.history, p.length) && rows_fit<float>(p.initial, p.length);
 }
 
 unsigned blocks_per_video(int64_t length) {
@@ -252,7 +262,7 @@ template <class T, bool kAligned>
 cudaError_t launch(const StgGuidedStep& p, cudaStream_t stream) {
   const dim3 grid(blocks_per_video(p.length), static_cast<unsigned>(p.videos));
   cudaError_t error = cudaSuccess;
-  if (p.cfg_zero_star) error = stg::launch(products_kernel<T, kAligned>, grid, kThreads, stream, p);
+  if (p.uncond >= 0) error = stg::launch(products_kernel<T, kAligned>, grid, kThreads, stream, p);
   if (error == cudaSuccess && p.rescaled) {
     error = stg::launch(moments_kernel<T, kAligned>, grid, kThreads, stream, p);
   }
@@ -271,7 +281,11 @@ int64_t stg_guided_step_workspace(int64_t videos) { return videos * kMaxBlocks *
 
 int stg_guided_step(const StgGuidedStep* step, void* stream) {
   if (!step->single_step && step->history == nullptr) return cudaErrorInvalidValue;
-  if (step->cfg_zero_star && step->uncond == nullptr) return cudaErrorInvalidValue;
+  const int passes = step->passes;
+  if (step->cond < 0 || step->cond >= passes || step->uncond >= passes || step->uncond == step->cond) {
+    return cudaErrorInvalidValue;
+  }
+  if (step->frames < 1 || step->length % step->frames != 0) return cudaErrorInvalidValue;
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   return stg::with_type(step->dtype, [&](auto value) { return launch<decltype(value)>(*step, on); });
 }

@@ -3,15 +3,13 @@
 
 #include "interface.h"
 
-// All pointers are device memory. `uncond` and `skip` are null where the pass is not computed.
+// All pointers are device memory.
 struct StgGuidedStep {
-  const void* cond;    // (videos, length) of `dtype`
-  const void* uncond;  // the same, or null
-  const void* skip;    // the same, or null
-  float* latents;      // (videos, length), read and written
-  // Per-step values, one entry per step each.
-  const float* cfg_scale;
-  const float* stg_scale;
+  const void* preds;     // (passes, videos, length) of `dtype`
+  float* latents;        // (videos, length), read and written
+  // Per-step values, one entry per step each. A step's weights are (passes, frames); they add up to 1 over the passes,
+  // and cond's is not read. The weights of the next step are `weights_stride` further.
+  const float* weights;
   const float* rescale;
   const float* latents_factor;
   const float* pred_factor;
@@ -28,10 +26,15 @@ struct StgGuidedStep {
   void* workspace;      // stg_guided_step_workspace(videos) bytes
   int64_t videos;
   int64_t length;
+  int64_t frames;         // equal parts of a video, each with weights of its own
+  int64_t weights_stride;
+  int32_t passes;
+  int32_t cond;           // its index among the passes
+  int32_t uncond;         // CFG-Zero*: index of the pass that is scaled by <cond, uncond>/(|uncond|^2 + 1e-8) of its
+                          // video; -1: none
   int32_t dtype;
   int32_t rescaled;       // 0: the statistics are not computed
   int32_t single_step;    // 0: history is used
-  int32_t cfg_zero_star;  // 1: uncond is scaled by <cond, uncond>/(|uncond|^2 + 1e-8) of its video
 };
 
 STG_EXPORT int64_t stg_guided_step_workspace(int64_t videos);

@@ -10,19 +10,23 @@ namespace {
 
 using stg_test::Checks;
 
-constexpr int64_t kSteps = 3, kCapacity = 4, kSlots = 7, kGuard = 64;
+constexpr int64_t kSteps = 3, kCapacity = 4, kSlots = 7, kGuard = 64, kMostPasses = 5;
 
 struct Case {
   int64_t videos, length;
   float mean;
-  bool uncond, skip, rescaled, single_step, cfg_zero_star;
+  int passes;  // cond is the first, or the second, after uncond
+  bool uncond, rescaled, single_step, cfg_zero_star;
   int64_t shift;  // values from an aligned address
+  int64_t frames = 1;
+
+  int64_t size() const { return videos * length; }
+  int cond() const { return uncond ? 1 : 0; }
 };
 
 // One entry per step; what no step reads is not a number.
 struct Tables {
-  std::vector<float> cfg_scale{3.0f, 1.0f, 6.0f, NAN};
-  std::vector<float> stg_scale{1.0f, 0.0f, 2.0f, NAN};
+  std::vector<float> weights;  // (steps, passes, frames); the one of cond stays a NaN
   std::vector<float> rescale{0.7f, 0.0f, 1.0f, NAN};
   std::vector<float> latents_factor{1.0f, 0.9f, 1.1f, NAN};
   std::vector<float> pred_factor{-0.05f, -0.3f, 0.2f, NAN};
@@ -32,6 +36,18 @@ struct Tables {
                                      -0.3f, 0.6f, NAN,   NAN, -0.1f, -0.4f, 0.0f,  //
                                      0.0f,  0.7f, -0.2f, NAN, 0.3f,  0.5f,  0.0f,  //
                                      NAN,   NAN,  NAN,   NAN, NAN,   NAN,   NAN};
+
+  explicit Tables(const Case& c) : weights(kCapacity * kMostPasses * c.frames, NAN) {
+    for (int64_t step = 0; step < kSteps; ++step) {
+      for (int pass = 0; pass < c.passes; ++pass) {
+        for (int64_t frame = 0; frame < c.frames; ++frame) {
+          // Different everywhere; on the second step the first pass is off.
+          const float weight = step == 1 && pass == 0 ? 0.0f : -1.5f + 0.4f * pass + 0.3f * step + 0.125f * frame;
+          if (pass != c.cond()) weights[(step * kMostPasses + pass) * c.frames + frame] = weight;
+        }
+      }
+    }
+  }
 };
 
 std::vector<float> normal(int64_t count, uint32_t seed, float mean) {
@@ -42,43 +58,42 @@ std::vector<float> normal(int64_t count, uint32_t seed, float mean) {
 
 template <class T>
 struct State {
-  std::vector<T> cond, uncond, skip;
+  std::vector<T> preds;
   std::vector<float> latents, initial, history;
   Tables tables;
   int64_t counter = 0;
   unsigned finished = 0;
   std::vector<char> workspace;
 
-  explicit State(const Case& c) : workspace(stg_guided_step_workspace(c.videos) + kGuard, -1) {
-    const int64_t size = c.shift + c.videos * c.length;
-    uint32_t seed = static_cast<uint32_t>(c.length);
-    for (std::vector<T>* rows : {&cond, &uncond, &skip}) {
-      for (float value : normal(size, ++seed, c.mean)) rows->push_back(stg::Cast<T>::from_float(value));
+  explicit State(const Case& c) : tables(c), workspace(stg_guided_step_workspace(c.videos) + kGuard, -1) {
+    const int64_t size = c.shift + c.size();
+    uint32_t seed = static_cast<uint32_t>(c.length + 7 * c.passes);
+    for (float value : normal(c.shift + c.passes * c.size(), ++seed, c.mean)) {
+      preds.push_back(stg::Cast<T>::from_float(value));
     }
     latents = normal(size, ++seed, c.mean);
     initial = latents;
-    history.assign(c.shift + kSlots * c.videos * c.length, NAN);
+    history.assign(c.shift + kSlots * c.size(), NAN);
     for (int64_t j : {kCapacity, kCapacity + 1}) {
-      const std::vector<float> noise = normal(c.videos * c.length, ++seed, 0.0f);
-      std::copy(noise.begin(), noise.end(), history.begin() + c.shift + j * c.videos * c.length);
+      const std::vector<float> noise = normal(c.size(), ++seed, 0.0f);
+      std::copy(noise.begin(), noise.end(), history.begin() + c.shift + j * c.size());
     }
   }
 
   StgGuidedStep parameters(const Case& c) {
     StgGuidedStep p{};
-    p.cond = cond.data() + c.shift;
-    if (c.uncond) p.uncond = uncond.data() + c.shift;
-    if (c.skip) p.skip = skip.data() + c.shift;
+    p.preds = preds.data() + c.shift;
     p.latents = latents.data() + c.shift;
-    p.cfg_scale = tables.cfg_scale.data(), p.stg_scale = tables.stg_scale.data(), p.rescale = tables.rescale.data();
+    p.weights = tables.weights.data(), p.rescale = tables.rescale.data();
     p.latents_factor = tables.latents_factor.data(), p.pred_factor = tables.pred_factor.data();
     p.history = history.data() + c.shift, p.initial = initial.data() + c.shift;
     p.initial_factor = tables.initial_factor.data(), p.history_factors = tables.history_factors.data();
     p.capacity = kCapacity, p.slots = kSlots;
     p.counter = &counter, p.finished = &finished, p.workspace = workspace.data();
-    p.videos = c.videos, p.length = c.length;
+    p.videos = c.videos, p.length = c.length, p.frames = c.frames, p.weights_stride = kMostPasses * c.frames;
+    p.passes = c.passes, p.cond = c.cond(), p.uncond = c.cfg_zero_star ? 0 : -1;
     p.dtype = sizeof(T) == 4 ? kStgFloat32 : kStgBfloat16;
-    p.rescaled = c.rescaled, p.single_step = c.single_step, p.cfg_zero_star = c.cfg_zero_star;
+    p.rescaled = c.rescaled, p.single_step = c.single_step;
     return p;
   }
 };
@@ -116,19 +131,21 @@ class Reference {
 
  private:
   std::vector<double> guided(int64_t step) const {
-    const double cfg = start_.tables.cfg_scale[step], scale = start_.tables.stg_scale[step];
     const double rescale = c_.rescaled ? start_.tables.rescale[step] : 0.0;
-    const auto value = [&](const std::vector<T>& rows, size_t i) {
-      return double(stg::Cast<T>::to_float(rows[c_.shift + i]));
-    };
     std::vector<double> cond(latents.size()), pred(latents.size());
     double factor = 1.0;
     for (size_t i = 0; i < pred.size(); ++i) {
-      if (c_.cfg_zero_star && i % c_.length == 0) factor = projection(i, value);
-      cond[i] = value(start_.cond, i);
-      const double uncond = c_.uncond ? factor * value(start_.uncond, i) : cond[i];
-      const double skip = c_.skip ? value(start_.skip, i) : cond[i];
-      pred[i] = uncond + cfg * (cond[i] - uncond) + scale * (cond[i] - skip);
+      if (c_.cfg_zero_star && i % c_.length == 0) factor = projection(i);
+      cond[i] = value(c_.cond(), i);
+      double of_cond = 1.0;
+      for (int pass = 0; pass < c_.passes; ++pass) {
+        if (pass == c_.cond()) continue;
+        const int64_t frame = i % c_.length / (c_.length / c_.frames);
+        const double weight = start_.tables.weights[(step * kMostPasses + pass) * c_.frames + frame];
+        pred[i] += weight * value(pass, i) * (c_.cfg_zero_star && pass == 0 ? factor : 1.0);
+        of_cond -= weight;
+      }
+      pred[i] += of_cond * cond[i];
     }
     for (size_t at = 0; rescale != 0 && at < pred.size(); at += c_.length) {
       const double of_cond = standard_deviation(&cond[at], c_.length);
@@ -138,13 +155,16 @@ class Reference {
     return pred;
   }
 
+  double value(int pass, size_t i) const {
+    return double(stg::Cast<T>::to_float(start_.preds[c_.shift + pass * c_.size() + i]));
+  }
+
   // <cond, uncond> / (|uncond|^2 + 1e-8) of the video that starts at a place.
-  template <class Value>
-  double projection(size_t start, const Value& value) const {
+  double projection(size_t start) const {
     double dot = 0, square = 1e-8;
     for (size_t i = start; i < start + c_.length; ++i) {
-      dot += value(start_.cond, i) * value(start_.uncond, i);
-      square += value(start_.uncond, i) * value(start_.uncond, i);
+      dot += value(c_.cond(), i) * value(0, i);
+      square += value(0, i) * value(0, i);
     }
     return dot / square;
   }
@@ -192,15 +212,15 @@ void check(Checks& checks, const Case& c, int64_t steps) {
 
 // Nothing to project on: uncond stays zero.
 void check_zero_uncond(Checks& checks) {
-  const Case c{2, 37, 1.0f, true, true, true, true, true, 0};
+  const Case c{2, 37, 1.0f, 3, true, true, true, true, 0};
   State<float> start(c);
-  std::fill(start.uncond.begin(), start.uncond.end(), 0.0f);
+  std::fill(start.preds.begin(), start.preds.begin() + c.size(), 0.0f);
   check<float>(checks, c, kSteps, start);
 }
 
 // The statistics are folded in an order of their own, whichever block or thread is first.
 void check_deterministic(Checks& checks) {
-  const Case c{2, 5000, 1.0f, true, true, true, true, true, 0};
+  const Case c{2, 5000, 1.0f, 3, true, true, true, true, 0};
   std::vector<float> first;
   for (const char* order : stg_test::kOrders) {
     stg_test::set_order(order);
@@ -213,14 +233,20 @@ void check_deterministic(Checks& checks) {
 }
 
 void check_refused(Checks& checks) {
-  const Case c{1, 4, 0.0f, true, true, true, false, false, 0};
+  const Case c{1, 4, 0.0f, 3, true, true, false, false, 0};
   State<float> state(c);
   StgGuidedStep p = state.parameters(c);
   p.history = nullptr;
   checks.expect(stg_guided_step(&p, nullptr) == cudaErrorInvalidValue, "several steps without history", 0, 0);
   p = state.parameters(c);
-  p.cfg_zero_star = 1, p.uncond = nullptr;
+  p.uncond = p.cond;
   checks.expect(stg_guided_step(&p, nullptr) == cudaErrorInvalidValue, "CFG-Zero* without uncond", 0, 0);
+  p = state.parameters(c);
+  p.cond = p.passes;
+  checks.expect(stg_guided_step(&p, nullptr) == cudaErrorInvalidValue, "no cond", 0, 0);
+  p = state.parameters(c);
+  p.frames = 3;
+  checks.expect(stg_guided_step(&p, nullptr) == cudaErrorInvalidValue, "frames of different lengths", 0, 0);
   p = state.parameters(c);
   p.dtype = 3;
   checks.expect(stg_guided_step(&p, nullptr) == cudaErrorInvalidValue, "a type that there is not", 0, 0);
@@ -241,8 +267,10 @@ int main() {
       const bool a = options & 1, b = options & 2, d = options & 4;
       // Every second length has CFG-Zero*, with and without rescale.
       const bool zero_star = a && length % 2 != 0, rescaled = zero_star ? b : a || b != d;
-      const Case c{1 + (length + options) % 3, length, a == b ? 100.0f : 0.0f, a, b, rescaled, a != d, zero_star,
-                   d ? 1 : 0};
+      // From 1 to 5 passes. The spread of a few values around 100 is lost in rounding.
+      const int passes = (a ? 2 : 1) + static_cast<int>(b ? 1 + length % 3 : 0);
+      const Case c{1 + (length + options) % 3, length, a == b && length > 7 ? 100.0f : 0.0f, passes, a, rescaled, a != d, zero_star,
+                   d ? 1 : 0, length % 7 == 0 ? 7 : length % 6 == 0 ? 6 : 1};
       stg_test::set_order(stg_test::kOrders[(length + options) % 3]);
       check<float>(checks, c, kSteps);
       if (b != d) check<__nv_bfloat16>(checks, c, kSteps);
@@ -250,7 +278,7 @@ int main() {
   }
   // More values than the threads of the largest grid take in a turn.
   stg_test::set_order("reverse");
-  const Case large{1, kMaxBlocks * kThreads * kVector + 1025, 1.0f, true, true, true, false, true, 1};
+  const Case large{1, kMaxBlocks * kThreads * kVector + 1025, 1.0f, 3, true, true, false, true, 1};
   if (checks.failed == 0) check<float>(checks, large, 1);
   return checks.result();
 }

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stg_trt.models.passes import Pass
-
 from .shared_library import DTYPES, Kernels, address
 
 if TYPE_CHECKING:
@@ -33,15 +31,15 @@ class FanOutRowsParameters(ctypes.Structure):
 
 
 class FanOutRowsKernel:
-    """`stg_trt.runtime.guided_step.fan_out_rows` for one state and set of passes."""
+    """`stg_trt.runtime.guided_step.fan_out_rows` for one state and set of row groups."""
 
-    def __init__(self, kernels: Kernels, state: StepState, passes: tuple[Pass, ...]) -> None:
+    def __init__(self, kernels: Kernels, state: StepState, groups: range) -> None:
         self._kernels = kernels
-        self._rows = state.buffers.view("latents", passes)
-        self._timestep = state.buffers.view("timestep", passes)
+        self._rows = state.buffers.view("latents", groups)
+        self._timestep = state.buffers.view("timestep", groups)
         self._tables = state.table.device_values("input_scale", "timestep")
         assert self._timestep.dtype == torch.float32, "the kernel writes float32 timesteps"
-        assert self._rows.numel() == len(passes) * state.latents.numel()
+        assert self._rows.numel() == len(groups) * state.latents.numel()
         self._parameters = FanOutRowsParameters(
             **{name: address(values) for name, values in self._tables.items()},
             latents=address(state.latents),
@@ -49,7 +47,7 @@ class FanOutRowsKernel:
             timestep_rows=address(self._timestep),
             counter=address(state.table.counter),
             size=state.latents.numel(),
-            copies=len(passes),
+            copies=len(groups),
             timesteps=self._timestep.numel(),
             dtype=DTYPES[self._rows.dtype],
         )

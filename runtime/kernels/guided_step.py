@@ -13,27 +13,16 @@ if TYPE_CHECKING:
     from ..state import StepState
     from ..step_key import StepKey
 
-_TABLES = (
-    "cfg_scale",
-    "stg_scale",
-    "rescale",
-    "latents_factor",
-    "pred_factor",
-    "initial_factor",
-    "history_factors",
-)
+_TABLES = ("rescale", "latents_factor", "pred_factor", "initial_factor", "history_factors")
 
 
 class GuidedStepParameters(ctypes.Structure):
     """`StgGuidedStep` of plugins/guided_step/guided_step.h, field for field."""
 
     _fields_ = (
-        ("cond", ctypes.c_void_p),
-        ("uncond", ctypes.c_void_p),
-        ("skip", ctypes.c_void_p),
+        ("preds", ctypes.c_void_p),
         ("latents", ctypes.c_void_p),
-        ("cfg_scale", ctypes.c_void_p),
-        ("stg_scale", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
         ("rescale", ctypes.c_void_p),
         ("latents_factor", ctypes.c_void_p),
         ("pred_factor", ctypes.c_void_p),
@@ -48,10 +37,14 @@ class GuidedStepParameters(ctypes.Structure):
         ("workspace", ctypes.c_void_p),
         ("videos", ctypes.c_int64),
         ("length", ctypes.c_int64),
+        ("frames", ctypes.c_int64),
+        ("weights_stride", ctypes.c_int64),
+        ("passes", ctypes.c_int32),
+        ("cond", ctypes.c_int32),
+        ("uncond", ctypes.c_int32),
         ("dtype", ctypes.c_int32),
         ("rescaled", ctypes.c_int32),
         ("single_step", ctypes.c_int32),
-        ("cfg_zero_star", ctypes.c_int32),
     )
 
 
@@ -63,14 +56,16 @@ class GuidedStepKernel:
         device = state.latents.device
         videos, length = len(state.latents), state.latents[0].numel()
         self._tables = state.table.device_values(*_TABLES)
-        self._rows = {name: state.buffers.view("pred", (name,)) for name in key.passes}
+        self._preds = state.buffers.view("pred", key.groups)
+        weights = state.table.weights
         self._finished = torch.zeros(1, dtype=torch.int32, device=device)
         self._workspace = torch.empty(kernels.workspace_bytes(videos), dtype=torch.uint8, device=device)
         history = state.history
         self._parameters = GuidedStepParameters(
-            **{name: address(rows) for name, rows in self._rows.items()},
             **{name: address(values) for name, values in self._tables.items()},
+            preds=address(self._preds),
             latents=address(state.latents),
+            weights=address(weights[0, key.groups.start :]),
             history=address(history),
             initial=address(state.initial) if history is not None else None,
             capacity=state.table.capacity,
@@ -80,10 +75,14 @@ class GuidedStepKernel:
             workspace=address(self._workspace),
             videos=videos,
             length=length,
-            dtype=DTYPES[self._rows["cond"].dtype],
+            frames=1 if weights.ndim == 2 else weights.shape[2],
+            weights_stride=weights.stride(0),
+            passes=len(key.passes),
+            cond=key.cond,
+            uncond=-1 if key.zero_star is None else key.zero_star,
+            dtype=DTYPES[self._preds.dtype],
             rescaled=key.rescaled,
             single_step=key.single_step,
-            cfg_zero_star=key.cfg_zero_star,
         )
 
     def enqueue(self, stream: int) -> None:

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from stg_trt.models.passes import Pass
-
 from ..operations import Operation
 from ..state import StepState
 from ..step_key import StepKey
@@ -27,9 +25,9 @@ class KernelOperations:
         """All copies at once."""
         return CopyRowsKernel(self.kernels, pairs).enqueue
 
-    def fan_out_rows(self, state: StepState, passes: tuple[Pass, ...]) -> Operation:
+    def fan_out_rows(self, state: StepState, groups: range) -> Operation:
         """All rows and timesteps at once."""
-        return FanOutRowsKernel(self.kernels, state, passes).enqueue
+        return FanOutRowsKernel(self.kernels, state, groups).enqueue
 
     def guided_step(self, state: StepState, key: StepKey) -> Operation:
         """One pass over the latents, before it one each for CFG-Zero*'s products and rescale's moments."""

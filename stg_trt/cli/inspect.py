@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from stg_trt.engines.manifest import Manifest
     from stg_trt.engines.store import Build
     from stg_trt.models.passes import Pass
 
@@ -48,10 +49,9 @@ def inspect(
 
 def describe(build: Build) -> dict[str, Any]:
     """The facts of a build, ready for JSON."""
-    from stg_trt.models.families import family_for
 
     manifest = build.manifest
-    family = family_for(manifest.transformer_config, manifest.vae_config)
+    family = manifest.model
     states = _states(build)
     return {
         "folder": build.folder.name,
@@ -91,12 +91,10 @@ def describe(build: Build) -> dict[str, Any]:
 
 def _states(build: Build) -> dict[str, dict[str, Any]]:
     """Per guidance state: rows per segment, and FLOPs of one video's step, shared and in full."""
-    from stg_trt.models.families import family_for
-    from stg_trt.models.passes import PASSES
-    from stg_trt.models.plan import full_plan, plan_step
+    from stg_trt.models.plan import plan_step
 
     manifest = build.manifest
-    family = family_for(manifest.transformer_config, manifest.vae_config)
+    family = manifest.model
     segments = [record.segment for record in manifest.segments if not record.segment.text]
 
     def flops(segment: Any) -> int:
@@ -104,20 +102,34 @@ def _states(build: Build) -> dict[str, dict[str, Any]]:
 
     whole = [segment for segment in segments if not segment.skipped]
     states = {}
-    usual: dict[str, tuple[Pass, ...]] = {"cond": ("cond",), "cfg": ("uncond", "cond"), "cfg+stg": PASSES}
-    distilled: dict[str, tuple[Pass, ...]] = {"cond": ("cond",), "stg": ("cond", "skip")}
-    for name, passes in (usual if family.embedded_guidance is None else distilled).items():
-        if "skip" in passes and not manifest.stg_blocks:
-            continue
-        plan = plan_step(segments, passes, manifest.perturbation if "skip" in passes else None)
+    for name, passes in _passes(manifest, distilled=family.embedded_guidance is not None).items():
+        plan = plan_step(segments, passes)
         rows: dict[str, int] = {}
         for run in plan.runs:
             rows[run.segment.name] = rows.get(run.segment.name, 0) + len(run.passes)
         states[name] = {
             "rows": rows,
             "flops": plan.flops(flops),
-            "flops_full": full_plan(whole, passes, None).flops(flops),
+            "flops_full": len(passes) * sum(map(flops, whole)),
         }
+    return states
+
+
+def _passes(manifest: Manifest, *, distilled: bool) -> dict[str, tuple[Pass, ...]]:
+    """The passes of the guidance states: without STG, with each skip pass, and with all of them."""
+    from stg_trt.models.passes import COND, UNCOND, Pass
+    from stg_trt.models.perturbation import Perturbation
+
+    skips = [Pass(name, Perturbation(manifest.stg_mode, blocks)) for name, blocks in manifest.skips.items()]
+    guided = (COND,) if distilled else (UNCOND, COND)
+    states: dict[str, tuple[Pass, ...]] = {"cond": (COND,)}
+    if not distilled:
+        states["cfg"] = guided
+    prefix = "" if distilled else "cfg+"
+    if len(skips) > 1:
+        states |= {f"{prefix}{one.name}": (*guided, one) for one in skips}
+    if skips:
+        states[f"{prefix}stg"] = (*guided, *skips)
     return states
 
 

@@ -23,11 +23,15 @@ class Target:
 
 @dataclass(frozen=True)
 class Backend:
-    """`module` has load_all(backend, files, device); the default target comes first."""
+    """`module` has load_all(backend, files, device); the default target comes first.
+
+    Engines that `limits_rows` take no more rows than they were compiled for.
+    """
 
     name: str
     module: str
     targets: tuple[Target, ...]
+    limits_rows: bool = True
 
     def target(self, name: str) -> Target:
         """The target of that name; raises InvalidRequest for an unknown one."""
@@ -49,7 +53,7 @@ _RTX_TARGETS = ("sm_120", "sm_89", "sm_86", "sm_80", "sm_75", "sm_121")
 _BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("onnxruntime", "onnxruntime", (_CPU,)),
+        Backend("onnxruntime", "onnxruntime", (_CPU,), limits_rows=False),
         Backend("tensorrt-rtx", "tensorrt", tuple(Target(name, "cuda", ("bf16",)) for name in _RTX_TARGETS)),
         Backend("tensorrt", "tensorrt", (_THIS_GPU,)),
         Backend("inductor", "inductor", (_THIS_GPU, Target("cpu", "cpu", ("fp32", "bf16")))),

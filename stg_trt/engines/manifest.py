@@ -5,18 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pydantic
 
 from stg_trt.errors import EngineRejected
+from stg_trt.models.families import family_for
 from stg_trt.models.lora import AppliedLora
+from stg_trt.models.passes import SkipBlocksByName, read_skips
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import TensorSpec
 from stg_trt.models.workload import Workload
 from stg_trt.system.files import write_atomically
 from stg_trt.system.gpu import GpuIdentity
+
+if TYPE_CHECKING:
+    from stg_trt.models.families.base import ModelFamily
 
 SCHEMA_VERSION = 3
 FILE_NAME = "manifest.json"
@@ -88,12 +93,15 @@ class Manifest(_Record):
     family: str
     transformer_config: dict[str, Any]
     vae_config: dict[str, Any] | None
+    image_encoder_config: dict[str, Any] | None = None
     weights: str
     lora: tuple[AppliedLora, ...] = ()
     workload: Workload
     layout: str
     stg_mode: str
     stg_blocks: tuple[int, ...]
+    # By name; without any, stg_blocks are those of one pass.
+    skip_passes: dict[str, tuple[int, ...]] = {}
     max_batch: int
     complete: bool
     segments: tuple[SegmentRecord, ...]
@@ -102,6 +110,18 @@ class Manifest(_Record):
     def perturbation(self) -> Perturbation:
         """The mode and all blocks that the build can perturb."""
         return Perturbation(self.stg_mode, self.stg_blocks)
+
+    @property
+    def model(self) -> ModelFamily:
+        """The model family; raises InvalidRequest if this release does not know it."""
+        return family_for(
+            self.transformer_config, self.vae_config, image_encoder_config=self.image_encoder_config
+        )
+
+    @property
+    def skips(self) -> SkipBlocksByName:
+        """The skip passes that a step can have, each with the blocks that it was named with."""
+        return self.skip_passes or read_skips(self.stg_blocks)
 
     @property
     def engine_bytes(self) -> int:

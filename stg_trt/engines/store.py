@@ -13,7 +13,6 @@ from stg_trt.engines.engine import Engine
 from stg_trt.engines.key import export_version
 from stg_trt.engines.manifest import Manifest
 from stg_trt.errors import EngineRejected, InvalidRequest
-from stg_trt.models.families import family_for
 from stg_trt.models.families.base import ModelFamily
 from stg_trt.models.lora import AppliedLora, describe
 from stg_trt.models.perturbation import Perturbation
@@ -27,7 +26,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """A call's requirements of a build; None accepts anything. `perturbations` are those of its steps."""
+    """A call's requirements of a build; None accepts anything.
+
+    `perturbations` are those of its steps, and `skips` the most skip passes that one of them has.
+    """
 
     weights: str | None = None
     lora: tuple[AppliedLora, ...] | None = None
@@ -36,6 +38,7 @@ class EngineRequest:
     num_frames: int | None = None
     videos: int = 1
     perturbations: frozenset[Perturbation] = field(default_factory=frozenset)
+    skips: int = 0
     layout: str | None = None
     backend: str | None = None
     target: str | None = None
@@ -77,6 +80,8 @@ class EngineRequest:
                 f"built for at most {manifest.max_batch} videos at once, the request is {self.videos}: "
                 f"rebuild with --max-batch {self.videos}"
             )
+        if reason := _rejects_skips(manifest, self.skips):
+            return reason
         return next(filter(None, (_rejects(manifest, p) for p in self.perturbations)), None)
 
 
@@ -185,7 +190,7 @@ def check_file(path: Path, record: manifests.FileRecord, *, whole: bool = False)
 def _outdated(manifest: Manifest) -> str | None:
     """Its family's graphs are others now; which release built it does not matter."""
     try:
-        now = export_version(family_for(manifest.transformer_config, manifest.vae_config))
+        now = export_version(manifest.model)
     except InvalidRequest:
         return f"built for {manifest.family}, which this release does not know: build the engines again"
     if manifest.export_version == now:
@@ -215,6 +220,18 @@ def _cannot_run(manifest: Manifest, machine: Machine) -> str | None:
         return f"compiled for {manifest.target}, this GPU is {gpu.sm}: build with --target {gpu.sm}"
     if manifest.gpu is not None and manifest.gpu != gpu.identity:
         return f"compiled for {manifest.gpu}, this GPU is {gpu.identity}: build the engines again here"
+    return None
+
+
+def _rejects_skips(manifest: Manifest, skips: int) -> str | None:
+    """Why a step of so many skip passes cannot run; None if it can."""
+    if skips > 1 and manifest.layout == "twin":
+        return f"the twin layout has one skip pass, the request has {skips}: rebuild with --layout segmented"
+    if skips > max(1, len(manifest.skips)) and backend_for(manifest.backend).limits_rows:
+        return (
+            f"built for {len(manifest.skips)} skip passes, the request has {skips}: rebuild with "
+            "--stg-blocks NAME=BLOCKS for each"
+        )
     return None
 
 

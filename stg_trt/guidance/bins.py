@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Generic, TypeVar
@@ -47,3 +47,6 @@ class TimestepBins(Generic[T]):
 
 Scale = float | Sequence[float] | TimestepBins[float]
 BlockSets = int | Sequence[int] | Sequence[Sequence[int]] | TimestepBins[Blocks]
+SkipScales = Scale | Mapping[str, Scale]
+SkipBlocks = BlockSets | Mapping[str, BlockSets]
+"""Of several skip passes, by their names; else of one, or of all alike."""

@@ -5,49 +5,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stg_trt.errors import InvalidRequest
-
 
 def combine(
-    pred_cond: Tensor,
-    pred_uncond: Tensor | None = None,
-    pred_skip: Tensor | None = None,
+    preds: Tensor,
+    weights: Tensor,
+    cond: int,
     *,
-    cfg_scale: float | Tensor = 1.0,
-    stg_scale: float | Tensor = 0.0,
     rescale: float | Tensor = 0.0,
-    cfg_zero_star: bool = False,
+    zero_star: int | None = None,
 ) -> Tensor:
-    """uncond + cfg*(cond - uncond) + stg*(cond - skip), rescaled: (videos, ...) in float32 or above.
+    """sum_k weights_k * preds_k, rescaled: (passes, videos, ...) to (videos, ...) in float32 or above.
 
-    A scale is a number, or a tensor (1,) on the device, which the host never reads. A pass that its scale
-    turns off (cfg 1, stg 0) is not read. Raises InvalidRequest if a pass that is on is None.
+    `weights` (passes,) or (passes, frames) add up to 1; those for frames belong to the first dimension of a
+    video. It is computed as cond + sum_k weights_k * (pred_k - cond), which is exact where predictions are
+    equal, so the weight of `cond`, an index, is not read. `rescale` is a number, or a tensor (1,) on the
+    device, which the host never reads. `zero_star` is the index of uncond for CFG-Zero*.
     """
-    pred = cond = _float32(pred_cond)
-    if _is_on(cfg_scale, off=1):
-        uncond = _needed(pred_uncond, "uncond", "cfg_scale", cfg_scale, off=1)
-        if cfg_zero_star:
-            uncond = _project(cond, uncond)
-        pred = uncond + cfg_scale * (cond - uncond)
-    if _is_on(stg_scale, off=0):
-        skip = _needed(pred_skip, "skip", "stg_scale", stg_scale, off=0)
-        pred = pred + stg_scale * (cond - skip)
-    if _is_on(rescale, off=0):
-        pred = pred * (rescale * _std(cond) / _std(pred) + (1 - rescale))
+    preds = _float32(preds)
+    of_cond = pred = preds[cond]
+    for k, other in enumerate(preds):
+        if k == cond:
+            continue
+        if k == zero_star:
+            other = _project(of_cond, other)
+        pred = pred + _per_frame(weights[k], pred) * (other - of_cond)
+    if isinstance(rescale, Tensor) or rescale != 0:
+        pred = pred * (rescale * _std(of_cond) / _std(pred) + (1 - rescale))
     return pred
 
 
-def _is_on(scale: float | Tensor, off: int) -> bool:
-    return isinstance(scale, Tensor) or scale != off
-
-
-def _needed(pred: Tensor | None, row: str, name: str, scale: float | Tensor, off: int) -> Tensor:
-    if pred is None:
-        raise InvalidRequest(
-            f"pred_{row}: expected a tensor for {name} {scale}, got None: compute that pass or set it to "
-            f"{off}"
-        )
-    return _float32(pred)
+def _per_frame(weight: Tensor, pred: Tensor) -> Tensor:
+    """A pass's weight, or its weights of all frames, shaped to broadcast to (videos, frames, ...)."""
+    return weight.reshape(-1, *[1] * (pred.ndim - 2)) if weight.numel() > 1 else weight
 
 
 def _float32(pred: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from numbers import Real
 from typing import TypeVar
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.guidance.bins import BlockSets, Scale
+from stg_trt.guidance.bins import Scale, SkipBlocks, SkipScales
 from stg_trt.guidance.presets import Preset, check_preset, load_preset
 from stg_trt.guidance.resolved import ResolvedGuidance
 from stg_trt.models.perturbation import check_mode
@@ -20,17 +20,18 @@ T = TypeVar("T")
 class GuidanceOptions:
     """The guidance of a call, under the names of VideoPipeline's arguments; None leaves an option open.
 
-    A scale is a number, a list with one entry per step, or TimestepBins; blocks likewise. `stg_range` is
-    [start, stop) in steps. `preset` names published tables. Raises InvalidRequest for a mode or a preset that
-    does not exist; values are checked when the steps are known. For a model that takes a guidance as an
-    input, `guidance_scale` is that one and `true_cfg_scale` CFG, as in their diffusers pipelines.
+    A scale is a number, a list with one entry per step, or TimestepBins; blocks likewise. Several skip passes
+    have a mapping of these, from their names. `stg_range` is [start, stop) in steps. `preset` names published
+    tables. Raises InvalidRequest for a mode or a preset that does not exist; values are checked when the
+    steps are known. For a model that takes a guidance as an input, `guidance_scale` is that one and
+    `true_cfg_scale` CFG, as in their diffusers pipelines.
     """
 
     guidance_scale: Scale | None = None
-    stg_scale: Scale | None = None
+    stg_scale: SkipScales | None = None
     rescale: Scale | None = None
     stg_mode: str | None = None
-    stg_blocks: BlockSets | None = None
+    stg_blocks: SkipBlocks | None = None
     stg_range: tuple[int, int] | None = None
     preset: str | None = None
     cfg_zero_star: bool | None = None

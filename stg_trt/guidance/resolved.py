@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from stg_trt.guidance.bins import BlockSets, Scale
+from stg_trt.guidance.bins import Scale, SkipBlocks, SkipScales
 
 if TYPE_CHECKING:
     from stg_trt.models.families.base import Defaults
-    from stg_trt.models.perturbation import Perturbation
+    from stg_trt.models.passes import SkipBlocksByName
 
 
 @dataclass(frozen=True)
@@ -21,24 +21,24 @@ class ResolvedGuidance:
     """
 
     guidance_scale: Scale = 1.0
-    stg_scale: Scale = 0.0
+    stg_scale: SkipScales = 0.0
     rescale: Scale = 0.0
     stg_mode: str = "stg-a"
-    stg_blocks: BlockSets = ()
+    stg_blocks: SkipBlocks = ()
     stg_range: tuple[int, int] | None = None
     cfg_zero_star: bool = False
     use_dynamic_cfg: bool = False
     embedded_guidance: float | None = None
 
     @classmethod
-    def of_family(cls, defaults: Defaults, built: Perturbation) -> ResolvedGuidance:
-        """A family's scales, on engines that can perturb `built`; without blocks, STG is off."""
+    def of_family(cls, defaults: Defaults, mode: str, skips: SkipBlocksByName) -> ResolvedGuidance:
+        """A family's scales, on engines that were built for these skip passes; without one, STG is off."""
         return cls(
             guidance_scale=defaults.guidance_scale,
-            stg_scale=defaults.stg_scale if built.blocks else 0.0,
+            stg_scale=defaults.stg_scale if skips else 0.0,
             rescale=defaults.rescale,
-            stg_mode=built.mode,
-            stg_blocks=built.blocks,
+            stg_mode=mode,
+            stg_blocks=skips or (),
         )
 
 

@@ -47,6 +47,7 @@ class Checkpoint:
     scheduler_config: dict[str, Any]
     model_index: dict[str, Any] | None = None
     lora: tuple[Lora, ...] = ()
+    image_encoder_config: dict[str, Any] | None = None
 
     @classmethod
     def open(
@@ -74,13 +75,14 @@ class Checkpoint:
         scheduler = read_config(source.folder / "scheduler" / "scheduler_config.json")
         vae = read_optional_config(source.folder / "vae" / "config.json")
         index = read_optional_config(source.folder / "model_index.json")
+        eyes = read_optional_config(source.folder / "image_encoder" / "config.json")
         check_class(transformer)
         if random_weights:
             _check_no_lora(lora)
-            return cls(source.name, None, transformer, vae, scheduler, index)
+            return cls(source.name, None, transformer, vae, scheduler, index, image_encoder_config=eyes)
         quantization.check_config(transformer, source.folder / "transformer" / "config.json")
         source.check_transformer()
-        return cls(source.name, source, transformer, vae, scheduler, index, parse_loras(lora))
+        return cls(source.name, source, transformer, vae, scheduler, index, parse_loras(lora), eyes)
 
     def shortened(self, counts: Sequence[int] | None) -> Checkpoint:
         """The same with fewer blocks: one number per entry of the family's `block_counts`; None keeps all.
@@ -110,7 +112,13 @@ class Checkpoint:
     @property
     def family(self) -> ModelFamily:
         """The model family of the transformer."""
-        return family_for(self.transformer_config, self.vae_config, self.model_index, self.origin)
+        return family_for(
+            self.transformer_config,
+            self.vae_config,
+            self.model_index,
+            self.origin,
+            self.image_encoder_config,
+        )
 
     @property
     def origin(self) -> str:
@@ -156,11 +164,20 @@ class Checkpoint:
             )
         self._check_part("vae")
 
+    def check_image_part(self, name: str) -> None:
+        """Raises InvalidRequest unless a part that sees pictures is there, its files whole and plain."""
+        if self.source is None or name not in (self.model_index or {}) or not self.source.has(name):
+            raise InvalidRequest(
+                f"checkpoint: expected {name}/, which sees the picture, got none in {self.name}: give the "
+                "whole checkpoint"
+            )
+        self._check_part(name)
+
     def _check_part(self, name: str) -> None:
         """Reads the headers of a part's files."""
         assert self.source is not None
         folder = self.source.part(name)
-        if name.startswith("tokenizer"):
+        if name.startswith("tokenizer") or name.endswith("processor"):
             return
         quantization.check_config(read_config(folder / "config.json"), folder / "config.json")
         self.source.weights(name).shapes()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations_with_replacement
 
-from stg_trt.models.passes import PASSES, Pass
+from stg_trt.models.passes import COND, SKIP, UNCOND, Pass, in_order, row_groups
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.segment import Segment
 
@@ -14,20 +15,21 @@ from stg_trt.models.segment import Segment
 class SegmentRun:
     """One segment over the rows of `passes`, which lie next to each other.
 
-    `fork`: before it, the skip rows start as a copy of the cond rows. `bypass`: the skip rows are not
-    computed, they pass the segment unchanged (stg-r). `perturbed`: the skip rows keep no self-attention.
+    `forks`: before it, the rows of these passes start as a copy of cond's. `perturbed`: their rows keep no
+    self-attention. `bypassed`: their rows pass the segment unchanged (stg-r); those of them that lie between
+    others in `passes` are computed, and put back.
     """
 
     segment: Segment
     passes: tuple[Pass, ...]
-    fork: bool = False
-    bypass: bool = False
-    perturbed: bool = False
+    forks: tuple[Pass, ...] = ()
+    bypassed: tuple[Pass, ...] = ()
+    perturbed: tuple[Pass, ...] = ()
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The runs of one step, for one set of passes and one perturbation."""
+    """The runs of one step, for one set of passes."""
 
     passes: tuple[Pass, ...]
     runs: tuple[SegmentRun, ...]
@@ -36,74 +38,74 @@ class StepPlan:
         """Floating-point operations of one step of one video."""
         return sum(per_row(run.segment) * len(run.passes) for run in self.runs)
 
-
-def plan_step(
-    segments: Sequence[Segment], passes: tuple[Pass, ...], perturbation: Perturbation | None
-) -> StepPlan:
-    """The plan for a step: exact, since up to its first perturbed block the skip pass is the cond pass."""
-    skipped = [segment for segment in segments if segment.skipped]
-    if skipped or perturbation is None:
-        runs = _whole_runs(segments, passes)
-    else:
-        runs = _shared_runs(segments, passes, perturbation)
-    return StepPlan(passes, tuple(runs))
+    def groups(self, passes: Sequence[Pass]) -> range:
+        """The row groups of neighbouring passes."""
+        first = row_groups(self.passes)[self.passes.index(passes[0])]
+        return range(first, first + len(passes))
 
 
-def row_counts(segments: Sequence[Segment], segment: Segment, built: Perturbation) -> frozenset[int]:
-    """The rows per video that a step can run a segment with, with any passes and any part of `built`.
+def plan_step(segments: Sequence[Segment], passes: Sequence[Pass]) -> StepPlan:
+    """The plan for a step: exact, since up to its first perturbed block a skip pass is the cond pass."""
+    ordered = in_order(passes)
+    twin = any(segment.skipped for segment in segments)
+    return StepPlan(ordered, tuple((_whole_runs if twin else _shared_runs)(segments, ordered)))
 
-    One block at a time shows them all: before it the skip pass is the cond pass, after it both are computed.
+
+def row_counts(
+    segments: Sequence[Segment], segment: Segment, built: Perturbation, skips: int = 1
+) -> frozenset[int]:
+    """The rows per video that a step can run a segment with: up to `skips` passes, any part of `built`.
+
+    One block per pass shows them all: before it a skip pass is the cond pass, after it both are computed.
     """
     if any(other.skipped for other in segments):
-        parts = [built]
+        parts = [built] if built.blocks else []
     else:
         parts = [Perturbation(mode, (block,)) for mode in {built.mode, "stg-r"} for block in built.blocks]
-    plans = [plan_step(segments, ("cond",), None), plan_step(segments, ("uncond", "cond"), None)]
-    with_skip: tuple[tuple[Pass, ...], ...] = (("cond", "skip"), PASSES)
-    plans += [plan_step(segments, passes, part) for passes in with_skip for part in parts]
-    runs = (run for plan in plans for run in plan.runs)
-    return frozenset(len(run.passes) for run in runs if run.segment == segment)
+    chosen = (
+        [Pass(f"{SKIP}_{i}", part) for i, part in enumerate(several)]
+        for count in range(skips + 1)
+        for several in combinations_with_replacement(parts, count)
+    )
+    plans = (plan_step(segments, (*plain, *skip)) for skip in chosen for plain in ((COND,), (UNCOND, COND)))
+    return frozenset(len(run.passes) for plan in plans for run in plan.runs if run.segment == segment)
 
 
-def full_plan(
-    segments: Sequence[Segment], passes: tuple[Pass, ...], perturbation: Perturbation | None
-) -> StepPlan:
+def full_plan(segments: Sequence[Segment], passes: Sequence[Pass]) -> StepPlan:
     """Every pass runs from the first segment on, nothing is shared: the reference for the shared plan."""
-    runs = [SegmentRun(segment, passes) for segment in segments]
-    if perturbation is not None:
-        runs = [_perturbed_run(run, perturbation) for run in runs]
-    return StepPlan(passes, tuple(runs))
+    ordered = in_order(passes)
+    return StepPlan(ordered, tuple(_perturbed(SegmentRun(segment, ordered)) for segment in segments))
 
 
 def _whole_runs(segments: Sequence[Segment], passes: tuple[Pass, ...]) -> list[SegmentRun]:
-    runs = [SegmentRun(segment, _plain(passes)) for segment in segments if not segment.skipped]
-    if "skip" in passes:
-        runs += [SegmentRun(segment, ("skip",)) for segment in segments if segment.skipped]
+    plain = tuple(one for one in passes if not one.is_skip)
+    runs = [SegmentRun(segment, plain) for segment in segments if not segment.skipped]
+    for one in passes:
+        runs += [SegmentRun(s, (one,)) for s in segments if s.skipped and s.skipped == one.perturbation]
     return runs
 
 
-def _shared_runs(
-    segments: Sequence[Segment], passes: tuple[Pass, ...], perturbation: Perturbation
-) -> list[SegmentRun]:
-    runs, forked = [], False
+def _shared_runs(segments: Sequence[Segment], passes: tuple[Pass, ...]) -> list[SegmentRun]:
+    runs: list[SegmentRun] = []
+    forked: tuple[Pass, ...] = ()
     for segment in segments:
-        run = _perturbed_run(SegmentRun(segment, passes), perturbation)
-        perturbed = run.perturbed or run.bypass
-        if perturbed and not forked:
-            run, forked = replace(run, fork=True), True
-        runs.append(run if forked else replace(run, passes=_plain(passes)))
+        forks = tuple(one for one in passes if one not in forked and _perturbs(one, segment))
+        forked += forks
+        computed = tuple(one for one in passes if not one.is_skip or one in forked)
+        runs.append(_perturbed(SegmentRun(segment, computed, forks)))
     return runs
 
 
-def _perturbed_run(run: SegmentRun, perturbation: Perturbation) -> SegmentRun:
-    """The run as the perturbation changes it, if its block is perturbed."""
-    segment = run.segment
-    if segment.front or segment.back or segment.start not in perturbation.blocks:
-        return run
-    if perturbation.mode == "stg-r":
-        return replace(run, passes=_plain(run.passes), bypass=True)
-    return replace(run, perturbed=True)
+def _perturbed(run: SegmentRun) -> SegmentRun:
+    """The run as its passes change it."""
+    changed = [one for one in run.passes if _perturbs(one, run.segment)]
+    bypassed = tuple(one for one in changed if one.perturbation and one.perturbation.mode == "stg-r")
+    computed = run.passes
+    while computed[-1] in bypassed:
+        computed = computed[:-1]
+    perturbed = tuple(one for one in changed if one not in bypassed)
+    return replace(run, passes=computed, bypassed=bypassed, perturbed=perturbed)
 
 
-def _plain(passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
-    return tuple(name for name in passes if name != "skip")
+def _perturbs(one: Pass, segment: Segment) -> bool:
+    return not (segment.front or segment.back) and one.perturbs(segment.start)

@@ -29,7 +29,8 @@ def test_rows_equal_passes_of_their_own(case: FamilyCase, mode: str, blocks: tup
     inputs = replace(inputs, solver=same_timestep)
     texts = {"uncond": inputs.uncond, "cond": inputs.cond, "skip": inputs.cond}
     latents = inputs.noise * inputs.solver.input_scale[1]
-    expected = {name: case.predict(model, latents, texts[name]) for name in scenario.passes[:-1]}
+    names = [one.name for one in scenario.passes]
+    expected = {name: case.predict(model, latents, texts[name]) for name in names[:-1]}
     with perturbed(model, mode, blocks, case.video):
         expected["skip"] = case.predict(model, latents, texts["skip"])
     eager = EagerStep(scenario, model, inputs, torch.float32, "cpu")

@@ -18,7 +18,7 @@ def test_a_step_starts_from_a_history(engines: Path, wan_scenario: Scenario) -> 
     inputs, device = wan_scenario.inputs(6), wan_scenario.device()
     assert None in inputs.solver.single_step and inputs.middle == 3
     loaded = LoadedBuild(wan_scenario, wan_scenario.build("segmented", engines), inputs, device)
-    plan = plan_step(loaded.sampler.segments, wan_scenario.passes, wan_scenario.perturbation)
+    plan = plan_step(loaded.sampler.segments, wan_scenario.passes)
     work = loaded.work(loaded.step(plan))
     for _ in range(2):
         work.reset()

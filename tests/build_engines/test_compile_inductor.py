@@ -111,7 +111,7 @@ def compiler_of(
         checkpoint=Checkpoint.open(checkpoint),
         output=output,
         workload=workload,
-        stg_blocks=(3,),
+        skips={"skip": (3,)},
         stg_mode="stg-a",
         layout="segmented",
         max_batch=2,

@@ -18,13 +18,14 @@ from stg_trt.cli.inspect import inspect as inspect_command
 from stg_trt.cli.main import _application
 from stg_trt.models.checkpoint import Checkpoint, published
 from stg_trt.models.families.base import ModelFamily
-from stg_trt.models.passes import Pass
+from stg_trt.models.passes import COND, Pass
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.plan import full_plan, plan_step
 from stg_trt.models.segment import cut
 from stg_trt.models.workload import Workload
 from stg_trt.runtime.command import generate as generate_command
 from tests.docs.pages import ROOT, table, text
+from tests.support.passes import UNCOND_COND
 
 FAMILIES = {
     "LTX-Video": "ltx-video-2b",
@@ -155,15 +156,16 @@ def test_costs_are_those_of_the_plans(row: dict[str, str]) -> None:
     of.check(workload)
     perturbation = Perturbation(of.defaults.stg_mode, of.defaults.stg_blocks)
     segments = cut("segmented", of.num_blocks, perturbation.mode, perturbation.blocks)
-    plain: tuple[Pass, ...] = ("uncond", "cond") if of.embedded_guidance is None else ("cond",)
+    plain = UNCOND_COND if of.embedded_guidance is None else (COND,)
+    passes = (*plain, Pass("skip", perturbation))
 
     def cost(plan: Any) -> float:
         flops: int = plan.flops(lambda segment: of.segment_flops(segment, workload))
         return flops
 
-    without = cost(plan_step(segments, plain, None))
-    shared = cost(plan_step(segments, (*plain, "skip"), perturbation)) / without
-    full = cost(full_plan(segments, (*plain, "skip"), perturbation)) / without
+    without = cost(plan_step(segments, plain))
+    shared = cost(plan_step(segments, passes)) / without
+    full = cost(full_plan(segments, passes)) / without
     assert row["blocks"] == str(of.num_blocks)
     assert row["video tokens"] == f"{of.tokens(workload):,}"
     assert (row["shared prefix"], row["all passes in full"]) == (f"{shared:.2f}", f"{full:.2f}")

@@ -157,6 +157,37 @@ def test_stg_a_needs_engines_that_were_built_for_it(tmp_path: Path, add: Callabl
         store.find(EngineRequest(**perturbed(Perturbation("stg-a", (1,)))))
 
 
+def test_builds_have_as_many_skip_passes_as_they_were_built_for(
+    tmp_path: Path, add: Callable[..., Path]
+) -> None:
+    limited = {"backend": "inductor", "layout": "segmented"}
+    add("one", **limited)
+    two = add("two", **limited, skip_passes={"spatial": (1,), "temporal": (3,)})
+    store = EngineStore.open(tmp_path)
+    assert store.find(EngineRequest(skips=2)).folder == two
+    with pytest.raises(EngineRejected) as rejected:
+        store.find(EngineRequest(skips=3))
+    assert "one: built for 1 skip passes, the request has 3: rebuild with --stg-blocks" in str(rejected.value)
+    # The CPU's engines take any number of rows.
+    free = add("free")
+    assert EngineStore.open(tmp_path).find(EngineRequest(skips=3)).folder == free
+
+
+def test_a_twin_has_one_skip_pass(tmp_path: Path, add: Callable[..., Path]) -> None:
+    add("twin", layout="twin")
+    with pytest.raises(
+        EngineRejected, match="twin layout has one skip pass, the request has 2: rebuild with"
+    ):
+        EngineStore.open(tmp_path).find(EngineRequest(skips=2))
+
+
+def test_skip_passes_without_a_name_are_one() -> None:
+    assert MANIFEST.skips == {"skip": (1, 3)}
+    named = {"spatial": (1,), "temporal": (3,)}
+    assert MANIFEST.model_copy(update={"skip_passes": named}).skips == named
+    assert MANIFEST.model_copy(update={"stg_blocks": ()}).skips == {}
+
+
 def test_a_twin_is_for_one_perturbation(tmp_path: Path, add: Callable[..., Path]) -> None:
     add("twin", layout="twin")
     store = EngineStore.open(tmp_path)

@@ -147,7 +147,7 @@ def static_profiles(case: FamilyCase, build: Build) -> dict[bytes, tuple[tuple[i
         checkpoint=case.checkpoint,
         output=build.folder,
         workload=replace(manifest.workload, precision="bf16"),
-        stg_blocks=manifest.stg_blocks,
+        skips=manifest.skips,
         stg_mode=manifest.stg_mode,
         layout=manifest.layout,
         max_batch=manifest.max_batch,

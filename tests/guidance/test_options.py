@@ -12,7 +12,6 @@ from stg_trt.guidance.options import GuidanceOptions, choose_options
 from stg_trt.guidance.presets import Preset, load_preset
 from stg_trt.guidance.resolved import OFF, ResolvedGuidance
 from stg_trt.models.families.base import Defaults
-from stg_trt.models.perturbation import Perturbation
 
 PRESET = "ltx-video-13b-0.9.8-dev"
 FAMILY = ResolvedGuidance(5.0, 1.5, 0.25, "stg-r", (3, 4))
@@ -62,9 +61,9 @@ def test_what_only_a_call_has_is_passed_on() -> None:
 
 
 def test_the_engines_decide_what_is_perturbed() -> None:
-    usual = ResolvedGuidance.of_family(DEFAULTS, Perturbation("stg-a", (2,)))
-    assert usual == ResolvedGuidance(5.0, 1.5, 0.25, "stg-a", (2,))
-    assert ResolvedGuidance.of_family(DEFAULTS, Perturbation("stg-a", ())).stg_scale == 0.0
+    usual = ResolvedGuidance.of_family(DEFAULTS, "stg-a", {"skip": (2,)})
+    assert usual == ResolvedGuidance(5.0, 1.5, 0.25, "stg-a", {"skip": (2,)})
+    assert ResolvedGuidance.of_family(DEFAULTS, "stg-a", {}) == ResolvedGuidance(5.0, 0.0, 0.25, "stg-a", ())
 
 
 def test_a_preset_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,11 @@ from stg_trt.guidance.combine import combine
 from stg_trt.guidance.options import GuidanceOptions
 from stg_trt.guidance.presets import load_preset
 from stg_trt.guidance.resolved import OFF
+from stg_trt.guidance.skips import SkipSchedule
 from stg_trt.guidance.tables import Guidance, dynamic_cfg
+from stg_trt.models.passes import COND, UNCOND
 from stg_trt.models.perturbation import Perturbation
+from tests.support.passes import skip_pass
 
 FIRST, SECOND = "ltx-video-13b-0.9.8-dev", "ltx-video-13b-0.9.8-dev-second-pass"
 SIGMAS = [1.0, 0.75, 0.5, 0.25]
@@ -54,6 +57,28 @@ def reference(cond: Tensor, uncond: Tensor | None, skip: Tensor | None, **scales
     return torch.stack(videos)
 
 
+def combined(
+    cond: Tensor,
+    uncond: Tensor | None = None,
+    skip: Tensor | None = None,
+    *,
+    cfg_scale: float = 1.0,
+    stg_scale: float = 0.0,
+    rescale: float = 0.0,
+    cfg_zero_star: bool = False,
+) -> Tensor:
+    """The weighted sum of the passes that are given, of one number each."""
+    given = [(uncond, 1 - cfg_scale), (cond, cfg_scale + stg_scale), (skip, -stg_scale)]
+    rows = [(pred, weight) for pred, weight in given if pred is not None]
+    return combine(
+        torch.stack([pred for pred, _ in rows]),
+        torch.tensor([weight for _, weight in rows]),
+        cond=0 if uncond is None else 1,
+        rescale=rescale,
+        zero_star=0 if cfg_zero_star and uncond is not None else None,
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cfg_zero_star", [False, True])
 @pytest.mark.parametrize("rescale", [0.0, 0.7, 1.0])
@@ -66,9 +91,23 @@ def test_combine_is_the_equation(
     scales |= {} if cfg is None else {"cfg_scale": cfg}
     scales |= {} if stg is None else {"stg_scale": stg}
     rows = (cond, None if cfg is None else uncond, None if stg is None else skip)
-    pred = combine(*rows, **scales)
+    pred = combined(*rows, **scales)
     assert pred.dtype == torch.float32
     torch.testing.assert_close(pred, reference(*rows, **scales).float(), rtol=2e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize("count", range(1, 6))
+@pytest.mark.parametrize("frames", [1, 4])
+def test_any_number_of_passes_is_their_weighted_sum(count: int, frames: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    rows = torch.randn(count, 2, 4, 3, generator=generator)
+    weights = torch.randn(count, frames, generator=generator)
+    cond = min(1, count - 1)
+    weights[cond] += 1 - weights.sum(0)
+    expected = (rows.double() * weights[:, None, :, None].double()).sum(0)
+    given = weights.clone()
+    given[cond] = math.nan
+    torch.testing.assert_close(combine(rows, given, cond).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("cfg_zero_star", [False, True])
@@ -80,60 +119,49 @@ def test_a_batch_is_its_videos_one_by_one(cfg_zero_star: bool) -> None:
         "rescale": 0.7,
         "cfg_zero_star": cfg_zero_star,
     }
-    both = combine(*rows, **scales)
+    both = combined(*rows, **scales)
     for i in range(2):
-        torch.testing.assert_close(both[i : i + 1], combine(*(row[i : i + 1] for row in rows), **scales))
+        torch.testing.assert_close(both[i : i + 1], combined(*(row[i : i + 1] for row in rows), **scales))
 
 
-def test_off_values_are_exact_and_read_nothing() -> None:
-    cond, uncond, skip = preds()
-    poison = torch.full_like(cond, math.nan)
-    assert torch.equal(combine(cond), cond)
-    assert torch.equal(combine(cond, poison, poison), cond)
-    assert torch.equal(combine(cond, poison, cfg_zero_star=True), cond)
-    assert torch.equal(combine(cond, uncond, poison, cfg_scale=3.0), combine(cond, uncond, cfg_scale=3.0))
-    assert torch.equal(combine(cond, poison, skip, stg_scale=2.0), combine(cond, None, skip, stg_scale=2.0))
+def test_equal_predictions_are_kept_exactly() -> None:
+    cond, _, _ = preds()
+    assert torch.equal(combined(cond), cond)
+    assert torch.equal(combined(cond, cond, cond, cfg_scale=7.5, stg_scale=3.0), cond)
 
 
 def test_the_stg_scale_means_the_same_with_and_without_cfg() -> None:
     cond, uncond, skip = preds()
-    push = combine(cond, None, skip, stg_scale=2.0) - combine(cond)
-    pushed = combine(cond, uncond, skip, cfg_scale=6.0, stg_scale=2.0)
-    torch.testing.assert_close(pushed - combine(cond, uncond, cfg_scale=6.0), push, rtol=1e-5, atol=1e-4)
+    push = combined(cond, None, skip, stg_scale=2.0) - combined(cond)
+    pushed = combined(cond, uncond, skip, cfg_scale=6.0, stg_scale=2.0)
+    torch.testing.assert_close(pushed - combined(cond, uncond, cfg_scale=6.0), push, rtol=1e-5, atol=1e-4)
 
 
 def test_full_rescale_restores_each_videos_own_spread() -> None:
     cond, uncond, skip = preds(batch=3)
-    pred = combine(cond, uncond, skip, cfg_scale=8.0, stg_scale=4.0, rescale=1.0)
+    pred = combined(cond, uncond, skip, cfg_scale=8.0, stg_scale=4.0, rescale=1.0)
     torch.testing.assert_close(pred.flatten(1).std(dim=1), cond.flatten(1).std(dim=1))
 
 
 def test_half_precision_is_combined_in_float32() -> None:
     cond, uncond, skip = preds(dtype=torch.float16)
-    huge = combine(cond * 2000, uncond * -2000, skip * 2000, cfg_scale=8.0, stg_scale=4.0, rescale=0.7)
+    huge = combined(cond * 2000, uncond * -2000, skip * 2000, cfg_scale=8.0, stg_scale=4.0, rescale=0.7)
     assert huge.isfinite().all() and huge.abs().max() > torch.finfo(torch.float16).max
 
 
 def test_combine_leaves_its_inputs() -> None:
-    rows = preds()
-    kept = [row.clone() for row in rows]
-    combine(*rows, cfg_scale=3.0, stg_scale=1.0, rescale=0.7, cfg_zero_star=True)
-    assert all(torch.equal(row, copy) for row, copy in zip(rows, kept, strict=True))
-
-
-def test_combine_refuses_a_scale_without_its_pass() -> None:
-    cond, uncond, skip = preds()
-    with pytest.raises(InvalidRequest, match=r"pred_uncond: expected a tensor for cfg_scale 3\.0"):
-        combine(cond, None, skip, cfg_scale=3.0, stg_scale=1.0)
-    with pytest.raises(InvalidRequest, match=r"pred_skip: expected a tensor for stg_scale 1\.0"):
-        combine(cond, uncond, cfg_scale=3.0, stg_scale=1.0)
+    rows = torch.stack(preds())
+    kept = rows.clone()
+    combine(rows, torch.tensor([4.0, -2.0, -1.0]), cond=0, rescale=0.7, zero_star=1)
+    assert torch.equal(rows, kept)
 
 
 def test_everything_is_off_by_default() -> None:
     guidance = Guidance.for_steps(SIGMAS)
-    assert guidance == Guidance((1.0,) * 4, (0.0,) * 4, (0.0,) * 4, ((),) * 4, "stg-a", False)
-    assert [guidance.passes(i) for i in range(4)] == [("cond",)] * 4
-    assert guidance.perturbation(0) is None
+    assert guidance == Guidance((1.0,) * 4, (0.0,) * 4)
+    assert [guidance.passes(i) for i in range(4)] == [(COND,)] * 4
+    assert [guidance.weights(i) for i in range(4)] == [(1.0,)] * 4
+    assert guidance.perturbations == frozenset() and guidance.most_skips == 0
 
 
 def test_scalars_and_lists_become_tables() -> None:
@@ -146,25 +174,27 @@ def test_scalars_and_lists_become_tables() -> None:
         stg_blocks=[19, 20],
     )
     assert guidance.cfg_scale == (1.0, 3.0, 3.0, 1.0)
-    assert guidance.stg_scale == (1.0,) * 4 and guidance.rescale == (0.7,) * 4
-    assert guidance.blocks == ((19, 20),) * 4
-    assert guidance.passes(0) == ("cond", "skip") and guidance.passes(1) == ("uncond", "cond", "skip")
-    assert guidance.perturbation(1) == Perturbation("stg-r", (19, 20))
+    assert guidance.rescale == (0.7,) * 4
+    assert guidance.skips == (SkipSchedule((1.0,) * 4, ((19, 20),) * 4, "stg-r"),)
+    skip = skip_pass("stg-r", (19, 20))
+    assert guidance.passes(0) == (COND, skip) and guidance.passes(1) == (UNCOND, COND, skip)
+    assert guidance.weights(0) == (2.0, -1.0) and guidance.weights(1) == (-2.0, 4.0, -1.0)
+    assert guidance.perturbations == {Perturbation("stg-r", (19, 20))}
     assert hash(guidance) == hash(dataclasses.replace(guidance))
 
 
 def test_stg_runs_only_inside_its_range() -> None:
     guidance = tables(SIGMAS, guidance_scale=3.0, stg_scale=1.0, stg_blocks=[2], stg_range=(0, 2))
-    assert guidance.stg_scale == (1.0, 1.0, 0.0, 0.0)
-    assert guidance.passes(0) == ("uncond", "cond", "skip")
-    assert guidance.passes(2) == ("uncond", "cond") and guidance.perturbation(2) is None
+    assert guidance.skips[0].scale == (1.0, 1.0, 0.0, 0.0)
+    assert guidance.passes(0) == (UNCOND, COND, skip_pass("stg-a", (2,)))
+    assert guidance.passes(2) == (UNCOND, COND)
 
 
 def test_blocks_per_step_and_in_bins() -> None:
     listed = tables(SIGMAS, stg_scale=[0, 1, 1, 1], stg_blocks=[[], [1], [1, 2], [3]])
-    assert listed.blocks == ((), (1,), (1, 2), (3,))
+    assert listed.skips[0].blocks == ((), (1,), (1, 2), (3,))
     binned = tables(SIGMAS, stg_scale=1.0, stg_blocks=TimestepBins((0.6, 0.3), ((7,), (8, 9))))
-    assert binned.blocks == ((7,), (7,), (8, 9), (8, 9))
+    assert binned.skips[0].blocks == ((7,), (7,), (8, 9), (8, 9))
 
 
 @pytest.mark.parametrize(
@@ -199,16 +229,17 @@ def test_first_pass_preset(
     sigma: float, cfg: float, stg: float, rescale: float, blocks: tuple[int, ...]
 ) -> None:
     guidance = tables([sigma], preset=FIRST)
-    assert guidance == Guidance((cfg,), (stg,), (rescale,), (blocks,), "stg-a", True)
+    skips = (SkipSchedule((stg,), (blocks,)),) if stg else ()
+    assert guidance == Guidance((cfg,), (rescale,), skips, cfg_zero_star=True)
 
 
 def test_preset_computes_only_the_passes_it_weighs() -> None:
     guidance = tables([1.0, 0.9965, 0.99, 0.95], preset=FIRST)
-    assert [guidance.passes(i) for i in range(4)] == [
-        ("cond",),
-        ("cond",),
-        ("uncond", "cond", "skip"),
-        ("cond", "skip"),
+    assert ["+".join(map(str, guidance.passes(i))) for i in range(4)] == [
+        "cond",
+        "cond",
+        "uncond+cond+skip",
+        "cond+skip",
     ]
 
 
@@ -217,12 +248,13 @@ def test_presets_say_which_steps_to_run() -> None:
     assert (first.num_inference_steps, first.drop_first, first.drop_last) == (30, 0, 3)
     assert (second.num_inference_steps, second.drop_first, second.drop_last) == (30, 17, 0)
     guidance = tables([0.9, 0.2], preset=SECOND)
-    assert guidance == Guidance((1.0, 1.0), (1.0, 1.0), (0.0, 0.0), ((27,), (27,)), "stg-a", True)
+    skips = (SkipSchedule((1.0, 1.0), ((27,), (27,))),)
+    assert guidance == Guidance((1.0, 1.0), (0.0, 0.0), skips, cfg_zero_star=True)
 
 
 def test_an_argument_replaces_the_presets_table() -> None:
     guidance = tables([0.99, 0.95], preset=FIRST, stg_scale=0.0, cfg_zero_star=False)
-    assert guidance.stg_scale == (0.0, 0.0) and not guidance.cfg_zero_star
+    assert guidance.skips == () and not guidance.cfg_zero_star
     assert guidance.cfg_scale == (8.0, 1.0) and guidance.rescale == (0.5, 0.0)
 
 
@@ -281,7 +313,60 @@ def test_bins_are_checked(edges: tuple[float, ...], values: tuple[float, ...], m
 
 def test_tables_given_directly_are_checked() -> None:
     with pytest.raises(InvalidRequest, match="rescale: expected 2 entries, one per step, got 1"):
-        Guidance((1.0, 1.0), (0.0, 0.0), (0.0,), ((), ()))
+        Guidance((1.0, 1.0), (0.0,))
+    with pytest.raises(InvalidRequest, match="stg_scale: expected 2 entries, one per step, got 1"):
+        Guidance((1.0, 1.0), (0.0, 0.0), (SkipSchedule((1.0,), ((1,),)),))
+    with pytest.raises(InvalidRequest, match="blocks: expected 2 entries, one per step, got 1"):
+        SkipSchedule((1.0, 1.0), ((1,),))
+
+
+TWO = {"spatial": [14], "temporal": [15]}
+
+
+def test_several_skip_passes_have_names() -> None:
+    guidance = tables(
+        SIGMAS, guidance_scale=3.0, stg_scale={"spatial": 1.0, "temporal": [0, 2, 2, 0]}, stg_blocks=TWO
+    )
+    spatial, temporal = skip_pass(blocks=(14,), name="spatial"), skip_pass(blocks=(15,), name="temporal")
+    assert guidance.passes(0) == (UNCOND, COND, spatial)
+    assert guidance.passes(1) == (UNCOND, COND, spatial, temporal)
+    assert guidance.weights(0) == (-2.0, 4.0, -1.0) and guidance.weights(1) == (-2.0, 6.0, -1.0, -2.0)
+    assert guidance.most_skips == 2
+    assert guidance.perturbations == {Perturbation("stg-a", (14,)), Perturbation("stg-a", (15,))}
+
+
+def test_one_scale_is_that_of_every_skip_pass() -> None:
+    assert tables(SIGMAS, stg_scale=0.5, stg_blocks=TWO).weights(3) == (2.0, -0.5, -0.5)
+
+
+def test_rows_are_in_the_order_in_which_passes_leave_the_prefix() -> None:
+    guidance = tables(
+        SIGMAS, stg_scale={"a": 1.0, "b": 2.0}, stg_blocks={"a": [[5], [5], [1], [1]], "b": [3]}
+    )
+    assert [one.name for one in guidance.passes(0)] == ["cond", "b", "a"]
+    assert [one.name for one in guidance.passes(2)] == ["cond", "a", "b"]
+    assert guidance.weights(0) == (4.0, -2.0, -1.0) and guidance.weights(2) == (4.0, -1.0, -2.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"stg_scale": {"spatial": 1.0}, "stg_blocks": TWO},
+            "stg_scale: .* spatial, temporal, .* got spatial",
+        ),
+        ({"stg_scale": {"spatial": 1.0}, "stg_blocks": [1]}, "stg_scale: .* each of skip, .* got spatial"),
+        (
+            {"stg_scale": 1.0, "stg_blocks": {"cond": [1]}},
+            "stg_blocks: expected names of skip passes .* 'cond'",
+        ),
+        ({"stg_scale": 1.0, "stg_blocks": {"": [1]}}, "stg_blocks: expected names of skip passes .* got ''"),
+        ({"stg_scale": 1.0, "stg_blocks": {"a": [1], "b": []}}, "stg_blocks: expected blocks for stg_scale"),
+    ],
+)
+def test_names_of_passes_are_checked(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        tables(SIGMAS, **arguments)
 
 
 def test_dynamic_cfg_rises_from_one_where_timesteps_count_the_steps() -> None:

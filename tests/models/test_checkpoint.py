@@ -140,10 +140,13 @@ def test_published_configurations_open() -> None:
         "cogvideox-1.5-5b": (42, CogVideoXDPMScheduler),
         "cogvideox-2b": (30, CogVideoXDDIMScheduler),
         "cogvideox-5b": (42, CogVideoXDPMScheduler),
+        "cogvideox-5b-i2v": (42, CogVideoXDPMScheduler),
         "hunyuan-video": (60, flow_euler),
         "ltx-video-13b": (48, flow_euler),
         "ltx-video-2b": (28, flow_euler),
         "mochi-1-preview": (48, flow_euler),
+        "wan2.1-flf2v-14b": (40, unipc),
+        "wan2.1-i2v-14b": (40, unipc),
         "wan2.1-t2v-1.3b": (30, unipc),
         "wan2.1-t2v-14b": (40, unipc),
     }

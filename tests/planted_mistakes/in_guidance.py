@@ -9,24 +9,38 @@ _SOLVER = "tests/guidance/test_solver.py"
 
 IN_GUIDANCE = (
     Mistake(
-        "STG moves towards the skip pass",
+        "every pass is weighed the other way round",
         "stg_trt/guidance/combine.py",
-        "pred + stg_scale * (cond - skip)",
-        "pred + stg_scale * (skip - cond)",
+        "(other - of_cond)",
+        "(of_cond - other)",
         (f"{_TABLES}::test_combine_is_the_equation",),
     ),
     Mistake(
-        "CFG starts from the conditional pass",
+        "the weight of cond is read",
         "stg_trt/guidance/combine.py",
-        "pred = uncond + cfg_scale * (cond - uncond)",
-        "pred = cond + cfg_scale * (cond - uncond)",
+        "of_cond = pred = preds[cond]",
+        "of_cond, pred = preds[cond], preds[cond] * weights[cond]",
         (f"{_TABLES}::test_combine_is_the_equation",),
+    ),
+    Mistake(
+        "the weights of skip passes follow their names, not their rows",
+        "stg_trt/guidance/tables.py",
+        "tuple(weights[one] for one in self.passes(step))",
+        "tuple(weights.values())",
+        (f"{_TABLES}::test_rows_are_in_the_order_in_which_passes_leave_the_prefix",),
+    ),
+    Mistake(
+        "all skip passes take the first one's scale",
+        "stg_trt/guidance/skips.py",
+        "scales[name], sigmas",
+        "next(iter(scales.values())), sigmas",
+        (f"{_TABLES}::test_several_skip_passes_have_names",),
     ),
     Mistake(
         "rescale divides the wrong way round",
         "stg_trt/guidance/combine.py",
-        "rescale * _std(cond) / _std(pred)",
-        "rescale * _std(pred) / _std(cond)",
+        "rescale * _std(of_cond) / _std(pred)",
+        "rescale * _std(pred) / _std(of_cond)",
         (f"{_TABLES}::test_full_rescale_restores_each_videos_own_spread",),
     ),
     Mistake(
@@ -45,16 +59,16 @@ IN_GUIDANCE = (
     ),
     Mistake(
         "STG goes on for one step after its range",
-        "stg_trt/guidance/tables.py",
+        "stg_trt/guidance/per_step.py",
         "value if start <= i < stop else 0.0",
         "value if start <= i <= stop else 0.0",
         (f"{_TABLES}::test_stg_runs_only_inside_its_range",),
     ),
     Mistake(
         "a negative STG scale is allowed",
-        "stg_trt/guidance/tables.py",
-        '_check_values("stg_scale", self.stg_scale, 0, math.inf)',
-        '_check_values("stg_scale", self.stg_scale, -math.inf, math.inf)',
+        "stg_trt/guidance/skips.py",
+        'check_values("stg_scale", self.scale, 0, math.inf)',
+        'check_values("stg_scale", self.scale, -math.inf, math.inf)',
         (f"{_TABLES}::test_refuses_with_expected_got_and_fix",),
     ),
     Mistake(

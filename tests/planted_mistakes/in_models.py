@@ -11,16 +11,23 @@ IN_MODELS = (
     Mistake(
         "the skip rows fork again at every perturbed block",
         "stg_trt/models/plan.py",
-        "        if perturbed and not forked:",
-        "        if perturbed:",
+        "if one not in forked and _perturbs(one, segment))",
+        "if _perturbs(one, segment))",
         ("tests/models/test_plan.py::test_stg_r_by_hand",),
     ),
     Mistake(
         "stg-r computes the skip rows that pass a block by",
         "stg_trt/models/plan.py",
-        "return replace(run, passes=_plain(run.passes), bypass=True)",
-        "return replace(run, bypass=True)",
+        "    while computed[-1] in bypassed:",
+        "    while computed[-1] in bypassed[1:]:",
         ("tests/models/test_plan.py::test_stg_r_by_hand",),
+    ),
+    Mistake(
+        "skip passes keep the order of their names",
+        "stg_trt/models/passes.py",
+        "return (1, min(one.perturbation.blocks))",
+        "return (1, 0)",
+        ("tests/models/test_plan.py::test_two_skip_passes_by_hand",),
     ),
     Mistake(
         "operations are counted for one row",

@@ -15,15 +15,15 @@ IN_RUNTIME = (
     Mistake(
         "rows of several videos begin in the wrong place",
         "runtime/state.py",
-        "return slice(first * self.videos,",
-        "return slice(first,",
+        "return tensor[groups.start * self.videos :",
+        "return tensor[groups.start :",
         (f"{_FAMILIES}::test_a_step_without_stg",),
     ),
     Mistake(
         "the conditional rows skip their attention",
-        "runtime/state.py",
-        'not (perturbed and name == "skip")',
-        'not (perturbed and name == "cond")',
+        "runtime/bound_plan.py",
+        "[one not in run.perturbed for one in run.passes]",
+        "[one != COND for one in run.passes]",
         (f"{_FAMILIES}::test_one_cut_serves_every_subset_of_its_blocks",),
     ),
     Mistake(
@@ -50,8 +50,8 @@ IN_RUNTIME = (
     Mistake(
         "the unconditional rows have the prompt",
         "runtime/sampler.py",
-        "TextCondition.stacked((uncond or cond, cond, cond))",
-        "TextCondition.stacked((cond, uncond or cond, cond))",
+        "(uncond or cond, *[cond] * (state.buffers.groups - 1))",
+        "(cond, *[uncond or cond] * (state.buffers.groups - 1))",
         (f"{_SAMPLER}::test_a_range_of_steps",),
     ),
     Mistake(
@@ -71,8 +71,8 @@ IN_RUNTIME = (
     Mistake(
         "the skip rows are not copied where they fork",
         "runtime/bound_plan.py",
-        "        if run.fork:\n",
-        "        if run.fork and not run.passes:\n",
+        "        if run.forks:\n",
+        "        if run.forks and not run.passes:\n",
         (f"{_FAMILIES}::test_one_cut_serves_every_subset_of_its_blocks",),
     ),
     Mistake(
@@ -85,8 +85,8 @@ IN_RUNTIME = (
     Mistake(
         "rows that stg-r passes by are lost",
         "runtime/bound_plan.py",
-        "        if run.bypass:\n",
-        "        if run.bypass and not run.passes:\n",
+        "            for one in run.bypassed\n",
+        "            for one in run.bypassed[1:]\n",
         (f"{_FAMILIES}::test_one_cut_serves_every_subset_of_its_blocks",),
     ),
     Mistake(
@@ -197,8 +197,8 @@ IN_RUNTIME = (
     Mistake(
         "the fan-out writes one copy too few",
         "runtime/kernels/fan_out_rows.py",
-        "            copies=len(passes),\n",
-        "            copies=len(passes) - 1,\n",
+        "            copies=len(groups),\n",
+        "            copies=len(groups) - 1,\n",
         ("tests/plugins/test_fan_out_rows.py::test_kernel_equals_the_reference",),
     ),
     Mistake(

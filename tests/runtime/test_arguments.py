@@ -94,7 +94,7 @@ def test_the_command_line_makes_the_same_options(
     output = tmp_path / "x.safetensors"
     generate(
         str(ltx_checkpoint), ltx_engines, output, embeds=embeds, num_inference_steps=9, sigmas="1,0.6",
-        guidance_scale="3", stg_scale="0,1", stg_mode="stg-r", stg_blocks="3", rescale="0.5",
+        guidance_scale="3", stg_scale=["0,1"], stg_mode="stg-r", stg_blocks=["3"], rescale="0.5",
         layout="segmented",
     )  # fmt: skip
     options = GuidanceOptions(3.0, [0.0, 1.0], 0.5, "stg-r", (3,))

@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from stg_trt.models.passes import Pass
-from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.plan import StepPlan, plan_step
 from stg_trt.models.segment import Segment
 
 
-def unperturbed(
-    segments: Sequence[Segment], passes: tuple[Pass, ...], perturbation: Perturbation | None
-) -> StepPlan:
+def unperturbed(segments: Sequence[Segment], passes: Sequence[Pass]) -> StepPlan:
     """The right segments and rows, with self-attention kept in the skip row."""
-    plan = plan_step(segments, passes, perturbation)
-    return StepPlan(plan.passes, tuple(replace(run, perturbed=False) for run in plan.runs))
+    plan = plan_step(segments, passes)
+    return StepPlan(plan.passes, tuple(replace(run, perturbed=()) for run in plan.runs))

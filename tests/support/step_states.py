@@ -16,7 +16,9 @@ STEPS = 6
 SOLVERS = ("euler", "unipc", "cogvideox_dpm")
 
 
-def state_of(videos: int, length: int, dtype: str, device: torch.device, solver: str = "euler") -> StepState:
+def state_of(
+    videos: int, length: int, dtype: str, device: torch.device, solver: str = "euler", groups: int = 3
+) -> StepState:
     """Random latents, predictions and noise in float32 and `dtype`."""
     specs = [
         TensorSpec("latents", dtype, (ROWS, length)),
@@ -27,16 +29,20 @@ def state_of(videos: int, length: int, dtype: str, device: torch.device, solver:
     generator = torch.Generator().manual_seed(length)
     noises = STEPS if solver == "cogvideox_dpm" else 0
     size = RunSize(videos, steps=8, single_step=solver == "euler", noises=noises)
-    state = StepState.allocate(StepBuffers(specs, frozenset(), videos, device), (videos, length), size)
+    state = StepState.allocate(
+        StepBuffers(specs, frozenset(), videos, device, groups), (videos, length), size
+    )
     if noises:
         state.add_noise(torch.randn(noises, videos, length, generator=generator))
     state.start(torch.randn(videos, length, generator=generator).to(device))
-    state.buffers.view("pred").copy_(torch.randn(3 * videos, length, generator=generator) + 1)
+    state.buffers.view("pred").copy_(torch.randn(groups * videos, length, generator=generator) + 1)
     return state
 
 
-def tables(solver_name: str = "euler") -> tuple[Guidance, SolverTable]:
-    """Full guidance with rescale, and one of SOLVERS."""
+def tables(
+    solver_name: str = "euler", passes: tuple[str, ...] = ("uncond", "cond", "skip")
+) -> tuple[Guidance, SolverTable]:
+    """Guidance of these passes with rescale, and one of SOLVERS; every skip pass has a scale of its own."""
     from diffusers import CogVideoXDPMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
     flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
@@ -48,8 +54,14 @@ def tables(solver_name: str = "euler") -> tuple[Guidance, SolverTable]:
         ),
     }
     solver = SolverTable.from_scheduler(schedulers[solver_name], STEPS)
+    skips = [name for name in passes if name not in ("uncond", "cond")]
     guidance = Guidance.for_steps(
         [t / 1000 for t in solver.timesteps],
-        ResolvedGuidance(guidance_scale=3.0, stg_scale=1.0, rescale=0.7, stg_blocks=[0]),
+        ResolvedGuidance(
+            guidance_scale=3.0 if "uncond" in passes else 1.0,
+            stg_scale={name: 1.0 + 0.5 * i for i, name in enumerate(skips)},
+            rescale=0.7,
+            stg_blocks={name: (i,) for i, name in enumerate(skips)},
+        ),
     )
     return guidance, solver

@@ -35,6 +35,7 @@ def family_for(
     vae_config: dict[str, Any] | None = None,
     model_index: dict[str, Any] | None = None,
     origin: str = "",
+    image_encoder_config: dict[str, Any] | None = None,
 ) -> ModelFamily:
     """The family of a transformer's config.json; raises InvalidRequest for an unknown class.
 
@@ -43,4 +44,4 @@ def family_for(
     check_class(config)
     module, name = _FAMILIES[config["_class_name"]]
     family: type[ModelFamily] = getattr(importlib.import_module(f"stg_trt.models.families.{module}"), name)
-    return family(config, vae_config, model_index, origin)
+    return family(config, vae_config, model_index, origin, image_encoder_config)

@@ -13,12 +13,15 @@ from torch.nn import functional
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.custom_steps import CustomSteps
+from stg_trt.models.image import ImageCondition, Images
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
 
 KEEP_ATTENTION = "keep_attention"
+CONDITION = "condition"
+IMAGE_EMBEDS = "image_embeds"
 POOLED = "pooled_prompt_embeds"
 Pair = tuple[Tensor, Tensor]
 QKNormRope = Callable[[Tensor, Tensor, Pair, Pair, float], Pair]
@@ -101,12 +104,14 @@ class ModelFamily(ABC):
         vae_config: Mapping[str, Any] | None = None,
         model_index: Mapping[str, Any] | None = None,
         origin: str = "",
+        image_encoder_config: Mapping[str, Any] | None = None,
     ) -> None:
         # Not copied: a checkpoint's configuration says which file lacks an entry.
         self.config = config
         self.vae_config = vae_config
         self.model_index = model_index or {}
         self.origin = origin
+        self.image_encoder_config = image_encoder_config
 
     @property
     @abstractmethod
@@ -174,9 +179,16 @@ class ModelFamily(ABC):
     def text_inputs(self, text: TextCondition, workload: Workload) -> dict[str, Tensor]:
         """Tensors that depend on the prompts, before the text segment: one entry per row of `text`."""
 
-    def constants(self, text: TextCondition, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
+    def image_inputs(self, image: ImageCondition) -> dict[str, Tensor]:
+        """Tensors that depend on the pictures: one entry per row of `image`."""
+        raise TypeError(f"{type(self).__name__} does not define image_inputs")
+
+    def constants(
+        self, text: TextCondition, workload: Workload, frame_rate: float, image: ImageCondition | None = None
+    ) -> dict[str, Tensor]:
         """All tensors that stay the same over the steps, before the text segment."""
-        return {**self.text_inputs(text, workload), **self.position_tables(workload, frame_rate)}
+        pictures = {} if image is None else self.image_inputs(image)
+        return {**self.text_inputs(text, workload), **pictures, **self.position_tables(workload, frame_rate)}
 
     def set_timesteps(self, scheduler: Any, num_inference_steps: int, workload: Workload) -> None:
         """Calls the scheduler's set_timesteps as the family's diffusers pipeline does."""
@@ -211,6 +223,30 @@ class ModelFamily(ABC):
     @abstractmethod
     def encode_prompt(self, pipeline: Any, prompts: list[str], workload: Workload) -> TextCondition:
         """Embeds prompts with the text encoder of a diffusers pipeline."""
+
+    @property
+    def needed_images(self) -> tuple[str, ...]:
+        """The pictures, by arguments' names, without which the model cannot run; none for text-to-video."""
+        return ()
+
+    @property
+    def image_parts(self) -> tuple[str, ...]:
+        """Parts of the checkpoint, beside the VAE, that see the pictures."""
+        return ()
+
+    @property
+    def optional_images(self) -> tuple[str, ...]:
+        """Those that it can do without."""
+        return ()
+
+    def encode_images(
+        self, pipeline: Any, images: Images, workload: Workload, videos: int, generator: Any
+    ) -> ImageCondition:
+        """What the pictures add, by a diffusers pipeline's VAE and image encoder.
+
+        Drawn from `generator`, one or one per video, before the noise, if diffusers' pipeline draws it.
+        """
+        raise TypeError(f"{type(self).__name__} does not define encode_images")
 
     @abstractmethod
     def latent_shape(self, workload: Workload) -> tuple[int, int, int, int]:
@@ -252,6 +288,20 @@ class ModelFamily(ABC):
         return TextCondition(
             embeds, mask, None if pooled is None else torch.randn(pooled.with_rows(rows), generator=generator)
         )
+
+    def random_image(
+        self, workload: Workload, rows: int, generator: torch.Generator
+    ) -> ImageCondition | None:
+        """Random pictures of a model that needs one."""
+        if not self.needed_images:
+            return None
+        specs = self.tensors(workload)
+        channels, context = (
+            torch.randn(specs[name].with_rows(rows), generator=generator) if name in specs else None
+            for name in (CONDITION, IMAGE_EMBEDS)
+        )
+        assert channels is not None
+        return ImageCondition(channels, context)
 
     def trace_inputs(self, segment: Segment, workload: Workload, rows: int) -> list[Tensor]:
         """Random tensors to trace a segment with."""

@@ -1,9 +1,10 @@
-"""CogVideoX text-to-video, 2B, 5B and 1.5-5B: a joint-attention DiT over patches of 1x2x2 or 2x2x2 latents.
+"""CogVideoX, 2B, 5B and 1.5-5B: a joint-attention DiT over patches of 1x2x2 or 2x2x2 latents.
 
-Reproduces diffusers' CogVideoXTransformer3DModel and CogVideoXPipeline, whose latents have frames before
-channels. Constant over the steps: the projected text, whose padding takes part as any other token, and the
-positions, which 2B adds to the video tokens as sines and cosines; 5B and 1.5 have RoPE tables, one head's for
-all heads.
+Reproduces diffusers' CogVideoXTransformer3DModel, CogVideoXPipeline and CogVideoXImageToVideoPipeline, whose
+latents have frames before channels. Constant over the steps: the projected text, whose padding takes part as
+any other token; the positions, which 2B adds to the video tokens as sines and cosines, where 5B and 1.5 have
+RoPE tables, one head's for all heads; and for image-to-video the picture's latents, further channels of the
+first frame. 5B for image-to-video has learned positions too, and so one size.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.models.families.base import Defaults, SegmentModule, vae_video
-from stg_trt.models.families.dit import State, TextProjection, gated, half_table, rotate
+from stg_trt.models.families.base import CONDITION, Defaults, SegmentModule, vae_video
+from stg_trt.models.families.dit import State, gated, half_table, rotate
 from stg_trt.models.families.joint_attention import QKV, JointAttentionDiT, JointAttentionSegment, modulation
+from stg_trt.models.image import ImageCondition, Images, posterior_samples
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
@@ -25,6 +27,8 @@ from stg_trt.models.workload import Workload
 _ROPE = ("rope_cos", "rope_sin")
 # Of the published VAE; each level but the first halves height and width.
 _VAE_CHANNELS = (128, 256, 256, 512)
+# What diffusers' pipeline gives 1.5 for image-to-video as `ofs`.
+_OFFSET = 2.0
 
 
 class CogVideoXSegment(JointAttentionSegment):
@@ -33,6 +37,12 @@ class CogVideoXSegment(JointAttentionSegment):
     def take_embedding(self, transformer: Any) -> None:
         self.patch_embedding = transformer.patch_embed.proj
         self.time_proj, self.time_embedding = transformer.time_proj, transformer.time_embedding
+        learned = learned_positions(transformer)
+        self.positions = None if learned is None else nn.Parameter(learned[1], requires_grad=False)
+        self.offset = None
+        if transformer.ofs_embedding is not None:
+            embedded = transformer.ofs_embedding(transformer.ofs_proj(torch.tensor([_OFFSET])))
+            self.offset = nn.Parameter(embedded, requires_grad=False)
 
     def take_head(self, transformer: Any) -> None:
         self.norm_final, self.norm_out = transformer.norm_final, transformer.norm_out
@@ -43,10 +53,14 @@ class CogVideoXSegment(JointAttentionSegment):
         return tuple(size // patch for size, patch in zip((frames, height, width), self.patch, strict=True))
 
     def embed(self, state: State) -> State:
-        hidden = self.tokens(state["latents"])
-        if "positions" in state:
-            hidden = hidden + state["positions"]
-        embedded = {"hidden_states": hidden, "temb": self.time_embedding(self.time_proj(state["timestep"]))}
+        latents = state["latents"]
+        if CONDITION in state:
+            latents = torch.cat([latents, state[CONDITION]], 2)
+        hidden, positions = self.tokens(latents), state.get("positions", self.positions)
+        if positions is not None:
+            hidden = hidden + positions
+        temb = self.time_embedding(self.time_proj(state["timestep"]))
+        embedded = {"hidden_states": hidden, "temb": temb if self.offset is None else temb + self.offset}
         return embedded | ({"encoder_hidden_states": state["text"]} if "text" in state else {})
 
     def tokens(self, latents: Tensor) -> Tensor:
@@ -83,8 +97,7 @@ class CogVideoXSegment(JointAttentionSegment):
         self, norm: Any, video: Tensor, text: Tensor, temb: Tensor
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Both streams normed, shifted and scaled in float32, in the compute dtype again, and their gates."""
-        made = modulation(norm.linear, temb).chunk(6, -1)
-        shift, scale, gate, text_shift, text_scale, text_gate = made
+        shift, scale, gate, text_shift, text_scale, text_gate = modulation(norm.linear, temb).chunk(6, -1)
         normed_video = layer_norm(norm.norm, video) * (1 + scale) + shift
         normed_text = layer_norm(norm.norm, text) * (1 + text_scale) + text_shift
         return (normed_video.to(video.dtype), normed_text.to(text.dtype)), (gate, text_gate)
@@ -114,8 +127,31 @@ class CogVideoXSegment(JointAttentionSegment):
         return latents
 
 
+class CogVideoXText(SegmentModule):
+    """The projected prompt, with the positions that some checkpoints learned for it."""
+
+    def __init__(self, transformer: Any, *borders: Any) -> None:
+        super().__init__(*borders)
+        self.projection = transformer.patch_embed.text_proj
+        learned = learned_positions(transformer)
+        self.positions = None if learned is None else nn.Parameter(learned[0], requires_grad=False)
+
+    def run(self, tensors: State) -> State:
+        text = self.projection(tensors["prompt_embeds"])
+        return {"text": text if self.positions is None else text + self.positions}
+
+
+def learned_positions(transformer: Any) -> tuple[Tensor, Tensor] | None:
+    """The learned positions of text and video tokens, (1, tokens, channels) each, if there are any."""
+    if not transformer.config.use_learned_positional_embeddings:
+        return None
+    embed = transformer.patch_embed
+    text, video = embed.pos_embedding.tensor_split([embed.max_text_seq_length], dim=1)
+    return text, video
+
+
 class CogVideoX(JointAttentionDiT):
-    """CogVideoX text-to-video as diffusers has it (THUDM, arXiv 2408.06072)."""
+    """CogVideoX as diffusers has it (THUDM, arXiv 2408.06072)."""
 
     name = "cogvideox"
     transformer_class = "CogVideoXTransformer3DModel"
@@ -142,7 +178,19 @@ class CogVideoX(JointAttentionDiT):
         super().__init__(*configs)
         self.rotary = bool(self.config.get("use_rotary_positional_embeddings"))
         self.block_constants = _ROPE if self.rotary else ()
-        self.video_constants = () if self.rotary else ("positions",)
+        takes_image = self.config.get("in_channels") != self.config.get("out_channels")
+        self.images_in = (CONDITION,) if takes_image else ()
+        self.video_constants = self.images_in if self.rotary else (*self.images_in, "positions")
+        if takes_image:
+            self.pipeline_class = "CogVideoXImageToVideoPipeline"
+
+    @property
+    def latent_channels(self) -> int:
+        return self.integer("out_channels")
+
+    @property
+    def needed_images(self) -> tuple[str, ...]:
+        return ("image",) if self.images_in else ()
 
     @property
     def feed_forward_width(self) -> int:
@@ -177,7 +225,7 @@ class CogVideoX(JointAttentionDiT):
         return frames, channels, height, width
 
     def check(self, workload: Workload) -> None:
-        self._check_text_to_video()
+        self._check_channels()
         super().check(workload)
         length = self.integer("max_text_seq_length")
         if workload.text_length != length:
@@ -185,6 +233,8 @@ class CogVideoX(JointAttentionDiT):
                 f"text_length: expected {length}, of which the model reads every token, got "
                 f"{workload.text_length}: use {length}"
             )
+        if self.config.get("use_learned_positional_embeddings"):
+            self._check_learned_size(workload)
         if self.patch[0] == 1:
             return
         # 1.5 takes its positions from tables of the sizes it was trained on.
@@ -209,6 +259,7 @@ class CogVideoX(JointAttentionDiT):
         )
         return (
             TensorSpec("latents", workload.dtype, (ROWS, *latents)),
+            *(TensorSpec(name, workload.dtype, (ROWS, *latents)) for name in self.images_in),
             TensorSpec("hidden_states", workload.dtype, (ROWS, *self.grid(workload), self.width)),
             TensorSpec("encoder_hidden_states", workload.dtype, text),
             TensorSpec("temb", "float32", (ROWS, self.integer("time_embed_dim"))),
@@ -218,7 +269,7 @@ class CogVideoX(JointAttentionDiT):
         )
 
     def text_module(self, transformer: Any, *borders: Any) -> SegmentModule:
-        return TextProjection(transformer.patch_embed.text_proj, *borders)
+        return CogVideoXText(transformer, *borders)
 
     def position_tables(self, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
         """CogVideoX's positions do not depend on the frame rate."""
@@ -228,12 +279,27 @@ class CogVideoX(JointAttentionDiT):
         """The embeddings, padding included."""
         return {"prompt_embeds": text.embeds}
 
+    def image_inputs(self, image: ImageCondition) -> dict[str, Tensor]:
+        return {CONDITION: image.channels}
+
+    def encode_images(
+        self, pipeline: Any, images: Images, workload: Workload, videos: int, generator: Any
+    ) -> ImageCondition:
+        """Samples of the pictures' latents in the first frame, zeros in the others."""
+        vae, frames = pipeline.vae, self.noise_shape(workload)[0]
+        pixels = pipeline.video_processor.preprocess([*images.image], workload.height, workload.width)
+        latents = posterior_samples(vae, pixels.to(vae.device, vae.dtype).unsqueeze(2), videos, generator)
+        scale = vae.config.scaling_factor
+        # 1.5 inverts it: its training left the factor out.
+        scaled = latents / scale if vae.config.invert_scale_latents else latents * scale
+        return ImageCondition(F.pad(scaled.transpose(1, 2), (0, 0, 0, 0, 0, 0, 0, frames - 1)))
+
     def text_flops(self, workload: Workload) -> int:
         return 2 * workload.text_length * self.text_channels * self.width
 
     def front_flops(self, workload: Workload) -> int:
         embedded = self.integer("time_embed_dim")
-        patches = 2 * self.tokens(workload) * self._patch_values * self.width
+        patches = (2 + 2 * len(self.images_in)) * self.tokens(workload) * self._patch_values * self.width
         return patches + 2 * embedded * (self.timestep_channels + embedded)
 
     def block_flops(self, block: int, workload: Workload) -> int:
@@ -266,8 +332,7 @@ class CogVideoX(JointAttentionDiT):
         return TextCondition(embeds, embeds.new_ones(embeds.shape[:2]))
 
     def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:
-        _, frames, _, _ = super().latent_shape(workload)
-        vae = pipeline.vae
+        vae, frames = pipeline.vae, super().latent_shape(workload)[1]
         kept = latents[:, -frames:].to(vae.dtype).transpose(1, 2)
         return vae_video(vae, kept / vae.config.scaling_factor)
 
@@ -275,7 +340,7 @@ class CogVideoX(JointAttentionDiT):
     def _patch_values(self) -> int:
         """Latent values per token."""
         frames, rows, columns = self.patch
-        return self.integer("in_channels") * frames * rows * columns
+        return self.latent_channels * frames * rows * columns
 
     def _positions(self, workload: Workload) -> Tensor:
         """The positions that 2B adds to its tokens, (tokens, channels)."""
@@ -310,14 +375,24 @@ class CogVideoX(JointAttentionDiT):
         )
         return dict(zip(_ROPE, map(half_table, tables), strict=True))
 
-    def _check_text_to_video(self) -> None:
-        """Refuses image-to-video checkpoints, which have the same class."""
-        self.refuse_image_to_video("ofs_embed_dim")
-        if self.config.get("use_learned_positional_embeddings"):
+    def _check_channels(self) -> None:
+        out = self.integer("out_channels")
+        if (channels := self.integer("in_channels")) not in (out, 2 * out):
             raise InvalidRequest(
-                "checkpoint: expected no use_learned_positional_embeddings in transformer/config.json, got "
-                "True: image-to-video is not supported, use a text-to-video checkpoint"
+                f"checkpoint: expected in_channels {out} in transformer/config.json, as out_channels, or "
+                f"{2 * out} for image-to-video, got {channels}: download it again"
             )
+
+    def _check_learned_size(self, workload: Workload) -> None:
+        """Raises InvalidRequest for another size than that of the learned positions."""
+        temporal, spatial = self.compression
+        height, width, frames = (self.integer(f"sample_{side}") for side in ("height", "width", "frames"))
+        sizes = height * spatial, width * spatial, (frames - 1) // temporal * temporal + 1
+        for side, size in zip(("height", "width", "num_frames"), sizes, strict=True):
+            if (got := getattr(workload, side)) != size:
+                raise InvalidRequest(
+                    f"{side}: expected {size}, the size of the learned positions, got {got}: use {size}"
+                )
 
 
 def layer_norm(norm: Any, x: Tensor) -> Tensor:

@@ -11,10 +11,10 @@ from abc import abstractmethod
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stg_trt.models.families.base import KEEP_ATTENTION, SegmentModule
-from stg_trt.models.families.dit import DiT, DiTSegment, State, TextProjection, rms_norm
+from stg_trt.models.families.dit import DiT, DiTSegment, State, rms_norm
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.models.workload import Workload
@@ -29,13 +29,25 @@ class CrossAttentionDiT(DiT):
     # Names of the two tensors that the front makes of the timestep: for every block, and for the head.
     modulation: ClassVar[str]
     head_modulation: ClassVar[str]
+    # Inputs of the front beside latents and timestep.
+    front_constants: tuple[str, ...] = ()
 
     @abstractmethod
-    def text_projection(self, transformer: Any) -> nn.Module:
-        """The transformer's projection of the prompt embeddings to its width."""
-
     def text_module(self, transformer: Any, *borders: Any) -> SegmentModule:
-        return TextProjection(self.text_projection(transformer), *borders)
+        """The text segment."""
+
+    def text_borders(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Inputs and outputs of the text segment."""
+        return ("prompt_embeds",), ("text",)
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens of the cross-attention beside the text's, to which it attends apart; 0 for none."""
+        return 0
+
+    def context_flops(self) -> int:
+        """Operations of their projection for one row."""
+        return 0
 
     def tensors(self, workload: Workload) -> dict[str, TensorSpec]:
         text = TensorSpec("text", workload.dtype, (ROWS, workload.text_length, self.width))
@@ -43,14 +55,15 @@ class CrossAttentionDiT(DiT):
 
     def borders(self, segment: Segment) -> tuple[tuple[str, ...], tuple[str, ...]]:
         if segment.text:
-            return ("prompt_embeds",), ("text",)
+            return self.text_borders()
         read = (self.modulation, *self.block_constants) if segment.blocks else ()
         if segment.skipped is not None and segment.skipped.blocks == tuple(segment.blocks):
             unused = _ROPE if segment.skipped.mode == "stg-a" else read
             read = tuple(name for name in read if name not in unused)
         if segment.front:
             # The front makes the modulation that its own blocks read.
-            inputs = ("latents", "timestep", *(name for name in read if name != self.modulation))
+            made_here = (name for name in read if name != self.modulation)
+            inputs = ("latents", *self.front_constants, "timestep", *made_here)
         else:
             inputs = ("hidden_states", *read)
         if segment.keep_input:
@@ -63,7 +76,8 @@ class CrossAttentionDiT(DiT):
     def segment_flops(self, segment: Segment, workload: Workload) -> int:
         tokens, text, width = self.tokens(workload), workload.text_length, self.width
         if segment.text:
-            return 2 * text * width * (self.text_channels + width)
+            return 2 * text * width * (self.text_channels + width) + self.context_flops()
+        text += self.context_tokens
         cross = 2 * tokens * 2 * width**2 + 2 * text * 2 * width**2 + 4 * tokens * text * width
         feed_forward = 2 * tokens * 2 * width * self.feed_forward_width
         self_attention = 2 * tokens * 4 * width**2 + 4 * tokens**2 * width
@@ -84,13 +98,15 @@ class CrossAttentionDiT(DiT):
 
     def attentions(self, segment: Segment) -> int:
         skipped = segment.skipped.blocks if segment.skipped else ()
-        per_skipped = 1 if segment.skipped and segment.skipped.mode == "stg-a" else 0
-        return sum(per_skipped if block in skipped else 2 for block in segment.blocks)
+        crossing = 2 if self.context_tokens else 1
+        per_skipped = crossing if segment.skipped and segment.skipped.mode == "stg-a" else 0
+        return sum(per_skipped if block in skipped else 1 + crossing for block in segment.blocks)
 
     def activation_limit(self, segment: Segment, workload: Workload, rows: int) -> int:
         # Widest point: q, k, v, the hidden states and the feed-forward, each allowed a float32 copy.
         channels = 12 * self.width + self.feed_forward_width
-        return rows * (self.tokens(workload) + workload.text_length) * channels * 4 + (8 << 20)
+        tokens = self.tokens(workload) + workload.text_length + self.context_tokens
+        return rows * tokens * channels * 4 + (8 << 20)
 
 
 class CrossAttentionSegment(DiTSegment):
@@ -124,11 +140,20 @@ class CrossAttentionSegment(DiTSegment):
         normed = rms_norm(attn.norm_q, query), rms_norm(attn.norm_k, key)
         return self.rotary(normed[0], *rope, query.dtype), self.rotary(normed[1], *rope, key.dtype)
 
-    def cross_attention(self, attn: Any, x: Tensor, text: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Attention to the projected text, under its additive mask if it has one."""
+    def cross_attention(
+        self, attn: Any, x: Tensor, text: Tensor, bias: Tensor | None = None, image: Tensor | None = None
+    ) -> Tensor:
+        """Attention to the projected text, under its additive mask if it has one.
+
+        That to projected tokens of a picture is added: a softmax of its own.
+        """
         query = rms_norm(attn.norm_q, attn.to_q(x)).to(x.dtype)
         key = rms_norm(attn.norm_k, attn.to_k(text)).to(x.dtype)
-        out: Tensor = attn.to_out[0](self.heads(attn, query, key, attn.to_v(text), bias))
+        attended = self.heads(attn, query, key, attn.to_v(text), bias)
+        if image is not None:
+            seen = rms_norm(attn.norm_added_k, attn.add_k_proj(image)).to(x.dtype)
+            attended = attended + self.heads(attn, query, seen, attn.add_v_proj(image))
+        out: Tensor = attn.to_out[0](attended)
         return out
 
     def heads(

@@ -127,7 +127,12 @@ class DiT(ModelFamily):
     def latent_shape(self, workload: Workload) -> tuple[int, int, int, int]:
         temporal, spatial = self.compression
         frames = (workload.num_frames - 1) // temporal + 1
-        return self.integer("in_channels"), frames, workload.height // spatial, workload.width // spatial
+        return self.latent_channels, frames, workload.height // spatial, workload.width // spatial
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the video's latents; the transformer may take more, of a condition."""
+        return self.integer("in_channels")
 
     def grid(self, workload: Workload) -> tuple[int, int, int]:
         """Tokens in time, height and width."""

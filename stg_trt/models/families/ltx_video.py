@@ -19,9 +19,9 @@ from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.custom_steps import CustomSteps
-from stg_trt.models.families.base import Defaults, load_class, vae_video
+from stg_trt.models.families.base import Defaults, SegmentModule, load_class, vae_video
 from stg_trt.models.families.cross_attention import CrossAttentionDiT, CrossAttentionSegment
-from stg_trt.models.families.dit import State, half_table, rms_norm, rotate
+from stg_trt.models.families.dit import State, TextProjection, half_table, rms_norm, rotate
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
@@ -160,8 +160,8 @@ class LTXVideo(CrossAttentionDiT):
             TensorSpec("pred", dtype, (ROWS, tokens, self.integer("out_channels"))),
         )
 
-    def text_projection(self, transformer: Any) -> Any:
-        return transformer.caption_projection
+    def text_module(self, transformer: Any, *borders: Any) -> SegmentModule:
+        return TextProjection(transformer.caption_projection, *borders)
 
     def position_tables(self, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
         from diffusers.models.transformers.transformer_ltx import LTXVideoRotaryPosEmbed

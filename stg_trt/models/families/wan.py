@@ -1,8 +1,10 @@
-"""Wan 2.1 text-to-video, 1.3B and 14B: a DiT over patches of 1x2x2 latents.
+"""Wan 2.1, text-to-video 1.3B and 14B, image-to-video 14B: a DiT over patches of 1x2x2 latents.
 
-Reproduces diffusers' WanTransformer3DModel and WanPipeline. These cross a cut: the hidden states, the
-modulation of the blocks, and the embedded timestep `temb` that the head reads. Constant over the steps: the
-projected text, of which padding is zeros and not masked, and the RoPE tables, one head's for all heads.
+Reproduces diffusers' WanTransformer3DModel, WanPipeline and WanImageToVideoPipeline. These cross a cut: the
+hidden states, the modulation of the blocks, and the embedded timestep `temb` that the head reads. Constant
+over the steps: the projected text, of which padding is zeros and not masked, and the RoPE tables, one head's
+for all heads. For image-to-video, channels beside the latents: those of a video that is empty but for the
+first picture and the last, and a mask of its frames; and tokens beside the text's, which CLIP makes of them.
 """
 
 from __future__ import annotations
@@ -13,12 +15,26 @@ import torch
 from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.models.families.base import Defaults, vae_video
+from stg_trt.models.families.base import (
+    CONDITION,
+    IMAGE_EMBEDS,
+    Defaults,
+    SegmentModule,
+    positive_integer,
+    vae_video,
+)
 from stg_trt.models.families.cross_attention import CrossAttentionDiT, CrossAttentionSegment
 from stg_trt.models.families.dit import State, gated, half_table, rotate, unpatched
+from stg_trt.models.image import ImageCondition, Images
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
+
+_IMAGE = "image_text"
+_TEXT_BESIDE_IMAGES = 512
+# Of the published image encoder, CLIP ViT-H/14.
+_CLIP = {"image_size": 224, "patch_size": 14}
+_CLIP_FILE = "image_encoder/config.json"
 
 
 class WanSegment(CrossAttentionSegment):
@@ -35,9 +51,12 @@ class WanSegment(CrossAttentionSegment):
         self.norm_out, self.proj_out = transformer.norm_out, transformer.proj_out
 
     def embed(self, state: State) -> State:
+        latents = state["latents"]
+        if CONDITION in state:
+            latents = torch.cat([latents, state[CONDITION]], 1)
         temb = self.time_embedder(self.timesteps_proj(state["timestep"]))
         return {
-            "hidden_states": self.patch_embedding(state["latents"]).flatten(2).transpose(1, 2),
+            "hidden_states": self.patch_embedding(latents).flatten(2).transpose(1, 2),
             "modulation": self.time_proj(torch.nn.functional.silu(temb)).unflatten(1, (6, -1)),
             "temb": temb,
         }
@@ -51,7 +70,7 @@ class WanSegment(CrossAttentionSegment):
         attended = self.self_attention(block.attn1, normed, state, perturbed)
         hidden = gated(hidden, attended, gate)
         normed = block.norm2(hidden.float()).to(dtype)
-        hidden = hidden + self.cross_attention(block.attn2, normed, state["text"])
+        hidden = hidden + self.cross_attention(block.attn2, normed, state["text"], image=state.get(_IMAGE))
         normed = (block.norm3(hidden.float()) * (1 + scale_ff) + shift_ff).to(dtype)
         return {"hidden_states": gated(hidden, block.ffn(normed), gate_ff)}
 
@@ -70,19 +89,34 @@ class WanSegment(CrossAttentionSegment):
         return unpatched(pred, grid, self.patch)
 
 
+class WanText(SegmentModule):
+    """The projected prompt, and beside it what CLIP sees in the pictures."""
+
+    def __init__(self, embedder: Any, *borders: Any) -> None:
+        super().__init__(*borders)
+        self.text, self.image = embedder.text_embedder, embedder.image_embedder
+
+    def run(self, tensors: State) -> State:
+        made: State = {"text": self.text(tensors["prompt_embeds"])}
+        if self.image is not None:
+            seen, positions = tensors[IMAGE_EMBEDS], self.image.pos_embed
+            seen = self.image.norm1(seen if positions is None else seen + positions)
+            made[_IMAGE] = self.image.norm2(self.image.ff(seen))
+        return made
+
+
 class Wan(CrossAttentionDiT):
-    """Wan 2.1 text-to-video as diffusers has it (Wan-AI, arXiv 2503.20314)."""
+    """Wan 2.1 as diffusers has it (Wan-AI, arXiv 2503.20314)."""
 
     name = "wan2.1"
     transformer_class = "WanTransformer3DModel"
     export_version = 1
     pipeline_class = "WanPipeline"
     has_text_mask = False
-    float32_components = frozenset({"vae"})
+    float32_components = frozenset({"vae", "image_encoder"})
     blocks_name = "blocks"
     modulation = "modulation"
     head_modulation = "temb"
-    block_constants = ("text", "rope_cos", "rope_sin")
     # Timestep MLP, modulation tables and norms, which are applied in float32.
     float32_islands = r"time_embedder\.|time_proj\.|scale_shift_table|norm"
     segment_class = WanSegment
@@ -96,6 +130,40 @@ class Wan(CrossAttentionDiT):
         frame_rate=16.0,
         text_length=512,
     )
+
+    def __init__(self, *configs: Any) -> None:
+        super().__init__(*configs)
+        # What CLIP sees in the pictures is an input.
+        self.sees = self.config.get("image_dim") is not None
+        self.block_constants = ("text", *((_IMAGE,) if self.sees else ()), "rope_cos", "rope_sin")
+        if self.config.get("in_channels") != self.config.get("out_channels"):
+            self.front_constants = (CONDITION,)
+            self.pipeline_class = "WanImageToVideoPipeline"
+
+    @property
+    def latent_channels(self) -> int:
+        return self.integer("out_channels")
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens of what CLIP sees; of a model for two pictures, in both. 0 for text-to-video."""
+        if not self.sees:
+            return 0
+        if self.config.get("pos_embed_seq_len") is not None:
+            return self.integer("pos_embed_seq_len")
+        sizes = self.image_encoder_config or _CLIP
+        side = positive_integer(sizes["image_size"], "image_size", _CLIP_FILE)
+        return (side // positive_integer(sizes["patch_size"], "patch_size", _CLIP_FILE)) ** 2 + 1
+
+    @property
+    def needed_images(self) -> tuple[str, ...]:
+        if not self.front_constants:
+            return ()
+        return ("image", "last_image") if self.config.get("pos_embed_seq_len") is not None else ("image",)
+
+    @property
+    def image_parts(self) -> tuple[str, ...]:
+        return ("image_encoder", "image_processor") if self.sees else ()
 
     @property
     def feed_forward_width(self) -> int:
@@ -125,8 +193,13 @@ class Wan(CrossAttentionDiT):
         return patch[0], patch[1], patch[2]
 
     def check(self, workload: Workload) -> None:
-        self._check_text_to_video()
+        self._check_channels()
         super().check(workload)
+        if self.sees and workload.text_length != _TEXT_BESIDE_IMAGES:
+            raise InvalidRequest(
+                f"text_length: expected {_TEXT_BESIDE_IMAGES}, the only one that diffusers' Wan takes beside "
+                f"pictures, got {workload.text_length}: use {_TEXT_BESIDE_IMAGES}"
+            )
         most, (temporal, spatial) = self.integer("rope_max_seq_len"), self.compression
         frames, height, width = self.grid(workload)
         _, rows, columns = self.patch
@@ -161,6 +234,7 @@ class Wan(CrossAttentionDiT):
         table = (self.tokens(workload), self.integer("attention_head_dim") // 2)
         return (
             TensorSpec("latents", workload.dtype, (ROWS, channels, *latents)),
+            *self._image_tensors(workload),
             TensorSpec("hidden_states", workload.dtype, (ROWS, *self.grid(workload), self.width)),
             TensorSpec("modulation", "float32", (ROWS, 6, self.width)),
             TensorSpec("temb", "float32", (ROWS, self.width)),
@@ -169,8 +243,67 @@ class Wan(CrossAttentionDiT):
             TensorSpec("pred", workload.dtype, (ROWS, channels, *latents)),
         )
 
-    def text_projection(self, transformer: Any) -> Any:
-        return transformer.condition_embedder.text_embedder
+    def _image_tensors(self, workload: Workload) -> list[TensorSpec]:
+        """Of the channels beside the latents, and of the tokens beside the text."""
+        found = []
+        if self.front_constants:
+            _, *latents = self.latent_shape(workload)
+            channels = self.integer("in_channels") - self.latent_channels
+            found.append(TensorSpec(CONDITION, workload.dtype, (ROWS, channels, *latents)))
+        if self.sees:
+            shape = (ROWS, self.context_tokens, self.integer("image_dim"))
+            found.append(TensorSpec(IMAGE_EMBEDS, workload.dtype, shape))
+            found.append(TensorSpec(_IMAGE, workload.dtype, (*shape[:2], self.width)))
+        return found
+
+    def text_borders(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return (("prompt_embeds", IMAGE_EMBEDS), ("text", _IMAGE)) if self.sees else super().text_borders()
+
+    def text_module(self, transformer: Any, *borders: Any) -> SegmentModule:
+        return WanText(transformer.condition_embedder, *borders)
+
+    def context_flops(self) -> int:
+        seen = self.integer("image_dim") if self.sees else 0
+        return 2 * self.context_tokens * seen * (seen + self.width)
+
+    def image_inputs(self, image: ImageCondition) -> dict[str, Tensor]:
+        return {CONDITION: image.channels} | ({} if image.context is None else {IMAGE_EMBEDS: image.context})
+
+    def encode_images(
+        self, pipeline: Any, images: Images, workload: Workload, videos: int, generator: Any
+    ) -> ImageCondition:
+        """The most likely latents of the video around the pictures; nothing is drawn."""
+        sets = [images.image, images.last_image] if images.last_image else [images.image]
+        pixels = [pipeline.video_processor.preprocess([*s], workload.height, workload.width) for s in sets]
+        channels = torch.cat([self._channels(pipeline.vae, one, workload) for one in _each(pixels)])
+        context = None
+        if self.sees:
+            device = pipeline.image_encoder.device
+            seen = [pipeline.encode_image([*pictures], device) for pictures in zip(*sets, strict=True)]
+            context = torch.stack([tokens.flatten(0, 1) for tokens in seen])
+        return ImageCondition(
+            channels.expand(videos, *channels.shape[1:]),
+            None if context is None else context.expand(videos, *context.shape[1:]),
+        )
+
+    def _channels(self, vae: Any, pictures: list[Tensor], workload: Workload) -> Tensor:
+        """Mask and latents (1, channels, frames, height, width) of pictures (3, height, width)."""
+        video = torch.zeros(1, 3, workload.num_frames, workload.height, workload.width)
+        temporal, _ = self.compression
+        given = torch.zeros(workload.num_frames + temporal - 1)
+        # The first frame stands alone in its latents, so it counts as many times as they hold frames.
+        given[:temporal] = 1
+        for frame, picture in zip((0, -1), pictures, strict=False):
+            video[0, :, frame] = picture
+            given[frame] = 1
+        latents = vae.encode(video.to(vae.device, vae.dtype)).latent_dist.mode().float()
+        mean, std = (
+            torch.tensor(values, device=latents.device)[:, None, None, None]
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        mask = given.to(latents).unflatten(0, (-1, temporal)).T[None, :, :, None, None]
+        latents = (latents - mean) * (1 / std)
+        return torch.cat([mask.expand(-1, -1, -1, *latents.shape[3:]), latents], 1)
 
     def position_tables(self, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
         """Wan's positions do not depend on the frame rate."""
@@ -207,11 +340,20 @@ class Wan(CrossAttentionDiT):
         )
         return vae_video(vae, (latents * std + mean).to(vae.dtype))
 
-    def _check_text_to_video(self) -> None:
-        """Refuses image-to-video and Wan 2.2 checkpoints, which have the same class."""
-        self.refuse_image_to_video("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
-        channels = self.integer("in_channels")
-        vae = self.vae_config or {}
+    def _check_channels(self) -> None:
+        """Refuses Wan 2.2 checkpoints, which have the same class, and a VAE of other channels."""
+        channels, vae = self.latent_channels, self.vae_config or {}
+        with_image = 2 * channels + self.compression[0]
+        if self.integer("in_channels") not in (channels, with_image):
+            raise InvalidRequest(
+                f"checkpoint: expected in_channels {channels} in transformer/config.json, as out_channels, "
+                f"or {with_image} for image-to-video, got {self.config['in_channels']}: download it again"
+            )
+        if bool(self.front_constants) != self.sees:
+            raise InvalidRequest(
+                "checkpoint: expected image_dim in transformer/config.json of image-to-video, and only "
+                f"there, got {self.config.get('image_dim')}: Wan 2.2 is not supported, use Wan 2.1"
+            )
         if vae.get("is_residual") or vae.get("patch_size"):
             raise InvalidRequest(
                 "checkpoint: expected the VAE of Wan 2.1, got one with is_residual or patch_size in "
@@ -220,5 +362,10 @@ class Wan(CrossAttentionDiT):
         if vae.get("z_dim", channels) != channels:
             raise InvalidRequest(
                 f"checkpoint: expected z_dim {channels} in vae/config.json, as the transformer's "
-                f"in_channels, got {vae['z_dim']}: the folder mixes two models, download it again"
+                f"out_channels, got {vae['z_dim']}: the folder mixes two models, download it again"
             )
+
+
+def _each(pixels: list[Tensor]) -> list[list[Tensor]]:
+    """The pictures of each video, of stacks of first and last ones."""
+    return [[*pictures] for pictures in zip(*pixels, strict=True)]

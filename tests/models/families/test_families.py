@@ -15,21 +15,19 @@ import torch
 from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.models.checkpoint import Checkpoint
-from stg_trt.models.families import family_for
 from stg_trt.models.families.base import ModelFamily
-from stg_trt.models.passes import PASSES, Pass
-from stg_trt.models.perturbation import MODES, Perturbation
+from stg_trt.models.passes import COND, Pass
+from stg_trt.models.perturbation import MODES
 from stg_trt.models.plan import plan_step
 from stg_trt.models.segment import LAYOUTS, TEXT, Segment, cut
 from stg_trt.models.text import TextCondition
-from stg_trt.models.workload import Workload
 from stg_trt.runtime.bound_plan import BoundPlan
 from stg_trt.runtime.device import Cpu
 from stg_trt.runtime.state import StepBuffers, find_ping_pong
 from tests.support.eager_engine import EagerEngine
 from tests.support.eager_reference import perturbed
-from tests.support.family_cases import CASES, TIMESTEP, FamilyCase, Published, SomeSizes
+from tests.support.family_cases import CASES, TIMESTEP, FamilyCase
+from tests.support.passes import UNCOND_COND, skip_pass
 
 BLOCK_SETS: dict[str, Callable[[int], tuple[int, ...]]] = {
     "first": lambda count: (0,),
@@ -40,6 +38,9 @@ BLOCK_SETS: dict[str, Callable[[int], tuple[int, ...]]] = {
 }
 FRAME_RATE = 25.0
 VIDEOS = 2
+# Uncond, cond and up to three skip passes.
+GROUPS = 5
+CPU = torch.device("cpu")
 Reference = Callable[[str, tuple[int, ...]], dict[str, Tensor]]
 
 
@@ -137,7 +138,7 @@ def engines(family: ModelFamily, model: Any, segments: Sequence[Segment]) -> dic
 def poisoned_buffers(case: FamilyCase, segments: Sequence[Segment]) -> StepBuffers:
     """Buffers in which a value that is read before it was written shows."""
     specs = list(case.family.tensors(case.workload).values())
-    buffers = StepBuffers(specs, find_ping_pong(segments, case.family.borders), VIDEOS, torch.device("cpu"))
+    buffers = StepBuffers(specs, find_ping_pong(segments, case.family.borders), VIDEOS, CPU, GROUPS)
     for spec in specs:
         if spec.dtype != "bool":
             for turn in (0, 1):
@@ -151,13 +152,11 @@ def run_step(
     model: Any,
     segments: Sequence[Segment],
     passes: tuple[Pass, ...],
-    perturbation: Perturbation | None,
 ) -> dict[str, Tensor]:
     """A plan over eager engines: the prediction of every pass."""
     family = case.family
     loaded, buffers = engines(family, model, segments), poisoned_buffers(case, segments)
-    conditions = {"uncond": case.text(VIDEOS, seed=1), "cond": case.text(VIDEOS), "skip": case.text(VIDEOS)}
-    stacked = TextCondition.stacked([conditions[name] for name in PASSES])
+    stacked = TextCondition.stacked([case.text(VIDEOS, seed=1), *[case.text(VIDEOS)] * (GROUPS - 1)])
     for name, tensor in family.constants(stacked, case.workload, FRAME_RATE).items():
         buffers.view(name).copy_(tensor)
     if family.has_text_segment:
@@ -165,19 +164,19 @@ def run_step(
         for name in itertools.chain(*family.borders(TEXT)):
             context.bind(name, buffers.view(name))
         context.enqueue(0)
-    for name in passes:
-        buffers.view("latents", (name,)).copy_(case.latents(VIDEOS))
+    plan = plan_step(segments, passes)
+    for one in passes:
+        buffers.view("latents", plan.groups([one])).copy_(case.latents(VIDEOS))
     buffers.view("timestep").fill_(TIMESTEP)
-    plan = plan_step(segments, passes, perturbation)
     bound = BoundPlan(plan, loaded, buffers, family.borders, Cpu())
     bound.enqueue()
-    first: dict[str, Tensor] = {name: buffers.view("pred", (name,)).clone() for name in passes}
+    first = {one.name: buffers.view("pred", plan.groups([one])).clone() for one in passes}
     bound.enqueue()
-    assert all(torch.equal(buffers.view("pred", (name,)), first[name]) for name in passes)
+    assert all(torch.equal(buffers.view("pred", plan.groups([one])), first[one.name]) for one in passes)
     return first
 
 
-@pytest.mark.parametrize("passes", [PASSES, ("cond", "skip")], ids="+".join)
+@pytest.mark.parametrize("plain", [UNCOND_COND, (COND,)], ids=len)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_step_is_the_full_passes_of_the_reference(
@@ -187,10 +186,10 @@ def test_a_step_is_the_full_passes_of_the_reference(
     blocks: tuple[int, ...],
     mode: str,
     layout: str,
-    passes: tuple[Pass, ...],
+    plain: tuple[Pass, ...],
 ) -> None:
     segments = segments_of(case.family, layout, mode, blocks)
-    got = run_step(case, cut_model, segments, passes, Perturbation(mode, blocks))
+    got = run_step(case, cut_model, segments, (*plain, skip_pass(mode, blocks)))
     check_passes(case, got, reference(mode, blocks))
 
 
@@ -200,16 +199,39 @@ def test_one_cut_serves_every_subset_of_its_blocks(
     case: FamilyCase, cut_model: Any, reference: Reference, mode: str, blocks: tuple[int, ...]
 ) -> None:
     segments = segments_of(case.family, "segmented", "stg-a", (1, 3))
-    got = run_step(case, cut_model, segments, PASSES, Perturbation(mode, blocks))
+    got = run_step(case, cut_model, segments, (*UNCOND_COND, skip_pass(mode, blocks)))
     check_passes(case, got, reference(mode, blocks))
 
 
+# Passes that leave the prefix at two places, and at one; one whose second block lies behind the other's only
+# one, and two that stg-r skips at different blocks between which both are computed.
+SEVERAL = [
+    [("stg-a", (1,)), ("stg-a", (3,))],
+    [("stg-r", (3,)), ("stg-r", (1,))],
+    [("stg-a", (1, 3)), ("stg-r", (1,))],
+    [("stg-r", (1, 3)), ("stg-r", (1,)), ("stg-a", (3,))],
+    [("stg-r", (1,)), ("stg-r", (3,)), ("stg-r", (1, 3))],
+]
+
+
+@pytest.mark.parametrize("several", SEVERAL, ids=str)
+def test_every_skip_pass_is_its_full_pass(
+    case: FamilyCase, cut_model: Any, reference: Reference, several: list[tuple[str, tuple[int, ...]]]
+) -> None:
+    segments = segments_of(case.family, "segmented", "stg-a", (1, 3))
+    skips = {f"skip_{i}": skip_pass(*skip, f"skip_{i}") for i, skip in enumerate(several)}
+    got = run_step(case, cut_model, segments, (*UNCOND_COND, *skips.values()))
+    for (mode, blocks), name in zip(several, skips, strict=True):
+        expected = reference(mode, blocks)
+        check_passes(case, {"uncond": got["uncond"], "cond": got["cond"], "skip": got[name]}, expected)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("passes", [("cond",), ("uncond", "cond")], ids="+".join)
+@pytest.mark.parametrize("passes", [(COND,), UNCOND_COND], ids=len)
 def test_a_step_without_stg(
     case: FamilyCase, cut_model: Any, reference: Reference, passes: tuple[Pass, ...], layout: str
 ) -> None:
-    got = run_step(case, cut_model, segments_of(case.family, layout, "stg-a", (1, 3)), passes, None)
+    got = run_step(case, cut_model, segments_of(case.family, layout, "stg-a", (1, 3)), passes)
     check_passes(case, got, reference("stg-a", ()))
 
 
@@ -281,33 +303,6 @@ def test_what_becomes_of_padding(case: FamilyCase) -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "sizes", "message"),
-    [(one, sizes, message) for one in CASES for sizes, message in one.refused_sizes],
-    ids=str,
-)
-def test_sizes_that_a_model_cannot_have(one: FamilyCase, sizes: SomeSizes, message: str) -> None:
-    with pytest.raises(InvalidRequest) as refused:
-        one.family.check(replace(one.workload, **sizes))
-    assert str(refused.value) == message
-
-
-@pytest.mark.parametrize(
-    ("one", "transformer", "vae", "message"),
-    [(one, *refused) for one in CASES for refused in one.refused],
-    ids=str,
-)
-def test_variants_that_are_not_the_family(
-    one: FamilyCase, transformer: dict[str, Any], vae: dict[str, Any], message: str
-) -> None:
-    changed = family_for({**one.checkpoint.transformer_config, **transformer}, vae or None)
-    with pytest.raises(InvalidRequest) as refused:
-        changed.check(one.workload)
-        (whole,) = cut("segmented", changed.num_blocks, "stg-r", ())
-        changed.segment_flops(whole, one.workload)
-    assert message in str(refused.value) and "\n" not in str(refused.value)
-
-
-@pytest.mark.parametrize(
     ("one", "changes"), [(one, changes) for one in CASES for changes in one.variants], ids=str
 )
 def test_variants_that_are_the_family(one: FamilyCase, changes: dict[str, Any], tmp_path: Path) -> None:
@@ -320,41 +315,6 @@ def test_variants_that_are_the_family(one: FamilyCase, changes: dict[str, Any], 
     segments = segments_of(variant.family, "segmented", "stg-a", (0, 2))
     got = chained(variant, cut_model, segments, variant.text(3))
     assert (got - predict(variant, model, 3, variant.text(3))).abs().max() <= one.rounding
-
-
-@pytest.mark.parametrize(
-    ("one", "scheduler", "steps", "message"),
-    [(one, *refused) for one in CASES for refused in one.refused_steps],
-    ids=str,
-)
-def test_steps_that_a_family_cannot_take(one: FamilyCase, scheduler: Any, steps: int, message: str) -> None:
-    with pytest.raises(InvalidRequest) as refused:
-        one.family.set_timesteps(scheduler, steps, one.workload)
-    assert message in str(refused.value) and "\n" not in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("one", "index", "message"),
-    [(one, *refused) for one in CASES for refused in one.refused_indexes],
-    ids=str,
-)
-def test_pipelines_that_are_not_the_family(one: FamilyCase, index: dict[str, Any], message: str) -> None:
-    with pytest.raises(InvalidRequest) as refused:
-        replace(one.checkpoint, model_index=index).family.check_pipeline()
-    assert message in str(refused.value) and "\n" not in str(refused.value)
-
-
-def test_precisions_are_checked() -> None:
-    with pytest.raises(InvalidRequest, match="precision: expected one of fp32, bf16, got 'fp16'"):
-        Workload(128, 160, 17, 9, "fp16")
-
-
-@pytest.mark.parametrize("known", [known for one in CASES for known in one.published], ids=str)
-def test_sizes_the_published_models_have(known: Published) -> None:
-    published = Checkpoint.open(known.name, random_weights=True).family
-    published.check(known.workload)
-    assert published.latent_shape(known.workload) == known.latents
-    assert published.tensors(known.workload)["latents"].with_rows(2) == (2, *known.packed)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

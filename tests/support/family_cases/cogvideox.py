@@ -117,17 +117,11 @@ def tables(model: Any, grid: Grid, frame_rate: float) -> dict[str, Tensor]:
     return {"positions": both[0, embedding.max_text_seq_length :].float()}
 
 
-IMAGE_TO_VIDEO: tuple[Refused, ...] = (
+REFUSED_CONFIGS: tuple[Refused, ...] = (
     (
-        {"in_channels": 8},
+        {"in_channels": 12},
         {},
-        "expected in_channels 4 in transformer/config.json, as out_channels, got 8: image-",
-    ),
-    ({"ofs_embed_dim": 512}, {}, "expected no ofs_embed_dim in transformer/config.json, got 512: image-to-"),
-    (
-        {"use_rotary_positional_embeddings": True, "use_learned_positional_embeddings": True},
-        {},
-        "expected no use_learned_positional_embeddings in transformer/config.json, got True: image-to-",
+        "expected in_channels 4 in transformer/config.json, as out_channels, or 8 for image-to-video, got 12",
     ),
     ({"num_layers": 0}, {}, "expected num_layers in transformer/config.json as a positive integer, got 0"),
     (
@@ -146,7 +140,7 @@ REFUSED_SIZES: tuple[tuple[SomeSizes, str], ...] = (
 )
 
 
-def case(name: str, scheduler: Any, published: Published, **options: Any) -> FamilyCase:
+def case(name: str, scheduler: Any, published: tuple[Published, ...], **options: Any) -> FamilyCase:
     """The common part of the three; `options` are the transformer's."""
     in_time = options.get("patch_size_t", 1)
     small: SomeSizes = {"height": 16, "width": 32, "num_frames": 1}
@@ -174,9 +168,9 @@ def case(name: str, scheduler: Any, published: Published, **options: Any) -> Fam
         wide=("time_embedding", "norm_out", "norm_final", "norm1.norm", "norm_q"),
         narrow=frozenset({"to_q", "to_k", "to_v", "linear", "proj_out", "patch_embedding"}),
         refused_sizes=(*REFUSED_SIZES, *((past_tables,) if in_time == 2 else ())),
-        refused=IMAGE_TO_VIDEO,
+        refused=REFUSED_CONFIGS,
         refused_indexes=(),
-        published=(published,),
+        published=published,
         pipeline_class=CogVideoXPipeline,
         save_pipeline=partial(save_pipeline, scheduler=scheduler, **options),
         schedulers=(scheduler,),
@@ -188,23 +182,28 @@ COGVIDEOX = {
     "2b": case(
         "cogvideox_2b",
         DDIM,
-        Published("cogvideox-2b", SHORT, (16, 13, 60, 90), (13, 16, 60, 90), teraflops=120.0),
+        (Published("cogvideox-2b", SHORT, (16, 13, 60, 90), (13, 16, 60, 90), teraflops=120.0),),
     ),
     "5b": case(
         "cogvideox_5b",
         DPM,
-        Published("cogvideox-5b", SHORT, (16, 13, 60, 90), (13, 16, 60, 90), teraflops=332.0),
+        (
+            Published("cogvideox-5b", SHORT, (16, 13, 60, 90), (13, 16, 60, 90), teraflops=332.0),
+            Published("cogvideox-5b-i2v", SHORT, (16, 13, 60, 90), (13, 16, 60, 90), teraflops=332.0),
+        ),
         use_rotary_positional_embeddings=True,
     ),
     "1.5": case(
         "cogvideox_1_5",
         DDIM,
-        Published(
-            "cogvideox-1.5-5b",
-            Workload(768, 1360, 81, 226),
-            (16, 22, 96, 170),
-            (22, 16, 96, 170),
-            teraflops=1480.0,
+        (
+            Published(
+                "cogvideox-1.5-5b",
+                Workload(768, 1360, 81, 226),
+                (16, 22, 96, 170),
+                (22, 16, 96, 170),
+                teraflops=1480.0,
+            ),
         ),
         use_rotary_positional_embeddings=True,
         patch_size_t=2,

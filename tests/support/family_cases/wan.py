@@ -103,20 +103,23 @@ WAN = FamilyCase(
         (
             {"in_channels": 36},
             {},
-            "in_channels 4 in transformer/config.json, as out_channels, got 36: image-",
+            "in_channels 4 in transformer/config.json, as out_channels, or 12 for image-to-video, got 36",
         ),
         (
             {"image_dim": 1280},
             {},
-            "expected no image_dim in transformer/config.json, got 1280: image-to-",
+            "expected image_dim in transformer/config.json of image-to-video, and only there, got 1280",
         ),
-        ({"added_kv_proj_dim": 24}, {}, "expected no added_kv_proj_dim in transformer/config.json, got 24"),
-        ({"pos_embed_seq_len": 514}, {}, "expected no pos_embed_seq_len in transformer/config.json, got 514"),
+        (
+            {"in_channels": 12},
+            {},
+            "expected image_dim in transformer/config.json of image-to-video, and only there, got None",
+        ),
         ({"patch_size": [2, 2, 2]}, {}, "expected patch_size in transformer/config.json as 1, rows, columns"),
         ({"patch_size": 2}, {}, "expected patch_size in transformer/config.json as 1, rows, columns, got 2"),
         ({"ffn_dim": 0}, {}, "expected ffn_dim in transformer/config.json as a positive integer, got 0"),
         ({}, {"is_residual": True}, "expected the VAE of Wan 2.1, got one with is_residual or patch_size"),
-        ({}, {"z_dim": 48}, "expected z_dim 4 in vae/config.json, as the transformer's in_channels, got 48"),
+        ({}, {"z_dim": 48}, "expected z_dim 4 in vae/config.json, as the transformer's out_channels, got 48"),
         ({}, {"scale_factor_spatial": "8"}, "expected scale_factor_spatial in vae/config.json as a positive"),
     ),
     refused_indexes=(
@@ -141,6 +144,10 @@ WAN = FamilyCase(
             (16, 21, 60, 104),
             (16, 21, 60, 104),
             teraflops=1678.0,
+        ),
+        *(
+            Published(name, Workload(480, 832, 81, 512), (16, 21, 60, 104), (16, 21, 60, 104), teraflops)
+            for name, teraflops in (("wan2.1-i2v-14b", 1686.0), ("wan2.1-flf2v-14b", 1694.0))
         ),
     ),
     pipeline_class=WanPipeline,

@@ -1,0 +1,108 @@
+"""The texts and files of the command line, as the arguments of a call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict, cast
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stg_trt.guidance.bins import Scale, SkipScales
+    from stg_trt.guidance.options import GuidanceOptions
+
+
+class EmbedsFile(TypedDict, total=False):
+    """The tensors that `--embeds` may hold, by the names of the pipeline's arguments."""
+
+    prompt_embeds: Tensor
+    prompt_attention_mask: Tensor
+    pooled_prompt_embeds: Tensor
+    negative_prompt_embeds: Tensor
+    negative_prompt_attention_mask: Tensor
+    negative_pooled_prompt_embeds: Tensor
+    latents: Tensor
+
+
+EMBEDS = tuple(EmbedsFile.__annotations__)
+
+
+def read_guidance(
+    *,
+    guidance_scale: str | None,
+    true_cfg_scale: str | None,
+    stg_scale: list[str] | None,
+    stg_mode: str | None,
+    stg_blocks: list[str] | None,
+    rescale: str | None,
+    preset: str | None,
+    use_dynamic_cfg: bool,
+) -> GuidanceOptions:
+    """The guidance of a call; raises InvalidRequest for what are no numbers, or names of nothing."""
+    from stg_trt.guidance.options import GuidanceOptions
+    from stg_trt.models.passes import parse_by_pass
+    from stg_trt.models.perturbation import parse_blocks
+
+    return GuidanceOptions(
+        guidance_scale=_scale("guidance_scale", guidance_scale),
+        stg_scale=_skip_scales(stg_scale),
+        rescale=_scale("rescale", rescale),
+        stg_mode=stg_mode,
+        stg_blocks=parse_by_pass("stg_blocks", stg_blocks, parse_blocks),
+        preset=preset,
+        use_dynamic_cfg=use_dynamic_cfg,
+        true_cfg_scale=_scale("true_cfg_scale", true_cfg_scale),
+    )
+
+
+def _scale(name: str, text: str | None) -> Scale | None:
+    """A number, or a list of them separated by commas."""
+    return None if text is None else _one_or_more(name, text)
+
+
+def _skip_scales(texts: list[str] | None) -> SkipScales | None:
+    """The scale of all skip passes, or NAME=SCALE for each."""
+    from stg_trt.models.passes import parse_by_pass
+
+    return parse_by_pass("stg_scale", texts, lambda text: _one_or_more("stg_scale", text))
+
+
+def _one_or_more(name: str, text: str) -> Scale:
+    values = read_numbers(name, text)
+    assert values is not None
+    return values[0] if len(values) == 1 else values
+
+
+def read_numbers(name: str, text: str | None) -> list[float] | None:
+    """Numbers separated by commas."""
+    from stg_trt.errors import InvalidRequest
+
+    if text is None:
+        return None
+    try:
+        return [float(value) for value in text.split(",")]
+    except ValueError as error:
+        raise InvalidRequest(
+            f"{name}: expected a number, or one per step separated by commas, got {text!r}: correct it"
+        ) from error
+
+
+def read_embeds(path: Path) -> EmbedsFile:
+    """Raises InvalidRequest for a file that is not safetensors, or has other tensors."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from stg_trt.errors import InvalidRequest
+
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InvalidRequest(
+            f"embeds: expected a safetensors file, got {path} ({error}): check it"
+        ) from error
+    unknown = sorted(tensors.keys() - set(EMBEDS))
+    if unknown:
+        raise InvalidRequest(
+            f"embeds: expected tensors {', '.join(EMBEDS)}, got also {', '.join(unknown)}: leave those out"
+        )
+    return cast(EmbedsFile, tensors)

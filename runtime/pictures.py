@@ -1,0 +1,102 @@
+"""The pictures of a call: paths, PIL images, arrays and tensors, checked against what the model takes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from stg_trt.errors import InvalidRequest
+from stg_trt.models.families.base import ModelFamily
+from stg_trt.models.image import Images
+
+from .prompts import Prompts
+
+Picture = str | Path | Image.Image | np.ndarray[Any, Any] | Tensor
+Pictures = Picture | Sequence[Picture]
+
+
+def read_images(
+    family: ModelFamily, pictures: Mapping[str, Pictures | None], prompts: Prompts
+) -> Images | None:
+    """The pictures by their argument's name, one for all videos or one for each; None for text-to-video.
+
+    One prompt's are those of its videos. Raises InvalidRequest for pictures that the model has no use
+    for, for one that it lacks, and for what is not a picture.
+    """
+    given = {name: value for name, value in pictures.items() if value is not None}
+    known = {*family.needed_images, *family.optional_images}
+    for name in given:
+        if name not in known:
+            raise InvalidRequest(
+                f"{name}: expected none, for which this {family.name} checkpoint was not trained, got a "
+                "picture: leave it out, or use a checkpoint for it"
+            )
+    for name in family.needed_images:
+        if name not in given:
+            raise InvalidRequest(
+                f"{name}: expected a picture, from which this {family.name} checkpoint makes its video, got "
+                f"none: give {name}"
+            )
+    if not given:
+        return None
+    read = {name: _read(name, value, prompts.count) for name, value in given.items()}
+    if any(len(found) > 1 for found in read.values()):
+        read = {name: _of_videos(found, prompts) for name, found in read.items()}
+    return Images(**read)
+
+
+def _of_videos(found: list[Any], prompts: Prompts) -> list[Any]:
+    of_prompts = found * prompts.count if len(found) == 1 else found
+    return [one for one in of_prompts for _ in range(prompts.videos_per_prompt)]
+
+
+def _read(name: str, value: Pictures, prompts: int) -> list[Any]:
+    """One picture, or one per prompt, as diffusers' image processors take them."""
+    batch = isinstance(value, list | tuple) or (isinstance(value, np.ndarray | Tensor) and value.ndim == 4)
+    several: Any = value if batch else [value]
+    pictures = [_picture(name, one) for one in several]
+    if len(pictures) not in (1, prompts):
+        raise InvalidRequest(
+            f"{name}: expected one picture or {prompts}, got {len(pictures)}: give one per prompt"
+        )
+    return pictures
+
+
+def _picture(name: str, value: object) -> Any:
+    if isinstance(value, str | Path):
+        return _opened(name, Path(value))
+    if isinstance(value, Image.Image):
+        return value.convert("RGB")
+    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 3:
+        return Image.fromarray(value).convert("RGB")
+    channels = 0 if isinstance(value, Tensor) else -1
+    if isinstance(value, np.ndarray | Tensor) and value.ndim == 3 and value.shape[channels] == 3:
+        return value
+    got = f"{type(value).__name__} {tuple(value.shape)}" if hasattr(value, "shape") else type(value).__name__
+    raise InvalidRequest(
+        f"{name}: expected a path, a PIL image, an array (height, width, 3) or a tensor (3, height, width), "
+        f"got {got}: convert it"
+    )
+
+
+def _opened(name: str, path: Path) -> Image.Image:
+    """A picture file, turned as its camera says; raises InvalidRequest for what is none, or too large."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                return ImageOps.exif_transpose(picture).convert("RGB")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InvalidRequest(
+            f"{name}: expected at most {Image.MAX_IMAGE_PIXELS} pixels, got more in {path}: make it smaller, "
+            "as the video is"
+        ) from error
+    except (OSError, SyntaxError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InvalidRequest(f"{name}: expected a picture, got {path} ({reason}): check the file") from error

@@ -1,0 +1,109 @@
+"""Whole tiny image-to-video checkpoints without text encoders, and diffusers' pipelines of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    AutoencoderKLWan,
+    CogVideoXDPMScheduler,
+    CogVideoXImageToVideoPipeline,
+    CogVideoXTransformer3DModel,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanTransformer3DModel,
+)
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from tests.support.family_cases.cogvideox import SCHEDULE
+
+
+def cogvideox_1_5(folder: Path) -> Any:
+    """Patches of two latents in time, and an input `ofs`; the VAE divides by its factor."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLCogVideoX(
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        scaling_factor=0.7,
+        invert_scale_latents=True,
+    )
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=8,
+        out_channels=4,
+        time_embed_dim=16,
+        ofs_embed_dim=16,
+        text_embed_dim=24,
+        num_layers=3,
+        sample_height=10,
+        sample_width=12,
+        sample_frames=17,
+        max_text_seq_length=9,
+        patch_size_t=2,
+        patch_bias=False,
+        use_rotary_positional_embeddings=True,
+    )
+    pipeline = CogVideoXImageToVideoPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae,
+        transformer=transformer,
+        scheduler=CogVideoXDPMScheduler(**SCHEDULE, snr_shift_scale=1.0),
+    )
+    return _saved(pipeline, folder)
+
+
+def wan_first_last(folder: Path) -> Any:
+    """Wan 2.1 for a first and a last picture, whose CLIP tokens have learned positions."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    vae.register_to_config(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.1, 0.9, 1.3, 0.8])
+    eyes = CLIPVisionConfig(
+        hidden_size=16,
+        projection_dim=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=8,
+        intermediate_size=32,
+        patch_size=4,
+    )
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=12,
+        out_channels=4,
+        text_dim=24,
+        freq_dim=32,
+        ffn_dim=48,
+        num_layers=3,
+        cross_attn_norm=True,
+        image_dim=16,
+        added_kv_proj_dim=24,
+        pos_embed_seq_len=10,
+        rope_max_seq_len=32,
+    )
+    torch.nn.init.normal_(transformer.condition_embedder.image_embedder.pos_embed)
+    pipeline = WanImageToVideoPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae,
+        transformer=transformer,
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        image_encoder=CLIPVisionModelWithProjection(eyes).eval(),
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}),
+    )
+    return _saved(pipeline, folder)
+
+
+def _saved(pipeline: Any, folder: Path) -> Any:
+    pipeline.save_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
