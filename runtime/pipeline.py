@@ -201,13 +201,12 @@ class VideoPipeline:
         prompts = Prompts(prompt, negative_prompt, cond, uncond, num_videos_per_prompt)
         guided = choose_options(guidance, arguments)
         sizes = replace(self._request, height=height, width=width, num_frames=num_frames)
-        request = Request(
+        return self._generate(Request(
             replace(sizes, videos=prompts.videos), prompts, {"image": image, "last_image": last_image},
             guided, num_inference_steps, frame_rate,
             list(generator) if isinstance(generator, tuple) else generator, latents,
             foreign.max_sequence_length, CustomSteps.read(timesteps, sigmas),
-        )  # fmt: skip
-        return self._generate(request, output_type, callback_on_step_end, foreign)
+        ), output_type, callback_on_step_end, foreign)  # fmt: skip
 
     def _generate(
         self, request: Request, output_type: str, callback: StepCallback | None, foreign: ForeignArguments
