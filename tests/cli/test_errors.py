@@ -19,6 +19,7 @@ from stg_trt.engines.store import EngineRequest, EngineStore
 from stg_trt.runtime.device import Cpu
 from tests.conftest import BuiltOnce
 from tests.support.cli import (
+    SIZES,
     SMALL,
     WEIGHTS,
     assert_one_line_error,
@@ -234,7 +235,7 @@ def test_build_arguments(case: str, tmp_path: Path, ltx_checkpoint: Path) -> Non
     ids=["none", "too many", "two lists", "no number", "real weights", "perturbed one is gone"],
 )
 def test_fewer_blocks(tmp_path: Path, ltx_checkpoint: Path, flags: tuple[str, ...], pattern: str) -> None:
-    result = invoke("build", ltx_checkpoint, "--output", tmp_path / "out", *SMALL, *flags)
+    result = invoke("build", ltx_checkpoint, "--output", tmp_path / "out", *SIZES, *flags)
     assert_one_line_error(result, pattern)
     assert not list(tmp_path.iterdir())
 

@@ -26,6 +26,7 @@ from stg_trt.system.files import file_sha256
 from tests.support.cli import (
     PROGRAM,
     ROOT,
+    SIZES,
     SMALL,
     assert_one_line_error,
     contents,
@@ -37,7 +38,7 @@ from tests.support.forked_program import ForkedProgram, ProgramServer, program_s
 pytestmark = pytest.mark.slow(reason="starts programs and interrupts them")
 
 UNVERIFIED = (*SMALL, "--verify-timesteps=0")
-CUT = (*UNVERIFIED, "--stg-blocks=0")
+CUT = (*SIZES, "--verify-timesteps=0", "--stg-blocks=0")
 SEGMENTS = ("text", "front", "block_0", "back")
 # Seconds for an interrupted program to end, on a loaded machine.
 CPU_SECONDS_TO_END = 2

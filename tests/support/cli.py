@@ -32,7 +32,8 @@ PROGRESS = re.compile(
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # Of the goldens, so that builds find their graphs exported.
-SMALL = ("--height=128", "--width=160", "--num-frames=17", "--text-length=9", "--stg-blocks=")
+SIZES = ("--height=128", "--width=160", "--num-frames=17", "--text-length=9")
+SMALL = (*SIZES, "--stg-blocks=")
 
 
 def invoke(*args: str | Path) -> subprocess.CompletedProcess[str]:

@@ -34,7 +34,9 @@ def sampler_on(device: Device, case: FamilyCase = LTX) -> Sampler:
     model = case.checkpoint.load_transformer().to(device.torch_device)
     engines = {s.name: EagerEngine(family.module(model, s, expand_masks=False)) for s in segments}
     manifest = SimpleNamespace(
-        workload=case.workload, segments=[SimpleNamespace(segment=segment) for segment in segments]
+        workload=case.workload,
+        segments=[SimpleNamespace(segment=segment) for segment in segments],
+        skips={},
     )
     return Sampler(family, cast(Manifest, manifest), engines, device)
 

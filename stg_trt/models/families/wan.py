@@ -94,10 +94,10 @@ class WanText(SegmentModule):
 
     def __init__(self, embedder: Any, *borders: Any) -> None:
         super().__init__(*borders)
-        self.text, self.image = embedder.text_embedder, embedder.image_embedder
+        self.projection, self.image = embedder.text_embedder, embedder.image_embedder
 
     def run(self, tensors: State) -> State:
-        made: State = {"text": self.text(tensors["prompt_embeds"])}
+        made: State = {"text": self.projection(tensors["prompt_embeds"])}
         if self.image is not None:
             seen, positions = tensors[IMAGE_EMBEDS], self.image.pos_embed
             seen = self.image.norm1(seen if positions is None else seen + positions)
