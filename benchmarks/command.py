@@ -77,9 +77,9 @@ def build(
         width=width,
         num_frames=num_frames,
         text_length=text_length,
-        stg_blocks=None if stg_blocks is None else parse_blocks(stg_blocks),
+        stg_blocks=parse_blocks(stg_blocks),
         stg_modes=(None,) if stg_modes is None else _modes(stg_modes),
-        blocks=None if blocks is None else parse_blocks(blocks, "blocks", "3"),
+        blocks=parse_blocks(blocks, "blocks", "3"),
         layouts=_layouts(layouts),
         backend=backend,
         target=target,
@@ -266,8 +266,7 @@ def _scenario(
     # Checks that need no torch come first: its import takes seconds.
     check_mode(stg_mode)
     backend_for(backend)
-    perturbed = None if stg_blocks is None else parse_blocks(stg_blocks)
-    kept = None if blocks is None else parse_blocks(blocks, "blocks", "3")
+    perturbed, kept = parse_blocks(stg_blocks), parse_blocks(blocks, "blocks", "3")
     from .scenario import Scenario
 
     return Scenario(

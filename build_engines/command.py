@@ -66,7 +66,7 @@ def build(
 
     # Checks that need no torch come first: its import takes seconds.
     perturbed = parse_by_pass("stg_blocks", stg_blocks, parse_blocks)
-    kept = None if blocks is None else parse_blocks(blocks, "blocks", "3")
+    kept = parse_blocks(blocks, "blocks", "3")
     _check(layout, stg_mode, backend, target, precision)
     Checkpoint.open(
         checkpoint, random_weights=random_weights, variant=variant, revision=revision, lora=lora or ()

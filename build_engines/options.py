@@ -8,7 +8,7 @@ from pathlib import Path
 from stg_trt.engines.backends import Backend, check_target
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint
-from stg_trt.models.passes import SkipBlocksByName
+from stg_trt.models.passes import SkipBlocksByName, most_groups
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.plan import row_counts
 from stg_trt.models.segment import TEXT, Segment, check_layout, cut
@@ -71,7 +71,7 @@ class BuildOptions:
     @property
     def _most_passes(self) -> int:
         """Uncond, cond, and as many skip passes as were named."""
-        return 2 + max(1, len(self.skips))
+        return most_groups(len(self.skips))
 
     @property
     def name(self) -> str:
@@ -83,7 +83,7 @@ class BuildOptions:
         """(min, opt, max) rows: opt is what a CFG+STG step of `max_batch` videos runs the segment with."""
         plain = segment.front and (not segment.back or self.layout == "twin")
         left = sum(blocks[0] <= segment.start for blocks in self.skips.values())
-        after = self._most_passes if segment.text or segment.front else 2 + max(1, left)
+        after = self._most_passes if segment.text or segment.front else most_groups(left)
         passes = 1 if segment.skipped else 2 if plain else after
         return 1, passes * self.max_batch, self._most_passes * self.max_batch
 

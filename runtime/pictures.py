@@ -30,9 +30,8 @@ def read_images(
     for, for one that it lacks, and for what is not a picture.
     """
     given = {name: value for name, value in pictures.items() if value is not None}
-    known = {*family.needed_images, *family.optional_images}
     for name in given:
-        if name not in known:
+        if name not in family.needed_images:
             raise InvalidRequest(
                 f"{name}: expected none, for which this {family.name} checkpoint was not trained, got a "
                 "picture: leave it out, or use a checkpoint for it"

@@ -16,7 +16,7 @@ from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.families.base import ModelFamily
 from stg_trt.models.image import ImageCondition
-from stg_trt.models.passes import UNCOND
+from stg_trt.models.passes import UNCOND, most_groups
 from stg_trt.models.plan import StepPlan, plan_step
 from stg_trt.models.segment import TEXT, Segment
 from stg_trt.models.text import TextCondition
@@ -78,7 +78,7 @@ class Sampler:
             record.segment for record in manifest.segments if not record.segment.text
         )
         self._engines = engines
-        self._groups = 2 + max(1, len(manifest.skips))
+        self._groups = most_groups(len(manifest.skips))
         self._device = device
         self._state: StepState | None = None
         self._text: Context | None = None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
+from stg_trt.models.passes import most_groups
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import TensorSpec
 from stg_trt.runtime.table import StepTable
@@ -85,7 +86,7 @@ class RunSize:
         """The size of a run from latents (videos, ...)."""
         steps = len(guidance.cfg_scale)
         noises = len(solver.used_draws(steps))
-        groups = 2 + max(1, guidance.most_skips)
+        groups = most_groups(guidance.most_skips)
         return cls(len(latents), steps, None not in solver.single_step, noises, groups)
 
 

@@ -18,8 +18,8 @@ class StepTable:
     """Per-step values for up to `capacity` steps; `counter`, on the device too, is the step to run next.
 
     So N steps are N runs of the same work, with nothing copied from the host in between, and one captured
-    graph serves them all. `weights` (capacity, groups) are those of the predictions of a step's row groups. A
-    single step is x' = latents_factor*x + pred_factor*pred; the others use the rows
+    graph serves them all. `weights` (capacity, groups, frames) are those of a step's row groups in the sum of
+    their predictions. A single step is x' = latents_factor*x + pred_factor*pred; the others use the rows
     x' = initial_factor*x_T + sum_j history_factors_j*history_j, whose history is `slots` tensors: the
     predictions of `capacity` steps, then `noises` of noise.
     """
@@ -28,7 +28,7 @@ class StepTable:
         self.capacity = capacity
         self.slots = capacity + noises
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
-        self.weights = torch.zeros(capacity, groups, device=device)
+        self.weights = torch.zeros(capacity, groups, 1, device=device)
         self._scalars = torch.zeros(len(_SCALARS), capacity, device=device)
         self._initial_factor = torch.zeros(capacity, device=device)
         self._history_factors = torch.zeros(capacity, self.slots, device=device)
@@ -64,14 +64,14 @@ class StepTable:
         return initial, self._history_factors.index_select(0, self.counter)[0]
 
     def weights_now(self, groups: range) -> Tensor:
-        """The current step's weights (groups,) of neighbouring row groups."""
+        """The current step's weights (groups, frames) of neighbouring row groups."""
         return self.weights.index_select(0, self.counter)[0, groups.start : groups.stop]
 
     def _weights_of(self, guidance: Guidance) -> Tensor:
         weights = torch.zeros(self.weights.shape)
         for step in range(guidance.num_steps):
             groups = row_groups(guidance.passes(step))
-            weights[step, groups.start : groups.stop] = torch.tensor(guidance.weights(step))
+            weights[step, groups.start : groups.stop] = torch.tensor(guidance.weights(step))[:, None]
         return weights
 
     def device_values(self, *names: str) -> dict[str, Tensor]:

@@ -75,7 +75,7 @@ class GuidedStepKernel:
             workspace=address(self._workspace),
             videos=videos,
             length=length,
-            frames=1 if weights.ndim == 2 else weights.shape[2],
+            frames=weights.shape[2],
             weights_stride=weights.stride(0),
             passes=len(key.passes),
             cond=key.cond,

@@ -20,11 +20,6 @@ class Images:
     image: Sequence[Any] = ()
     last_image: Sequence[Any] = ()
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Those that were given."""
-        return tuple(name for name in ("image", "last_image") if getattr(self, name))
-
 
 @dataclass(frozen=True)
 class ImageCondition:

@@ -59,6 +59,11 @@ def row_groups(passes: Sequence[Pass]) -> range:
     return range(first, first + len(passes))
 
 
+def most_groups(skips: int) -> int:
+    """Row groups of steps with up to so many skip passes; engines and memory have room for one at least."""
+    return 2 + max(1, skips)
+
+
 def check_pass_names(names: Iterable[str]) -> None:
     """Raises InvalidRequest for a skip pass without a name of its own."""
     for name in names:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, overload
 
 from stg_trt.errors import InvalidRequest
 
@@ -43,10 +43,20 @@ def check_blocks(blocks: tuple[int, ...], num_blocks: int) -> None:
         raise InvalidRequest(f"stg_blocks: expected distinct block numbers, got {list(blocks)}: drop repeats")
 
 
-def parse_blocks(text: str, option: str = "stg_blocks", example: str = "14,19") -> tuple[int, ...]:
-    """Numbers from "14,19"; raises InvalidRequest, naming the option, for anything else."""
+@overload
+def parse_blocks(text: str, option: str = ..., example: str = ...) -> tuple[int, ...]: ...
+
+
+@overload
+def parse_blocks(text: str | None, option: str = ..., example: str = ...) -> tuple[int, ...] | None: ...
+
+
+def parse_blocks(
+    text: str | None, option: str = "stg_blocks", example: str = "14,19"
+) -> tuple[int, ...] | None:
+    """Numbers from "14,19", None from None; raises InvalidRequest, naming the option, for anything else."""
     try:
-        return tuple(int(block) for block in text.split(",") if block.strip())
+        return None if text is None else tuple(int(block) for block in text.split(",") if block.strip())
     except ValueError as error:
         raise InvalidRequest(
             f"{option}: expected numbers separated by commas, got {text!r}: write {example}"

@@ -7,44 +7,26 @@ from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKLCogVideoX,
     AutoencoderKLWan,
     CogVideoXDPMScheduler,
     CogVideoXImageToVideoPipeline,
-    CogVideoXTransformer3DModel,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanTransformer3DModel,
 )
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from tests.support.family_cases.cogvideox import SCHEDULE
+from tests.support.family_cases.cogvideox import SCHEDULE, tiny_transformer, tiny_vae
 
 
 def cogvideox_1_5(folder: Path) -> Any:
     """Patches of two latents in time, and an input `ofs`; the VAE divides by its factor."""
     torch.manual_seed(0)
-    vae = AutoencoderKLCogVideoX(
-        block_out_channels=(8, 8, 8, 8),
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=2,
-        scaling_factor=0.7,
-        invert_scale_latents=True,
-    )
-    transformer = CogVideoXTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
+    vae = tiny_vae(invert_scale_latents=True)
+    transformer = tiny_transformer(
         in_channels=8,
-        out_channels=4,
-        time_embed_dim=16,
-        ofs_embed_dim=16,
         text_embed_dim=24,
-        num_layers=3,
-        sample_height=10,
-        sample_width=12,
-        sample_frames=17,
-        max_text_seq_length=9,
+        ofs_embed_dim=16,
         patch_size_t=2,
         patch_bias=False,
         use_rotary_positional_embeddings=True,

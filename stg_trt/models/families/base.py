@@ -234,11 +234,6 @@ class ModelFamily(ABC):
         """Parts of the checkpoint, beside the VAE, that see the pictures."""
         return ()
 
-    @property
-    def optional_images(self) -> tuple[str, ...]:
-        """Those that it can do without."""
-        return ()
-
     def encode_images(
         self, pipeline: Any, images: Images, workload: Workload, videos: int, generator: Any
     ) -> ImageCondition:

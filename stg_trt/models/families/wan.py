@@ -297,10 +297,7 @@ class Wan(CrossAttentionDiT):
             video[0, :, frame] = picture
             given[frame] = 1
         latents = vae.encode(video.to(vae.device, vae.dtype)).latent_dist.mode().float()
-        mean, std = (
-            torch.tensor(values, device=latents.device)[:, None, None, None]
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
+        mean, std = _statistics(vae, latents.device)
         mask = given.to(latents).unflatten(0, (-1, temporal)).T[None, :, :, None, None]
         latents = (latents - mean) * (1 / std)
         return torch.cat([mask.expand(-1, -1, -1, *latents.shape[3:]), latents], 1)
@@ -334,10 +331,7 @@ class Wan(CrossAttentionDiT):
 
     def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:
         vae = pipeline.vae
-        mean, std = (
-            torch.tensor(values, device=latents.device)[:, None, None, None]
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
+        mean, std = _statistics(vae, latents.device)
         return vae_video(vae, (latents * std + mean).to(vae.dtype))
 
     def _check_channels(self) -> None:
@@ -369,3 +363,10 @@ class Wan(CrossAttentionDiT):
 def _each(pixels: list[Tensor]) -> list[list[Tensor]]:
     """The pictures of each video, of stacks of first and last ones."""
     return [[*pictures] for pictures in zip(*pixels, strict=True)]
+
+
+def _statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the VAE's latents, (channels, 1, 1, 1) each."""
+    mean, std = vae.config.latents_mean, vae.config.latents_std
+    shape = (-1, 1, 1, 1)
+    return torch.tensor(mean, device=device).view(shape), torch.tensor(std, device=device).view(shape)

@@ -51,29 +51,8 @@ def save_pipeline(folder: Path, scheduler: Any, **options: Any) -> None:
     The VAE's tiles are half of its own sample size: 48 x 40.
     """
     torch.manual_seed(0)
-    vae = AutoencoderKLCogVideoX(
-        block_out_channels=(8, 8, 8, 8),
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=2,
-        scaling_factor=0.7,
-        sample_height=96,
-        sample_width=80,
-    )
-    transformer = CogVideoXTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        time_embed_dim=16,
-        text_embed_dim=TEXT_WIDTH,
-        num_layers=3,
-        sample_height=10,
-        sample_width=12,
-        sample_frames=17,
-        max_text_seq_length=9,
-        **options,
-    )
+    vae = tiny_vae(sample_height=96, sample_width=80)
+    transformer = tiny_transformer(in_channels=4, text_embed_dim=TEXT_WIDTH, **options)
     CogVideoXPipeline(
         scheduler=scheduler,
         vae=vae,
@@ -81,6 +60,33 @@ def save_pipeline(folder: Path, scheduler: Any, **options: Any) -> None:
         tokenizer=make_tokenizer(),
         transformer=transformer,
     ).save_pretrained(folder)
+
+
+def tiny_vae(**options: Any) -> AutoencoderKLCogVideoX:
+    return AutoencoderKLCogVideoX(
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        scaling_factor=0.7,
+        **options,
+    )
+
+
+def tiny_transformer(**options: Any) -> CogVideoXTransformer3DModel:
+    """Another trained size than that of SIZES."""
+    return CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        out_channels=4,
+        time_embed_dim=16,
+        num_layers=3,
+        sample_height=10,
+        sample_width=12,
+        sample_frames=17,
+        max_text_seq_length=9,
+        **options,
+    )
 
 
 def predict(model: Any, x: Tensor, condition: TextCondition) -> Tensor:
