@@ -136,7 +136,8 @@ def schedule_steps(request: Request, store: EngineStore, family: ModelFamily, sc
             f"guidance_scale: expected none for this {family.name}, which takes no guidance as an input, got "
             f"{options.embedded_guidance}: use true_cfg_scale"
         )
-    guidance = Guidance.for_steps(solver.noise_levels[:taken], options, solver.timesteps[:taken])
+    _, frames, *_ = family.latent_shape(workload)
+    guidance = Guidance.for_steps(solver.noise_levels[:taken], options, solver.timesteps[:taken], frames)
     for perturbation in guidance.perturbations:
         check_blocks(perturbation.blocks, family.num_blocks)
     # The steps belong to the sizes of this build; what they perturb may need another one.

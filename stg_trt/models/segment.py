@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from stg_trt.errors import InvalidRequest
@@ -18,6 +18,8 @@ class Segment:
 
     `text` is the projection of the prompt, run once per call. `skipped` blocks are perturbed for all rows
     (the twin layout); `keep_input` adds a bool per row that switches self-attention (segmented stg-a).
+    With `stg_r_inside`, stg-r does not leave out the blocks but changes them, by a bool per row too. A
+    segment that `gathers` reads what was made before a fork by an index, so that no row of it is copied.
     """
 
     name: str
@@ -28,6 +30,8 @@ class Segment:
     text: bool = False
     keep_input: bool = False
     skipped: Perturbation | None = None
+    stg_r_inside: bool = field(default=False, repr=False)
+    gathers: bool = field(default=False, repr=False)
 
     @property
     def blocks(self) -> range:
