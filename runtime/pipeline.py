@@ -219,11 +219,10 @@ class VideoPipeline:
             schedule = self._schedule(request)
             if output_type != "latent":  # A VAE that cannot decode is refused before the sampling.
                 self.components.load_vae(schedule.workload, self._device_for(schedule.build).torch_device)
-            # In this order, since both draw from the generator.
-            image = self._image(schedule, request, images)
-            noise = self._noise(schedule, request)
+            start, image = self._start(schedule, request, images)
             with _memory_explained(schedule.build.manifest, "GPU memory", _LESS_TO_SAMPLE):
-                result = self._drain(self._steps(schedule, request, noise, image), noise, callback)
+                result = self._drain(self._steps(schedule, request, start, image), start, callback)
+            result = self.family.finished(result, schedule.workload, image)
             return self._output(result, schedule, output_type, generator=request.generator, **decode_options)
 
     def _schedule(self, request: Request) -> Schedule:
@@ -236,6 +235,18 @@ class VideoPipeline:
             )
         self._warn_of_second_guidance(schedule.guidance)
         return schedule
+
+    def _start(
+        self, schedule: Schedule, request: Request, images: Images | None
+    ) -> tuple[Tensor, ImageCondition | None]:
+        """What a run starts from, and what the pictures add to it, which both draw from the generator."""
+        if self.family.draws_noise_first:
+            noise = self._noise(schedule, request)
+            image = self._image(schedule, request, images)
+        else:
+            image = self._image(schedule, request, images)
+            noise = self._noise(schedule, request)
+        return self.family.start(noise, image), image
 
     def _image(self, schedule: Schedule, request: Request, images: Images | None) -> ImageCondition | None:
         """What the call's pictures add; None without any."""

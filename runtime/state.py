@@ -13,10 +13,13 @@ from torch import Tensor
 
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
+from stg_trt.models.image import CleanLatents
 from stg_trt.models.passes import most_groups
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import TensorSpec, index_of
 from stg_trt.runtime.table import StepTable
+
+from .clean_latents import CleanMemory
 
 Borders = Callable[[Segment], Sequence[Sequence[str]]]
 """Names of a segment's inputs and outputs."""
@@ -129,7 +132,8 @@ class StepState:
 
     `history` holds every prediction so far and the noise that the solver adds, as the table says; it is
     None for solvers that need only the last prediction. `frame_rate` is that of the position tables in the
-    buffers, None before they are written.
+    buffers, None before they are written; `clean` the memory of latents that are given, from the first run
+    that has some.
     """
 
     buffers: StepBuffers
@@ -138,6 +142,7 @@ class StepState:
     initial: Tensor
     history: Tensor | None
     frame_rate: float | None = None
+    clean: CleanMemory | None = None
 
     @classmethod
     def allocate(cls, buffers: StepBuffers, latents_shape: Sequence[int], size: RunSize) -> StepState:
@@ -167,6 +172,12 @@ class StepState:
         self.latents.copy_(latents)
         if self.history is not None:
             self._preds.zero_()
+
+    def hold(self, clean: CleanLatents) -> None:
+        """Writes the latents that are given in a run; their memory stays for later runs."""
+        if self.clean is None:
+            self.clean = CleanMemory(self.latents.shape, self.latents.device)
+        self.clean.load(clean)
 
     def add_noise(self, noise: Tensor) -> None:
         """Writes the noise that the solver adds in a run, (draws, videos, ...)."""

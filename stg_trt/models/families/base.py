@@ -191,7 +191,20 @@ class ModelFamily(ABC):
 
     def image_inputs(self, image: ImageCondition) -> dict[str, Tensor]:
         """Tensors that depend on the pictures: one entry per row of `image`."""
-        raise TypeError(f"{type(self).__name__} does not define image_inputs")
+        given = {CONDITION: image.channels, IMAGE_EMBEDS: image.context}
+        return {name: tensor for name, tensor in given.items() if tensor is not None}
+
+    def timestep_tables(self, workload: Workload, image: ImageCondition | None) -> dict[str, Tensor]:
+        """Which timesteps the network is told for which tokens, if it can be told several; for all rows."""
+        return {}
+
+    def start(self, noise: Tensor, image: ImageCondition | None) -> Tensor:
+        """The latents that a run starts from, of packed noise."""
+        return noise if image is None or image.start is None else image.start.of(noise)
+
+    def finished(self, latents: Tensor, workload: Workload, image: ImageCondition | None) -> Tensor:
+        """What diffusers' pipeline returns as the latents that its loop ends with, packed like these."""
+        return latents
 
     def uncond_image(self, image: ImageCondition) -> ImageCondition:
         """What the pass without the prompt sees of the pictures: the same, unless a family says otherwise."""
@@ -201,8 +214,12 @@ class ModelFamily(ABC):
         self, text: TextCondition, workload: Workload, frame_rate: float, image: ImageCondition | None = None
     ) -> dict[str, Tensor]:
         """All tensors that stay the same over the steps, before the text segment."""
-        pictures = {} if image is None else self.image_inputs(image)
-        return {**self.text_inputs(text, workload), **pictures, **self.position_tables(workload, frame_rate)}
+        return {
+            **self.text_inputs(text, workload),
+            **({} if image is None else self.image_inputs(image)),
+            **self.timestep_tables(workload, image),
+            **self.position_tables(workload, frame_rate),
+        }
 
     def set_timesteps(self, scheduler: Any, num_inference_steps: int, workload: Workload) -> None:
         """Calls the scheduler's set_timesteps as the family's diffusers pipeline does."""
@@ -242,6 +259,21 @@ class ModelFamily(ABC):
     def needed_images(self) -> tuple[str, ...]:
         """The pictures, by arguments' names, without which the model cannot run; none for text-to-video."""
         return ()
+
+    @property
+    def optional_images(self) -> tuple[str, ...]:
+        """Pictures that the model can begin with, and needs not."""
+        return ()
+
+    @property
+    def takes_conditions(self) -> bool:
+        """Whether it takes pictures and videos for any of its frames, of which `image` is then one."""
+        return False
+
+    @property
+    def draws_noise_first(self) -> bool:
+        """Whether diffusers' pipeline draws a run's noise before what it draws for the pictures."""
+        return False
 
     @property
     def image_parts(self) -> tuple[str, ...]:

@@ -279,9 +279,6 @@ class CogVideoX(JointAttentionDiT):
         """The embeddings, padding included."""
         return {"prompt_embeds": text.embeds}
 
-    def image_inputs(self, image: ImageCondition) -> dict[str, Tensor]:
-        return {CONDITION: image.channels}
-
     def encode_images(
         self, pipeline: Any, images: Images, workload: Workload, videos: int, generator: Any
     ) -> ImageCondition:

@@ -266,9 +266,6 @@ class Wan(CrossAttentionDiT):
         seen = self.integer("image_dim") if self.sees else 0
         return 2 * self.context_tokens * seen * (seen + self.width)
 
-    def image_inputs(self, image: ImageCondition) -> dict[str, Tensor]:
-        return {CONDITION: image.channels} | ({} if image.context is None else {IMAGE_EMBEDS: image.context})
-
     def encode_images(
         self, pipeline: Any, images: Images, workload: Workload, videos: int, generator: Any
     ) -> ImageCondition:
