@@ -16,9 +16,9 @@ from stg_trt.models.families.token_timesteps import TRAIN_TIMESTEPS
 from stg_trt.models.image import CleanLatents, CleanMode
 
 from .noise import Generators, draw
-from .operations import Operation
 
 if TYPE_CHECKING:
+    from .operations import Operation
     from .state import StepState
 
 # As diffusers compares strengths and noise levels.

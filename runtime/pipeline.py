@@ -32,7 +32,7 @@ from .callbacks import StepCallback, call_back, check_callback
 from .components import Components
 from .device import Device, open_device
 from .noise import Generators, draw
-from .pictures import Pictures, read_images
+from .pictures import GivenPictures, Pictures
 from .prompts import Embeddings, Prompt, Prompts
 from .sampler import SampledStep, Sampler
 from .schedule import Request, Schedule, schedule_steps
@@ -153,6 +153,8 @@ class VideoPipeline:
         negative_prompt: str | list[str] | None = None,
         image: Pictures | None = None,
         last_image: Pictures | None = None,
+        conditions: Sequence[object] | object = None,
+        image_cond_noise_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
@@ -196,14 +198,13 @@ class VideoPipeline:
         )  # fmt: skip
         cond = Embeddings(prompt_embeds, prompt_attention_mask, pooled_prompt_embeds)
         uncond = Embeddings(
-            negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds
-        )
+            negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds)  # fmt: skip
         prompts = Prompts(prompt, negative_prompt, cond, uncond, num_videos_per_prompt)
-        guided = choose_options(guidance, arguments)
+        pictures = GivenPictures(image, last_image, conditions, image_cond_noise_scale)
         sizes = replace(self._request, height=height, width=width, num_frames=num_frames)
         return self._generate(Request(
-            replace(sizes, videos=prompts.videos), prompts, {"image": image, "last_image": last_image},
-            guided, num_inference_steps, frame_rate,
+            replace(sizes, videos=prompts.videos), prompts, pictures,
+            choose_options(guidance, arguments), num_inference_steps, frame_rate,
             list(generator) if isinstance(generator, tuple) else generator, latents,
             foreign.max_sequence_length, CustomSteps.read(timesteps, sigmas),
         ), output_type, callback_on_step_end, foreign)  # fmt: skip
@@ -214,7 +215,7 @@ class VideoPipeline:
         check_callback(callback, foreign.callback_tensors)
         decode_options = foreign.decode_options
         self._check_options(output_type, decode_options, request.prompts.videos)
-        images = read_images(self.family, request.pictures, request.prompts)
+        images = request.pictures.read(self.family, request.prompts)
         with self._turns:
             schedule = self._schedule(request)
             if output_type != "latent":  # A VAE that cannot decode is refused before the sampling.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +20,7 @@ from stg_trt.models.perturbation import check_blocks
 from stg_trt.models.workload import Workload
 
 from .noise import Generators
-from .pictures import Pictures
+from .pictures import GivenPictures
 from .prompts import Prompts
 
 _log = logging.getLogger(__name__)
@@ -36,7 +35,7 @@ class Request:
 
     sizes: EngineRequest
     prompts: Prompts
-    pictures: Mapping[str, Pictures | None]
+    pictures: GivenPictures
     guidance: GuidanceOptions
     num_inference_steps: int | None
     frame_rate: float | None
