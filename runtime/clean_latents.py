@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from stg_trt.models.families.token_timesteps import TRAIN_TIMESTEPS
 from stg_trt.models.image import CleanLatents, CleanMode

@@ -45,8 +45,8 @@ class GivenPictures:
         One prompt's are those of its videos. Raises InvalidRequest for pictures that the model has no use
         for, for one that it lacks, and for what is not a picture.
         """
-        given = {"image": self.image, "last_image": self.last_image}
-        given = {name: value for name, value in given.items() if value is not None}
+        named = {"image": self.image, "last_image": self.last_image}
+        given = {name: value for name, value in named.items() if value is not None}
         _check_names(family, given)
         if family.takes_conditions:
             return self._conditions(prompts)
@@ -61,7 +61,7 @@ class GivenPictures:
         read = {name: _read(name, value, prompts.count) for name, value in given.items()}
         if any(len(found) > 1 for found in read.values()):
             read = {name: _of_videos(found, prompts) for name, found in read.items()}
-        return Images(**read)
+        return Images(read.get("image", ()), read.get("last_image", ()))
 
     def _conditions(self, prompts: Prompts) -> Images | None:
         """As LTXConditionPipeline takes them: `image` is a condition from the first frame on."""

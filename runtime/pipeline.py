@@ -198,7 +198,8 @@ class VideoPipeline:
         )  # fmt: skip
         cond = Embeddings(prompt_embeds, prompt_attention_mask, pooled_prompt_embeds)
         uncond = Embeddings(
-            negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds)  # fmt: skip
+            negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds
+        )
         prompts = Prompts(prompt, negative_prompt, cond, uncond, num_videos_per_prompt)
         pictures = GivenPictures(image, last_image, conditions, image_cond_noise_scale)
         sizes = replace(self._request, height=height, width=width, num_frames=num_frames)
@@ -217,7 +218,7 @@ class VideoPipeline:
         self._check_options(output_type, decode_options, request.prompts.videos)
         images = request.pictures.read(self.family, request.prompts)
         with self._turns:
-            schedule = self._schedule(request)
+            schedule = self._schedule(request, images)
             if output_type != "latent":  # A VAE that cannot decode is refused before the sampling.
                 self.components.load_vae(schedule.workload, self._device_for(schedule.build).torch_device)
             start, image = self._start(schedule, request, images)
@@ -226,8 +227,8 @@ class VideoPipeline:
             result = self.family.finished(result, schedule.workload, image)
             return self._output(result, schedule, output_type, generator=request.generator, **decode_options)
 
-    def _schedule(self, request: Request) -> Schedule:
-        schedule = schedule_steps(request, self.store, self.family, self.scheduler)
+    def _schedule(self, request: Request, images: Images | None) -> Schedule:
+        schedule = schedule_steps(request, images, self.store, self.family, self.scheduler)
         self.num_timesteps = schedule.guidance.num_steps
         if self.family.takes_true_cfg and schedule.guidance.needs_uncond and not request.prompts.has_negative:
             raise InvalidRequest(
@@ -294,7 +295,7 @@ class VideoPipeline:
         self, latents: Tensor, schedule: Schedule, output_type: str, **decode_options: Any
     ) -> VideoPipelineOutput:
         if output_type == "latent":
-            return VideoPipelineOutput(latents)
+            return VideoPipelineOutput(self.family.returned(latents, schedule.workload))
         device = self._device_for(schedule.build).torch_device
         less = _LESS_TO_DECODE if self.components.vae_tiling else f"--vae-tiling, {_LESS_TO_DECODE}"
         with _memory_explained(schedule.build.manifest, "GPU memory of decoding", less):
@@ -347,7 +348,8 @@ class VideoPipeline:
         workload, videos = schedule.workload, request.prompts.videos
         latents = request.latents
         shape = (videos, *self.family.noise_shape(workload))
-        packed = self.family.tensors(workload)["latents"].with_rows(videos)
+        of_video = replace(workload, condition_frames=0)
+        packed = self.family.tensors(of_video)["latents"].with_rows(videos)
         if latents is None:
             latents = draw(shape, request.generator)
         if tuple(latents.shape) not in (packed, shape):

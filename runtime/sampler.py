@@ -15,7 +15,7 @@ from stg_trt.errors import InvalidRequest
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.families.base import ModelFamily
-from stg_trt.models.image import CleanMode, ImageCondition
+from stg_trt.models.image import CleanMode, ImageCondition, Places
 from stg_trt.models.passes import UNCOND, most_groups
 from stg_trt.models.plan import StepPlan, plan_step
 from stg_trt.models.segment import TEXT, Segment
@@ -143,7 +143,7 @@ class Sampler:
             text = TextCondition.stacked(rows).guided(guidance.embedded)
             if not size.single_step:
                 state.add_noise(draw_for(solver, len(guidance.cfg_scale), latents.shape, generator))
-            self._write_position_tables(state, frame_rate)
+            self._write_position_tables(state, frame_rate, () if image is None else image.placed)
             self._write_image(state.buffers, image)
             for name, tensor in self.family.timestep_tables(self.workload, image).items():
                 state.buffers.view(name).copy_(tensor)
@@ -205,14 +205,14 @@ class Sampler:
             context.bind(name, buffers.view(name))
         return context
 
-    def _write_position_tables(self, state: StepState, frame_rate: float) -> None:
+    def _write_position_tables(self, state: StepState, frame_rate: float, placed: Places) -> None:
         """Computes and copies the tables, tens of megabytes, unless the last run had the same ones."""
-        if state.frame_rate == frame_rate:
+        if state.positions == (frame_rate, placed):
             return
-        state.frame_rate = None
-        for name, tensor in self.family.position_tables(self.workload, frame_rate).items():
+        state.positions = None
+        for name, tensor in self.family.position_tables(self.workload, frame_rate, placed).items():
             state.buffers.view(name).copy_(tensor)
-        state.frame_rate = frame_rate
+        state.positions = (frame_rate, placed)
 
     def _write_image(self, buffers: StepBuffers, image: ImageCondition | None) -> None:
         """What pictures add; uncond may see another than the other passes."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
-from stg_trt.models.image import CleanLatents
+from stg_trt.models.image import CleanLatents, Places
 from stg_trt.models.passes import most_groups
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import TensorSpec, index_of
@@ -131,9 +131,9 @@ class StepState:
     """Static memory of a run: rows at the engines' borders, latents in float32, and the step table.
 
     `history` holds every prediction so far and the noise that the solver adds, as the table says; it is
-    None for solvers that need only the last prediction. `frame_rate` is that of the position tables in the
-    buffers, None before they are written; `clean` the memory of latents that are given, from the first run
-    that has some.
+    None for solvers that need only the last prediction. `positions` are the frame rate and the places of the
+    position tables in the buffers, None before they are written; `clean` is the memory of latents that are
+    given, None before a run that has some.
     """
 
     buffers: StepBuffers
@@ -141,7 +141,7 @@ class StepState:
     latents: Tensor
     initial: Tensor
     history: Tensor | None
-    frame_rate: float | None = None
+    positions: tuple[float, Places] | None = None
     clean: CleanMemory | None = None
 
     @classmethod

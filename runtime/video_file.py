@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-
 from PIL import Image
 
 from stg_trt.errors import InvalidRequest

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
 
+Places = tuple[tuple[int, int], ...]
 CleanMode = Literal["held", "noised", "replaced"]
 
 
@@ -96,13 +97,15 @@ class ImageCondition:
     """What pictures add to every row of a video.
 
     `channels` (videos, ...) are appended to those of the latents, in their layout. `context` (videos, tokens,
-    width) are tokens beside the prompt's.
+    width) are tokens beside the prompt's. `placed` are the frame and the latent frames of each picture that
+    is tokens before the video's.
     """
 
     channels: Tensor | None = None
     context: Tensor | None = None
     start: Start | None = None
     clean: CleanLatents | None = None
+    placed: Places = ()
 
 
 def posterior_samples(vae: Any, pixels: Tensor, videos: int, generator: Any) -> Tensor:

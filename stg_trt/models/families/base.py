@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.custom_steps import CustomSteps
-from stg_trt.models.image import ImageCondition, Images
+from stg_trt.models.image import ImageCondition, Images, Places
 from stg_trt.models.passes import SkipBlocksByName
 from stg_trt.models.segment import Segment, cut
 from stg_trt.models.tensor_spec import ROWS, TensorSpec, index_of
@@ -182,8 +182,14 @@ class ModelFamily(ABC):
         return
 
     @abstractmethod
-    def position_tables(self, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
-        """Tensors that depend on nothing but sizes and frame rate; all rows share them."""
+    def position_tables(
+        self, workload: Workload, frame_rate: float, placed: Places = ()
+    ) -> dict[str, Tensor]:
+        """Tensors that depend on sizes, frame rate and `placed` alone; all rows share them.
+
+        `placed` are the frames from which pictures stand that are tokens beside the video's, and how many
+        latent frames each has.
+        """
 
     @abstractmethod
     def text_inputs(self, text: TextCondition, workload: Workload) -> dict[str, Tensor]:
@@ -203,8 +209,16 @@ class ModelFamily(ABC):
         return noise if image is None or image.start is None else image.start.of(noise)
 
     def finished(self, latents: Tensor, workload: Workload, image: ImageCondition | None) -> Tensor:
-        """What diffusers' pipeline returns as the latents that its loop ends with, packed like these."""
+        """What the VAE decodes of the latents that the loop ends with, packed like these."""
         return latents
+
+    def returned(self, latents: Tensor, workload: Workload) -> Tensor:
+        """Finished latents in the layout in which diffusers' pipeline returns them."""
+        return latents
+
+    def condition_frames(self, images: Images, workload: Workload) -> int:
+        """The latent frames of pictures for later frames, which are tokens beside the video's."""
+        return 0
 
     def uncond_image(self, image: ImageCondition) -> ImageCondition:
         """What the pass without the prompt sees of the pictures: the same, unless a family says otherwise."""
@@ -218,7 +232,7 @@ class ModelFamily(ABC):
             **self.text_inputs(text, workload),
             **({} if image is None else self.image_inputs(image)),
             **self.timestep_tables(workload, image),
-            **self.position_tables(workload, frame_rate),
+            **self.position_tables(workload, frame_rate, () if image is None else image.placed),
         }
 
     def set_timesteps(self, scheduler: Any, num_inference_steps: int, workload: Workload) -> None:

@@ -68,13 +68,24 @@ class Encoder:
         first, workload = condition.frame_index, self.workload
         if first >= workload.num_frames:
             raise InvalidRequest(
-                f"frame_index: expected 0 to {workload.num_frames - 1}, the frames of the video, got {first}: "
+                f"frame_index: expected 0 to {workload.num_frames - 1}, the frames it has, got {first}: "
                 "choose one of them"
             )
         processor, size = self.pipeline.video_processor, (workload.height, workload.width)
         pictures = processor.preprocess([*condition.pictures], *size)
         fitting = min(len(pictures), workload.num_frames - first)
-        return pictures[: (fitting - 1) // temporal * temporal + 1].transpose(0, 1)[None].contiguous()
+        kept: Tensor = pictures[: (fitting - 1) // temporal * temporal + 1]
+        return kept.transpose(0, 1)[None].contiguous()
+
+
+@dataclass(frozen=True)
+class _Extra:
+    """Latents (1 or videos, channels, frames, height, width) before the video's, with noise like them."""
+
+    frame_index: int
+    latents: Tensor
+    noise: Tensor
+    strength: float
 
 
 @dataclass
@@ -84,7 +95,7 @@ class _Canvas:
     noise_share: Tensor
     added: Tensor
     strength: Tensor
-    extra: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)
+    extra: list[_Extra] = field(default_factory=list)
 
     @classmethod
     def empty(cls, videos: int, shape: Sequence[int]) -> _Canvas:
@@ -109,9 +120,7 @@ def image_condition(encoder: Encoder, images: Images, shape: Sequence[int]) -> I
     return _condition(canvas, shape, 0.0)
 
 
-def frame_conditions(
-    encoder: Encoder, images: Images, shape: Sequence[int], temporal: int
-) -> ImageCondition:
+def frame_conditions(encoder: Encoder, images: Images, shape: Sequence[int], temporal: int) -> ImageCondition:
     """Latents (channels, frames, height, width) under all conditions, as LTXConditionPipeline has them.
 
     `temporal` is how many frames a latent holds.
@@ -125,7 +134,8 @@ def frame_conditions(
         prefix, rest = latents[:, :, :PREFIX_FRAMES], latents[:, :, PREFIX_FRAMES:]
         if rest.shape[2]:
             canvas.paint(rest, condition.frame_index // temporal + PREFIX_FRAMES, condition.strength)
-        canvas.extra.append((prefix, encoder.noise(prefix.shape), condition.strength))
+        noise = encoder.noise(prefix.shape)
+        canvas.extra.append(_Extra(condition.frame_index, prefix, noise, condition.strength))
     return _condition(canvas, shape, images.noise_scale)
 
 
@@ -135,15 +145,18 @@ def _condition(canvas: _Canvas, shape: Sequence[int], noise_scale: float) -> Ima
     share, strength = (
         [pack(mask.expand(1, 1, *shape[1:]))] for mask in (canvas.noise_share, canvas.strength)
     )
-    added, noise = [pack(canvas.added)], []
-    for latents, own_noise, kept in reversed(canvas.extra):
-        packed = pack(latents).expand(videos, -1, -1)
-        added.insert(0, packed * kept)
-        noise.insert(0, pack(own_noise).expand(videos, -1, -1))
-        share.insert(0, torch.full((1, packed.shape[1], 1), 1 - kept))
-        strength.insert(0, torch.full((1, packed.shape[1], 1), kept))
+    added: list[Tensor] = [pack(canvas.added)]
+    noise: list[Tensor] = []
+    for extra in reversed(canvas.extra):
+        packed = pack(extra.latents).expand(videos, -1, -1)
+        added.insert(0, packed * extra.strength)
+        noise.insert(0, pack(extra.noise).expand(videos, -1, -1))
+        share.insert(0, torch.full((1, packed.shape[1], 1), 1 - extra.strength))
+        strength.insert(0, torch.full((1, packed.shape[1], 1), extra.strength))
     start = Start(torch.cat(share, 1), torch.cat(added, 1), torch.cat(noise, 1) if noise else None)
-    return ImageCondition(start=start, clean=CleanLatents(torch.cat(strength, 1)[0], noise_scale))
+    clean = CleanLatents(torch.cat(strength, 1)[0], noise_scale)
+    places = tuple((extra.frame_index, extra.latents.shape[2]) for extra in canvas.extra)
+    return ImageCondition(start=start, clean=clean, placed=places)
 
 
 def extra_frames(condition: FrameCondition, num_frames: int, temporal: int) -> int:

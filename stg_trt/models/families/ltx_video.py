@@ -21,17 +21,17 @@ from stg_trt.errors import InvalidRequest
 from stg_trt.models.custom_steps import CustomSteps
 from stg_trt.models.families.base import Defaults, SegmentModule, load_class, vae_video
 from stg_trt.models.families.cross_attention import CrossAttentionDiT, CrossAttentionSegment
-from stg_trt.models.families.ltx_condition import Encoder, frame_conditions, image_condition
+from stg_trt.models.families.dit import State, TextProjection, half_table, rms_norm, rotate
+from stg_trt.models.families.ltx_condition import Encoder, extra_frames, frame_conditions, image_condition
 from stg_trt.models.families.token_timesteps import (
     TIMESTEP_INDEX,
     TIMESTEP_LIMITS,
     of_tokens,
-    token_timestep_specs,
     timestep_tables,
+    token_timestep_specs,
     token_timesteps,
 )
-from stg_trt.models.families.dit import State, TextProjection, half_table, rms_norm, rotate
-from stg_trt.models.image import ImageCondition, Images
+from stg_trt.models.image import CleanLatents, ImageCondition, Images, Places
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
@@ -95,7 +95,7 @@ class LTXVideo(CrossAttentionDiT):
 
     name = "ltx-video"
     transformer_class = "LTXVideoTransformer3DModel"
-    export_version = 1
+    export_version = 2
     pipeline_class = "LTXPipeline"
     decode_options = frozenset({"decode_timestep", "decode_noise_scale"})
     blocks_name = "transformer_blocks"
@@ -162,6 +162,11 @@ class LTXVideo(CrossAttentionDiT):
                     f"LTX-Video, got {self.config[name]}: use a checkpoint without patches"
                 )
         super().check(workload)
+        if workload.condition_frames and not self._conditioned:
+            raise InvalidRequest(
+                f"condition_frames: expected 0 for {self.pipeline_class}, which takes a picture for the "
+                f"first frame alone, got {workload.condition_frames}: leave it out"
+            )
 
     def own_tensors(self, workload: Workload) -> tuple[TensorSpec, ...]:
         tokens, width, dtype = self.tokens(workload), self.width, workload.dtype
@@ -180,7 +185,9 @@ class LTXVideo(CrossAttentionDiT):
     def text_module(self, transformer: Any, *borders: Any) -> SegmentModule:
         return TextProjection(transformer.caption_projection, *borders)
 
-    def position_tables(self, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
+    def position_tables(
+        self, workload: Workload, frame_rate: float, placed: Places = ()
+    ) -> dict[str, Tensor]:
         from diffusers.models.transformers.transformer_ltx import LTXVideoRotaryPosEmbed
 
         rope = LTXVideoRotaryPosEmbed(
@@ -190,7 +197,7 @@ class LTXVideo(CrossAttentionDiT):
             base_width=2048,
             theta=10000.0,
         )
-        cos, sin = rope(torch.zeros(1, 1), **self._positions(workload, frame_rate))
+        cos, sin = rope(torch.zeros(1, 1), **self._positions(workload, frame_rate, placed))
         return {"rope_cos": half_table(cos[0]), "rope_sin": half_table(sin[0])}
 
     def timestep_tables(self, workload: Workload, image: ImageCondition | None) -> dict[str, Tensor]:
@@ -210,6 +217,37 @@ class LTXVideo(CrossAttentionDiT):
     def draws_noise_first(self) -> bool:
         return self._conditioned
 
+    def tokens(self, workload: Workload) -> int:
+        """Those of the video, and of pictures for later frames."""
+        _, height, width = self.grid(workload)
+        return super().tokens(workload) + workload.condition_frames * height * width
+
+    def condition_frames(self, images: Images, workload: Workload) -> int:
+        temporal, _ = self.compression
+        return sum(extra_frames(one, workload.num_frames, temporal) for one in images.conditions)
+
+    def random_image(self, workload: Workload, rows: int, generator: torch.Generator) -> ImageCondition:
+        """The first frame and all tokens before it clean, so that both kinds of timesteps are compared."""
+        frames, height, width = self.grid(workload)
+        before, spatial = workload.condition_frames, height * width
+        strength = torch.zeros(before + frames, spatial, 1)
+        strength[: before + 1] = 1
+        placed = ((workload.num_frames - 1, 1),) * before
+        return ImageCondition(clean=CleanLatents(strength.flatten(0, 1)), placed=placed)
+
+    def finished(self, latents: Tensor, workload: Workload, image: ImageCondition | None) -> Tensor:
+        """Without the tokens before the video's."""
+        return latents[:, -super().tokens(workload) :]
+
+    def returned(self, latents: Tensor, workload: Workload) -> Tensor:
+        """LTXConditionPipeline returns them unpacked."""
+        if not self._conditioned:
+            return latents
+        unpacked: Tensor = load_class(_CONDITION_PIPELINE)._unpack_latents(
+            latents, *self.latent_shape(workload)[1:]
+        )
+        return unpacked
+
     def encode_images(
         self, pipeline: Any, images: Images, workload: Workload, videos: int, generator: Any
     ) -> ImageCondition:
@@ -224,7 +262,7 @@ class LTXVideo(CrossAttentionDiT):
         bias = (1 - text.mask.float()) * -10000.0
         return {"prompt_embeds": text.embeds, "text_bias": bias[:, None, None, :]}
 
-    def _positions(self, workload: Workload, frame_rate: float) -> dict[str, Any]:
+    def _positions(self, workload: Workload, frame_rate: float, placed: Places) -> dict[str, Any]:
         """The tokens' places, in seconds and pixels, as the pipeline gives them to RoPE."""
         temporal, spatial = self.compression
         _, frames, height, width = self.latent_shape(workload)
@@ -238,8 +276,12 @@ class LTXVideo(CrossAttentionDiT):
             }
         # The VAE is causal: the first latent is one frame, and each of the others `temporal` of them.
         pipeline = load_class(self.pipeline_class)
-        tokens = pipeline._prepare_video_ids(1, frames, height, width)
-        places = pipeline._scale_video_ids(tokens, spatial, temporal).float()
+        places = torch.cat([
+            pipeline._scale_video_ids(
+                pipeline._prepare_video_ids(1, latents, height, width), spatial, temporal, first
+            )
+            for first, latents in (*placed, (0, frames))
+        ], 2).float()  # fmt: skip
         places[:, 0] *= 1.0 / frame_rate
         return {"video_coords": places}
 

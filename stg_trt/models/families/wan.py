@@ -25,7 +25,7 @@ from stg_trt.models.families.base import (
 )
 from stg_trt.models.families.cross_attention import CrossAttentionDiT, CrossAttentionSegment
 from stg_trt.models.families.dit import State, gated, half_table, rotate, unpatched
-from stg_trt.models.image import ImageCondition, Images
+from stg_trt.models.image import ImageCondition, Images, Places
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
@@ -299,7 +299,9 @@ class Wan(CrossAttentionDiT):
         latents = (latents - mean) * (1 / std)
         return torch.cat([mask.expand(-1, -1, -1, *latents.shape[3:]), latents], 1)
 
-    def position_tables(self, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
+    def position_tables(
+        self, workload: Workload, frame_rate: float, placed: Places = ()
+    ) -> dict[str, Tensor]:
         """Wan's positions do not depend on the frame rate."""
         from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
