@@ -12,7 +12,7 @@ def pieces_of(segment: Segment) -> tuple[Segment, ...]:
     """Embedding, blocks one by one, head; a block that is skipped in all rows is no piece."""
     blocks = []
     for block in segment.blocks:
-        piece = Segment("block", block, block + 1, keep_input=segment.keep_input)
+        piece = Segment("block", block, block + 1, keep_input=segment.keep_input, expert=segment.expert)
         if segment.skipped is not None and block in segment.skipped.blocks:
             if segment.skipped.mode == "stg-r":
                 continue
@@ -20,6 +20,6 @@ def pieces_of(segment: Segment) -> tuple[Segment, ...]:
         blocks.append(piece)
     if not blocks:
         return (segment,)
-    embedding = Segment("embedding", segment.start, segment.start, front=True)
-    head = Segment("head", segment.stop, segment.stop, back=True)
+    embedding = Segment("embedding", segment.start, segment.start, front=True, expert=segment.expert)
+    head = Segment("head", segment.stop, segment.stop, back=True, expert=segment.expert)
     return (*([embedding] if segment.front else []), *blocks, *([head] if segment.back else []))

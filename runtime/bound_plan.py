@@ -37,7 +37,7 @@ class BoundPlan:
         self._buffers = buffers
         self._device = device
         self._operations: list[Operation] = []
-        self._turns: dict[str, int] = {}
+        self._turns = buffers.first_turns(plan.expert)
         self._row_outputs: dict[str, None] = {}
         for run in plan.runs:
             self._add(run, engines[run.segment.name], *borders(run.segment))

@@ -31,7 +31,7 @@ def read_images(
     """
     given = {name: value for name, value in pictures.items() if value is not None}
     for name in given:
-        if name not in family.needed_images:
+        if name not in (*family.needed_images, *family.optional_images):
             raise InvalidRequest(
                 f"{name}: expected none, for which this {family.name} checkpoint was not trained, got a "
                 "picture: leave it out, or use a checkpoint for it"

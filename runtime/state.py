@@ -5,7 +5,7 @@ All of it is allocated here, before the first step, at addresses that engines an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,8 @@ from stg_trt.runtime.table import StepTable
 class StepBuffers:
     """Static memory for every tensor at a border, in row groups: one row per video for each pass of a step.
 
-    A `ping_pong` tensor is read and written by the same segment, so it is two, which take turns.
+    A `ping_pong` tensor is read and written by the same segment, so it is two, which take turns. A tensor
+    `of_experts` is made for each of them before the first step, so it is as many as there are experts.
     """
 
     def __init__(
@@ -32,15 +33,17 @@ class StepBuffers:
         videos: int,
         device: torch.device,
         groups: int = 3,
+        of_experts: Mapping[str, int] | None = None,
     ) -> None:
         self.videos = videos
         self.groups = groups
         self._device = device
         self._tensors: dict[str, tuple[Tensor, ...]] = {}
         self._has_rows = {spec.name: spec.has_rows for spec in specs}
+        self._of_experts = dict(of_experts or {})
         for spec in specs:
             shape = spec.with_rows(groups * videos)
-            count = 2 if spec.name in ping_pong else 1
+            count = 2 if spec.name in ping_pong else self._of_experts.get(spec.name, 1)
             self._tensors[spec.name] = tuple(
                 torch.zeros(shape, dtype=spec.torch_dtype, device=device) for _ in range(count)
             )
@@ -52,6 +55,10 @@ class StepBuffers:
             return tensor
         assert 0 <= groups.start < groups.stop <= self.groups, groups
         return tensor[groups.start * self.videos : groups.stop * self.videos]
+
+    def first_turns(self, expert: int) -> dict[str, int]:
+        """The turns that a step of an expert starts from: those of the tensors that were made for it."""
+        return dict.fromkeys(self._of_experts, expert)
 
     def keep_attention(self, kept: Sequence[bool]) -> Tensor:
         """A bool per row, from one per row group: false for the perturbed."""

@@ -38,6 +38,9 @@ class EngineKey:
     def facts(self) -> dict[str, Any]:
         """All facts, as JSON stores them."""
         facts: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        # The first expert's key is that of a model with one transformer.
+        if not self.segment.expert:
+            del facts["segment"]["expert"]
         return facts
 
 

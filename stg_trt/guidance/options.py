@@ -24,7 +24,8 @@ class GuidanceOptions:
     have a mapping of these, from their names. `stg_range` is [start, stop) in steps. `preset` names published
     tables. Raises InvalidRequest for a mode or a preset that does not exist; values are checked when the
     steps are known. For a model that takes a guidance as an input, `guidance_scale` is that one and
-    `true_cfg_scale` CFG, as in their diffusers pipelines.
+    `true_cfg_scale` CFG, as in their diffusers pipelines. `guidance_scale_2` is that of the second expert's
+    steps, of a model that has two; it is `guidance_scale` unless given.
     """
 
     guidance_scale: Scale | None = None
@@ -37,6 +38,7 @@ class GuidanceOptions:
     cfg_zero_star: bool | None = None
     use_dynamic_cfg: bool = False
     true_cfg_scale: Scale | None = None
+    guidance_scale_2: Scale | None = None
 
     def __post_init__(self) -> None:
         if self.stg_mode is not None:
@@ -66,6 +68,7 @@ class GuidanceOptions:
             cfg_zero_star=_first(self.cfg_zero_star, lower.cfg_zero_star),
             use_dynamic_cfg=self.use_dynamic_cfg,
             embedded_guidance=self._embedded_guidance() if takes_true_cfg else None,
+            guidance_scale_2=self.guidance_scale_2,
         )
 
     def _cfg_scale(self, takes_true_cfg: bool) -> Scale | None:

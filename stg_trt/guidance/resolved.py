@@ -17,7 +17,7 @@ class ResolvedGuidance:
     """The result of `GuidanceOptions.resolve`; the defaults turn guidance off.
 
     STG is off outside the steps [start, stop) of `stg_range`. `embedded_guidance` is None for the default of
-    the family.
+    the family, `guidance_scale_2` for `guidance_scale`.
     """
 
     guidance_scale: Scale = 1.0
@@ -29,6 +29,7 @@ class ResolvedGuidance:
     cfg_zero_star: bool = False
     use_dynamic_cfg: bool = False
     embedded_guidance: float | None = None
+    guidance_scale_2: Scale | None = None
 
     @classmethod
     def of_family(cls, defaults: Defaults, mode: str, skips: SkipBlocksByName) -> ResolvedGuidance:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from stg_trt.errors import InvalidRequest
@@ -18,6 +19,7 @@ class Segment:
 
     `text` is the projection of the prompt, run once per call. `skipped` blocks are perturbed for all rows
     (the twin layout); `keep_input` adds a bool per row that switches self-attention (segmented stg-a).
+    `expert` numbers the transformers of a checkpoint, of which one predicts at each step.
     """
 
     name: str
@@ -28,11 +30,17 @@ class Segment:
     text: bool = False
     keep_input: bool = False
     skipped: Perturbation | None = None
+    # Its name says it; what is printed of a model with one transformer stays the same.
+    expert: int = field(default=0, repr=False)
 
     @property
     def blocks(self) -> range:
         """The block numbers."""
         return range(self.start, self.stop)
+
+    def of_expert(self, expert: int) -> Segment:
+        """The same segment of another transformer, named after its folder in the checkpoint."""
+        return replace(self, name=f"transformer_{expert + 1}_{self.name}", expert=expert) if expert else self
 
 
 TEXT = Segment("text", text=True)
@@ -44,6 +52,11 @@ def check_layout(layout: str) -> None:
         raise InvalidRequest(
             f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}: choose one of them"
         )
+
+
+def blocks_of_expert(segments: Sequence[Segment], expert: int) -> tuple[Segment, ...]:
+    """What a step of an expert runs: its segments, except that of the text."""
+    return tuple(segment for segment in segments if segment.expert == expert and not segment.text)
 
 
 def engine_outputs(inputs: tuple[str, ...], outputs: tuple[str, ...]) -> tuple[str, ...]:
