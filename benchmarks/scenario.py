@@ -21,7 +21,7 @@ from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.families.base import ModelFamily
-from stg_trt.models.passes import COND, SKIP, UNCOND, Pass
+from stg_trt.models.passes import COND, SKIP, UNCOND, Pass, all_blocks, read_skips
 from stg_trt.models.perturbation import Perturbation, check_blocks
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
@@ -89,7 +89,8 @@ class Scenario:
     @property
     def perturbation(self) -> Perturbation:
         """The skip rows' perturbation."""
-        default = self.family.defaults.stg_blocks if self.checkpoint else _SMALL_BLOCKS
+        published = all_blocks(read_skips(self.family.defaults.stg_blocks))
+        default = published if self.checkpoint else _SMALL_BLOCKS
         return Perturbation(self.stg_mode, default if self.stg_blocks is None else self.stg_blocks)
 
     @property

@@ -180,8 +180,8 @@ def _configured(trt: Any, builder: Any, recipe: Recipe) -> Any:
 def _profile(builder: Any, recipe: Recipe, rows: Rows) -> Any:
     profile = builder.create_optimization_profile()
     for spec in recipe.inputs:
-        if spec.has_rows:
-            profile.set_shape(spec.name, *(spec.with_rows(count) for count in rows))
+        if spec.row_axis is not None:
+            profile.set_shape(spec.name, *spec.profile(rows))
     return profile
 
 

@@ -152,10 +152,10 @@ def _float32_graph(build: Build, record: SegmentRecord) -> Iterator[Path]:
 
 
 def random_inputs(record: SegmentRecord, rows: int) -> dict[str, Tensor]:
-    """Standard normal values in float32, which Polygraphy rounds to what each runner takes; true for bool."""
+    """Standard normal values in float32, which Polygraphy rounds to what each runner takes; bool is true."""
     generator = torch.Generator().manual_seed(0)
     tensors = {spec.name: spec.random(rows, generator) for spec in record.inputs}
-    return {name: t if t.dtype == torch.bool else t.float() for name, t in tensors.items()}
+    return {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
 
 
 def _run(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from stg_trt.errors import GateMissed
 from stg_trt.models.families.base import SegmentModule
-from stg_trt.models.tensor_spec import ROWS, TensorSpec
+from stg_trt.models.tensor_spec import TensorSpec
 
 from .dynamic_rows import traced_with
 from .weights import weights_of
@@ -91,7 +91,7 @@ def _check_borders(segment: str, graph: ir.Graph, inputs: Sequence[TensorSpec]) 
         assert value.name == spec.name and value.shape is not None
         shape = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
         frozen = [
-            isinstance(dim, int) if wanted == ROWS else dim != wanted
+            isinstance(dim, int) if isinstance(wanted, str) else dim != wanted
             for dim, wanted in zip(shape, spec.shape, strict=True)
         ]
         if any(frozen):

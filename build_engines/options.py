@@ -8,10 +8,10 @@ from pathlib import Path
 from stg_trt.engines.backends import Backend, check_target
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint
-from stg_trt.models.passes import SkipBlocksByName, most_groups
+from stg_trt.models.passes import SkipBlocksByName, all_blocks, most_groups
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.plan import row_counts
-from stg_trt.models.segment import TEXT, Segment, check_layout, cut
+from stg_trt.models.segment import TEXT, Segment, check_layout
 from stg_trt.models.workload import Workload
 
 _PLUGIN_BACKENDS = ("tensorrt", "tensorrt-rtx")
@@ -60,7 +60,7 @@ class BuildOptions:
     def segments(self) -> tuple[Segment, ...]:
         """In the order they run, expert by expert; the projection of the text first."""
         family = self.checkpoint.family
-        blocks = cut(self.layout, family.num_blocks, self.stg_mode, self.stg_blocks)
+        blocks = family.segments(self.layout, self.stg_mode, self.stg_blocks)
         segments = (TEXT, *blocks) if family.has_text_segment else blocks
         experts = range(len(family.transformers))
         return tuple(segment.of_expert(expert) for expert in experts for segment in segments)
@@ -68,7 +68,7 @@ class BuildOptions:
     @property
     def stg_blocks(self) -> tuple[int, ...]:
         """All blocks that a skip pass may perturb: there the model is cut."""
-        return tuple(sorted({block for blocks in self.skips.values() for block in blocks}))
+        return all_blocks(self.skips)
 
     @property
     def _most_passes(self) -> int:

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from stg_trt.errors import GateMissed
 from stg_trt.models.checkpoint import Checkpoint
-from stg_trt.models.families.base import KEEP_ATTENTION, SegmentModule
+from stg_trt.models.families.base import KEEP_ATTENTION, KEEP_LAYER, SegmentModule
 from stg_trt.models.segment import Segment
+from stg_trt.models.tensor_spec import kept_name
 from stg_trt.models.workload import Workload
 
 from .memory import release_growth
@@ -95,13 +96,17 @@ class Reference:
         text = self.family.random_text(self.workload, rows, generator)
         image = self.family.random_image(self.workload, rows, generator)
         constants = self.family.constants(text, self.workload, self.family.defaults.frame_rate, image)
-        latents = self.family.tensors(self.workload)["latents"].with_rows(rows)
+        tensors = self.family.tensors(self.workload)
         return {
             **constants,
-            "latents": torch.randn(latents, generator=generator),
+            # Every row reads its own.
+            **{name: torch.arange(rows) for name in tensors if kept_name(name)},
+            "latents": torch.randn(tensors["latents"].with_rows(rows), generator=generator),
             "timestep": torch.full((rows,), timestep),
             # The last row skips its attention, so that both branches of the switch are compared.
             KEEP_ATTENTION: torch.arange(rows) != rows - 1,
+            # And of several rows the first skips the whole layer.
+            KEEP_LAYER: torch.arange(1, rows + 1) != rows // 2,
         }
 
 

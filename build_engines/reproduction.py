@@ -26,7 +26,7 @@ def tensorrt_commands(recipe: Recipe) -> tuple[str, str]:
 
 def onnxruntime_command(graph: Path, inputs: Sequence[TensorSpec], rows: int) -> str:
     """One line of Polygraphy: ONNX Runtime runs the graph itself."""
-    shapes = [_shape(spec, rows) for spec in inputs]
+    shapes = [_shape(spec, spec.with_rows(rows)) for spec in inputs]
     return shlex.join(
         ["polygraphy", "run", graph.name, "--onnxrt", "--providers", "cpu", "--input-shapes", *shapes]
     )
@@ -54,9 +54,9 @@ def _trtexec(recipe: Recipe) -> list[str]:
         words.append(f"--dynamicPlugins={PLUGINS}")
     for number, rows in enumerate(recipe.profiles):
         words += [f"--profile={number}"] if len(recipe.profiles) > 1 else []
-        for kind, count in zip(_SHAPES, rows, strict=True):
+        for place, kind in enumerate(_SHAPES):
             shapes = (
-                f"{spec.name}:{'x'.join(map(str, spec.with_rows(count)))}" for spec in _with_rows(recipe)
+                f"{spec.name}:{'x'.join(map(str, spec.profile(rows)[place]))}" for spec in _with_rows(recipe)
             )
             words.append(f"--{kind}Shapes={','.join(shapes)}")
     return words
@@ -67,7 +67,7 @@ def _polygraphy(recipe: Recipe) -> str:
     words = ["polygraphy", "run", f"{KEPT_GRAPHS}/{recipe.graph.name}", "--trt", "--strongly-typed"]
     words += _polygraphy_options(recipe)
     words += ["--save-engine", recipe.engine.name]
-    inputs = [_shape(spec, recipe.profiles[0][1]) for spec in recipe.inputs]
+    inputs = [_shape(spec, spec.with_rows(recipe.profiles[0][1])) for spec in recipe.inputs]
     return shlex.join([*words, "--input-shapes", *inputs])
 
 
@@ -88,15 +88,16 @@ def _polygraphy_options(recipe: Recipe) -> list[str]:
     if recipe.plugins:
         words += ["--plugins", str(PLUGINS)]
     for rows in recipe.profiles:
-        for kind, count in zip(_SHAPES, rows, strict=True):
-            words += [f"--trt-{kind}-shapes", *(_shape(spec, count) for spec in _with_rows(recipe))]
+        for place, kind in enumerate(_SHAPES):
+            shapes = [_shape(spec, spec.profile(rows)[place]) for spec in _with_rows(recipe)]
+            words += [f"--trt-{kind}-shapes", *shapes]
     return words
 
 
 def _with_rows(recipe: Recipe) -> list[TensorSpec]:
-    return [spec for spec in recipe.inputs if spec.has_rows]
+    return [spec for spec in recipe.inputs if spec.row_axis is not None]
 
 
-def _shape(spec: TensorSpec, rows: int) -> str:
+def _shape(spec: TensorSpec, shape: Sequence[int]) -> str:
     """As Polygraphy writes it: name:[2,60,8]."""
-    return f"{spec.name}:[{','.join(map(str, spec.with_rows(rows)))}]"
+    return f"{spec.name}:[{','.join(map(str, shape))}]"

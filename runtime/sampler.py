@@ -25,7 +25,7 @@ from .bound_plan import BoundPlan
 from .device import Device
 from .graph import StepGraph
 from .noise import Generators, draw_for
-from .state import RunSize, StepBuffers, StepState, find_ping_pong
+from .state import RunSize, StepBuffers, StepState, find_ping_pong, find_unforked
 from .step import Step
 from .step_key import StepKey, first_steps
 
@@ -169,17 +169,25 @@ class Sampler:
             _log.info("new static memory for %d videos and %d steps", size.videos, size.steps)
             self._bound.clear()
             self._state, self._texts = None, []
-            specs = list(self.family.tensors(self.workload).values())
-            ping_pong = find_ping_pong(self.segments, self.family.borders)
-            groups = max(size.groups, self._groups)
-            # What the text segment makes: engines read it in every step, so each expert's is kept.
-            made = (name for segment in self._text_segments for name in self.family.borders(segment)[1])
-            experts = dict.fromkeys(made, len(self._text_segments))
-            buffers = StepBuffers(specs, ping_pong, size.videos, self._device.torch_device, groups, experts)
+            buffers = self._buffers_for(size)
             self._texts = [self._bound_text(segment, buffers) for segment in self._text_segments]
             roomy = replace(size, steps=max(size.steps, _MIN_STEPS))
             self._state = StepState.allocate(buffers, latents_shape, roomy)
         return self._state
+
+    def _buffers_for(self, size: RunSize) -> StepBuffers:
+        """Memory for all that crosses a border of the build."""
+        borders, texts = self.family.borders, self._text_segments
+        crossing = {name for s in (*texts, *self.segments) for names in borders(s) for name in names}
+        return StepBuffers(
+            [spec for name, spec in self.family.tensors(self.workload).items() if name in crossing],
+            find_ping_pong(self.segments, borders),
+            size.videos,
+            self._device.torch_device,
+            max(size.groups, self._groups),
+            find_unforked(self.segments, borders),
+            {name: len(texts) for segment in texts for name in borders(segment)[1]},
+        )
 
     def _bound_text(self, segment: Segment, buffers: StepBuffers) -> Context:
         """The projection of the prompt by an expert, over the rows of all passes."""
@@ -199,11 +207,14 @@ class Sampler:
         state.frame_rate = frame_rate
 
     def _write_image(self, buffers: StepBuffers, image: ImageCondition | None) -> None:
-        """What pictures add, the same in every pass."""
+        """What pictures add; uncond may see another than the other passes."""
         if image is None:
             return
+        unseen = self.family.image_inputs(self.family.uncond_image(image))
         for name, tensor in self.family.image_inputs(image).items():
-            for rows in buffers.view(name).split(buffers.videos):
+            uncond, *others = buffers.view(name).split(buffers.videos)
+            uncond.copy_(unseen[name])
+            for rows in others:
                 rows.copy_(tensor)
 
     def _write_text(self, buffers: StepBuffers, text: TextCondition) -> None:

@@ -138,9 +138,12 @@ def schedule_steps(request: Request, store: EngineStore, family: ModelFamily, sc
             f"guidance_scale: expected none for this {family.name}, which takes no guidance as an input, got "
             f"{options.embedded_guidance}: use true_cfg_scale"
         )
-    experts = family.experts(solver.timesteps[:taken], scheduler.config.num_train_timesteps)
     _check_second_scale(options, family)
-    guidance = Guidance.for_steps(solver.noise_levels[:taken], options, solver.timesteps[:taken], experts)
+    experts = family.experts(solver.timesteps[:taken], scheduler.config.num_train_timesteps)
+    _, frames, *_ = family.latent_shape(workload)
+    guidance = Guidance.for_steps(
+        solver.noise_levels[:taken], options, solver.timesteps[:taken], frames, experts
+    )
     for perturbation in guidance.perturbations:
         check_blocks(perturbation.blocks, family.num_blocks)
     # The steps belong to the sizes of this build; what they perturb may need another one.

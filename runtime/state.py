@@ -15,15 +15,23 @@ from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.passes import most_groups
 from stg_trt.models.segment import Segment
-from stg_trt.models.tensor_spec import TensorSpec
+from stg_trt.models.tensor_spec import TensorSpec, index_of
 from stg_trt.runtime.table import StepTable
+
+Borders = Callable[[Segment], Sequence[Sequence[str]]]
+"""Names of a segment's inputs and outputs."""
+
+
+# Uncond and cond.
+_PLAIN_GROUPS = 2
 
 
 class StepBuffers:
     """Static memory for every tensor at a border, in row groups: one row per video for each pass of a step.
 
-    A `ping_pong` tensor is read and written by the same segment, so it is two, which take turns. A tensor
-    `of_experts` is made for each of them before the first step, so it is as many as there are experts.
+    A `ping_pong` tensor is read and written by the same segment, so it is two, which take turns. `unforked`
+    ones have no rows of skip passes. Of those that are made for each expert before the first step, there are
+    as many as `experts` says.
     """
 
     def __init__(
@@ -33,17 +41,18 @@ class StepBuffers:
         videos: int,
         device: torch.device,
         groups: int = 3,
-        of_experts: Mapping[str, int] | None = None,
+        unforked: frozenset[str] = frozenset(),
+        experts: Mapping[str, int] | None = None,
     ) -> None:
         self.videos = videos
         self.groups = groups
         self._device = device
         self._tensors: dict[str, tuple[Tensor, ...]] = {}
         self._has_rows = {spec.name: spec.has_rows for spec in specs}
-        self._of_experts = dict(of_experts or {})
+        self._experts = dict(experts or {})
         for spec in specs:
-            shape = spec.with_rows(groups * videos)
-            count = 2 if spec.name in ping_pong else self._of_experts.get(spec.name, 1)
+            shape = spec.with_rows((_PLAIN_GROUPS if spec.name in unforked else groups) * videos)
+            count = 2 if spec.name in ping_pong else self._experts.get(spec.name, 1)
             self._tensors[spec.name] = tuple(
                 torch.zeros(shape, dtype=spec.torch_dtype, device=device) for _ in range(count)
             )
@@ -58,35 +67,49 @@ class StepBuffers:
 
     def first_turns(self, expert: int) -> dict[str, int]:
         """The turns that a step of an expert starts from: those of the tensors that were made for it."""
-        return dict.fromkeys(self._of_experts, expert)
+        return dict.fromkeys(self._experts, expert)
 
-    def keep_attention(self, kept: Sequence[bool]) -> Tensor:
+    def flags(self, kept: Sequence[bool]) -> Tensor:
         """A bool per row, from one per row group: false for the perturbed."""
         return torch.tensor([keep for keep in kept for _ in range(self.videos)], device=self._device)
+
+    def index(self, groups: Sequence[int]) -> Tensor:
+        """The row that each row reads, from the row group that each group reads."""
+        rows = [group * self.videos + video for group in groups for video in range(self.videos)]
+        return torch.tensor(rows, device=self._device)
 
     def has_rows(self, name: str) -> bool:
         """Whether the tensor has one entry per row."""
         return self._has_rows[name]
 
 
-def find_ping_pong(
-    segments: Sequence[Segment], borders: Callable[[Segment], Sequence[Sequence[str]]]
-) -> frozenset[str]:
+def find_ping_pong(segments: Sequence[Segment], borders: Borders) -> frozenset[str]:
     """Names that some segment both reads and writes."""
     return frozenset(
         name for segment in segments for name in set(borders(segment)[0]) & set(borders(segment)[1])
     )
 
 
+def find_unforked(segments: Sequence[Segment], borders: Borders) -> frozenset[str]:
+    """Names that the front writes and others read by an index, so that no skip pass has rows there."""
+    read = {name for segment in segments for name in borders(segment)[0]}
+    made = {name for segment in segments if segment.front for name in borders(segment)[1]}
+    return frozenset(name for name in made if index_of(name) in read)
+
+
 @dataclass(frozen=True)
 class RunSize:
-    """The sizes of a run's memory: videos at once, row groups, steps, the solver's history with its noise."""
+    """The sizes of a run's memory: videos at once, row groups, steps, the solver's history with its noise.
+
+    `frames` is how many weights a pass has in a step.
+    """
 
     videos: int
     steps: int
     single_step: bool
     noises: int
     groups: int = 3
+    frames: int = 1
 
     @classmethod
     def of(cls, latents: Tensor, guidance: Guidance, solver: SolverTable) -> RunSize:
@@ -94,7 +117,8 @@ class RunSize:
         steps = len(guidance.cfg_scale)
         noises = len(solver.used_draws(steps))
         groups = most_groups(guidance.most_skips)
-        return cls(len(latents), steps, None not in solver.single_step, noises, groups)
+        single_step = None not in solver.single_step
+        return cls(len(latents), steps, single_step, noises, groups, guidance.frames)
 
 
 @dataclass(frozen=True)
@@ -126,7 +150,7 @@ class StepState:
     def allocate(cls, buffers: StepBuffers, latents_shape: Sequence[int], size: RunSize) -> StepState:
         """For runs of a size or less, whose latents (videos, ...) have a shape; on the buffers' device."""
         device = buffers.view("latents").device
-        table = StepTable(size.steps, buffers.groups, device, size.noises)
+        table = StepTable(size.steps, buffers.groups, device, size.noises, size.frames)
 
         def zeros(*leading: int) -> Tensor:
             return torch.zeros(*leading, *latents_shape, device=device)
@@ -139,6 +163,7 @@ class StepState:
             self.buffers.videos == size.videos
             and self.buffers.groups >= size.groups
             and self.table.capacity >= size.steps
+            and self.table.frames >= size.frames
             and (size.single_step or self.history is not None)
             and self.table.slots - self.table.capacity >= size.noises
         )

@@ -24,11 +24,14 @@ class StepTable:
     predictions of `capacity` steps, then `noises` of noise.
     """
 
-    def __init__(self, capacity: int, groups: int, device: torch.device, noises: int = 0) -> None:
+    def __init__(
+        self, capacity: int, groups: int, device: torch.device, noises: int = 0, frames: int = 1
+    ) -> None:
         self.capacity = capacity
+        self.frames = frames
         self.slots = capacity + noises
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
-        self.weights = torch.zeros(capacity, groups, 1, device=device)
+        self.weights = torch.zeros(capacity, groups, frames, device=device)
         self._scalars = torch.zeros(len(_SCALARS), capacity, device=device)
         self._initial_factor = torch.zeros(capacity, device=device)
         self._history_factors = torch.zeros(capacity, self.slots, device=device)
@@ -71,7 +74,8 @@ class StepTable:
         weights = torch.zeros(self.weights.shape)
         for step in range(guidance.num_steps):
             groups = row_groups(guidance.passes(step))
-            weights[step, groups.start : groups.stop] = torch.tensor(guidance.weights(step))[:, None]
+            of_frames = [guidance.weights(step, frame) for frame in range(guidance.frames)]
+            weights[step, groups.start : groups.stop] = torch.tensor(of_frames).T
         return weights
 
     def device_values(self, *names: str) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from stg_trt.engines.inductor_chain import Chain, check_machine
 from stg_trt.errors import EngineRejected
 from stg_trt.models.segment import engine_outputs
-from stg_trt.models.tensor_spec import ROWS, TensorSpec
+from stg_trt.models.tensor_spec import TensorSpec, index_of
 
 # Compiled code reads and writes vectors of this size; it would copy an input that is not aligned, and so
 # lose what it writes to an output that is not.
@@ -107,7 +107,7 @@ class InductorContext:
                 f"{path}: expected {name} as {spec.torch_dtype} of shape {spec.shape}, got {tensor.dtype} of "
                 f"shape {tuple(tensor.shape)}: build again"
             )
-        if spec.has_rows and tensor.shape[spec.shape.index(ROWS)] > self._engine.chain.max_rows:
+        if spec.row_axis is not None and tensor.shape[spec.row_axis] > self._engine.chain.max_rows:
             raise EngineRejected(
                 f"{path}: expected at most {self._engine.chain.max_rows} rows of {name}, got "
                 f"{tuple(tensor.shape)}: rebuild with a larger --max-batch"
@@ -128,9 +128,10 @@ class InductorContext:
         missing = self._specs.keys() - self._bound.keys()
         assert not missing, f"{engine.path.name}: {missing} not bound"
         rows = {
-            tensor.shape[self._specs[name].shape.index(ROWS)]
+            tensor.shape[axis]
             for name, tensor in self._bound.items()
-            if self._specs[name].has_rows
+            # A tensor that is read by an index keeps its own rows.
+            if (axis := self._specs[name].row_axis) is not None and index_of(name) not in self._specs
         }
         assert len(rows) == 1, f"{engine.path.name}: bound to {rows} rows"
         if engine.device.type == "cuda":

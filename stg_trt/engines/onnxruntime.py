@@ -16,7 +16,7 @@ from stg_trt.system.interruptible import run_interruptibly
 
 Result = TypeVar("Result")
 
-_ELEMENT_TYPES = {"torch.float32": np.float32, "torch.bool": np.bool_}
+_ELEMENT_TYPES = {"torch.float32": np.float32, "torch.bool": np.bool_, "torch.int64": np.int64}
 
 
 class OnnxRuntimeEngine:

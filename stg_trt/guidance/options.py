@@ -24,8 +24,9 @@ class GuidanceOptions:
     have a mapping of these, from their names. `stg_range` is [start, stop) in steps. `preset` names published
     tables. Raises InvalidRequest for a mode or a preset that does not exist; values are checked when the
     steps are known. For a model that takes a guidance as an input, `guidance_scale` is that one and
-    `true_cfg_scale` CFG, as in their diffusers pipelines. `guidance_scale_2` is that of the second expert's
-    steps, of a model that has two; it is `guidance_scale` unless given.
+    `true_cfg_scale` CFG, as in their diffusers pipelines. A model whose CFG rises over the frames takes
+    `min_guidance_scale` and `max_guidance_scale` instead. Where two experts take turns, `guidance_scale_2` is
+    that of the second one's steps, by default `guidance_scale`.
     """
 
     guidance_scale: Scale | None = None
@@ -38,6 +39,8 @@ class GuidanceOptions:
     cfg_zero_star: bool | None = None
     use_dynamic_cfg: bool = False
     true_cfg_scale: Scale | None = None
+    min_guidance_scale: float | None = None
+    max_guidance_scale: float | None = None
     guidance_scale_2: Scale | None = None
 
     def __post_init__(self) -> None:
@@ -58,8 +61,11 @@ class GuidanceOptions:
         InvalidRequest for a scale that does not belong to the model, or that it takes on all steps alike.
         """
         lower = fallback if self.published is None else self.published.guidance
+        lowest = fallback.min_guidance_scale
+        self._check_frame_scales(rises=lowest is not None)
+        cfg_scale = self.max_guidance_scale if lowest is not None else self._cfg_scale(takes_true_cfg)
         return ResolvedGuidance(
-            guidance_scale=_first(self._cfg_scale(takes_true_cfg), lower.guidance_scale),
+            guidance_scale=_first(cfg_scale, lower.guidance_scale),
             stg_scale=_first(self.stg_scale, lower.stg_scale),
             rescale=_first(self.rescale, lower.rescale),
             stg_mode=_first(self.stg_mode, lower.stg_mode),
@@ -68,8 +74,30 @@ class GuidanceOptions:
             cfg_zero_star=_first(self.cfg_zero_star, lower.cfg_zero_star),
             use_dynamic_cfg=self.use_dynamic_cfg,
             embedded_guidance=self._embedded_guidance() if takes_true_cfg else None,
+            min_guidance_scale=_first(self.min_guidance_scale, lowest),
             guidance_scale_2=self.guidance_scale_2,
         )
+
+    def _check_frame_scales(self, *, rises: bool) -> None:
+        """Raises InvalidRequest for CFG scales that the model does not have, and for more than a number."""
+        of_frames = {name: getattr(self, name) for name in ("min_guidance_scale", "max_guidance_scale")}
+        of_steps = {name: getattr(self, name) for name in ("guidance_scale", "true_cfg_scale")}
+        instead = "min_guidance_scale and max_guidance_scale" if rises else "guidance_scale"
+        for name, value in (of_steps if rises else of_frames).items():
+            if value is not None:
+                over = "rises over the frames" if rises else "is the same in all frames"
+                raise InvalidRequest(
+                    f"{name}: expected {instead} for this model, whose CFG {over}, got {value}: give "
+                    f"{instead}"
+                )
+        for name, value in of_frames.items():
+            if value is not None and not isinstance(value, Real):
+                raise InvalidRequest(f"{name}: expected one number for all steps, got {value}: give one")
+        if rises and self.use_dynamic_cfg:
+            raise InvalidRequest(
+                "use_dynamic_cfg: expected it off for a model whose CFG rises over the frames, got True: "
+                "leave it out"
+            )
 
     def _cfg_scale(self, takes_true_cfg: bool) -> Scale | None:
         if takes_true_cfg:

@@ -17,7 +17,8 @@ class ResolvedGuidance:
     """The result of `GuidanceOptions.resolve`; the defaults turn guidance off.
 
     STG is off outside the steps [start, stop) of `stg_range`. `embedded_guidance` is None for the default of
-    the family, `guidance_scale_2` for `guidance_scale`.
+    the family, `guidance_scale_2` for `guidance_scale`. With a `min_guidance_scale`, CFG rises from it in the
+    first frame to `guidance_scale`, one number, in the last.
     """
 
     guidance_scale: Scale = 1.0
@@ -29,6 +30,7 @@ class ResolvedGuidance:
     cfg_zero_star: bool = False
     use_dynamic_cfg: bool = False
     embedded_guidance: float | None = None
+    min_guidance_scale: float | None = None
     guidance_scale_2: Scale | None = None
 
     @classmethod
@@ -40,6 +42,7 @@ class ResolvedGuidance:
             rescale=defaults.rescale,
             stg_mode=mode,
             stg_blocks=skips or (),
+            min_guidance_scale=defaults.min_guidance_scale,
         )
 
 

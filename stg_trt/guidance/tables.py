@@ -32,7 +32,8 @@ class Guidance:
     """CFG scale, rescale and skip passes of every step; off is cfg 1, rescale 0, no skip passes.
 
     `embedded` is the guidance input of a distilled model on all steps; None is its family's default.
-    `experts` are the numbers of the transformers that predict, one per step; empty if there is only one.
+    `cfg_frames` are the CFG scales of a video's frames, on every step with CFG; none if `cfg_scale` is that
+    of all. `experts` are the numbers of the transformers that predict, one per step; none if there is one.
     """
 
     cfg_scale: tuple[float, ...]
@@ -40,6 +41,7 @@ class Guidance:
     skips: tuple[SkipSchedule, ...] = ()
     cfg_zero_star: bool = False
     embedded: float | None = None
+    cfg_frames: tuple[float, ...] = ()
     experts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -48,6 +50,7 @@ class Guidance:
             check_length("stg_scale", len(skip.scale), self.num_steps)
         check_values("guidance_scale", self.cfg_scale, -math.inf, math.inf)
         check_values("rescale", self.rescale, 0, 1)
+        check_values("min_guidance_scale", self.cfg_frames[:1], -math.inf, math.inf)
         if self.embedded is not None and not math.isfinite(self.embedded):
             raise InvalidRequest(
                 f"guidance_scale: expected a number that is finite, got {self.embedded}: correct the value"
@@ -59,12 +62,14 @@ class Guidance:
         sigmas: Sequence[float],
         given: ResolvedGuidance = OFF,
         timesteps: Sequence[float] = (),
+        frames: int = 1,
         experts: Sequence[int] = (),
     ) -> Guidance:
         """Tables for the steps at `sigmas` (in 0..1 if bins read them).
 
-        `timesteps` are the scheduler's, for `use_dynamic_cfg` alone. Raises InvalidRequest for lists of the
-        wrong length, values out of range, and STG without blocks.
+        `timesteps` are the scheduler's, for `use_dynamic_cfg` alone; `frames` those of a video, for a CFG
+        scale that rises over them. Raises InvalidRequest for lists of the wrong length, values out of range,
+        and STG without blocks.
         """
         cfg = _swinging(given.guidance_scale, timesteps) if given.use_dynamic_cfg else given.guidance_scale
         # As diffusers' pipelines decide it: at 1 and below, there is no CFG.
@@ -75,8 +80,14 @@ class Guidance:
             skips=SkipSchedule.for_steps(sigmas, given),
             cfg_zero_star=given.cfg_zero_star,
             embedded=given.embedded_guidance,
+            cfg_frames=_rising(given, frames),
             experts=tuple(experts),
         )
+
+    @property
+    def frames(self) -> int:
+        """How many weights a pass has in a step: one, or one per frame of a video."""
+        return max(1, len(self.cfg_frames))
 
     @property
     def num_steps(self) -> int:
@@ -108,9 +119,11 @@ class Guidance:
         plain = (COND,) if self.cfg_scale[step] == 1 else (UNCOND, COND)
         return in_order((*plain, *(skip.at(step) for skip in self.skips if skip.is_on(step))))
 
-    def weights(self, step: int) -> tuple[float, ...]:
-        """The weights of the step's passes in their sum, which add up to 1."""
+    def weights(self, step: int, frame: int = 0) -> tuple[float, ...]:
+        """The weights of the step's passes in the sum of a frame, which add up to 1."""
         cfg = self.cfg_scale[step]
+        if cfg != 1 and self.cfg_frames:
+            cfg = self.cfg_frames[frame]
         skips = {skip.at(step): skip.scale[step] for skip in self.skips if skip.is_on(step)}
         weights = {UNCOND: 1 - cfg, COND: cfg + sum(skips.values())}
         weights |= {one: -scale for one, scale in skips.items()}
@@ -143,3 +156,13 @@ def _swinging(scale: Scale, timesteps: Sequence[float]) -> list[float]:
             "use_dynamic_cfg off"
         )
     return dynamic_cfg(float(scale), timesteps)
+
+
+def _rising(given: ResolvedGuidance, frames: int) -> tuple[float, ...]:
+    """From the least scale in the first frame to the largest in the last, in even steps, as in diffusers."""
+    if given.min_guidance_scale is None:
+        return ()
+    low, high = given.min_guidance_scale, given.guidance_scale
+    assert isinstance(high, int | float | Real)
+    rise = (float(high) - low) / max(1, frames - 1)
+    return tuple(low + rise * frame for frame in range(frames)) if high > 1 else ()

@@ -131,7 +131,8 @@ class Checkpoint:
 
     def _check_experts(self, source: Source) -> None:
         """Raises InvalidRequest unless all transformers are there, whole, and of one configuration."""
-        others = [name for name in self._parts if name.startswith("transformer_")]
+        experts = (self.model_index or {}).get("boundary_ratio") is not None
+        others = [name for name in self._parts if experts and name.startswith("transformer_")]
         if others and source.file is not None:
             raise InvalidRequest(
                 f"checkpoint: expected a folder with transformer/ and {others[0]}/, which take turns, got "

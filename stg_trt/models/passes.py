@@ -88,6 +88,11 @@ def read_skips(stg_blocks: Sequence[int] | Mapping[str, Sequence[int]]) -> SkipB
     return {name: tuple(sorted(blocks)) for name, blocks in stg_blocks.items()}
 
 
+def all_blocks(skips: SkipBlocksByName) -> tuple[int, ...]:
+    """All blocks that a skip pass may perturb."""
+    return tuple(sorted({block for blocks in skips.values() for block in blocks}))
+
+
 def parse_by_pass(
     option: str, texts: Sequence[str] | None, parse: Callable[[str], T]
 ) -> T | dict[str, T] | None:

@@ -17,7 +17,7 @@ class SegmentRun:
 
     `forks`: before it, the rows of these passes start as a copy of cond's. `perturbed`: their rows keep no
     self-attention. `bypassed`: their rows pass the segment unchanged (stg-r); those of them that lie between
-    others in `passes` are computed, and put back.
+    others in `passes` are computed, and put back. `reduced`: stg-r in a segment that does it inside.
     """
 
     segment: Segment
@@ -25,6 +25,7 @@ class SegmentRun:
     forks: tuple[Pass, ...] = ()
     bypassed: tuple[Pass, ...] = ()
     perturbed: tuple[Pass, ...] = ()
+    reduced: tuple[Pass, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,12 +113,14 @@ def _shared_runs(segments: Sequence[Segment], passes: tuple[Pass, ...]) -> list[
 def _perturbed(run: SegmentRun) -> SegmentRun:
     """The run as its passes change it."""
     changed = [one for one in run.passes if _perturbs(one, run.segment)]
-    bypassed = tuple(one for one in changed if one.perturbation and one.perturbation.mode == "stg-r")
+    skipped = tuple(one for one in changed if one.perturbation and one.perturbation.mode == "stg-r")
+    perturbed = tuple(one for one in changed if one not in skipped)
+    if run.segment.stg_r_inside:
+        return replace(run, perturbed=perturbed, reduced=skipped)
     computed = run.passes
-    while computed[-1] in bypassed:
+    while computed[-1] in skipped:
         computed = computed[:-1]
-    perturbed = tuple(one for one in changed if one not in bypassed)
-    return replace(run, passes=computed, bypassed=bypassed, perturbed=perturbed)
+    return replace(run, passes=computed, bypassed=skipped, perturbed=perturbed)
 
 
 def _perturbs(one: Pass, segment: Segment) -> bool:

@@ -18,10 +18,9 @@ from stg_trt.cli.inspect import inspect as inspect_command
 from stg_trt.cli.main import _application
 from stg_trt.models.checkpoint import Checkpoint, published
 from stg_trt.models.families.base import ModelFamily
-from stg_trt.models.passes import COND, Pass
+from stg_trt.models.passes import COND, Pass, all_blocks, read_skips
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.plan import full_plan, plan_step
-from stg_trt.models.segment import cut
 from stg_trt.models.workload import Workload
 from stg_trt.runtime.command import generate as generate_command
 from tests.docs.pages import ROOT, table, text
@@ -154,10 +153,10 @@ def test_costs_are_those_of_the_plans(row: dict[str, str]) -> None:
     width, height, frames = map(int, row["size"].split("x"))
     workload = Workload(height, width, frames, of.defaults.text_length, "bf16")
     of.check(workload)
-    perturbation = Perturbation(of.defaults.stg_mode, of.defaults.stg_blocks)
-    segments = cut("segmented", of.num_blocks, perturbation.mode, perturbation.blocks)
+    mode, skips = of.defaults.stg_mode, read_skips(of.defaults.stg_blocks)
+    segments = of.segments("segmented", mode, all_blocks(skips))
     plain = UNCOND_COND if of.embedded_guidance is None else (COND,)
-    passes = (*plain, Pass("skip", perturbation))
+    passes = (*plain, *(Pass(name, Perturbation(mode, blocks)) for name, blocks in skips.items()))
 
     def cost(plan: Any) -> float:
         flops: int = plan.flops(lambda segment: of.segment_flops(segment, workload))

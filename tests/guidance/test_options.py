@@ -112,3 +112,50 @@ def test_a_dict_is_no_options() -> None:
     given: Any = {"stg_scale": 1.0}
     with pytest.raises(InvalidRequest, match="guidance: expected GuidanceOptions, got dict: write guidance="):
         choose_options(given, GuidanceOptions())
+
+
+RISING = ResolvedGuidance(guidance_scale=3.0, min_guidance_scale=1.0)
+
+
+def test_scales_over_the_frames() -> None:
+    assert GuidanceOptions().resolve(RISING) == RISING
+    given = GuidanceOptions(min_guidance_scale=1.5, max_guidance_scale=2).resolve(RISING)
+    assert (given.min_guidance_scale, given.guidance_scale) == (1.5, 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "fallback", "message"),
+    [
+        (
+            {"guidance_scale": 3.0},
+            RISING,
+            "guidance_scale: expected min_guidance_scale and max_guidance_scale for",
+        ),
+        (
+            {"true_cfg_scale": 3.0},
+            RISING,
+            "true_cfg_scale: expected min_guidance_scale and max_guidance_scale",
+        ),
+        (
+            {"max_guidance_scale": 3.0},
+            OFF,
+            "max_guidance_scale: expected guidance_scale for this model, whose",
+        ),
+        (
+            {"min_guidance_scale": 3.0},
+            OFF,
+            "min_guidance_scale: expected guidance_scale for this model, whose",
+        ),
+        (
+            {"max_guidance_scale": [3.0, 1.0]},
+            RISING,
+            "max_guidance_scale: expected one number for all steps, got",
+        ),
+        ({"use_dynamic_cfg": True}, RISING, "use_dynamic_cfg: expected it off for a model whose CFG rises"),
+    ],
+)
+def test_scales_that_a_model_does_not_have(
+    given: dict[str, Any], fallback: ResolvedGuidance, message: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        GuidanceOptions(**given).resolve(fallback)

@@ -14,12 +14,14 @@ from torch.nn import functional
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.custom_steps import CustomSteps
 from stg_trt.models.image import ImageCondition, Images
-from stg_trt.models.segment import Segment
-from stg_trt.models.tensor_spec import ROWS, TensorSpec
+from stg_trt.models.passes import SkipBlocksByName
+from stg_trt.models.segment import Segment, cut
+from stg_trt.models.tensor_spec import ROWS, TensorSpec, index_of
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
 
 KEEP_ATTENTION = "keep_attention"
+KEEP_LAYER = "keep_layer"
 CONDITION = "condition"
 IMAGE_EMBEDS = "image_embeds"
 POOLED = "pooled_prompt_embeds"
@@ -30,10 +32,13 @@ QKNormRope = Callable[[Tensor, Tensor, Pair, Pair, float], Pair]
 
 @dataclass(frozen=True)
 class Defaults:
-    """A family's published sampling defaults (diffusers block numbering); `steps` of a distilled model."""
+    """A family's published sampling defaults (diffusers block numbering); `steps` of a distilled model.
+
+    With a `min_guidance_scale`, CFG rises over a video's frames, from it to `guidance_scale`.
+    """
 
     stg_mode: str
-    stg_blocks: tuple[int, ...]
+    stg_blocks: tuple[int, ...] | SkipBlocksByName
     stg_scale: float
     guidance_scale: float
     rescale: float
@@ -42,6 +47,7 @@ class Defaults:
     text_length: int
     embedded_guidance: float | None = None
     steps: CustomSteps | None = None
+    min_guidance_scale: float | None = None
 
 
 class SegmentModule(nn.Module):
@@ -148,6 +154,10 @@ class ModelFamily(ABC):
     def tokens(self, workload: Workload) -> int:
         """Video tokens."""
 
+    def segments(self, layout: str, mode: str, blocks: tuple[int, ...]) -> tuple[Segment, ...]:
+        """The segments of a layout, see `cut`; the projection of the prompt is not among them."""
+        return cut(layout, self.num_blocks, mode, blocks)
+
     @abstractmethod
     def tensors(self, workload: Workload) -> dict[str, TensorSpec]:
         """Every tensor that may cross a segment's border, by name."""
@@ -191,6 +201,10 @@ class ModelFamily(ABC):
     def image_inputs(self, image: ImageCondition) -> dict[str, Tensor]:
         """Tensors that depend on the pictures: one entry per row of `image`."""
         raise TypeError(f"{type(self).__name__} does not define image_inputs")
+
+    def uncond_image(self, image: ImageCondition) -> ImageCondition:
+        """What the pass without the prompt sees of the pictures: the same, unless a family says otherwise."""
+        return image
 
     def constants(
         self, text: TextCondition, workload: Workload, frame_rate: float, image: ImageCondition | None = None
@@ -278,9 +292,9 @@ class ModelFamily(ABC):
         return positive_integer(self.config[name], name, "transformer/config.json")
 
     def inputs(self, segment: Segment, workload: Workload) -> list[TensorSpec]:
-        """The segment's input specs, in order."""
-        tensors = self.tensors(workload)
-        return [tensors[name] for name in self.borders(segment)[0]]
+        """The segment's input specs, in order; a tensor that is read by an index keeps its own rows."""
+        tensors, names = self.tensors(workload), self.borders(segment)[0]
+        return [tensors[name].kept if index_of(name) in names else tensors[name] for name in names]
 
     def outputs(self, segment: Segment, workload: Workload) -> list[TensorSpec]:
         """The segment's output specs, in order."""
@@ -340,6 +354,11 @@ def positive_integer(value: Any, name: str, file: str) -> int:
 def keep_attention_spec() -> TensorSpec:
     """False for the rows whose self-attention is skipped."""
     return TensorSpec(KEEP_ATTENTION, "bool", (ROWS,))
+
+
+def keep_layer_spec() -> TensorSpec:
+    """False for the rows whose self-attention layer returns its input."""
+    return TensorSpec(KEEP_LAYER, "bool", (ROWS,))
 
 
 def load_class(name: str) -> Any:

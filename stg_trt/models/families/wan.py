@@ -365,8 +365,8 @@ class Wan(CrossAttentionDiT):
             )
         if self.sees and not self.front_constants:
             raise InvalidRequest(
-                "checkpoint: expected image_dim in transformer/config.json of image-to-video, and only there, "
-                f"got {self.config['image_dim']}: download it again"
+                "checkpoint: expected image_dim in transformer/config.json of image-to-video, and only "
+                f"there, got {self.config['image_dim']}: download it again"
             )
         if vae.get("is_residual") or vae.get("patch_size"):
             raise InvalidRequest(
