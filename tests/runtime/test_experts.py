@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,10 +20,15 @@ from stg_trt.cli.inspect import describe
 from stg_trt.engines.store import EngineStore
 from stg_trt.errors import EngineRejected, InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint
-from stg_trt.models.segment import LAYOUTS
+from stg_trt.models.segment import LAYOUTS, Segment
+from stg_trt.runtime.device import Device
 from tests.conftest import BuiltOnce
 from tests.support.eager_reference import perturbed
+from tests.support.family_cases import LTX
+from tests.support.family_cases.wan import WAN
+from tests.support.simulated_cuda import SimulatedCuda, SimulatedGpu
 from tests.support.tiny_experts import BOUNDARY, STEPS, TEXT, two_experts
+from tests.support.tiny_lora import save_lora
 
 SIZES: dict[str, Any] = {"height": 48, "width": 64, "num_frames": 9}
 KINDS = ("text", "image")
@@ -185,6 +190,53 @@ def test_two_videos_equal_one_by_one(opened: Open, kind: str) -> None:
     assert (together - torch.cat(apart)).abs().max() <= 1e-5
 
 
+def test_captured_graphs_read_the_text_of_their_expert(opened: Open) -> None:
+    """All are captured before the first step, and read the texts of the second call in the second call."""
+    device, pipeline = SimulatedCuda(SimulatedGpu()), opened("text")
+    pipeline._devices["cpu"] = cast(Device, device)
+    for seed in range(2):
+        plain = steps_of(opened("text"), **arguments("text", **embeds(seed)))
+        captured = steps_of(pipeline, **arguments("text", **embeds(seed)))
+        assert all(torch.equal(one, other) for one, other in zip(captured, plain, strict=True))
+    # The first replay of each is the check; no step of the second call was captured anew.
+    assert sum(graph.replays - 1 for graph in device.graphs) == 2 * STEPS
+    assert device.attempts == len(device.graphs) <= STEPS
+
+
+def test_a_lora_for_each(checkpoints: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
+    """As diffusers' load_lora_weights merges them, into the second expert with load_into_transformer_2."""
+    folder = checkpoints["text"][0]
+    files = [tmp_path / f"{name}.safetensors" for name in ("first", "second")]
+    for seed, path in enumerate(files):
+        save_lora(WAN, folder, path, 1, seed=seed)
+    own = WanPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None)
+    for path, second in zip(files, (False, True), strict=True):
+        own.load_lora_weights(path.parent, weight_name=path.name, load_into_transformer_2=second)
+    own.fuse_lora(["transformer", "transformer_2"])
+    own.transformer.unload_lora()
+    own.transformer_2.unload_lora()
+    checkpoint = Checkpoint.open(folder, lora=[files[0], f"transformer_2={files[1]}"])
+    checkpoint.check()
+    plain = Checkpoint.open(folder)
+    for expert, model in enumerate((own.transformer, own.transformer_2)):
+        merged, without = (one.load_transformer(expert=expert).state_dict() for one in (checkpoint, plain))
+        expected = model.state_dict()
+        assert any(not torch.equal(tensor, without[name]) for name, tensor in merged.items())
+        assert all(torch.allclose(tensor, expected[name], atol=1e-6) for name, tensor in merged.items())
+    assert sorted(map(str, checkpoint.applied_lora)) == [
+        "first.safetensors:1",
+        "transformer_2=second.safetensors:1",
+    ]
+    front = Segment("block_1", 1, 2)
+    only_second = Checkpoint.open(folder, lora=[f"transformer_2={files[1]}"])
+    assert only_second.segment_fingerprint(front) == plain.segment_fingerprint(front)
+    other = front.of_expert(1)
+    assert only_second.segment_fingerprint(other) != plain.segment_fingerprint(other)
+    assert refuse(WAN.goldens, lora=[f"transformer_2={files[1]}"]).startswith(
+        "lora: expected none for transformer_2, which wan_unipc has not, got transformer_2=second.safetensors"
+    )
+
+
 def test_the_boundary_is_compared_as_diffusers_compares_it(tmp_path: Path) -> None:
     """In float32: a timestep of a float32 scheduler may be that of the boundary, rounded."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -260,8 +312,6 @@ def test_a_checkpoint_that_is_not_whole(checkpoints: dict[str, tuple[Path, Any]]
 def test_a_second_scale_for_one_expert(
     golden_engines: Callable[[Any], Path],
 ) -> None:
-    from tests.support.family_cases import LTX
-
     pipeline = VideoPipeline.from_pretrained(LTX.goldens, golden_engines(LTX))
     with pytest.raises(
         InvalidRequest, match="guidance_scale_2: expected none for this ltx-video, whose model_"
