@@ -106,11 +106,11 @@ class _Reader:
 
 
 def _from_zero(segment: Segment) -> Segment:
-    """The segment with its blocks numbered from 0, and without its name."""
+    """The segment of the first expert with its blocks numbered from 0, and without its name."""
     skipped = segment.skipped
     if skipped is not None:
         skipped = replace(skipped, blocks=tuple(block - segment.start for block in skipped.blocks))
-    return replace(segment, name="", start=0, stop=len(segment.blocks), skipped=skipped)
+    return replace(segment, name="", start=0, stop=len(segment.blocks), skipped=skipped, expert=0)
 
 
 def _unique() -> Hashable:

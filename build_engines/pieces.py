@@ -13,9 +13,9 @@ def pieces_of(segment: Segment) -> tuple[Segment, ...]:
     blocks = [_block(segment, block) for block in segment.blocks if not _is_left_out(segment, block)]
     if not blocks:
         return (segment,)
-    gathered = Segment("gather", segment.start, segment.stop, gathers=True)
-    embedding = Segment("embedding", segment.start, segment.start, front=True)
-    head = Segment("head", segment.stop, segment.stop, back=True)
+    gathered = Segment("gather", segment.start, segment.stop, gathers=True, expert=segment.expert)
+    embedding = Segment("embedding", segment.start, segment.start, front=True, expert=segment.expert)
+    head = Segment("head", segment.stop, segment.stop, back=True, expert=segment.expert)
     return (
         *([gathered] if segment.gathers else []),
         *([embedding] if segment.front else []),
@@ -26,7 +26,7 @@ def pieces_of(segment: Segment) -> tuple[Segment, ...]:
 
 def _block(segment: Segment, block: int) -> Segment:
     """One block, perturbed as the segment perturbs it."""
-    piece = Segment("block", block, block + 1, keep_input=segment.keep_input)
+    piece = Segment("block", block, block + 1, keep_input=segment.keep_input, expert=segment.expert)
     if segment.skipped is None:
         return replace(piece, stg_r_inside=segment.stg_r_inside)
     if block not in segment.skipped.blocks:

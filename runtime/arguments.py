@@ -36,6 +36,7 @@ class ForeignArguments:
 
     stg_blocks: SkipBlocks | None
     rescale: Scale | None
+    guidance_scale_2: Scale | None
     max_sequence_length: int | None
     callback_tensors: list[str] | None
     decode_options: dict[str, Any]
@@ -62,6 +63,7 @@ class ForeignArguments:
         return cls(
             values["stg_blocks"],
             values["rescale"],
+            rest.pop("guidance_scale_2", None),
             rest.pop("max_sequence_length", None),
             rest.pop("callback_on_step_end_tensor_inputs", None),
             rest,

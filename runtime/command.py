@@ -50,6 +50,7 @@ def generate(
     timesteps: Annotated[str | None, typer.Option(help="Of all steps, such as 1000,909,725.")] = None,
     sigmas: Annotated[str | None, typer.Option(help="Of all steps, such as 1,0.9,0.7.")] = None,
     guidance_scale: Annotated[str | None, typer.Option(help="CFG: a number, or one per step: 3,3,1.")] = None,
+    guidance_scale_2: Annotated[str | None, typer.Option(help="CFG of the second expert's steps.")] = None,
     true_cfg_scale: Annotated[str | None, typer.Option(help="CFG of distilled models.")] = None,
     stg_scale: SkipScale = None,
     stg_mode: Annotated[str | None, typer.Option(help="stg-a or stg-r. [default: the engines']")] = None,
@@ -70,13 +71,13 @@ def generate(
     """Generate videos with compiled engines."""
     from stg_trt.engines.store import EngineRequest
 
-    # Checks that need no models come first: importing diffusers takes seconds.
-    _check_output(output)
+    _check_output(output)  # Checks without models come first: importing diffusers takes seconds.
     opened = _open_checkpoint(checkpoint, variant, revision, lora or [])
     _check_parts(opened, encodes=bool(prompt), decodes=output.suffix == ".mp4")
     options = read_guidance(
-        guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale, stg_scale=stg_scale, stg_mode=stg_mode,
-        stg_blocks=stg_blocks, rescale=rescale, preset=preset, use_dynamic_cfg=use_dynamic_cfg,
+        guidance_scale=guidance_scale, guidance_scale_2=guidance_scale_2, true_cfg_scale=true_cfg_scale,
+        stg_scale=stg_scale, stg_mode=stg_mode, stg_blocks=stg_blocks, rescale=rescale, preset=preset,
+        use_dynamic_cfg=use_dynamic_cfg,
     )  # fmt: skip
     request = EngineRequest(height=height, width=width, num_frames=num_frames, layout=layout, backend=backend)
     store = _open_engines(engines, request, opened)

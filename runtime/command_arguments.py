@@ -30,6 +30,7 @@ EMBEDS = tuple(EmbedsFile.__annotations__)
 def read_guidance(
     *,
     guidance_scale: str | None,
+    guidance_scale_2: str | None,
     true_cfg_scale: str | None,
     stg_scale: list[str] | None,
     stg_mode: str | None,
@@ -52,6 +53,7 @@ def read_guidance(
         preset=preset,
         use_dynamic_cfg=use_dynamic_cfg,
         true_cfg_scale=_scale("true_cfg_scale", true_cfg_scale),
+        guidance_scale_2=_scale("guidance_scale_2", guidance_scale_2),
     )
 
 

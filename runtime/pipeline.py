@@ -194,7 +194,7 @@ class VideoPipeline:
         foreign = ForeignArguments.read(options, {"stg_blocks": stg_blocks, "rescale": rescale})
         arguments = GuidanceOptions(
             guidance_scale, stg_scale, foreign.rescale, stg_mode, foreign.stg_blocks, stg_range, preset,
-            cfg_zero_star, use_dynamic_cfg, true_cfg_scale,
+            cfg_zero_star, use_dynamic_cfg, true_cfg_scale, guidance_scale_2=foreign.guidance_scale_2,
         )  # fmt: skip
         guided = choose_options(guidance, arguments)
         cond = Embeddings(prompt_embeds, prompt_attention_mask, pooled_prompt_embeds)

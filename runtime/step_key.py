@@ -19,6 +19,7 @@ class StepKey:
     single_step: bool
     cfg_zero_star: bool
     clean: CleanMode | None = None
+    expert: int = 0
 
     @property
     def groups(self) -> range:
@@ -38,7 +39,8 @@ class StepKey:
     @property
     def name(self) -> str:
         """For logs and profilers."""
-        return "+".join(map(str, self.passes))
+        passes = "+".join(map(str, self.passes))
+        return f"{passes} of expert {self.expert + 1}" if self.expert else passes
 
     @classmethod
     def of(
@@ -52,6 +54,7 @@ class StepKey:
             solver.single_step[step] is not None,
             guidance.cfg_zero_star and UNCOND in passes,
             clean,
+            guidance.expert(step),
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -85,7 +85,7 @@ class SegmentModule(nn.Module):
 class ModelFamily(ABC):
     """All that is known of one model family; one instance per checkpoint's configuration."""
 
-    name: ClassVar[str]
+    name: str
     transformer_class: ClassVar[str]
     # Raised when the graphs of the family's segments change: engines of another number are built again.
     export_version: ClassVar[int]
@@ -98,11 +98,11 @@ class ModelFamily(ABC):
     takes_true_cfg: ClassVar[bool] = False
     # The entries of the transformer's config.json that count blocks, in the order of their numbers.
     block_counts: ClassVar[tuple[str, ...]] = ("num_layers",)
-    # Pictures that the model can begin with, and needs not; whether it takes some for any of its frames.
+    # Pictures that a call may give and needs not; whether it may give some for any frame.
     optional_images: tuple[str, ...] = ()
     takes_conditions: bool = False
-    # Whether diffusers' pipeline draws a run's noise before what it draws for the pictures, and whether it
-    # runs a call's latents as they are, with a picture too.
+    # Whether diffusers' pipeline draws noise before what it draws for pictures, and runs a call's latents as
+    # they are beside a picture.
     draws_noise_first: bool = False
     starts_from_given_latents: bool = False
     # Parts of the pipeline that diffusers' documentation wants in float32 on a GPU too.
@@ -135,6 +135,15 @@ class ModelFamily(ABC):
     def embedded_guidance(self) -> float | None:
         """The default of the guidance that the model takes as an input; None if it takes none."""
         return self.defaults.embedded_guidance
+
+    @property
+    def transformers(self) -> tuple[str, ...]:
+        """The checkpoint's parts of which one predicts at each step: experts, whose graphs are the same."""
+        return ("transformer",)
+
+    def experts(self, timesteps: Sequence[float], training_steps: int) -> tuple[int, ...]:
+        """Which of `transformers` predicts at each of a run's timesteps, which count training steps."""
+        return (0,) * len(timesteps)
 
     @abstractmethod
     def block_of(self, weight_name: str) -> int | None:
@@ -347,7 +356,6 @@ class ModelFamily(ABC):
             torch.randn(specs[name].with_rows(rows), generator=generator) if name in specs else None
             for name in (CONDITION, IMAGE_EMBEDS)
         )
-        assert channels is not None
         return ImageCondition(channels, context)
 
     def trace_inputs(self, segment: Segment, workload: Workload, rows: int) -> list[Tensor]:

@@ -1,9 +1,9 @@
 """LTX-Video 2B and 13B: a DiT with self-attention, cross-attention and feed-forward in every block.
 
-Reproduces diffusers' LTXVideoTransformer3DModel, and LTXPipeline or, for checkpoints that name it (0.9.7 and
-later), LTXConditionPipeline; with a picture also LTXImageToVideoPipeline. These cross a cut: the hidden states, the timestep modulation
-`temb`, and the embedded timestep that the head reads. Constant over the steps: the projected text, its mask,
-and the RoPE tables.
+Reproduces diffusers' LTXVideoTransformer3DModel; LTXPipeline and, with a picture, LTXImageToVideoPipeline;
+LTXConditionPipeline for checkpoints that name it (0.9.7 and later). These cross a cut: the hidden states, the
+timestep modulation `temb`, and the embedded timestep that the head reads. Constant over the steps: the
+projected text, its mask, the RoPE tables, and each token's place among a row's timesteps.
 """
 
 from __future__ import annotations
