@@ -106,11 +106,12 @@ class _Reader:
 
 
 def _from_zero(segment: Segment) -> Segment:
-    """The segment with its blocks numbered from 0, and without its name."""
+    """The segment with its blocks numbered from 0, and without its name; its inputs tell what is indexed."""
     skipped = segment.skipped
     if skipped is not None:
         skipped = replace(skipped, blocks=tuple(block - segment.start for block in skipped.blocks))
-    return replace(segment, name="", start=0, stop=len(segment.blocks), skipped=skipped)
+    stop = len(segment.blocks)
+    return replace(segment, name="", start=0, stop=stop, skipped=skipped, indexed_before=None)
 
 
 def _unique() -> Hashable:

@@ -71,7 +71,7 @@ class Checkpoint:
             _check_no_lora(lora)
             return _open_published(str(checkpoint), random_weights)
         source = Source.open(checkpoint, variant, revision, published())
-        transformer = read_config(source.folder / "transformer" / "config.json")
+        transformer = read_config(source.folder / source.denoiser / "config.json")
         scheduler = read_config(source.folder / "scheduler" / "scheduler_config.json")
         vae = read_optional_config(source.folder / "vae" / "config.json")
         index = read_optional_config(source.folder / "model_index.json")
@@ -80,9 +80,15 @@ class Checkpoint:
         if random_weights:
             _check_no_lora(lora)
             return cls(source.name, None, transformer, vae, scheduler, index, image_encoder_config=eyes)
-        quantization.check_config(transformer, source.folder / "transformer" / "config.json")
+        quantization.check_config(transformer, source.folder / source.denoiser / "config.json")
         source.check_transformer()
-        return cls(source.name, source, transformer, vae, scheduler, index, parse_loras(lora), eyes)
+        opened = cls(source.name, source, transformer, vae, scheduler, index, parse_loras(lora), eyes)
+        if lora and not opened.family.takes_lora:
+            raise InvalidRequest(
+                f"lora: expected none for {opened.family.name}, of whose layers diffusers merges none, got "
+                f"{lora[0]}: leave it out"
+            )
+        return opened
 
     def shortened(self, counts: Sequence[int] | None) -> Checkpoint:
         """The same with fewer blocks: one number per entry of the family's `block_counts`; None keeps all.
@@ -177,7 +183,7 @@ class Checkpoint:
         """Reads the headers of a part's files."""
         assert self.source is not None
         folder = self.source.part(name)
-        if name.startswith("tokenizer") or name.endswith("processor"):
+        if name.startswith("tokenizer") or name.endswith(("processor", "extractor")):
             return
         quantization.check_config(read_config(folder / "config.json"), folder / "config.json")
         self.source.weights(name).shapes()
@@ -283,7 +289,7 @@ class Checkpoint:
         assert self.source is not None
         file, class_name = self.source.file, self.family.transformer_class
         if file is None:
-            return self.source.weights("transformer")
+            return self.source.weights(self.source.denoiser)
         return ConvertedWeights(file, class_name, self.transformer_config, frozenset(expected))
 
 

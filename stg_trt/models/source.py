@@ -48,6 +48,11 @@ class Source:
         source._check_variant()
         return source
 
+    @property
+    def denoiser(self) -> str:
+        """The part that is called in every step: transformer, or unet."""
+        return "unet" if (self.folder / "unet" / "config.json").is_file() else "transformer"
+
     def has(self, part: str) -> bool:
         """Whether a part's folder is there; of a repository, all but its weights is then downloaded."""
         if self.repository is not None:
@@ -74,13 +79,13 @@ class Source:
         raise StoredWeights.missing(folder)
 
     def transformer_files(self) -> tuple[Path, ...]:
-        """The files that hold the transformer's weights."""
-        return self.weights("transformer").files if self.file is None else (self.file.path,)
+        """The files that hold the weights of the transformer, or UNet."""
+        return self.weights(self.denoiser).files if self.file is None else (self.file.path,)
 
     def check_transformer(self) -> None:
         """Reads the headers of these files; raises InvalidRequest if one is not whole or not plain."""
         if self.file is None:
-            self.weights("transformer").shapes()
+            self.weights(self.denoiser).shapes()
         else:
             self.file.stored_shapes()
 

@@ -94,6 +94,13 @@ class ModelFamily(ABC):
     has_text_segment: ClassVar[bool]
     # False if diffusers' pipeline takes embeddings without a mask; their padding is zeros.
     has_text_mask: ClassVar[bool] = True
+    # False if there is no prompt: the pictures say what is made.
+    reads_text: ClassVar[bool] = True
+    takes_lora: ClassVar[bool] = True
+    # Where the model's configuration lies in a checkpoint.
+    config_file: ClassVar[str] = "transformer/config.json"
+    # Arguments of a call that say how its pictures are seen, see ImageOptions.
+    image_options: ClassVar[frozenset[str]] = frozenset()
     # Whether the pipeline in diffusers calls CFG true_cfg_scale, and an input of the model guidance_scale.
     takes_true_cfg: ClassVar[bool] = False
     # The entries of the transformer's config.json that count blocks, in the order of their numbers.
@@ -257,6 +264,10 @@ class ModelFamily(ABC):
         """
         raise TypeError(f"{type(self).__name__} does not define encode_images")
 
+    def given_images(self, images: Images, workload: Workload, videos: int) -> ImageCondition:
+        """The same of embeddings and latents that a call gives; raises InvalidRequest for other shapes."""
+        raise TypeError(f"{type(self).__name__} does not define given_images")
+
     @abstractmethod
     def latent_shape(self, workload: Workload) -> tuple[int, int, int, int]:
         """(channels, frames, height, width) of a video's latents before packing."""
@@ -275,7 +286,7 @@ class ModelFamily(ABC):
 
     def integer(self, name: str) -> int:
         """A positive integer of the configuration; raises InvalidRequest if it is anything else."""
-        return positive_integer(self.config[name], name, "transformer/config.json")
+        return positive_integer(self.config[name], name, self.config_file)
 
     def inputs(self, segment: Segment, workload: Workload) -> list[TensorSpec]:
         """The segment's input specs, in order; a tensor that is read by an index keeps its own rows."""
