@@ -39,7 +39,7 @@ $(TORCH_VENV)/.installed: pyproject.toml constraints.txt
 	grep -v '^torch==' constraints.txt > $(TORCH_VENV)/constraints.txt
 	$(TORCH_VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(TORCH_VENV)/bin/python -m pip install --quiet -c $(TORCH_VENV)/constraints.txt torch==$(TORCH) \
-		--editable '.[benchmarks]' pytest pytest-xdist
+		--editable '.[benchmarks,lora]' pytest pytest-xdist
 	touch $@
 
 lint: $(STAMP) in-place
