@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.families.base import ModelFamily
-from stg_trt.models.image import Images
+from stg_trt.models.image import ImageOptions, Images
 
 from .prompts import Prompts
 
@@ -22,7 +22,10 @@ Pictures = Picture | Sequence[Picture]
 
 
 def read_images(
-    family: ModelFamily, pictures: Mapping[str, Pictures | None], prompts: Prompts
+    family: ModelFamily,
+    pictures: Mapping[str, Pictures | None],
+    prompts: Prompts,
+    options: ImageOptions,
 ) -> Images | None:
     """The pictures by their argument's name, one for all videos or one for each; None for text-to-video.
 
@@ -30,6 +33,9 @@ def read_images(
     for, for one that it lacks, and for what is not a picture.
     """
     given = {name: value for name, value in pictures.items() if value is not None}
+    if options.image_latents is not None or options.image_embeddings is not None:
+        _check_given(family, given, options)
+        return Images(options=options)
     for name in given:
         if name not in family.needed_images:
             raise InvalidRequest(
@@ -45,9 +51,40 @@ def read_images(
     if not given:
         return None
     read = {name: _read(name, value, prompts.count) for name, value in given.items()}
+    each = 1
     if any(len(found) > 1 for found in read.values()):
-        read = {name: _of_videos(found, prompts) for name, found in read.items()}
-    return Images(**read)
+        read, each = (
+            {name: _of_videos(found, prompts) for name, found in read.items()},
+            prompts.videos_per_prompt,
+        )
+    return Images(**read, options=options, each=each)
+
+
+def count_pictures(image: Pictures | None, options: ImageOptions) -> int:
+    """How many pictures a call is about, of which it has one or what was made of it."""
+    if options.image_embeddings is not None:
+        return len(options.image_embeddings)
+    return len(image) if _is_batch(image) else 1
+
+
+def _is_batch(value: Pictures | None) -> TypeGuard[Sequence[Picture]]:
+    """Whether an argument has several pictures."""
+    return isinstance(value, list | tuple) or (isinstance(value, np.ndarray | Tensor) and value.ndim == 4)
+
+
+def _check_given(family: ModelFamily, given: Mapping[str, Pictures], options: ImageOptions) -> None:
+    """Raises InvalidRequest for one of embeddings and latents without the other, or beside a picture."""
+    if given:
+        raise InvalidRequest(
+            f"{next(iter(given))}: expected a picture, or image_embeddings and image_latents, got both: give "
+            "one of them"
+        )
+    for name in ("image_embeddings", "image_latents"):
+        if getattr(options, name) is None:
+            raise InvalidRequest(
+                f"{name}: expected it beside what else the {family.name} checkpoint makes of a picture, got "
+                "none: give both, or the picture"
+            )
 
 
 def _of_videos(found: list[Any], prompts: Prompts) -> list[Any]:
@@ -57,8 +94,7 @@ def _of_videos(found: list[Any], prompts: Prompts) -> list[Any]:
 
 def _read(name: str, value: Pictures, prompts: int) -> list[Any]:
     """One picture, or one per prompt, as diffusers' image processors take them."""
-    batch = isinstance(value, list | tuple) or (isinstance(value, np.ndarray | Tensor) and value.ndim == 4)
-    several: Any = value if batch else [value]
+    several: Any = value if _is_batch(value) else [value]
     pictures = [_picture(name, one) for one in several]
     if len(pictures) not in (1, prompts):
         raise InvalidRequest(

@@ -32,7 +32,7 @@ from .callbacks import StepCallback, call_back, check_callback
 from .components import Components
 from .device import Device, open_device
 from .noise import Generators, draw
-from .pictures import Pictures, read_images
+from .pictures import Pictures, count_pictures, read_images
 from .prompts import Embeddings, Prompt, Prompts
 from .sampler import SampledStep, Sampler
 from .schedule import Request, Schedule, schedule_steps
@@ -189,21 +189,21 @@ class VideoPipeline:
         `guidance` holds all scales; CFG is off at 1 and below. `options` are for decoding, or those of other
         pipelines. Raises InvalidRequest, EngineRejected if no engines fit, and NotFinite.
         """
-        foreign = ForeignArguments.read(options, {"stg_blocks": stg_blocks, "rescale": rescale})
+        foreign = ForeignArguments.read(options, stg_blocks, rescale, frame_rate)
         arguments = GuidanceOptions(
             guidance_scale, stg_scale, foreign.rescale, stg_mode, foreign.stg_blocks, stg_range, preset,
-            cfg_zero_star, use_dynamic_cfg, true_cfg_scale,
+            cfg_zero_star, use_dynamic_cfg, true_cfg_scale, *foreign.frame_scales,
         )  # fmt: skip
         cond = Embeddings(prompt_embeds, prompt_attention_mask, pooled_prompt_embeds)
         uncond = Embeddings(
             negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds
         )
-        prompts = Prompts(prompt, negative_prompt, cond, uncond, num_videos_per_prompt)
-        guided = choose_options(guidance, arguments)
+        pictures = None if self.family.reads_text else count_pictures(image, foreign.images)
+        prompts = Prompts(prompt, negative_prompt, cond, uncond, num_videos_per_prompt, pictures)
         sizes = replace(self._request, height=height, width=width, num_frames=num_frames)
         return self._generate(Request(
             replace(sizes, videos=prompts.videos), prompts, {"image": image, "last_image": last_image},
-            guided, num_inference_steps, frame_rate,
+            choose_options(guidance, arguments), num_inference_steps, foreign.frame_rate,
             list(generator) if isinstance(generator, tuple) else generator, latents,
             foreign.max_sequence_length, CustomSteps.read(timesteps, sigmas),
         ), output_type, callback_on_step_end, foreign)  # fmt: skip
@@ -213,8 +213,8 @@ class VideoPipeline:
     ) -> VideoPipelineOutput:
         check_callback(callback, foreign.callback_tensors)
         decode_options = foreign.decode_options
-        self._check_options(output_type, decode_options, request.prompts.videos)
-        images = read_images(self.family, request.pictures, request.prompts)
+        self._check_options(output_type, foreign, request.prompts.videos)
+        images = read_images(self.family, request.pictures, request.prompts, foreign.images)
         with self._turns:
             schedule = self._schedule(request)
             if output_type != "latent":  # A VAE that cannot decode is refused before the sampling.
@@ -246,6 +246,8 @@ class VideoPipeline:
             )
         if images is None:
             return None
+        if images.options.image_latents is not None:
+            return self.family.given_images(images, schedule.workload, videos)
         device = self._device_for(schedule.build).torch_device
         return self.components.encode_images(images, schedule.workload, device, videos, generator)
 
@@ -265,6 +267,8 @@ class VideoPipeline:
     def _condition(self, prompt: Prompt, schedule: Schedule) -> TextCondition:
         """A prompt as the engines take it: its texts encoded, or the embeddings that were given."""
         workload = schedule.workload
+        if not self.family.reads_text:
+            return TextCondition.none(prompt.count or 0)
         if prompt.texts is None:
             text = prompt.padded(self.family.tensors(workload), self.family.has_text_mask)
         else:
@@ -348,18 +352,19 @@ class VideoPipeline:
         noise = self.family.pack(latents) if tuple(latents.shape) == shape else latents
         return noise.float() * schedule.solver.noise_scale
 
-    def _check_options(self, output_type: str, decode_options: dict[str, Any], videos: int) -> None:
+    def _check_options(self, output_type: str, foreign: ForeignArguments, videos: int) -> None:
         if output_type not in _OUTPUT_TYPES:
             raise InvalidRequest(
                 f"output_type: expected one of {', '.join(_OUTPUT_TYPES)}, got {output_type!r}: choose one"
             )
-        unknown = decode_options.keys() - self.family.decode_options
+        unknown = foreign.decode_options.keys() - self.family.decode_options
+        unknown |= {*foreign.images.given} - self.family.image_options
         if unknown:
             raise InvalidRequest(
                 f"arguments: expected those of VideoPipeline, got {', '.join(sorted(unknown))}: "
                 "check the spelling"
             )
-        for name, value in decode_options.items():
+        for name, value in foreign.decode_options.items():
             if isinstance(value, list | tuple) and len(value) != videos:
                 raise InvalidRequest(
                     f"{name}: expected one number or {videos}, got {len(value)}: give one per video"

@@ -37,7 +37,7 @@ from stg_trt.models.families.unet_layers import (
 )
 from stg_trt.models.families.unet_segment import FPS, MOTION, UNetSegment
 from stg_trt.models.segment import Segment
-from stg_trt.models.tensor_spec import ROWS, TensorSpec, index_of, index_spec
+from stg_trt.models.tensor_spec import ROWS, Dim, TensorSpec, index_of, index_spec
 from stg_trt.models.workload import Workload
 
 # Time and position embeddings, norms and mixtures, which are applied in float32.
@@ -98,7 +98,8 @@ class SpatioTemporalUNet(ModelFamily):
         return frames, channels, height, width
 
     def tensors(self, workload: Workload) -> dict[str, TensorSpec]:
-        latents, dtype = (ROWS, *self.noise_shape(workload)), workload.dtype
+        latents: tuple[Dim, ...] = (ROWS, *self.noise_shape(workload))
+        dtype = workload.dtype
         specs = (
             TensorSpec("latents", dtype, latents),
             TensorSpec("timestep", "float32", (ROWS,)),

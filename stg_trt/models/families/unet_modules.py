@@ -41,12 +41,12 @@ class Resnet(nn.Module):
     def _over_frames(self, hidden: Tensor, temb: Tensor) -> Tensor:
         block, frames = self.spatial, hidden.shape[1]
         flat = hidden.flatten(0, 1)
-        inner = block.conv1(activated(block.norm1, flat)).unflatten(0, (-1, frames))
+        inner = over_frames(block.conv1(activated(block.norm1, flat)), frames)
         inner = inner + projected(block.time_emb_proj, temb)[:, None, :, None, None]
         inner = block.conv2(activated(block.norm2, inner.flatten(0, 1)))
         shortcut = flat if block.conv_shortcut is None else block.conv_shortcut(flat)
         summed: Tensor = shortcut + inner
-        return summed.unflatten(0, (-1, frames))
+        return over_frames(summed, frames)
 
     def _across_frames(self, hidden: Tensor, temb: Tensor) -> Tensor:
         """Of (rows, channels, frames, height, width); its channels stay the same."""
@@ -80,7 +80,7 @@ class SelfAttention(nn.Module):
             x.flatten(0, 1).unflatten(2, (self.heads, -1)).transpose(1, 2) for x in projections
         )
         out = F.scaled_dot_product_attention(query, key, value)
-        return out.transpose(1, 2).flatten(2).unflatten(0, (-1, projections[0].shape[1]))
+        return over_frames(out.transpose(1, 2).flatten(2), projections[0].shape[1])
 
 
 class OneTokenAttention(nn.Module):
@@ -127,7 +127,8 @@ class SpatialHalf(nn.Module):
         normed = group_norm(self.norm, hidden.flatten(0, 1)).to(hidden.dtype).unflatten(0, (-1, frames))
         tokens = self.proj_in(normed.permute(0, 1, 3, 4, 2).flatten(2, 3))
         out: Tensor = self.block(tokens, token, perturbed)
-        return out.unflatten(2, (height, -1))
+        places: Tensor = out.unflatten(2, (height, -1))
+        return places
 
 
 class TemporalHalf(nn.Module):
@@ -152,7 +153,8 @@ class TemporalHalf(nn.Module):
         temporal = self.ff_in(layer_norm(self.norm_in, temporal)) + temporal
         temporal = self.block(temporal, token, perturbed)
         out = self.proj_out(mixed(places, temporal, self.mix_factor))
-        return out.transpose(1, 2).unflatten(2, size).permute(0, 1, 4, 2, 3) + residual
+        channels_first: Tensor = out.transpose(1, 2).unflatten(2, size).permute(0, 1, 4, 2, 3)
+        return channels_first + residual
 
 
 class Resample(nn.Module):
@@ -167,7 +169,13 @@ class Resample(nn.Module):
         flat = hidden.flatten(0, 1)
         resized = flat if size is None else F.interpolate(flat, size=size, mode="nearest")
         out: Tensor = self.conv(resized)
-        return out.unflatten(0, (-1, hidden.shape[1]))
+        return over_frames(out, hidden.shape[1])
+
+
+def over_frames(flat: Tensor, frames: int) -> Tensor:
+    """(rows * frames, ...) to (rows, frames, ...)."""
+    x: Tensor = flat.unflatten(0, (-1, frames))
+    return x
 
 
 def activated(norm: Any, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from stg_trt.models.families.unet_modules import (
     SpatialHalf,
     TemporalHalf,
     activated,
+    over_frames,
 )
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import index_of
@@ -66,17 +67,17 @@ class UNetSegment(SegmentModule):
         for place in range(len(self.plan)):
             state |= self._layer(place, state)
         if self.back:
-            state["pred"] = _over_frames(self._head, state[hidden_of(0)])
+            state["pred"] = _every_frame(self._head, state[hidden_of(0)])
         return state
 
     def _embed(self, state: State) -> State:
         """The first convolution, over latents beside the picture's, and the embedded scalars."""
         joined = torch.cat([state["latents"], state[CONDITION]], 2)
         motion = state[MOTION]
-        scalars = torch.cat([state[FPS].expand(len(motion), -1), motion], 1)
+        scalars = torch.cat([state[FPS].expand(motion.shape[0], -1), motion], 1)
         embedded = self.add_time_proj(scalars.flatten()).unflatten(0, (-1, scalars.shape[1])).flatten(1)
         temb = self.time_embedding(self.time_proj(state["timestep"])) + self.add_embedding(embedded)
-        hidden = _over_frames(self.conv_in, joined)
+        hidden = _every_frame(self.conv_in, joined)
         return {hidden_of(0): hidden, skip_of(0): hidden, "temb": temb}
 
     def _head(self, hidden: Tensor) -> Tensor:
@@ -94,14 +95,18 @@ class UNetSegment(SegmentModule):
             halves = state[tokens_of(layer.level)], state[residual_of(layer.level)]
             out = module(*halves, state[IMAGE_EMBEDS], self._perturbed(place, state))
         elif layer.kind == "resnet":
-            taken = [] if layer.takes is None else [state[skip_of(layer.takes)]]
-            out = module(torch.cat([hidden, *taken], 2), state["temb"])
+            out = module(self._joined(layer, state), state["temb"])
         elif layer.kind == "downsample":
             out = module(hidden)
         else:
             out = module(hidden, self._size_of_next(place, state))
         name = hidden_of(layer.output_level)
         return {name: out} if layer.gives is None else {name: out, skip_of(layer.gives): out}
+
+    def _joined(self, layer: Layer, state: State) -> Tensor:
+        """Hidden states with the channels of what the layer takes."""
+        hidden = state[hidden_of(layer.level)]
+        return hidden if layer.takes is None else torch.cat([hidden, state[skip_of(layer.takes)]], 2)
 
     def _perturbed(self, place: int, state: State) -> Perturbed:
         """In all rows, or by flags of rows, which a segment of one block has."""
@@ -115,6 +120,6 @@ class UNetSegment(SegmentModule):
         return height, width
 
 
-def _over_frames(function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    """Of every frame of (rows, frames, ...)."""
-    return function(hidden.flatten(0, 1)).unflatten(0, (-1, hidden.shape[1]))
+def _every_frame(function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    """The function of every frame of (rows, frames, ...)."""
+    return over_frames(function(hidden.flatten(0, 1)), hidden.shape[1])
