@@ -82,13 +82,13 @@ class Checkpoint:
             return cls(source.name, None, transformer, vae, scheduler, index, image_encoder_config=eyes)
         quantization.check_config(transformer, source.folder / source.denoiser / "config.json")
         source.check_transformer()
-        opened = cls(source.name, source, transformer, vae, scheduler, index, parse_loras(lora), eyes)
+        opened = cls(source.name, source, transformer, vae, scheduler, index, image_encoder_config=eyes)
         if lora and not opened.family.takes_lora:
             raise InvalidRequest(
                 f"lora: expected none for {opened.family.name}, of whose layers diffusers merges none, got "
                 f"{lora[0]}: leave it out"
             )
-        return opened
+        return replace(opened, lora=parse_loras(lora))
 
     def shortened(self, counts: Sequence[int] | None) -> Checkpoint:
         """The same with fewer blocks: one number per entry of the family's `block_counts`; None keeps all.

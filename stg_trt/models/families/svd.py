@@ -228,8 +228,8 @@ def _clip_pixels(pipeline: Any, pictures: Sequence[Any]) -> Tensor:
     resized = []
     for picture in pictures:
         if not isinstance(picture, Tensor):
-            array = picture if hasattr(picture, "shape") else processor.pil_to_numpy(picture)
-            picture = processor.numpy_to_pt(array)
+            arrays = picture[None] if hasattr(picture, "shape") else processor.pil_to_numpy(picture)
+            picture = processor.numpy_to_pt(arrays)
         pixels = picture.reshape(1, *picture.shape[-3:]) * 2 - 1
         resized.append((_resize_with_antialiasing(pixels, _CLIP_SIZE) + 1) / 2)
     return torch.cat(resized)
