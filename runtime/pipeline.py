@@ -190,10 +190,10 @@ class VideoPipeline:
         pipelines. Raises InvalidRequest, EngineRejected if no engines fit, and NotFinite.
         """
         foreign = ForeignArguments.read(options, stg_blocks, rescale, frame_rate)
-        arguments = GuidanceOptions(
+        guided = choose_options(guidance, GuidanceOptions(
             guidance_scale, stg_scale, foreign.rescale, stg_mode, foreign.stg_blocks, stg_range, preset,
             cfg_zero_star, use_dynamic_cfg, true_cfg_scale, *foreign.frame_scales,
-        )  # fmt: skip
+        ))  # fmt: skip
         cond = Embeddings(prompt_embeds, prompt_attention_mask, pooled_prompt_embeds)
         uncond = Embeddings(
             negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds
@@ -203,7 +203,7 @@ class VideoPipeline:
         sizes = replace(self._request, height=height, width=width, num_frames=num_frames)
         return self._generate(Request(
             replace(sizes, videos=prompts.videos), prompts, {"image": image, "last_image": last_image},
-            choose_options(guidance, arguments), num_inference_steps, foreign.frame_rate,
+            guided, num_inference_steps, foreign.frame_rate,
             list(generator) if isinstance(generator, tuple) else generator, latents,
             foreign.max_sequence_length, CustomSteps.read(timesteps, sigmas),
         ), output_type, callback_on_step_end, foreign)  # fmt: skip

@@ -25,7 +25,7 @@ from tests.support.tiny_svd import SVD, diffusers_pipeline, save_svd
 
 pytestmark = pytest.mark.slow(reason="builds the engines of a UNet")
 
-SIZES = {"height": 64, "width": 64, "num_frames": 4}
+SIZES: dict[str, Any] = {"height": 64, "width": 64, "num_frames": 4}
 STEPS = 3
 # In the encoder, and in the first attention module of the decoder.
 BUILT = {"spatial": [0, 4], "temporal": [5]}
