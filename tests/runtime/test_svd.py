@@ -38,7 +38,8 @@ def seeded(seed: int = 7) -> torch.Generator:
 
 @cache
 def golden() -> dict[str, Tensor]:
-    return load_file(SVD / "stg_a_both.safetensors")
+    tensors: dict[str, Tensor] = load_file(SVD / "stg_a_both.safetensors")
+    return tensors
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +172,7 @@ def test_two_videos_equal_one_by_one(opened: Open) -> None:
     first = golden_call()
     second = Call(first.image_embeddings.flip(2), first.image_latents.flip(3), first.latents.flip(1))
     names = ("image_embeddings", "image_latents", "latents")
-    both = Call(*(torch.cat([getattr(one, name) for one in (first, second)]) for name in names))
+    both = Call(**{name: torch.cat([getattr(one, name) for one in (first, second)]) for name in names})
     pipeline, options = opened("segmented"), guidance(BOTH)
     together = steps_of(pipeline, **given(both), **options)[-1]
     apart = torch.cat([steps_of(pipeline, **given(one), **options)[-1] for one in (first, second)])
@@ -235,7 +236,8 @@ def test_pictures_in_any_form_and_one_for_each_video(opened: Open, checkpoint: P
     own = diffusers_pipeline(checkpoint)(
         pictures, **SIZES, num_inference_steps=1, generator=seeded(), output_type="latent"
     ).frames
-    assert distance(pipeline(image=pictures, generator=seeded(), **call).frames, own) <= 1e-5
+    # diffusers subtracts latents of sigma 700 from each other in its last step.
+    assert distance(pipeline(image=pictures, generator=seeded(), **call).frames, own) <= 1e-4
 
 
 def test_inspect_shows_every_skip_pass(opened: Open) -> None:
