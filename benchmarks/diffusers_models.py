@@ -173,4 +173,5 @@ _MODELS = {
     "ltx-video": DiffusersModel(_ltx_video_arguments, "attn1", ValuesOnlyInSkipRow),
     "mochi": DiffusersModel(_mochi_arguments, "attn1", VideoSeesTextInSkipRow),
     "wan2.1": DiffusersModel(_wan_arguments, "attn1", ValuesOnlyInSkipRow),
+    "wan2.2": DiffusersModel(_wan_arguments, "attn1", ValuesOnlyInSkipRow),
 }

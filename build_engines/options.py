@@ -58,10 +58,12 @@ class BuildOptions:
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """In the order they run; the projection of the text first."""
+        """In the order they run, expert by expert; the projection of the text first."""
         family = self.checkpoint.family
         blocks = family.segments(self.layout, self.stg_mode, self.stg_blocks)
-        return (TEXT, *blocks) if family.has_text_segment else blocks
+        segments = (TEXT, *blocks) if family.has_text_segment else blocks
+        experts = range(len(family.transformers))
+        return tuple(segment.of_expert(expert) for expert in experts for segment in segments)
 
     @property
     def stg_blocks(self) -> tuple[int, ...]:

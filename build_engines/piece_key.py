@@ -106,12 +106,12 @@ class _Reader:
 
 
 def _from_zero(segment: Segment) -> Segment:
-    """The segment with its blocks numbered from 0, and without its name; its inputs tell what is indexed."""
+    """The segment of the first expert, numbered from 0, without its name; its inputs tell what is indexed."""
     skipped = segment.skipped
     if skipped is not None:
         skipped = replace(skipped, blocks=tuple(block - segment.start for block in skipped.blocks))
-    stop = len(segment.blocks)
-    return replace(segment, name="", start=0, stop=stop, skipped=skipped, indexed_before=None)
+    counted = replace(segment, name="", start=0, stop=len(segment.blocks), skipped=skipped)
+    return replace(counted, indexed_before=None, expert=0)
 
 
 def _unique() -> Hashable:

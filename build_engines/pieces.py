@@ -13,16 +13,15 @@ def pieces_of(segment: Segment) -> tuple[Segment, ...]:
     blocks = [_block(segment, block) for block in segment.blocks if not _is_left_out(segment, block)]
     if not blocks:
         return (segment,)
-    embedding = Segment("embedding", segment.start, segment.start, front=True)
-    head = Segment("head", segment.stop, segment.stop, back=True)
+    embedding = Segment("embedding", segment.start, segment.start, front=True, expert=segment.expert)
+    head = Segment("head", segment.stop, segment.stop, back=True, expert=segment.expert)
     return (*([embedding] if segment.front else []), *blocks, *([head] if segment.back else []))
 
 
 def _block(segment: Segment, block: int) -> Segment:
     """One block, perturbed as the segment perturbs it."""
-    piece = Segment(
-        "block", block, block + 1, keep_input=segment.keep_input, indexed_before=segment.indexed_before
-    )
+    piece = Segment("block", block, block + 1, keep_input=segment.keep_input, expert=segment.expert)
+    piece = replace(piece, indexed_before=segment.indexed_before)
     if segment.skipped is None:
         return replace(piece, stg_r_inside=segment.stg_r_inside)
     if block not in segment.skipped.blocks:

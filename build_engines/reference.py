@@ -49,7 +49,7 @@ class Reference:
 
         So the comparison tests the graph, and not the rounding of the weights, which was asked for.
         """
-        transformer = self.checkpoint.load_transformer(segment.blocks)
+        transformer = self.checkpoint.load_transformer(segment.blocks, segment.expert)
         module = self.family.module(transformer, segment, expand_masks=expand_masks).eval()
         self.family.lower_precision(module, getattr(torch, self.workload.dtype))
         # Memory freed in rounding is scattered between what was kept: give it back before the next copy.
@@ -60,7 +60,8 @@ class Reference:
         """Inputs of a segment, one set per timestep; first runs earlier segments if needed."""
         if self.timesteps:
             for earlier in self.segments[: self.segments.index(segment)]:
-                if earlier not in self._done:
+                # An expert's first segments write anew what those of the one before it have left.
+                if earlier.expert == segment.expert and earlier not in self._done:
                     self.run(earlier, self.module(earlier, expand_masks=False))
         names = self.family.borders(segment)[0]
         return [{name: state[name] for name in names} for state in self._states]

@@ -41,6 +41,7 @@ class ForeignArguments:
 
     stg_blocks: SkipBlocks | None
     rescale: Scale | None
+    guidance_scale_2: Scale | None
     max_sequence_length: int | None
     callback_tensors: list[str] | None
     frame_scales: tuple[float | None, float | None]
@@ -76,6 +77,7 @@ class ForeignArguments:
         return cls(
             values["stg_blocks"],
             values["rescale"],
+            rest.pop("guidance_scale_2", None),
             rest.pop("max_sequence_length", None),
             rest.pop("callback_on_step_end_tensor_inputs", None),
             (rest.pop("min_guidance_scale", None), rest.pop("max_guidance_scale", None)),

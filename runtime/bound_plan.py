@@ -40,7 +40,7 @@ class BoundPlan:
         self._buffers = buffers
         self._device = device
         self._operations: list[Operation] = []
-        self._turns: dict[str, int] = {}
+        self._turns = buffers.first_turns(plan.expert)
         # The passes whose rows a tensor has, of all that a run has written.
         self._made: dict[str, tuple[Pass, ...]] = {}
         every = [borders(run.segment) for run in plan.runs]

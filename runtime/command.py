@@ -51,6 +51,7 @@ def generate(
     timesteps: Annotated[str | None, typer.Option(help="Of all steps, such as 1000,909,725.")] = None,
     sigmas: Annotated[str | None, typer.Option(help="Of all steps, such as 1,0.9,0.7.")] = None,
     guidance_scale: Annotated[str | None, typer.Option(help="CFG: a number, or one per step: 3,3,1.")] = None,
+    guidance_scale_2: Annotated[str | None, typer.Option(help="CFG of the second expert's steps.")] = None,
     true_cfg_scale: Annotated[str | None, typer.Option(help="CFG of distilled models.")] = None,
     min_guidance_scale: Annotated[float | None, typer.Option(help="Of a CFG that rises.")] = None,
     max_guidance_scale: Annotated[float | None, typer.Option(help="Of a CFG that rises.")] = None,
@@ -74,16 +75,15 @@ def generate(
     vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in tiles: less memory.")] = False,
 ) -> None:
     """Generate videos with compiled engines."""
-    _check_output(output)
-    opened = _open_checkpoint(checkpoint, variant, revision, lora or [])
-    _check_parts(opened, encodes=bool(prompt), decodes=output.suffix == ".mp4")
+    _check_output(output)  # Checks without models come first: importing diffusers takes seconds.
+    opened = _open_checkpoint(checkpoint, variant, revision, lora or [], bool(prompt), output)
     request = _request(height, width, num_frames, layout, backend)
     options = read_options(
-        embeds, guidance_scale=guidance_scale, true_cfg_scale=true_cfg_scale, stg_scale=stg_scale,
-        stg_mode=stg_mode, stg_blocks=stg_blocks, rescale=rescale, preset=preset, timesteps=timesteps,
-        use_dynamic_cfg=use_dynamic_cfg, min_guidance_scale=min_guidance_scale, sigmas=sigmas,
-        max_guidance_scale=max_guidance_scale, motion_bucket_id=motion_bucket_id,
-        noise_aug_strength=noise_aug_strength, decode_chunk_size=decode_chunk_size,
+        embeds, guidance_scale=guidance_scale, min_guidance_scale=min_guidance_scale, stg_blocks=stg_blocks,
+        guidance_scale_2=guidance_scale_2, true_cfg_scale=true_cfg_scale, use_dynamic_cfg=use_dynamic_cfg,
+        max_guidance_scale=max_guidance_scale, rescale=rescale, motion_bucket_id=motion_bucket_id,
+        noise_aug_strength=noise_aug_strength, decode_chunk_size=decode_chunk_size, stg_mode=stg_mode,
+        timesteps=timesteps, sigmas=sigmas, stg_scale=stg_scale, preset=preset,
     )  # fmt: skip
     pipeline = _open_pipeline(opened, _open_engines(engines, request, opened), request, offload, vae_tiling)
     with _progress_bar() as advance:
@@ -96,7 +96,6 @@ def generate(
     print(*_save(frames, output, frame_rate or pipeline.family.defaults.frame_rate), sep="\n")
 
 
-# Checks that need no models come first in the command: importing diffusers takes seconds.
 def _check_output(output: Path) -> None:
     """Raises InvalidRequest before minutes are spent on the video."""
     from stg_trt.errors import InvalidRequest
@@ -121,25 +120,23 @@ def _output_type(output: Path) -> str:
 
 
 def _open_checkpoint(
-    checkpoint: str, variant: str | None, revision: str | None, lora: list[str]
+    checkpoint: str, variant: str | None, revision: str | None, lora: list[str], encodes: bool, output: Path
 ) -> Checkpoint:
+    """Raises InvalidRequest unless the parts that the call needs are there and their files whole."""
     from stg_trt.models.checkpoint import Checkpoint, published
 
-    return Checkpoint.open(
+    opened = Checkpoint.open(
         checkpoint,
         random_weights=checkpoint in published(),
         variant=variant,
         revision=revision,
         lora=lora,
     )
-
-
-def _check_parts(checkpoint: Checkpoint, *, encodes: bool, decodes: bool) -> None:
-    """Raises InvalidRequest unless the parts that the call needs are there and their files whole."""
     if encodes:
-        checkpoint.check_text()
-    if decodes:
-        checkpoint.check_vae()
+        opened.check_text()
+    if output.suffix == ".mp4":
+        opened.check_vae()
+    return opened
 
 
 def _open_engines(engines: Path, request: EngineRequest, checkpoint: Checkpoint) -> EngineStore:

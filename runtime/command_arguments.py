@@ -32,6 +32,7 @@ def read_options(
     embeds: Path | None,
     *,
     guidance_scale: str | None,
+    guidance_scale_2: str | None,
     true_cfg_scale: str | None,
     stg_scale: list[str] | None,
     stg_mode: str | None,
@@ -63,6 +64,7 @@ def read_options(
         preset=preset,
         use_dynamic_cfg=use_dynamic_cfg,
         true_cfg_scale=_scale("true_cfg_scale", true_cfg_scale),
+        guidance_scale_2=_scale("guidance_scale_2", guidance_scale_2),
         min_guidance_scale=min_guidance_scale,
         max_guidance_scale=max_guidance_scale,
     )

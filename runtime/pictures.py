@@ -37,7 +37,7 @@ def read_images(
         _check_given(family, given, options)
         return Images(options=options)
     for name in given:
-        if name not in family.needed_images:
+        if name not in (*family.needed_images, *family.optional_images):
             raise InvalidRequest(
                 f"{name}: expected none, for which this {family.name} checkpoint was not trained, got a "
                 "picture: leave it out, or use a checkpoint for it"

@@ -192,7 +192,7 @@ class VideoPipeline:
         foreign = ForeignArguments.read(options, stg_blocks, rescale, frame_rate)
         guided = choose_options(guidance, GuidanceOptions(
             guidance_scale, stg_scale, foreign.rescale, stg_mode, foreign.stg_blocks, stg_range, preset,
-            cfg_zero_star, use_dynamic_cfg, true_cfg_scale, *foreign.frame_scales,
+            cfg_zero_star, use_dynamic_cfg, true_cfg_scale, *foreign.frame_scales, foreign.guidance_scale_2,
         ))  # fmt: skip
         cond = Embeddings(prompt_embeds, prompt_attention_mask, pooled_prompt_embeds)
         uncond = Embeddings(

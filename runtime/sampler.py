@@ -18,7 +18,7 @@ from stg_trt.models.families.base import ModelFamily
 from stg_trt.models.image import ImageCondition
 from stg_trt.models.passes import UNCOND, most_groups
 from stg_trt.models.plan import StepPlan, plan_step
-from stg_trt.models.segment import TEXT, Segment
+from stg_trt.models.segment import Segment
 from stg_trt.models.text import TextCondition
 
 from .bound_plan import BoundPlan
@@ -74,14 +74,14 @@ class Sampler:
     ) -> None:
         self.family = family
         self.workload = manifest.workload
-        self.segments: tuple[Segment, ...] = tuple(
-            record.segment for record in manifest.segments if not record.segment.text
-        )
+        segments = [record.segment for record in manifest.segments]
+        self.segments: tuple[Segment, ...] = tuple(one for one in segments if not one.text)
+        self._text_segments = [one for one in segments if one.text]
         self._engines = engines
         self._groups = most_groups(len(manifest.skips))
         self._device = device
         self._state: StepState | None = None
-        self._text: Context | None = None
+        self._texts: list[Context] = []
         self._bound: dict[StepKey, Step | StepGraph] = {}
 
     def steps(
@@ -147,7 +147,7 @@ class Sampler:
         """The step of a guidance state; bound when first asked for, and captured if the device can."""
         if key not in self._bound:
             _log.info("binding %s", key.name)
-            plan = plan_step(self.segments, key.passes)
+            plan = plan_step(self.segments, key.passes, key.expert)
             bound = BoundPlan(plan, self._engines, state.buffers, self.family.borders, self._device)
             step = Step(key, bound, state, self._device)
             captured = StepGraph(step, state, self._device) if self._device.captures else step
@@ -168,18 +168,17 @@ class Sampler:
         if self._state is None or not self._state.fits(size):
             _log.info("new static memory for %d videos and %d steps", size.videos, size.steps)
             self._bound.clear()
-            self._state = self._text = None
+            self._state, self._texts = None, []
             buffers = self._buffers_for(size)
-            self._text = self._bound_text(buffers) if self.family.has_text_segment else None
+            self._texts = [self._bound_text(segment, buffers) for segment in self._text_segments]
             roomy = replace(size, steps=max(size.steps, _MIN_STEPS))
             self._state = StepState.allocate(buffers, latents_shape, roomy)
         return self._state
 
     def _buffers_for(self, size: RunSize) -> StepBuffers:
         """Memory for all that crosses a border of the build."""
-        borders = self.family.borders
-        text = (TEXT,) if self.family.has_text_segment else ()
-        crossing = {name for s in (*text, *self.segments) for names in borders(s) for name in names}
+        borders, texts = self.family.borders, self._text_segments
+        crossing = {name for s in (*texts, *self.segments) for names in borders(s) for name in names}
         return StepBuffers(
             [spec for name, spec in self.family.tensors(self.workload).items() if name in crossing],
             find_ping_pong(self.segments, borders),
@@ -187,13 +186,15 @@ class Sampler:
             self._device.torch_device,
             max(size.groups, self._groups),
             find_unforked(self.segments, borders),
+            {name: len(texts) for segment in texts for name in borders(segment)[1]},
         )
 
-    def _bound_text(self, buffers: StepBuffers) -> Context:
-        """The projection of the prompt, over the rows of all passes."""
-        context = self._engines[TEXT.name].context()
-        for name in (*self.family.borders(TEXT)[0], *self.family.borders(TEXT)[1]):
-            context.bind(name, buffers.view(name))
+    def _bound_text(self, segment: Segment, buffers: StepBuffers) -> Context:
+        """The projection of the prompt by an expert, over the rows of all passes."""
+        context = self._engines[segment.name].context()
+        inputs, outputs = self.family.borders(segment)
+        for name in (*inputs, *outputs):
+            context.bind(name, buffers.view(name, turn=segment.expert))
         return context
 
     def _write_position_tables(self, state: StepState, frame_rate: float) -> None:
@@ -220,8 +221,8 @@ class Sampler:
         """Embeddings and masks of the whole run; the skip rows have the prompt of cond."""
         for name, tensor in self.family.text_inputs(text, self.workload).items():
             buffers.view(name).copy_(tensor)
-        if self._text is not None:
-            self._text.enqueue(self._device.stream)
+        for context in self._texts:
+            context.enqueue(self._device.stream)
 
 
 def _same(latents: Tensor, others: Tensor) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -136,8 +138,12 @@ def schedule_steps(request: Request, store: EngineStore, family: ModelFamily, sc
             f"guidance_scale: expected none for this {family.name}, which takes no guidance as an input, got "
             f"{options.embedded_guidance}: use true_cfg_scale"
         )
+    _check_second_scale(options, family)
+    experts = family.experts(solver.timesteps[:taken], scheduler.config.num_train_timesteps)
     _, frames, *_ = family.latent_shape(workload)
-    guidance = Guidance.for_steps(solver.noise_levels[:taken], options, solver.timesteps[:taken], frames)
+    guidance = Guidance.for_steps(
+        solver.noise_levels[:taken], options, solver.timesteps[:taken], frames, experts
+    )
     for perturbation in guidance.perturbations:
         check_blocks(perturbation.blocks, family.num_blocks)
     # The steps belong to the sizes of this build; what they perturb may need another one.
@@ -152,3 +158,21 @@ def schedule_steps(request: Request, store: EngineStore, family: ModelFamily, sc
     if fitting.rejects(build.manifest) is not None:
         build = store.find(fitting)
     return Schedule(build, guidance, solver)
+
+
+def _check_second_scale(options: ResolvedGuidance, family: ModelFamily) -> None:
+    """Raises InvalidRequest without a second expert; warns where diffusers makes nothing of the scale."""
+    first, second = options.guidance_scale, options.guidance_scale_2
+    if second is None:
+        return
+    if len(family.transformers) == 1:
+        raise InvalidRequest(
+            f"guidance_scale_2: expected none for this {family.name}, whose model_index.json has no "
+            f"boundary_ratio, got {second}: use guidance_scale"
+        )
+    if isinstance(first, Real) and float(first) <= 1:
+        warnings.warn(
+            f"guidance_scale_2: expected guidance_scale above 1 beside it, got {first}: neither expert has "
+            "CFG now, as in diffusers; for CFG on some of the steps give guidance_scale one value per step",
+            stacklevel=7,
+        )

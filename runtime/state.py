@@ -5,7 +5,7 @@ All of it is allocated here, before the first step, at addresses that engines an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,8 @@ class StepBuffers:
     """Static memory for every tensor at a border, in row groups: one row per video for each pass of a step.
 
     A `ping_pong` tensor is read and written by the same segment, so it is two, which take turns. `unforked`
-    ones have no rows of skip passes.
+    ones have no rows of skip passes. Of those that are made for each expert before the first step, there are
+    as many as `experts` says.
     """
 
     def __init__(
@@ -41,15 +42,17 @@ class StepBuffers:
         device: torch.device,
         groups: int = 3,
         unforked: frozenset[str] = frozenset(),
+        experts: Mapping[str, int] | None = None,
     ) -> None:
         self.videos = videos
         self.groups = groups
         self._device = device
         self._tensors: dict[str, tuple[Tensor, ...]] = {}
         self._has_rows = {spec.name: spec.has_rows for spec in specs}
+        self._experts = dict(experts or {})
         for spec in specs:
             shape = spec.with_rows((_PLAIN_GROUPS if spec.name in unforked else groups) * videos)
-            count = 2 if spec.name in ping_pong else 1
+            count = 2 if spec.name in ping_pong else self._experts.get(spec.name, 1)
             self._tensors[spec.name] = tuple(
                 torch.zeros(shape, dtype=spec.torch_dtype, device=device) for _ in range(count)
             )
@@ -61,6 +64,10 @@ class StepBuffers:
             return tensor
         assert 0 <= groups.start < groups.stop <= self.groups, groups
         return tensor[groups.start * self.videos : groups.stop * self.videos]
+
+    def first_turns(self, expert: int) -> dict[str, int]:
+        """The turns that a step of an expert starts from: those of the tensors that were made for it."""
+        return dict.fromkeys(self._experts, expert)
 
     def flags(self, kept: Sequence[bool]) -> Tensor:
         """A bool per row, from one per row group: false for the perturbed."""

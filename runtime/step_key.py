@@ -17,6 +17,7 @@ class StepKey:
     rescaled: bool
     single_step: bool
     cfg_zero_star: bool
+    expert: int = 0
 
     @property
     def groups(self) -> range:
@@ -36,7 +37,8 @@ class StepKey:
     @property
     def name(self) -> str:
         """For logs and profilers."""
-        return "+".join(map(str, self.passes))
+        passes = "+".join(map(str, self.passes))
+        return f"{passes} of expert {self.expert + 1}" if self.expert else passes
 
     @classmethod
     def of(cls, guidance: Guidance, solver: SolverTable, step: int) -> StepKey:
@@ -47,6 +49,7 @@ class StepKey:
             guidance.rescale[step] != 0,
             solver.single_step[step] is not None,
             guidance.cfg_zero_star and UNCOND in passes,
+            guidance.expert(step),
         )
 
 

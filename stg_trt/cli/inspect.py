@@ -68,6 +68,7 @@ def describe(build: Build) -> dict[str, Any]:
         "segments": [
             {
                 "name": record.segment.name,
+                "expert": record.segment.expert + 1,
                 "blocks": [record.segment.start, record.segment.stop],
                 "rows": {state: rows["rows"].get(record.segment.name, 0) for state, rows in states.items()},
                 "flops_per_row": family.segment_flops(record.segment, manifest.workload),
@@ -92,24 +93,27 @@ def describe(build: Build) -> dict[str, Any]:
 def _states(build: Build) -> dict[str, dict[str, Any]]:
     """Per guidance state: rows per segment, and FLOPs of one video's step, shared and in full."""
     from stg_trt.models.plan import plan_step
+    from stg_trt.models.segment import blocks_of_expert
 
     manifest = build.manifest
     family = manifest.model
-    segments = [record.segment for record in manifest.segments if not record.segment.text]
+    segments = [record.segment for record in manifest.segments]
+    experts = {segment.expert for segment in segments}
 
     def flops(segment: Any) -> int:
         return family.segment_flops(segment, manifest.workload)
 
-    whole = [segment for segment in segments if not segment.skipped]
+    whole = [segment for segment in blocks_of_expert(segments, 0) if not segment.skipped]
     states = {}
     for name, passes in _passes(manifest, distilled=family.embedded_guidance is not None).items():
-        plan = plan_step(segments, passes)
+        plans = [plan_step(segments, passes, expert) for expert in sorted(experts)]
         rows: dict[str, int] = {}
-        for run in plan.runs:
+        for run in (run for plan in plans for run in plan.runs):
             rows[run.segment.name] = rows.get(run.segment.name, 0) + len(run.passes)
         states[name] = {
             "rows": rows,
-            "flops": plan.flops(flops),
+            # A step runs one expert, all of the same cost.
+            "flops": plans[0].flops(flops),
             "flops_full": len(passes) * sum(map(flops, whole)),
         }
     return states

@@ -16,6 +16,8 @@ from stg_trt.system.gpu import GpuIdentity
 # a number of its own too; tests/build_engines/test_export_version.py compares both with the graphs.
 SHARED_EXPORT_VERSION = 1
 
+_RARE = ("stg_r_inside", "indexed_before", "expert")
+
 
 @dataclass(frozen=True)
 class EngineKey:
@@ -38,6 +40,10 @@ class EngineKey:
     def facts(self) -> dict[str, Any]:
         """All facts, as JSON stores them."""
         facts: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        # What most segments have none of is a fact only where it is one: so older keys stay as they are.
+        for name in _RARE:
+            if not facts["segment"][name]:
+                del facts["segment"][name]
         return facts
 
 

@@ -25,7 +25,8 @@ class GuidanceOptions:
     tables. Raises InvalidRequest for a mode or a preset that does not exist; values are checked when the
     steps are known. For a model that takes a guidance as an input, `guidance_scale` is that one and
     `true_cfg_scale` CFG, as in their diffusers pipelines. A model whose CFG rises over the frames takes
-    `min_guidance_scale` and `max_guidance_scale` instead.
+    `min_guidance_scale` and `max_guidance_scale` instead. Where two experts take turns, `guidance_scale_2` is
+    that of the second one's steps, by default `guidance_scale`.
     """
 
     guidance_scale: Scale | None = None
@@ -40,6 +41,7 @@ class GuidanceOptions:
     true_cfg_scale: Scale | None = None
     min_guidance_scale: float | None = None
     max_guidance_scale: float | None = None
+    guidance_scale_2: Scale | None = None
 
     def __post_init__(self) -> None:
         if self.stg_mode is not None:
@@ -73,6 +75,7 @@ class GuidanceOptions:
             use_dynamic_cfg=self.use_dynamic_cfg,
             embedded_guidance=self._embedded_guidance() if takes_true_cfg else None,
             min_guidance_scale=_first(self.min_guidance_scale, lowest),
+            guidance_scale_2=self.guidance_scale_2,
         )
 
     def _check_frame_scales(self, *, rises: bool) -> None:

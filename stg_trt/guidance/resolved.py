@@ -17,8 +17,8 @@ class ResolvedGuidance:
     """The result of `GuidanceOptions.resolve`; the defaults turn guidance off.
 
     STG is off outside the steps [start, stop) of `stg_range`. `embedded_guidance` is None for the default of
-    the family. With a `min_guidance_scale`, CFG rises from it in the first frame to `guidance_scale`, one
-    number, in the last.
+    the family, `guidance_scale_2` for `guidance_scale`. With a `min_guidance_scale`, CFG rises from it in the
+    first frame to `guidance_scale`, one number, in the last.
     """
 
     guidance_scale: Scale = 1.0
@@ -31,6 +31,7 @@ class ResolvedGuidance:
     use_dynamic_cfg: bool = False
     embedded_guidance: float | None = None
     min_guidance_scale: float | None = None
+    guidance_scale_2: Scale | None = None
 
     @classmethod
     def of_family(cls, defaults: Defaults, mode: str, skips: SkipBlocksByName) -> ResolvedGuidance:

@@ -33,7 +33,7 @@ class Guidance:
 
     `embedded` is the guidance input of a distilled model on all steps; None is its family's default.
     `cfg_frames` are the CFG scales of a video's frames, on every step with CFG; none if `cfg_scale` is that
-    of all.
+    of all. `experts` are the numbers of the transformers that predict, one per step; none if there is one.
     """
 
     cfg_scale: tuple[float, ...]
@@ -42,6 +42,7 @@ class Guidance:
     cfg_zero_star: bool = False
     embedded: float | None = None
     cfg_frames: tuple[float, ...] = ()
+    experts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_length("rescale", len(self.rescale), self.num_steps)
@@ -62,6 +63,7 @@ class Guidance:
         given: ResolvedGuidance = OFF,
         timesteps: Sequence[float] = (),
         frames: int = 1,
+        experts: Sequence[int] = (),
     ) -> Guidance:
         """Tables for the steps at `sigmas` (in 0..1 if bins read them).
 
@@ -70,14 +72,16 @@ class Guidance:
         and STG without blocks.
         """
         cfg = _swinging(given.guidance_scale, timesteps) if given.use_dynamic_cfg else given.guidance_scale
+        # As diffusers' pipelines decide it: at 1 and below, there is no CFG.
+        cfg_scale = tuple(max(scale, 1.0) for scale in per_step("guidance_scale", cfg, sigmas))
         return cls(
-            # As diffusers' pipelines decide it: at 1 and below, there is no CFG.
-            cfg_scale=tuple(max(scale, 1.0) for scale in per_step("guidance_scale", cfg, sigmas)),
+            cfg_scale=_of_experts(cfg_scale, given.guidance_scale_2, experts, sigmas),
             rescale=per_step("rescale", given.rescale, sigmas),
             skips=SkipSchedule.for_steps(sigmas, given),
             cfg_zero_star=given.cfg_zero_star,
             embedded=given.embedded_guidance,
             cfg_frames=_rising(given, frames),
+            experts=tuple(experts),
         )
 
     @property
@@ -89,6 +93,10 @@ class Guidance:
     def num_steps(self) -> int:
         """Steps that the tables are for."""
         return len(self.cfg_scale)
+
+    def expert(self, step: int) -> int:
+        """The number of the transformer that predicts at the step."""
+        return self.experts[step] if self.experts else 0
 
     @property
     def needs_uncond(self) -> bool:
@@ -120,6 +128,24 @@ class Guidance:
         weights = {UNCOND: 1 - cfg, COND: cfg + sum(skips.values())}
         weights |= {one: -scale for one, scale in skips.items()}
         return tuple(weights[one] for one in self.passes(step))
+
+
+def _of_experts(
+    first: tuple[float, ...], second: Scale | None, experts: Sequence[int], sigmas: Sequence[float]
+) -> tuple[float, ...]:
+    """The scales of the steps, of which those of the second expert have their own if there is CFG at all.
+
+    As diffusers' pipelines have it: guidance_scale alone decides that, and a second scale below 1 is on the
+    way from the negative prompt's prediction to the prompt's.
+    """
+    if second is None:
+        return first
+    seconds = per_step("guidance_scale_2", second, sigmas)
+    check_values("guidance_scale_2", seconds, -math.inf, math.inf)
+    if all(scale == 1 for scale in first):
+        return first
+    triples = zip(first, seconds, experts, strict=True)
+    return tuple(own if expert else scale for scale, own, expert in triples)
 
 
 def _swinging(scale: Scale, timesteps: Sequence[float]) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
@@ -65,7 +65,7 @@ class Checkpoint:
         `checkpoint` is a folder, an id of the hub such as owner/name, or a published name;
         `revision` is a branch, tag or commit on the hub. `variant` is the word in the names of weight files,
         such as fp16; parts without it have plain ones. `lora` are FILE or FILE:SCALE, merged into the
-        weights.
+        weights; transformer_2=FILE into those of the second expert.
         """
         if not Path(checkpoint).is_dir() and str(checkpoint) in published() and revision is None:
             _check_no_lora(lora)
@@ -81,14 +81,16 @@ class Checkpoint:
             _check_no_lora(lora)
             return cls(source.name, None, transformer, vae, scheduler, index, image_encoder_config=eyes)
         quantization.check_config(transformer, source.folder / source.denoiser / "config.json")
-        source.check_transformer()
+        source.check_transformer(source.denoiser)
         opened = cls(source.name, source, transformer, vae, scheduler, index, image_encoder_config=eyes)
         if lora and not opened.family.takes_lora:
             raise InvalidRequest(
                 f"lora: expected none for {opened.family.name}, of whose layers diffusers merges none, got "
                 f"{lora[0]}: leave it out"
             )
-        return replace(opened, lora=parse_loras(lora))
+        opened = replace(opened, lora=parse_loras(lora))
+        opened._check_experts(source)
+        return opened
 
     def shortened(self, counts: Sequence[int] | None) -> Checkpoint:
         """The same with fewer blocks: one number per entry of the family's `block_counts`; None keeps all.
@@ -133,6 +135,32 @@ class Checkpoint:
         noted = (Path(str(config.get("_name_or_path") or "")).name for config in configs)
         return " ".join((self.name, *noted))
 
+    def _check_experts(self, source: Source) -> None:
+        """Raises InvalidRequest unless all transformers are there, whole, and of one configuration."""
+        experts = (self.model_index or {}).get("boundary_ratio") is not None
+        others = [name for name in self._parts if experts and name.startswith("transformer_")]
+        if others and source.file is not None:
+            raise InvalidRequest(
+                f"checkpoint: expected a folder with transformer/ and {others[0]}/, which take turns, got "
+                f"the single file {source.file.path}: give the folder"
+            )
+        for part in others:
+            path = source.folder / part / "config.json"
+            config = read_config(path)
+            quantization.check_config(config, path)
+            if _facts(config) != _facts(self.transformer_config):
+                raise InvalidRequest(
+                    f"checkpoint: expected {path} to be that of transformer/, whose graphs it shares, got "
+                    "another one: the folder mixes two models; download it again"
+                )
+            source.check_transformer(part)
+        for lora in self.lora:
+            if lora.expert > len(others):
+                raise InvalidRequest(
+                    f"lora: expected none for transformer_2, which {self.name} has not, got {lora.applied}: "
+                    "leave transformer_2= out"
+                )
+
     @property
     def has_text_encoder(self) -> bool:
         """Whether a text encoder and a tokenizer are there, so that a prompt can be embedded."""
@@ -143,13 +171,15 @@ class Checkpoint:
     @property
     def text_parts(self) -> tuple[str, ...]:
         """The parts that turn a prompt into embeddings, as model_index.json names them."""
-        parts = {
-            # (library, class), or nulls for none.
-            name: part
-            for name, part in (self.model_index or {}).items()
-            if isinstance(part, list) and part[:1] not in ([], [None])
-        }
-        return tuple(name for name in parts if name.startswith(("text_encoder", "tokenizer")))
+        return tuple(name for name in self._parts if name.startswith(("text_encoder", "tokenizer")))
+
+    @property
+    def _parts(self) -> tuple[str, ...]:
+        """The names in model_index.json with a library and a class; nulls stand for no part."""
+        index = self.model_index or {}
+        return tuple(
+            name for name, part in index.items() if isinstance(part, list) and part[:1] not in ([], [None])
+        )
 
     def check_text(self) -> None:
         """Raises InvalidRequest unless text encoders and tokenizers are there, whole and plain."""
@@ -210,20 +240,21 @@ class Checkpoint:
         if self.source is not None:
             transformer = self._empty_transformer()
             expected = transformer.state_dict()
-            check_weights(self._weights(expected).shapes(), expected)
+            for part in self.family.transformers:
+                check_weights(self._weights(expected, part).shapes(), expected)
             for lora in self._lora_weights:
                 lora.check(transformer)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the transformer's configuration and the hashes of its weight files, which are kept.
+        """SHA-256 of the configuration and the weight files' hashes, which are kept, of all transformers.
 
         Leaves out the notes that diffusers adds when it saves a configuration: its release and the source.
         """
-        facts = {name: value for name, value in self.transformer_config.items() if name not in _NOTES}
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(_facts(self.transformer_config), sort_keys=True).encode())
+        parts = self.family.transformers
         if self.source is None:
-            return f"random-{digest.hexdigest()}"
-        for path in self.source.transformer_files():
+            return "-".join(["random", digest.hexdigest(), *parts[1:]])
+        for path in (path for part in parts for path in self.source.transformer_files(part)):
             digest.update(kept_sha256(path).encode())
         return digest.hexdigest()
 
@@ -235,7 +266,8 @@ class Checkpoint:
     def segment_fingerprint(self, segment: Segment) -> str:
         """Of the weights of a segment: the checkpoint's fingerprint, unless a LoRA changes some of them."""
         ends: tuple[None, ...] = (None,) if segment.front or segment.back or segment.text else ()
-        own = [lora.of_blocks(self.family, (*ends, *segment.blocks)) for lora in self._lora_weights]
+        loras = self._loras_of(segment.expert)
+        own = [lora.of_blocks(self.family, (*ends, *segment.blocks)) for lora in loras]
         merged = [lora.sha256() for lora in own if lora.tensors]
         if not merged:
             return self.fingerprint()
@@ -245,9 +277,12 @@ class Checkpoint:
     def _lora_weights(self) -> tuple[LoraWeights, ...]:
         return tuple(lora.read(self.family) for lora in self.lora)
 
-    def load_transformer(self, blocks: Iterable[int] | None = None) -> Any:
-        """The diffusers transformer in float32 on the CPU; other blocks than `blocks` stay without memory."""
-        family = self.family
+    def _loras_of(self, expert: int) -> list[LoraWeights]:
+        return [weights for weights in self._lora_weights if weights.lora.expert == expert]
+
+    def load_transformer(self, blocks: Iterable[int] | None = None, expert: int = 0) -> Any:
+        """A diffusers transformer in float32 on the CPU; other blocks than `blocks` stay without memory."""
+        family, part = self.family, self.family.transformers[expert]
         wanted = set(range(family.num_blocks) if blocks is None else blocks)
         transformer = self._empty_transformer()
         everything = transformer.state_dict()
@@ -257,13 +292,13 @@ class Checkpoint:
             if (block := family.block_of(name)) is None or block in wanted
         }
         if self.source is None:
-            weights = draw_weights(expected)
+            weights = draw_weights(expected, part if expert else "")
         else:
-            stored = self._weights(everything)
+            stored = self._weights(everything, part)
             check_weights(stored.shapes(), everything)
             weights = stored.read(expected)
         transformer.load_state_dict(weights, strict=False, assign=True)
-        for lora in self._lora_weights:
+        for lora in self._loras_of(expert):
             lora.of_blocks(family, (None, *wanted)).merge(transformer)
         return transformer.eval().requires_grad_(False)
 
@@ -284,13 +319,18 @@ class Checkpoint:
                 f"it refuses ({error}): download the checkpoint again"
             ) from error
 
-    def _weights(self, expected: Iterable[str]) -> StoredWeights | ConvertedWeights:
-        """The transformer's weights under diffusers' names, which are `expected`."""
+    def _weights(self, expected: Iterable[str], part: str) -> StoredWeights | ConvertedWeights:
+        """A transformer's weights under diffusers' names, which are `expected`."""
         assert self.source is not None
         file, class_name = self.source.file, self.family.transformer_class
         if file is None:
-            return self.source.weights(self.source.denoiser)
+            return self.source.weights(part)
         return ConvertedWeights(file, class_name, self.transformer_config, frozenset(expected))
+
+
+def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A transformer's configuration without notes."""
+    return {name: value for name, value in config.items() if name not in _NOTES}
 
 
 def _check_no_lora(lora: Sequence[str | Path]) -> None:

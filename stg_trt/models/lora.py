@@ -20,49 +20,60 @@ if TYPE_CHECKING:
     from stg_trt.models.families.base import ModelFamily
 
 _PREFIX = "transformer."
+# Before the file of a LoRA that diffusers loads with load_into_transformer_2.
+_SECOND = "transformer_2="
 _ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_B.bias")
 
 
 @dataclass(frozen=True, order=True)
 class AppliedLora:
-    """A LoRA that engines were built with: the hash of its file and its scale; the name is for messages."""
+    """A LoRA that engines were built with: the hash of its file, its scale and the transformer's number.
+
+    The name is for messages.
+    """
 
     sha256: str
     scale: float
     name: str = field(compare=False)
+    expert: int = 0
 
     def __str__(self) -> str:
-        return f"{self.name}:{self.scale:g}"
+        return f"{_SECOND if self.expert else ''}{self.name}:{self.scale:g}"
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A safetensors file of low-rank matrices, and how much of it is added to the weights."""
+    """A safetensors file of low-rank matrices, and how much of it is added to which transformer's weights."""
 
     path: Path
     scale: float = 1.0
+    expert: int = 0
 
     @classmethod
     def parse(cls, text: str | Path) -> Lora:
-        """FILE or FILE:SCALE; raises InvalidRequest without such a file or with a scale that is no number."""
-        name, scale = str(text), 1.0
-        if not Path(text).is_file():
-            name, _, number = str(text).rpartition(":")
+        """FILE or FILE:SCALE, after transformer_2= if it belongs there.
+
+        Raises InvalidRequest without such a file or with a scale that is no number.
+        """
+        given = str(text).removeprefix(_SECOND)
+        name, scale = given, 1.0
+        if not Path(given).is_file():
+            name, _, number = given.rpartition(":")
             try:
                 scale = float(number)
             except ValueError:
-                name = str(text)
+                name = given
         # diffusers would unpickle a file with another ending.
         if not Path(name).is_file() or Path(name).suffix != ".safetensors" or not math.isfinite(scale):
             raise InvalidRequest(
                 f"lora: expected FILE.safetensors or FILE.safetensors:SCALE, got {text}: check the path"
             )
-        return cls(Path(name), scale)
+        return cls(Path(name), scale, int(given != str(text)))
 
     @property
     def applied(self) -> AppliedLora:
         """What a build records of it."""
-        return AppliedLora(kept_sha256(self.path), self.scale, self.path.name)
+        return AppliedLora(kept_sha256(self.path), self.scale, self.path.name, self.expert)
 
     def read(self, family: ModelFamily) -> LoraWeights:
         """Its matrices under diffusers' names; raises InvalidRequest if they cannot all be merged."""

@@ -8,7 +8,7 @@ from itertools import combinations_with_replacement
 
 from stg_trt.models.passes import COND, SKIP, UNCOND, Pass, in_order, row_groups
 from stg_trt.models.perturbation import Perturbation
-from stg_trt.models.segment import Segment
+from stg_trt.models.segment import Segment, blocks_of_expert
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,11 @@ class StepPlan:
     passes: tuple[Pass, ...]
     runs: tuple[SegmentRun, ...]
 
+    @property
+    def expert(self) -> int:
+        """The transformer that runs."""
+        return self.runs[0].segment.expert
+
     def flops(self, per_row: Callable[[Segment], int]) -> int:
         """Floating-point operations of one step of one video."""
         return sum(per_row(run.segment) * len(run.passes) for run in self.runs)
@@ -45,9 +50,12 @@ class StepPlan:
         return range(first, first + len(passes))
 
 
-def plan_step(segments: Sequence[Segment], passes: Sequence[Pass]) -> StepPlan:
-    """The plan for a step: exact, since up to its first perturbed block a skip pass is the cond pass."""
-    ordered = in_order(passes)
+def plan_step(segments: Sequence[Segment], passes: Sequence[Pass], expert: int = 0) -> StepPlan:
+    """The plan for a step: exact, since up to its first perturbed block a skip pass is the cond pass.
+
+    Of a model's segments it takes those of one expert.
+    """
+    ordered, segments = in_order(passes), blocks_of_expert(segments, expert)
     twin = any(segment.skipped for segment in segments)
     return StepPlan(ordered, tuple((_whole_runs if twin else _shared_runs)(segments, ordered)))
 
@@ -68,14 +76,19 @@ def row_counts(
         for count in range(skips + 1)
         for several in combinations_with_replacement(parts, count)
     )
-    plans = (plan_step(segments, (*plain, *skip)) for skip in chosen for plain in ((COND,), (UNCOND, COND)))
+    plans = (
+        plan_step(segments, (*plain, *skip), segment.expert)
+        for skip in chosen
+        for plain in ((COND,), (UNCOND, COND))
+    )
     return frozenset(len(run.passes) for plan in plans for run in plan.runs if run.segment == segment)
 
 
 def full_plan(segments: Sequence[Segment], passes: Sequence[Pass]) -> StepPlan:
     """Every pass runs from the first segment on, nothing is shared: the reference for the shared plan."""
     ordered = in_order(passes)
-    return StepPlan(ordered, tuple(_perturbed(SegmentRun(segment, ordered)) for segment in segments))
+    runs = (_perturbed(SegmentRun(segment, ordered)) for segment in blocks_of_expert(segments, 0))
+    return StepPlan(ordered, tuple(runs))
 
 
 def _whole_runs(segments: Sequence[Segment], passes: tuple[Pass, ...]) -> list[SegmentRun]:

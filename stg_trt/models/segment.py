@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from stg_trt.errors import InvalidRequest
@@ -20,6 +21,7 @@ class Segment:
     (the twin layout); `keep_input` adds a bool per row that switches self-attention (segmented stg-a).
     With `stg_r_inside`, stg-r does not leave out the blocks but changes them, by a bool per row too. What was
     made before the block `indexed_before` keeps its rows, and is read by an index instead of being copied.
+    `expert` numbers the transformers of a checkpoint, of which one predicts at each step.
     """
 
     name: str
@@ -30,13 +32,19 @@ class Segment:
     text: bool = False
     keep_input: bool = False
     skipped: Perturbation | None = None
+    # What is printed of the others stays as it was.
     stg_r_inside: bool = field(default=False, repr=False)
     indexed_before: int | None = field(default=None, repr=False)
+    expert: int = field(default=0, repr=False)
 
     @property
     def blocks(self) -> range:
         """The block numbers."""
         return range(self.start, self.stop)
+
+    def of_expert(self, expert: int) -> Segment:
+        """The same segment of another transformer, named after its folder in the checkpoint."""
+        return replace(self, name=f"transformer_{expert + 1}_{self.name}", expert=expert) if expert else self
 
 
 TEXT = Segment("text", text=True)
@@ -48,6 +56,11 @@ def check_layout(layout: str) -> None:
         raise InvalidRequest(
             f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}: choose one of them"
         )
+
+
+def blocks_of_expert(segments: Sequence[Segment], expert: int) -> tuple[Segment, ...]:
+    """What a step of an expert runs: its segments, except that of the text."""
+    return tuple(segment for segment in segments if segment.expert == expert and not segment.text)
 
 
 def engine_outputs(inputs: tuple[str, ...], outputs: tuple[str, ...]) -> tuple[str, ...]:

@@ -78,14 +78,14 @@ class Source:
                 return found
         raise StoredWeights.missing(folder)
 
-    def transformer_files(self) -> tuple[Path, ...]:
-        """The files that hold the weights of the transformer, or UNet."""
-        return self.weights(self.denoiser).files if self.file is None else (self.file.path,)
+    def transformer_files(self, part: str = "transformer") -> tuple[Path, ...]:
+        """The files that hold a transformer's weights."""
+        return self.weights(part).files if self.file is None else (self.file.path,)
 
-    def check_transformer(self) -> None:
+    def check_transformer(self, part: str = "transformer") -> None:
         """Reads the headers of these files; raises InvalidRequest if one is not whole or not plain."""
         if self.file is None:
-            self.weights(self.denoiser).shapes()
+            self.weights(part).shapes()
         else:
             self.file.stored_shapes()
 

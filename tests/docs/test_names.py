@@ -32,6 +32,7 @@ FAMILIES = {
     "HunyuanVideo": "hunyuan-video",
     "CogVideoX": "cogvideox-2b",
     "Wan 2.1": "wan2.1-t2v-1.3b",
+    "Wan 2.2": "wan2.2-t2v-a14b",
     "Stable Video Diffusion": "svd-xt",
 }
 MESSAGES = {error.__name__ for error in errors.StgTrtError.__subclasses__()} | {"warnings.warn"}

@@ -38,6 +38,9 @@ OTHERS: dict[str, list[Any]] = {
         dataclasses.replace(KEY.segment, back=False),
         dataclasses.replace(KEY.segment, text=True),
         dataclasses.replace(KEY.segment, keep_input=True),
+        dataclasses.replace(KEY.segment, stg_r_inside=True),
+        dataclasses.replace(KEY.segment, indexed_before=3),
+        dataclasses.replace(KEY.segment, expert=1),
         dataclasses.replace(KEY.segment, skipped=Perturbation("stg-a", (4,))),
         dataclasses.replace(KEY.segment, skipped=Perturbation("stg-a", (5,))),
         dataclasses.replace(KEY.segment, skipped=Perturbation("stg-r", (4,))),
@@ -82,6 +85,13 @@ def test_the_key_changes_with_every_fact() -> None:
         dataclasses.replace(KEY, **{name: other}) for name, others in OTHERS.items() for other in others
     ]
     assert len({digest(key.facts()) for key in keys}) == len(keys)
+
+
+def test_what_few_segments_have_leaves_the_keys_of_others_as_they_were() -> None:
+    """Engines of a release without it are found again, by a build and by their folder's name."""
+    assert digest(KEY.facts()) == "36a593a5ea2bf9a1cb0a55422b32fbf7d4fe7a679f868f93685980f9db75be41"
+    few = dataclasses.replace(KEY, segment=dataclasses.replace(KEY.segment, expert=1))
+    assert few.facts()["segment"]["expert"] == 1
 
 
 def test_the_key_is_the_same_for_the_same_facts() -> None:

@@ -6,6 +6,7 @@ from tests.planted_mistakes.mistake import Mistake
 
 _FAMILIES = "tests/models/families/test_families.py"
 _CHECKPOINT = "tests/models/test_checkpoint.py"
+_EXPERTS = "tests/runtime/test_experts.py"
 
 IN_MODELS = (
     Mistake(
@@ -60,16 +61,30 @@ IN_MODELS = (
     Mistake(
         "the fingerprint reads the first weight file only",
         "stg_trt/models/checkpoint.py",
-        "for path in self.source.transformer_files():",
-        "for path in self.source.transformer_files()[:1]:",
+        "for path in self.source.transformer_files(part)):",
+        "for path in self.source.transformer_files(part)[:1]):",
         (f"{_CHECKPOINT}::test_a_fingerprint_reads_every_shard",),
     ),
     Mistake(
         "the fingerprint leaves the configuration out",
         "stg_trt/models/checkpoint.py",
-        "hashlib.sha256(json.dumps(facts, sort_keys=True).encode())",
+        "hashlib.sha256(json.dumps(_facts(self.transformer_config), sort_keys=True).encode())",
         "hashlib.sha256()",
         (f"{_CHECKPOINT}::test_fingerprints_tell_configurations_apart",),
+    ),
+    Mistake(
+        "the fingerprint reads the first expert only",
+        "stg_trt/models/checkpoint.py",
+        "for path in (path for part in parts for",
+        "for path in (path for part in parts[:1] for",
+        (f"{_EXPERTS}::test_the_weights_of_both_count",),
+    ),
+    Mistake(
+        "a step on the boundary is the second expert's",
+        "stg_trt/models/families/wan.py",
+        "(torch.tensor(timesteps) < self.boundary",
+        "(torch.tensor(timesteps) <= self.boundary",
+        (f"{_EXPERTS}::test_the_boundary_is_compared_as_diffusers_compares_it",),
     ),
     Mistake(
         "a text encoder that lacks a tensor is taken",

@@ -139,6 +139,13 @@ IN_RUNTIME = (
         (f"{_SAMPLER}::test_a_solver_with_history_steps_as_diffusers_does",),
     ),
     Mistake(
+        "both experts read the text of the first",
+        "runtime/state.py",
+        "return dict.fromkeys(self._experts, expert)",
+        "return dict.fromkeys(self._experts, 0)",
+        ("tests/runtime/test_experts.py::test_every_step_of_diffusers",),
+    ),
+    Mistake(
         "an interrupted pipeline stays interrupted",
         "runtime/pipeline.py",
         "        self.interrupt = False\n        step = None\n",

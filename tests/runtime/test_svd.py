@@ -171,8 +171,11 @@ def test_the_twin_layout_has_one_skip_pass(opened: Open, tmp_path: Path) -> None
 def test_two_videos_equal_one_by_one(opened: Open) -> None:
     first = golden_call()
     second = Call(first.image_embeddings.flip(2), first.image_latents.flip(3), first.latents.flip(1))
-    names = ("image_embeddings", "image_latents", "latents")
-    both = Call(**{name: torch.cat([getattr(one, name) for one in (first, second)]) for name in names})
+    both = Call(
+        torch.cat([first.image_embeddings, second.image_embeddings]),
+        torch.cat([first.image_latents, second.image_latents]),
+        torch.cat([first.latents, second.latents]),
+    )
     pipeline, options = opened("segmented"), guidance(BOTH)
     together = steps_of(pipeline, **given(both), **options)[-1]
     apart = torch.cat([steps_of(pipeline, **given(one), **options)[-1] for one in (first, second)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -85,7 +85,7 @@ class SegmentModule(nn.Module):
 class ModelFamily(ABC):
     """All that is known of one model family; one instance per checkpoint's configuration."""
 
-    name: ClassVar[str]
+    name: str
     transformer_class: ClassVar[str]
     # Raised when the graphs of the family's segments change: engines of another number are built again.
     export_version: ClassVar[int]
@@ -135,6 +135,15 @@ class ModelFamily(ABC):
     def embedded_guidance(self) -> float | None:
         """The default of the guidance that the model takes as an input; None if it takes none."""
         return self.defaults.embedded_guidance
+
+    @property
+    def transformers(self) -> tuple[str, ...]:
+        """The checkpoint's parts of which one predicts at each step: experts, whose graphs are the same."""
+        return ("transformer",)
+
+    def experts(self, timesteps: Sequence[float], training_steps: int) -> tuple[int, ...]:
+        """Which of `transformers` predicts at each of a run's timesteps, which count training steps."""
+        return (0,) * len(timesteps)
 
     @abstractmethod
     def block_of(self, weight_name: str) -> int | None:
@@ -248,6 +257,11 @@ class ModelFamily(ABC):
     @property
     def needed_images(self) -> tuple[str, ...]:
         """The pictures, by arguments' names, without which the model cannot run; none for text-to-video."""
+        return ()
+
+    @property
+    def optional_images(self) -> tuple[str, ...]:
+        """Further pictures that a call may give."""
         return ()
 
     @property

@@ -51,6 +51,7 @@ class SpatioTemporalUNet(ModelFamily):
 
     transformer_class = "UNetSpatioTemporalConditionModel"
     config_file: ClassVar[str] = "unet/config.json"
+    transformers = ("unet",)
     block_counts = ("layers_per_block",)
 
     @cached_property

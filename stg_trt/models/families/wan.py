@@ -1,14 +1,16 @@
-"""Wan 2.1, text-to-video 1.3B and 14B, image-to-video 14B: a DiT over patches of 1x2x2 latents.
+"""Wan 2.1 1.3B and 14B, Wan 2.2 A14B, text- and image-to-video: a DiT over patches of 1x2x2 latents.
 
 Reproduces diffusers' WanTransformer3DModel, WanPipeline and WanImageToVideoPipeline. These cross a cut: the
 hidden states, the modulation of the blocks, and the embedded timestep `temb` that the head reads. Constant
 over the steps: the projected text, of which padding is zeros and not masked, and the RoPE tables, one head's
 for all heads. For image-to-video, channels beside the latents: those of a video that is empty but for the
-first picture and the last, and a mask of its frames; and tokens beside the text's, which CLIP makes of them.
+first picture and the last, and a mask of its frames; and, in Wan 2.1, tokens beside the text's, which CLIP
+makes of them. A14B is two such transformers: the second predicts where little noise is left.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from stg_trt.models.families.base import (
 )
 from stg_trt.models.families.cross_attention import CrossAttentionDiT, CrossAttentionSegment
 from stg_trt.models.families.dit import State, gated, half_table, rotate, unpatched
+from stg_trt.models.families.given_frames import given_frames, latent_statistics
 from stg_trt.models.image import ImageCondition, Images
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.models.text import TextCondition
@@ -106,7 +109,7 @@ class WanText(SegmentModule):
 
 
 class Wan(CrossAttentionDiT):
-    """Wan 2.1 as diffusers has it (Wan-AI, arXiv 2503.20314)."""
+    """Wan 2.1, and 2.2 A14B, as diffusers has them (Wan-AI, arXiv 2503.20314)."""
 
     name = "wan2.1"
     transformer_class = "WanTransformer3DModel"
@@ -139,6 +142,32 @@ class Wan(CrossAttentionDiT):
         if self.config.get("in_channels") != self.config.get("out_channels"):
             self.front_constants = (CONDITION,)
             self.pipeline_class = "WanImageToVideoPipeline"
+        if self.boundary is not None:
+            self.name = "wan2.2"
+
+    @property
+    def boundary(self) -> float | None:
+        """Below which part of the training steps the second expert predicts; None if there is only one.
+
+        Raises InvalidRequest for what is no such part.
+        """
+        ratio = self.model_index.get("boundary_ratio")
+        if ratio is not None and not (type(ratio) in (int, float) and 0 <= ratio <= 1):
+            raise InvalidRequest(
+                f"checkpoint: expected boundary_ratio in model_index.json from 0 to 1, got {ratio!r}: "
+                "download the checkpoint again"
+            )
+        return ratio
+
+    @property
+    def transformers(self) -> tuple[str, ...]:
+        return ("transformer",) if self.boundary is None else ("transformer", "transformer_2")
+
+    def experts(self, timesteps: Sequence[float], training_steps: int) -> tuple[int, ...]:
+        if self.boundary is None:
+            return super().experts(timesteps, training_steps)
+        # In float32, as diffusers compares the scheduler's tensors.
+        return tuple((torch.tensor(timesteps) < self.boundary * training_steps).int().tolist())
 
     @property
     def latent_channels(self) -> int:
@@ -160,6 +189,10 @@ class Wan(CrossAttentionDiT):
         if not self.front_constants:
             return ()
         return ("image", "last_image") if self.config.get("pos_embed_seq_len") is not None else ("image",)
+
+    @property
+    def optional_images(self) -> tuple[str, ...]:
+        return ("last_image",) if self.front_constants and not self.sees else ()
 
     @property
     def image_parts(self) -> tuple[str, ...]:
@@ -215,19 +248,19 @@ class Wan(CrossAttentionDiT):
                 )
 
     def check_pipeline(self) -> None:
-        # As diffusers writes the options of Wan 2.2 that are off.
-        off: dict[str, tuple[Any, ...]] = {
-            "expand_timesteps": (None, False),
-            "boundary_ratio": (None,),
-            "transformer_2": (None, [None, None]),
-        }
-        for name, values in off.items():
-            given = self.model_index.get(name)
-            if given not in values:
-                raise InvalidRequest(
-                    f"checkpoint: expected Wan 2.1, which has no {name}, got {name} {given} in "
-                    "model_index.json: Wan 2.2 is not supported, use a Wan 2.1 checkpoint"
-                )
+        if self.model_index.get("expand_timesteps"):
+            raise InvalidRequest(
+                "checkpoint: expected Wan 2.1 or Wan 2.2 A14B, got expand_timesteps in model_index.json: Wan "
+                "2.2 TI2V is not supported"
+            )
+        # diffusers writes a part that is not there as two nulls.
+        second = self.model_index.get("transformer_2") not in (None, [None, None])
+        if second != (self.boundary is not None):
+            raise InvalidRequest(
+                "checkpoint: expected transformer_2 and boundary_ratio in model_index.json, or neither, got "
+                f"{'a' if second else 'no'} transformer_2 and boundary_ratio {self.boundary}: download it "
+                "again"
+            )
 
     def own_tensors(self, workload: Workload) -> tuple[TensorSpec, ...]:
         channels, *latents = self.latent_shape(workload)
@@ -275,7 +308,10 @@ class Wan(CrossAttentionDiT):
         """The most likely latents of the video around the pictures; nothing is drawn."""
         sets = [images.image, images.last_image] if images.last_image else [images.image]
         pixels = [pipeline.video_processor.preprocess([*s], workload.height, workload.width) for s in sets]
-        channels = torch.cat([self._channels(pipeline.vae, one, workload) for one in _each(pixels)])
+        temporal, _ = self.compression
+        # Of each video's pictures, from stacks of first and last ones.
+        videos_pictures = [[*pictures] for pictures in zip(*pixels, strict=True)]
+        channels = torch.cat([given_frames(pipeline.vae, one, workload, temporal) for one in videos_pictures])
         context = None
         if self.sees:
             device = pipeline.image_encoder.device
@@ -285,22 +321,6 @@ class Wan(CrossAttentionDiT):
             channels.expand(videos, *channels.shape[1:]),
             None if context is None else context.expand(videos, *context.shape[1:]),
         )
-
-    def _channels(self, vae: Any, pictures: list[Tensor], workload: Workload) -> Tensor:
-        """Mask and latents (1, channels, frames, height, width) of pictures (3, height, width)."""
-        video = torch.zeros(1, 3, workload.num_frames, workload.height, workload.width)
-        temporal, _ = self.compression
-        given = torch.zeros(workload.num_frames + temporal - 1)
-        # The first frame stands alone in its latents, so it counts as many times as they hold frames.
-        given[:temporal] = 1
-        for frame, picture in zip((0, -1), pictures, strict=False):
-            video[0, :, frame] = picture
-            given[frame] = 1
-        latents = vae.encode(video.to(vae.device, vae.dtype)).latent_dist.mode().float()
-        mean, std = _statistics(vae, latents.device)
-        mask = given.to(latents).unflatten(0, (-1, temporal)).T[None, :, :, None, None]
-        latents = (latents - mean) * (1 / std)
-        return torch.cat([mask.expand(-1, -1, -1, *latents.shape[3:]), latents], 1)
 
     def position_tables(self, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
         """Wan's positions do not depend on the frame rate."""
@@ -331,11 +351,11 @@ class Wan(CrossAttentionDiT):
 
     def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:
         vae = pipeline.vae
-        mean, std = _statistics(vae, latents.device)
+        mean, std = latent_statistics(vae, latents.device)
         return vae_video(vae, (latents * std + mean).to(vae.dtype))
 
     def _check_channels(self) -> None:
-        """Refuses Wan 2.2 checkpoints, which have the same class, and a VAE of other channels."""
+        """Refuses Wan 2.2 TI2V, which has the same class, and a VAE of other channels."""
         channels, vae = self.latent_channels, self.vae_config or {}
         with_image = 2 * channels + self.compression[0]
         if self.integer("in_channels") not in (channels, with_image):
@@ -343,30 +363,18 @@ class Wan(CrossAttentionDiT):
                 f"checkpoint: expected in_channels {channels} in transformer/config.json, as out_channels, "
                 f"or {with_image} for image-to-video, got {self.config['in_channels']}: download it again"
             )
-        if bool(self.front_constants) != self.sees:
+        if self.sees and not self.front_constants:
             raise InvalidRequest(
                 "checkpoint: expected image_dim in transformer/config.json of image-to-video, and only "
-                f"there, got {self.config.get('image_dim')}: Wan 2.2 is not supported, use Wan 2.1"
+                f"there, got {self.config['image_dim']}: download it again"
             )
         if vae.get("is_residual") or vae.get("patch_size"):
             raise InvalidRequest(
                 "checkpoint: expected the VAE of Wan 2.1, got one with is_residual or patch_size in "
-                "vae/config.json: Wan 2.2 is not supported, use a Wan 2.1 checkpoint"
+                "vae/config.json: Wan 2.2 TI2V is not supported, use Wan 2.1 or Wan 2.2 A14B"
             )
         if vae.get("z_dim", channels) != channels:
             raise InvalidRequest(
                 f"checkpoint: expected z_dim {channels} in vae/config.json, as the transformer's "
                 f"out_channels, got {vae['z_dim']}: the folder mixes two models, download it again"
             )
-
-
-def _each(pixels: list[Tensor]) -> list[list[Tensor]]:
-    """The pictures of each video, of stacks of first and last ones."""
-    return [[*pictures] for pictures in zip(*pixels, strict=True)]
-
-
-def _statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the VAE's latents, (channels, 1, 1, 1) each."""
-    mean, std = vae.config.latents_mean, vae.config.latents_std
-    shape = (-1, 1, 1, 1)
-    return torch.tensor(mean, device=device).view(shape), torch.tensor(std, device=device).view(shape)

@@ -1,4 +1,4 @@
-"""Wan 2.1."""
+"""Wan 2.1; Wan 2.2 A14B has the same transformer twice."""
 
 from __future__ import annotations
 
@@ -110,11 +110,6 @@ WAN = FamilyCase(
             {},
             "expected image_dim in transformer/config.json of image-to-video, and only there, got 1280",
         ),
-        (
-            {"in_channels": 12},
-            {},
-            "expected image_dim in transformer/config.json of image-to-video, and only there, got None",
-        ),
         ({"patch_size": [2, 2, 2]}, {}, "expected patch_size in transformer/config.json as 1, rows, columns"),
         ({"patch_size": 2}, {}, "expected patch_size in transformer/config.json as 1, rows, columns, got 2"),
         ({"ffn_dim": 0}, {}, "expected ffn_dim in transformer/config.json as a positive integer, got 0"),
@@ -123,11 +118,12 @@ WAN = FamilyCase(
         ({}, {"scale_factor_spatial": "8"}, "expected scale_factor_spatial in vae/config.json as a positive"),
     ),
     refused_indexes=(
-        ({"expand_timesteps": True}, "Wan 2.1, which has no expand_timesteps, got expand_timesteps True in"),
-        ({"boundary_ratio": 0.875}, "Wan 2.1, which has no boundary_ratio, got boundary_ratio 0.875 in"),
+        ({"expand_timesteps": True}, "expected Wan 2.1 or Wan 2.2 A14B, got expand_timesteps in"),
+        ({"boundary_ratio": 0.875}, "or neither, got no transformer_2 and boundary_ratio 0.875: download"),
+        ({"boundary_ratio": "0.9"}, "expected boundary_ratio in model_index.json from 0 to 1, got '0.9'"),
         (
             {"transformer_2": ["diffusers", "WanTransformer3DModel"]},
-            "which has no transformer_2, got",
+            "or neither, got a transformer_2 and boundary_ratio None: download it again",
         ),
     ),
     published=(
@@ -147,7 +143,12 @@ WAN = FamilyCase(
         ),
         *(
             Published(name, Workload(480, 832, 81, 512), (16, 21, 60, 104), (16, 21, 60, 104), teraflops)
-            for name, teraflops in (("wan2.1-i2v-14b", 1686.0), ("wan2.1-flf2v-14b", 1694.0))
+            for name, teraflops in (
+                ("wan2.1-i2v-14b", 1686.0),
+                ("wan2.1-flf2v-14b", 1694.0),
+                ("wan2.2-t2v-a14b", 1678.0),
+                ("wan2.2-i2v-a14b", 1678.0),
+            )
         ),
     ),
     pipeline_class=WanPipeline,
