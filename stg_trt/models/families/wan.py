@@ -17,17 +17,11 @@ import torch
 from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.models.families.base import (
-    CONDITION,
-    IMAGE_EMBEDS,
-    Defaults,
-    SegmentModule,
-    positive_integer,
-    vae_video,
-)
+from stg_trt.models.families.base import CONDITION, IMAGE_EMBEDS, Defaults, positive_integer, vae_video
 from stg_trt.models.families.cross_attention import CrossAttentionDiT, CrossAttentionSegment
 from stg_trt.models.families.dit import State, gated, half_table, rotate, unpatched
 from stg_trt.models.families.given_frames import given_frames, latent_statistics
+from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.image import ImageCondition, Images, Places
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.models.text import TextCondition
