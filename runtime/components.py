@@ -106,7 +106,7 @@ class Components:
         pipeline = self.load_vae(workload, device)
         with self._on(device, pipeline.vae):
             video = self._family.decode(pipeline, latents.to(device), workload, **options)
-        expected = (workload.num_frames, workload.height, workload.width)
+        expected = (self._family.shown_frames(workload), workload.height, workload.width)
         # The configuration of a VAE may ask for tiles that begin between two latents.
         if self.vae_tiling and video.shape[2:] != expected:
             raise InvalidRequest(

@@ -287,6 +287,11 @@ class VideoPipeline:
         if prompt.texts is None:
             text = prompt.padded(self.family.tensors(workload), self.family.has_text_mask)
         else:
+            if self.family.text_sees_pictures:
+                raise InvalidRequest(
+                    f"prompt: expected prompt_embeds for this {self.family.name} checkpoint, whose text "
+                    f"encoder sees the picture, got a text: embed it with {self.family.pipeline_class}"
+                )
             if prompt.prefix and not self.checkpoint.has_text_encoder:
                 raise InvalidRequest(
                     f"negative_prompt_embeds: expected embeddings beside prompt_embeds, got none, and "

@@ -135,7 +135,8 @@ def schedule_steps(
         ResolvedGuidance.of_family(family.defaults, build.manifest.stg_mode, build.manifest.skips),
         family.takes_true_cfg,
     )
-    if options.embedded_guidance is not None and family.embedded_guidance is None:
+    # diffusers' pipelines take 1 for such a model, and calls are copied with it.
+    if options.embedded_guidance not in (None, 1.0) and family.embedded_guidance is None:
         raise InvalidRequest(
             f"guidance_scale: expected none for this {family.name}, which takes no guidance as an input, got "
             f"{options.embedded_guidance}: use true_cfg_scale"

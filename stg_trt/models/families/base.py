@@ -77,6 +77,8 @@ class ModelFamily(ABC):
     # they are beside a picture.
     draws_noise_first: bool = False
     starts_from_given_latents: bool = False
+    # Whether the text encoder sees the pictures too.
+    text_sees_pictures: bool = False
     # Parts of the pipeline that diffusers' documentation wants in float32 on a GPU too.
     float32_components: ClassVar[frozenset[str]] = frozenset()
     decode_options: ClassVar[frozenset[str]] = frozenset()
@@ -203,6 +205,10 @@ class ModelFamily(ABC):
     def returned(self, latents: Tensor, workload: Workload) -> Tensor:
         """Finished latents in the layout in which diffusers' pipeline returns them."""
         return latents
+
+    def shown_frames(self, workload: Workload) -> int:
+        """Frames of the finished video."""
+        return workload.num_frames
 
     def condition_frames(self, images: Images, workload: Workload) -> int:
         """The latent frames of pictures for later frames, which are tokens beside the video's."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stg_trt.models.image import CleanLatents, ImageCondition, Start
 from stg_trt.models.workload import Workload
 
 
@@ -28,6 +29,22 @@ def given_frames(vae: Any, pictures: Sequence[Tensor], workload: Workload, tempo
     mask = given.to(latents).unflatten(0, (-1, temporal)).T[None, :, :, None, None]
     latents = (latents - mean) * (1 / std)
     return torch.cat([mask.expand(-1, -1, -1, *latents.shape[3:]), latents], 1)
+
+
+def first_frame(first: Tensor, frames: int, videos: int, *, replaces: bool) -> ImageCondition:
+    """Scaled latents (1 or videos, channels, 1, height, width) of a picture, for videos of so many frames.
+
+    All frames start from a thousandth of it. With `replaces` the first frame is the picture's and every step
+    keeps it; else the model has it, and a mask, in channels beside the latents.
+    """
+    mask = (torch.arange(frames) == 0).float()[None, None, :, None, None]
+    share = torch.tensor(0.999)
+    whole = first.expand(videos, -1, frames, -1, -1)
+    if replaces:
+        weight = mask + (1 - mask) * (1 - share)
+        return ImageCondition(start=Start((1 - mask) * share, whole * weight), clean=CleanLatents(mask[0]))
+    channels = torch.cat([whole * mask, mask.expand(videos, 1, frames, *first.shape[3:])], 1)
+    return ImageCondition(channels, start=Start(share, whole * (1 - share)))
 
 
 def latent_statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,10 @@
-"""HunyuanVideo text-to-video: a joint-attention DiT with two kinds of blocks, over patches of 1x2x2 latents.
+"""HunyuanVideo, text- and image-to-video: a joint-attention DiT over patches of 1x2x2 latents.
 
-Reproduces diffusers' HunyuanVideoTransformer3DModel and HunyuanVideoPipeline. Blocks are numbered in one row:
-first those with weights for each stream (double), then those with one set of weights for both (single). These
-cross a cut: both streams and `temb`, made of timestep, embedded guidance and pooled prompt. The text is
-refined by layers of its own that take the timestep, so it is no constant; its mean over the real tokens, the
-mask and the RoPE tables are.
+Reproduces diffusers' HunyuanVideoTransformer3DModel, and HunyuanVideoPipeline and its image-to-video sibling.
+Blocks are numbered in one row: first those with weights for each stream (double), then those with one set of
+weights for both (single). These cross a cut: both streams and `temb`, made of timestep, embedded guidance and
+pooled prompt. The text is refined by layers of its own that take the timestep, so it is no constant; its mean
+over the real tokens, the mask and the RoPE tables are.
 """
 
 from __future__ import annotations
@@ -20,27 +20,26 @@ import torch
 from torch import Tensor, nn
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.models.families.base import POOLED, Defaults, vae_video
-from stg_trt.models.families.dit import State, gated, half_table, rms_norm, rotate
+from stg_trt.models.families.base import CONDITION, POOLED, Defaults, vae_video
+from stg_trt.models.families.dit import State, gated, half_table
+from stg_trt.models.families.double_single_blocks import VIDEO, DoubleSingleSegment, of_step
+from stg_trt.models.families.given_frames import first_frame
 from stg_trt.models.families.joint_attention import (
-    QKV,
     JointAttentionDiT,
-    JointAttentionSegment,
+    modulated,
     modulation,
-    split_heads,
+    projected,
 )
-from stg_trt.models.image import Places
+from stg_trt.models.families.token_timesteps import TIMESTEP_INDEX
+from stg_trt.models.image import ImageCondition, Images, Places
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
 
-_VIDEO = ("to_q", "to_k", "to_v", "norm_q", "norm_k")
-_TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k")
 
-
-class HunyuanVideoSegment(JointAttentionSegment):
-    """Double and single blocks; modulation and norms in float32, the rest in the compute dtype."""
+class HunyuanVideoSegment(DoubleSingleSegment):
+    """The refiner of the text, double and single blocks; modulation and norms in float32."""
 
     frequencies: Tensor
 
@@ -62,7 +61,13 @@ class HunyuanVideoSegment(JointAttentionSegment):
         if "guidance" in state:
             temb = temb + embedder.guidance_embedder(self.waves(state["guidance"]))
         temb = temb + embedder.text_embedder(state[POOLED])
-        embedded = {"hidden_states": self.x_embedder(state["latents"]), "temb": temb}
+        if embedder.image_condition_type == "token_replace":
+            clean = embedder.timestep_embedder(self.waves(torch.zeros_like(state["timestep"])))
+            temb = torch.stack([temb, clean + embedder.text_embedder(state[POOLED])], 1)
+        latents = state["latents"]
+        if CONDITION in state:
+            latents = torch.cat([latents, state[CONDITION]], 1)
+        embedded = {"hidden_states": self.x_embedder(latents), "temb": temb}
         if "prompt_embeds" in state:
             embedded["encoder_hidden_states"] = self.refined(state, waves)
         return embedded
@@ -80,57 +85,14 @@ class HunyuanVideoSegment(JointAttentionSegment):
         bias = state["key_bias"][..., -text.shape[1] :]
         for block in embedder.token_refiner.refiner_blocks:
             gate, gate_ff = modulation(block.norm_out.linear, temb).chunk(2, -1)
-            query, key, value = projected(block.attn, block.norm1(text.float()).to(text.dtype), _VIDEO)
+            query, key, value = projected(block.attn, block.norm1(text.float()).to(text.dtype), VIDEO)
             attended = self.attend(query, key, value, bias).transpose(1, 2).flatten(2)
             text = gated(text, block.attn.to_out[0](attended), gate)
             text = gated(text, block.ff(block.norm2(text.float()).to(text.dtype)), gate_ff)
         return text
 
-    def block(self, block: Any, state: State, perturbed: bool) -> State:
-        single = hasattr(block, "proj_mlp")
-        return (self.single_block if single else self.double_block)(block, state, perturbed)
-
-    def double_block(self, block: Any, state: State, perturbed: bool) -> State:
-        """A block with weights for each stream."""
-        video, text = state["hidden_states"], state["encoder_hidden_states"]
-        shift, scale, gate, *video_ff = modulation(block.norm1.linear, state["temb"]).chunk(6, -1)
-        text_shift, text_scale, text_gate, *text_ff = modulation(
-            block.norm1_context.linear, state["temb"]
-        ).chunk(6, -1)
-        normed = modulated(block.norm1.norm, video, shift, scale)
-        normed_text = modulated(block.norm1_context.norm, text, text_shift, text_scale)
-        attended, attended_text = self.joint_attention(
-            rotated(normed_qkv(block.attn, normed, _VIDEO), state, video.dtype),
-            QKV(*(x.to(text.dtype) for x in normed_qkv(block.attn, normed_text, _TEXT))),
-            state,
-            perturbed,
-        )
-        video = gated(video, block.attn.to_out[0](attended), gate)
-        text = gated(text, block.attn.to_add_out(attended_text), text_gate)
-        return {
-            "hidden_states": feed_forward(block.norm2, block.ff, video, *video_ff),
-            "encoder_hidden_states": feed_forward(block.norm2_context, block.ff_context, text, *text_ff),
-        }
-
-    def single_block(self, block: Any, state: State, perturbed: bool) -> State:
-        """A block with one set of weights, attention and feed-forward side by side."""
-        tokens = state["hidden_states"].shape[1]
-        both = torch.cat([state["hidden_states"], state["encoder_hidden_states"]], 1)
-        shift, scale, gate = modulation(block.norm.linear, state["temb"]).chunk(3, -1)
-        normed = modulated(block.norm.norm, both, shift, scale)
-        qkv = normed_qkv(block.attn, normed, _VIDEO)
-        attended = self.joint_attention(
-            rotated(QKV(*(x[:, :, :tokens] for x in qkv)), state, both.dtype),
-            QKV(*(x[:, :, tokens:].to(both.dtype) for x in qkv)),
-            state,
-            perturbed,
-        )
-        wide = torch.cat([torch.cat(attended, 1), block.act_mlp(block.proj_mlp(normed))], 2)
-        both = gated(both, block.proj_out(wide), gate)
-        return {"hidden_states": both[:, :tokens], "encoder_hidden_states": both[:, tokens:]}
-
     def head(self, state: State) -> Tensor:
-        scale, shift = modulation(self.norm_out.linear, state["temb"]).chunk(2, -1)
+        scale, shift = modulation(self.norm_out.linear, of_step(state["temb"])).chunk(2, -1)
         pred: Tensor = self.proj_out(modulated(self.norm_out.norm, state["hidden_states"], shift, scale))
         return pred
 
@@ -142,36 +104,8 @@ class HunyuanVideoSegment(JointAttentionSegment):
         return latents
 
 
-def modulated(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """norm(x) * (1 + scale) + shift, in float32."""
-    result: Tensor = norm(x.float()) * (1 + scale) + shift
-    return result.to(x.dtype)
-
-
-def feed_forward(norm: Any, ff: Any, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-    """The modulated feed-forward of one stream."""
-    return gated(x, ff(modulated(norm, x, shift, scale)), gate)
-
-
-def projected(attn: Any, x: Tensor, names: Sequence[str]) -> list[Tensor]:
-    """Heads of one stream's queries, keys and values."""
-    return [split_heads(attn, getattr(attn, name), x) for name in names[:3]]
-
-
-def normed_qkv(attn: Any, x: Tensor, names: Sequence[str]) -> QKV:
-    """Queries and keys of one stream, RMS-normed per head in float32, and its values."""
-    query, key, value = projected(attn, x, names)
-    return QKV(rms_norm(getattr(attn, names[3]), query), rms_norm(getattr(attn, names[4]), key), value)
-
-
-def rotated(qkv: QKV, state: State, dtype: torch.dtype) -> QKV:
-    """Queries and keys rotated by their positions, in float32, then in `dtype`."""
-    rope = state["rope_cos"], state["rope_sin"]
-    return QKV(rotate(qkv.query, *rope, dtype), rotate(qkv.key, *rope, dtype), qkv.value)
-
-
 class HunyuanVideo(JointAttentionDiT):
-    """HunyuanVideo text-to-video as diffusers has it (Tencent, arXiv 2412.03603)."""
+    """HunyuanVideo, text- and image-to-video, as diffusers has it (Tencent, arXiv 2412.03603)."""
 
     name = "hunyuan-video"
     transformer_class = "HunyuanVideoTransformer3DModel"
@@ -181,7 +115,7 @@ class HunyuanVideo(JointAttentionDiT):
     takes_true_cfg = True
     block_counts = ("num_layers", "num_single_layers")
     text_constants = ("prompt_embeds", "text_mean", "key_bias")
-    block_constants = ("key_bias", "rope_cos", "rope_sin")
+    block_constants: tuple[str, ...] = ("key_bias", "rope_cos", "rope_sin")
     # Embeddings of timestep, guidance and pooled text, and norms, which are applied in float32.
     float32_islands = r"time_text_embed\.|norm\w*\.(weight|bias)$"
     segment_class = HunyuanVideoSegment
@@ -202,6 +136,25 @@ class HunyuanVideo(JointAttentionDiT):
     def __init__(self, *configs: Any) -> None:
         super().__init__(*configs)
         self.temb_constants = (POOLED,) if self.embedded_guidance is None else ("guidance", POOLED)
+        kind = self.config.get("image_condition_type")
+        # The first frame's tokens are the picture's, and told to be clean; or it has channels beside latents.
+        self.replaces, self.concatenates = kind == "token_replace", kind == "latent_concat"
+        if kind is not None:
+            self.pipeline_class = "HunyuanVideoImageToVideoPipeline"
+            self.text_sees_pictures = True
+        if self.replaces:
+            self.block_constants = (*self.block_constants, TIMESTEP_INDEX)
+        if self.concatenates:
+            self.video_constants = (CONDITION,)
+
+    @property
+    def latent_channels(self) -> int:
+        channels = self.integer("in_channels")
+        return (channels - 1) // 2 if self.concatenates else channels
+
+    @property
+    def needed_images(self) -> tuple[str, ...]:
+        return ("image",) if self.text_sees_pictures else ()
 
     @property
     def num_blocks(self) -> int:
@@ -240,7 +193,7 @@ class HunyuanVideo(JointAttentionDiT):
         return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
     def check(self, workload: Workload) -> None:
-        self._check_text_to_video()
+        self._check_channels()
         for name, published in (("patch_size_t", 1), ("qk_norm", "rms_norm")):
             if self.config[name] != published:
                 raise InvalidRequest(
@@ -262,6 +215,8 @@ class HunyuanVideo(JointAttentionDiT):
         super().check(workload)
 
     def check_pipeline(self) -> None:
+        if self.text_sees_pictures:
+            return
         for name in ("image_processor", "image_encoder"):
             given = self.model_index.get(name)
             if given not in (None, [None, None]):
@@ -282,7 +237,9 @@ class HunyuanVideo(JointAttentionDiT):
             TensorSpec("text_mean", "float32", (ROWS, self.text_channels)),
             TensorSpec("hidden_states", dtype, (ROWS, *self.grid(workload), self.width)),
             TensorSpec("encoder_hidden_states", dtype, (ROWS, length, self.width)),
-            TensorSpec("temb", "float32", (ROWS, self.width)),
+            TensorSpec("temb", "float32", (ROWS, *((2,) if self.replaces else ()), self.width)),
+            *((TensorSpec(TIMESTEP_INDEX, "int64", (tokens,)),) if self.replaces else ()),
+            *((TensorSpec(CONDITION, dtype, (ROWS, channels + 1, *latents)),) if self.concatenates else ()),
             TensorSpec("key_bias", dtype, (ROWS, 1, 1, tokens + length)),
             TensorSpec("rope_cos", "float32", table),
             TensorSpec("rope_sin", "float32", table),
@@ -299,6 +256,8 @@ class HunyuanVideo(JointAttentionDiT):
         embedded = [self.timestep_channels] * 2 + [self.integer("pooled_projection_dim"), self.text_channels]
         if self.embedded_guidance is not None:
             embedded.append(self.timestep_channels)
+        if self.replaces:
+            embedded += [self.timestep_channels, self.integer("pooled_projection_dim")]
         temb = sum(2 * width * (channels + width) for channels in embedded)
         refiner_layer = 2 * length * 12 * width**2 + 4 * length**2 * width + 2 * 2 * width**2
         text = 2 * length * self.text_channels * width + self.integer("num_refiner_layers") * refiner_layer
@@ -306,10 +265,10 @@ class HunyuanVideo(JointAttentionDiT):
 
     def block_flops(self, block: int, workload: Workload) -> int:
         tokens = self.tokens(workload) + workload.text_length
-        width, wide = self.width, self.feed_forward_width
+        width, wide, times = self.width, self.feed_forward_width, 2 if self.replaces else 1
         if block < self.integer("num_layers"):
-            return 2 * tokens * (4 * width**2 + 2 * width * wide) + 2 * 12 * width**2
-        return 2 * tokens * (3 * width**2 + width * wide + (width + wide) * width) + 2 * 3 * width**2
+            return 2 * tokens * (4 * width**2 + 2 * width * wide) + 2 * 6 * (times + 1) * width**2
+        return 2 * tokens * (3 * width**2 + width * wide + (width + wide) * width) + 2 * 3 * times * width**2
 
     def back_flops(self, workload: Workload) -> int:
         channels = math.prod(self.patch) * self.integer("out_channels")
@@ -331,6 +290,31 @@ class HunyuanVideo(JointAttentionDiT):
         )
         cos, sin = rope(torch.zeros(1, *self.latent_shape(workload)))
         return {"rope_cos": half_table(cos), "rope_sin": half_table(sin)}
+
+    def timestep_tables(self, workload: Workload, image: ImageCondition | None) -> dict[str, Tensor]:
+        """The tokens of the first frame have the second timestep, which is 0."""
+        if not self.replaces:
+            return {}
+        frames, *area = self.grid(workload)
+        of_frames = (torch.arange(frames) == 0).long()
+        return {TIMESTEP_INDEX: of_frames.repeat_interleave(math.prod(area))}
+
+    def encode_images(
+        self, pipeline: Any, images: Images, workload: Workload, videos: int, generator: Any
+    ) -> ImageCondition:
+        """The most likely latents of the first frame; nothing is drawn."""
+        vae, size = pipeline.vae, (workload.height, workload.width)
+        pixels = pipeline.video_processor.preprocess([*images.image], *size).to(vae.device, vae.dtype)
+        first = torch.cat([vae.encode(one[:, :, None]).latent_dist.mode() for one in pixels.split(1)])
+        scaled = (first.float() * vae.config.scaling_factor).cpu()
+        return first_frame(scaled, self.latent_shape(workload)[1], videos, replaces=self.replaces)
+
+    def returned(self, latents: Tensor, workload: Workload) -> Tensor:
+        """Without the first latent frame, where it is the picture's alone."""
+        return latents[:, :, 1:] if self.concatenates else latents
+
+    def shown_frames(self, workload: Workload) -> int:
+        return workload.num_frames - (self.compression[0] if self.concatenates else 0)
 
     def text_inputs(self, text: TextCondition, workload: Workload) -> dict[str, Tensor]:
         """Embeddings, their masks and means, and the embedded guidance."""
@@ -373,12 +357,22 @@ class HunyuanVideo(JointAttentionDiT):
 
     def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:
         vae = pipeline.vae
-        return vae_video(vae, latents.to(vae.dtype) / vae.config.scaling_factor)
+        video = vae_video(vae, latents.to(vae.dtype) / vae.config.scaling_factor)
+        return video[:, :, -self.shown_frames(workload) :]
 
-    def _check_text_to_video(self) -> None:
-        """Refuses image-to-video checkpoints, which have the same class."""
-        self.refuse_image_to_video("image_condition_type")
-        channels = self.integer("in_channels")
+    def _check_channels(self) -> None:
+        """Refuses kinds of image-to-video that nobody has published, and a VAE of other channels."""
+        kind, channels = self.config.get("image_condition_type"), self.latent_channels
+        if kind not in (None, "token_replace", "latent_concat"):
+            raise InvalidRequest(
+                "checkpoint: expected image_condition_type token_replace or latent_concat, got "
+                f"{kind!r} in transformer/config.json: download the checkpoint again"
+            )
+        if channels != self.integer("out_channels"):
+            raise InvalidRequest(
+                f"checkpoint: expected as many latents in in_channels as in out_channels, got {channels} and "
+                f"{self.config['out_channels']} in transformer/config.json: download the checkpoint again"
+            )
         latent_channels = (self.vae_config or {}).get("latent_channels", channels)
         if latent_channels != channels:
             raise InvalidRequest(

@@ -8,6 +8,7 @@ everything.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stg_trt.models.families.base import KEEP_ATTENTION
-from stg_trt.models.families.dit import DiT, DiTSegment, State
+from stg_trt.models.families.dit import DiT, DiTSegment, State, gated, rms_norm, rotate
 from stg_trt.models.segment import Segment
 from stg_trt.models.workload import Workload
 
@@ -169,6 +170,34 @@ def split_heads(attn: Any, linear: nn.Module, x: Tensor) -> Tensor:
     """A projection of (rows, tokens, channels) as (rows, heads, tokens, head size)."""
     heads: Tensor = linear(x).unflatten(2, (attn.heads, -1)).transpose(1, 2)
     return heads
+
+
+def modulated(norm: Any, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """norm(x) * (1 + scale) + shift, in float32."""
+    result: Tensor = norm(x.float()) * (1 + scale) + shift
+    return result.to(x.dtype)
+
+
+def feed_forward(norm: Any, ff: Any, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+    """The modulated feed-forward of one stream."""
+    return gated(x, ff(modulated(norm, x, shift, scale)), gate)
+
+
+def projected(attn: Any, x: Tensor, names: Sequence[str]) -> list[Tensor]:
+    """Heads of one stream's queries, keys and values."""
+    return [split_heads(attn, getattr(attn, name), x) for name in names[:3]]
+
+
+def normed_qkv(attn: Any, x: Tensor, names: Sequence[str]) -> QKV:
+    """Queries and keys of one stream, RMS-normed per head in float32, and its values."""
+    query, key, value = projected(attn, x, names)
+    return QKV(rms_norm(getattr(attn, names[3]), query), rms_norm(getattr(attn, names[4]), key), value)
+
+
+def rotated(qkv: QKV, state: State, dtype: torch.dtype) -> QKV:
+    """Queries and keys rotated by their positions, in float32, then in `dtype`."""
+    rope = state["rope_cos"], state["rope_sin"]
+    return QKV(rotate(qkv.query, *rope, dtype), rotate(qkv.key, *rope, dtype), qkv.value)
 
 
 def _both(video: Tensor, text: Tensor) -> Tensor:
