@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +14,72 @@ from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.families.base import ModelFamily
-from stg_trt.models.image import Images
+from stg_trt.models.image import FrameCondition, Images
 
 from .prompts import Prompts
+from .video_file import read_video
 
 Picture = str | Path | Image.Image | np.ndarray[Any, Any] | Tensor
 Pictures = Picture | Sequence[Picture]
 
+# LTXConditionPipeline's own default.
+_IMAGE_COND_NOISE = 0.15
+_ENTRIES = {"image", "video", "frame_index", "strength"}
 
-def read_images(
-    family: ModelFamily, pictures: Mapping[str, Pictures | None], prompts: Prompts
-) -> Images | None:
-    """The pictures by their argument's name, one for all videos or one for each; None for text-to-video.
 
-    One prompt's are those of its videos. Raises InvalidRequest for pictures that the model has no use
-    for, for one that it lacks, and for what is not a picture.
+@dataclass(frozen=True)
+class GivenPictures:
+    """The pictures of a call, as it gave them.
+
+    `conditions` are diffusers' LTXVideoCondition or mappings with image or video, frame_index and strength.
     """
-    given = {name: value for name, value in pictures.items() if value is not None}
+
+    image: Pictures | None = None
+    last_image: Pictures | None = None
+    conditions: Sequence[object] | object = None
+    image_cond_noise_scale: float | None = None
+
+    def read(self, family: ModelFamily, prompts: Prompts) -> Images | None:
+        """The pictures by their argument's name, one for all videos or one for each; None for text-to-video.
+
+        One prompt's are those of its videos. Raises InvalidRequest for pictures that the model has no use
+        for, for one that it lacks, and for what is not a picture.
+        """
+        named = {"image": self.image, "last_image": self.last_image}
+        given = {name: value for name, value in named.items() if value is not None}
+        _check_names(family, given)
+        if family.takes_conditions:
+            return self._conditions(prompts)
+        for name in ("conditions", "image_cond_noise_scale"):
+            if getattr(self, name) is not None:
+                raise InvalidRequest(
+                    f"{name}: expected none for this {family.name} checkpoint, whose pipeline is "
+                    f"{family.pipeline_class}, got some: use a checkpoint of LTXConditionPipeline"
+                )
+        if not given:
+            return None
+        read = {name: _read(name, value, prompts.count) for name, value in given.items()}
+        if any(len(found) > 1 for found in read.values()):
+            read = {name: _of_videos(found, prompts) for name, found in read.items()}
+        return Images(read.get("image", ()), read.get("last_image", ()))
+
+    def _conditions(self, prompts: Prompts) -> Images | None:
+        """As LTXConditionPipeline takes them: `image` is a condition from the first frame on."""
+        given = self.conditions if isinstance(self.conditions, list | tuple) else [self.conditions]
+        found = [_condition(one) for one in given if one is not None]
+        if self.image is not None:
+            if found:
+                raise InvalidRequest(
+                    "conditions: expected image or conditions, got both: add the image to the conditions"
+                )
+            found = [FrameCondition(_read("image", self.image, 1))]
+        if not found:
+            return None
+        scale = self.image_cond_noise_scale
+        return Images(conditions=found, noise_scale=_IMAGE_COND_NOISE if scale is None else scale)
+
+
+def _check_names(family: ModelFamily, given: Mapping[str, Pictures]) -> None:
     for name in given:
         if name not in (*family.needed_images, *family.optional_images):
             raise InvalidRequest(
@@ -42,12 +92,38 @@ def read_images(
                 f"{name}: expected a picture, from which this {family.name} checkpoint makes its video, got "
                 f"none: give {name}"
             )
-    if not given:
-        return None
-    read = {name: _read(name, value, prompts.count) for name, value in given.items()}
-    if any(len(found) > 1 for found in read.values()):
-        read = {name: _of_videos(found, prompts) for name, found in read.items()}
-    return Images(**read)
+
+
+def _condition(given: Any) -> FrameCondition:
+    """One entry of `conditions`."""
+    if isinstance(given, FrameCondition):
+        return given
+    entries = dict(given) if isinstance(given, Mapping) else getattr(given, "__dict__", {})
+    unknown = entries.keys() - _ENTRIES
+    pictures = [entries[name] for name in ("image", "video") if entries.get(name) is not None]
+    if unknown or len(pictures) != 1:
+        raise InvalidRequest(
+            f"conditions: expected an image or a video with frame_index and strength, got "
+            f"{', '.join(entries) or type(given).__name__}: give LTXVideoCondition or a mapping"
+        )
+    if entries.get("image") is not None:
+        shown = [_picture("conditions", pictures[0])]
+    else:
+        shown = _video("conditions", pictures[0])
+    return FrameCondition(shown, entries.get("frame_index", 0), entries.get("strength", 1.0))
+
+
+def _video(name: str, value: Any) -> list[Any]:
+    """The frames of a file, or of a sequence, an array or a tensor of pictures."""
+    if isinstance(value, str | Path):
+        return read_video(name, Path(value))
+    several = isinstance(value, list | tuple) or getattr(value, "ndim", 0) == 4
+    if not several or not len(value):
+        raise InvalidRequest(
+            f"{name}: expected a video as a path or a sequence of pictures, got {type(value).__name__}: "
+            "give its frames"
+        )
+    return [_picture(name, frame) for frame in value]
 
 
 def _of_videos(found: list[Any], prompts: Prompts) -> list[Any]:

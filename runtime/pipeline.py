@@ -32,7 +32,7 @@ from .callbacks import StepCallback, call_back, check_callback
 from .components import Components
 from .device import Device, open_device
 from .noise import Generators, draw
-from .pictures import Pictures, read_images
+from .pictures import GivenPictures, Pictures
 from .prompts import Embeddings, Prompt, Prompts
 from .sampler import SampledStep, Sampler
 from .schedule import Request, Schedule, schedule_steps
@@ -153,6 +153,8 @@ class VideoPipeline:
         negative_prompt: str | list[str] | None = None,
         image: Pictures | None = None,
         last_image: Pictures | None = None,
+        conditions: Sequence[object] | object = None,
+        image_cond_noise_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
@@ -199,11 +201,11 @@ class VideoPipeline:
             negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds
         )
         prompts = Prompts(prompt, negative_prompt, cond, uncond, num_videos_per_prompt)
-        guided = choose_options(guidance, arguments)
+        pictures = GivenPictures(image, last_image, conditions, image_cond_noise_scale)
         sizes = replace(self._request, height=height, width=width, num_frames=num_frames)
         return self._generate(Request(
-            replace(sizes, videos=prompts.videos), prompts, {"image": image, "last_image": last_image},
-            guided, num_inference_steps, frame_rate,
+            replace(sizes, videos=prompts.videos), prompts, pictures,
+            choose_options(guidance, arguments), num_inference_steps, frame_rate,
             list(generator) if isinstance(generator, tuple) else generator, latents,
             foreign.max_sequence_length, CustomSteps.read(timesteps, sigmas),
         ), output_type, callback_on_step_end, foreign)  # fmt: skip
@@ -214,20 +216,19 @@ class VideoPipeline:
         check_callback(callback, foreign.callback_tensors)
         decode_options = foreign.decode_options
         self._check_options(output_type, decode_options, request.prompts.videos)
-        images = read_images(self.family, request.pictures, request.prompts)
+        images = request.pictures.read(self.family, request.prompts)
         with self._turns:
-            schedule = self._schedule(request)
+            schedule = self._schedule(request, images)
             if output_type != "latent":  # A VAE that cannot decode is refused before the sampling.
                 self.components.load_vae(schedule.workload, self._device_for(schedule.build).torch_device)
-            # In this order, since both draw from the generator.
-            image = self._image(schedule, request, images)
-            noise = self._noise(schedule, request)
+            start, image = self._start(schedule, request, images)
             with _memory_explained(schedule.build.manifest, "GPU memory", _LESS_TO_SAMPLE):
-                result = self._drain(self._steps(schedule, request, noise, image), noise, callback)
+                result = self._drain(self._steps(schedule, request, start, image), start, callback)
+            result = self.family.finished(result, schedule.workload, image)
             return self._output(result, schedule, output_type, generator=request.generator, **decode_options)
 
-    def _schedule(self, request: Request) -> Schedule:
-        schedule = schedule_steps(request, self.store, self.family, self.scheduler)
+    def _schedule(self, request: Request, images: Images | None) -> Schedule:
+        schedule = schedule_steps(request, images, self.store, self.family, self.scheduler)
         self.num_timesteps = schedule.guidance.num_steps
         if self.family.takes_true_cfg and schedule.guidance.needs_uncond and not request.prompts.has_negative:
             raise InvalidRequest(
@@ -236,6 +237,18 @@ class VideoPipeline:
             )
         self._warn_of_second_guidance(schedule.guidance)
         return schedule
+
+    def _start(
+        self, schedule: Schedule, request: Request, images: Images | None
+    ) -> tuple[Tensor, ImageCondition | None]:
+        """What a run starts from, and what the pictures add to it, which both draw from the generator."""
+        if self.family.draws_noise_first:
+            noise = self._noise(schedule, request)
+            image = self._image(schedule, request, images)
+        else:
+            image = self._image(schedule, request, images)
+            noise = self._noise(schedule, request)
+        return self.family.start(noise, image), image
 
     def _image(self, schedule: Schedule, request: Request, images: Images | None) -> ImageCondition | None:
         """What the call's pictures add; None without any."""
@@ -282,7 +295,7 @@ class VideoPipeline:
         self, latents: Tensor, schedule: Schedule, output_type: str, **decode_options: Any
     ) -> VideoPipelineOutput:
         if output_type == "latent":
-            return VideoPipelineOutput(latents)
+            return VideoPipelineOutput(self.family.returned(latents, schedule.workload))
         device = self._device_for(schedule.build).torch_device
         less = _LESS_TO_DECODE if self.components.vae_tiling else f"--vae-tiling, {_LESS_TO_DECODE}"
         with _memory_explained(schedule.build.manifest, "GPU memory of decoding", less):
@@ -335,7 +348,8 @@ class VideoPipeline:
         workload, videos = schedule.workload, request.prompts.videos
         latents = request.latents
         shape = (videos, *self.family.noise_shape(workload))
-        packed = self.family.tensors(workload)["latents"].with_rows(videos)
+        of_video = replace(workload, condition_frames=0)
+        packed = self.family.tensors(of_video)["latents"].with_rows(videos)
         if latents is None:
             latents = draw(shape, request.generator)
         if tuple(latents.shape) not in (packed, shape):

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.custom_steps import CustomSteps
-from stg_trt.models.image import ImageCondition, Images
+from stg_trt.models.image import ImageCondition, Images, Places
 from stg_trt.models.passes import SkipBlocksByName
 from stg_trt.models.segment import Segment, cut
 from stg_trt.models.tensor_spec import ROWS, TensorSpec, index_of
@@ -191,8 +191,14 @@ class ModelFamily(ABC):
         return
 
     @abstractmethod
-    def position_tables(self, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
-        """Tensors that depend on nothing but sizes and frame rate; all rows share them."""
+    def position_tables(
+        self, workload: Workload, frame_rate: float, placed: Places = ()
+    ) -> dict[str, Tensor]:
+        """Tensors that depend on sizes, frame rate and `placed` alone; all rows share them.
+
+        `placed` are the frames from which pictures stand that are tokens beside the video's, and how many
+        latent frames each has.
+        """
 
     @abstractmethod
     def text_inputs(self, text: TextCondition, workload: Workload) -> dict[str, Tensor]:
@@ -200,7 +206,28 @@ class ModelFamily(ABC):
 
     def image_inputs(self, image: ImageCondition) -> dict[str, Tensor]:
         """Tensors that depend on the pictures: one entry per row of `image`."""
-        raise TypeError(f"{type(self).__name__} does not define image_inputs")
+        given = {CONDITION: image.channels, IMAGE_EMBEDS: image.context}
+        return {name: tensor for name, tensor in given.items() if tensor is not None}
+
+    def timestep_tables(self, workload: Workload, image: ImageCondition | None) -> dict[str, Tensor]:
+        """Which timesteps the network is told for which tokens, if it can be told several; for all rows."""
+        return {}
+
+    def start(self, noise: Tensor, image: ImageCondition | None) -> Tensor:
+        """The latents that a run starts from, of packed noise."""
+        return noise if image is None or image.start is None else image.start.of(noise)
+
+    def finished(self, latents: Tensor, workload: Workload, image: ImageCondition | None) -> Tensor:
+        """What the VAE decodes of the latents that the loop ends with, packed like these."""
+        return latents
+
+    def returned(self, latents: Tensor, workload: Workload) -> Tensor:
+        """Finished latents in the layout in which diffusers' pipeline returns them."""
+        return latents
+
+    def condition_frames(self, images: Images, workload: Workload) -> int:
+        """The latent frames of pictures for later frames, which are tokens beside the video's."""
+        return 0
 
     def uncond_image(self, image: ImageCondition) -> ImageCondition:
         """What the pass without the prompt sees of the pictures: the same, unless a family says otherwise."""
@@ -210,8 +237,12 @@ class ModelFamily(ABC):
         self, text: TextCondition, workload: Workload, frame_rate: float, image: ImageCondition | None = None
     ) -> dict[str, Tensor]:
         """All tensors that stay the same over the steps, before the text segment."""
-        pictures = {} if image is None else self.image_inputs(image)
-        return {**self.text_inputs(text, workload), **pictures, **self.position_tables(workload, frame_rate)}
+        return {
+            **self.text_inputs(text, workload),
+            **({} if image is None else self.image_inputs(image)),
+            **self.timestep_tables(workload, image),
+            **self.position_tables(workload, frame_rate, () if image is None else image.placed),
+        }
 
     def set_timesteps(self, scheduler: Any, num_inference_steps: int, workload: Workload) -> None:
         """Calls the scheduler's set_timesteps as the family's diffusers pipeline does."""
@@ -254,8 +285,18 @@ class ModelFamily(ABC):
 
     @property
     def optional_images(self) -> tuple[str, ...]:
-        """Further pictures that a call may give."""
+        """Pictures that the model can begin with, and needs not."""
         return ()
+
+    @property
+    def takes_conditions(self) -> bool:
+        """Whether it takes pictures and videos for any of its frames, of which `image` is then one."""
+        return False
+
+    @property
+    def draws_noise_first(self) -> bool:
+        """Whether diffusers' pipeline draws a run's noise before what it draws for the pictures."""
+        return False
 
     @property
     def image_parts(self) -> tuple[str, ...]:

@@ -29,8 +29,9 @@ class CrossAttentionDiT(DiT):
     # Names of the two tensors that the front makes of the timestep: for every block, and for the head.
     modulation: ClassVar[str]
     head_modulation: ClassVar[str]
-    # Inputs of the front beside latents and timestep.
+    # Inputs of the front beside latents and timestep, and of the head beside the hidden states.
     front_constants: tuple[str, ...] = ()
+    head_constants: tuple[str, ...] = ()
 
     @abstractmethod
     def text_module(self, transformer: Any, *borders: Any) -> SegmentModule:
@@ -57,9 +58,11 @@ class CrossAttentionDiT(DiT):
         if segment.text:
             return self.text_borders()
         read = (self.modulation, *self.block_constants) if segment.blocks else ()
+        of_head = self.head_constants if segment.back else ()
         if segment.skipped is not None and segment.skipped.blocks == tuple(segment.blocks):
             unused = _ROPE if segment.skipped.mode == "stg-a" else read
             read = tuple(name for name in read if name not in unused)
+        read += tuple(name for name in of_head if name not in read)
         if segment.front:
             # The front makes the modulation that its own blocks read.
             made_here = (name for name in read if name != self.modulation)

@@ -28,7 +28,7 @@ from stg_trt.models.families.base import (
 from stg_trt.models.families.cross_attention import CrossAttentionDiT, CrossAttentionSegment
 from stg_trt.models.families.dit import State, gated, half_table, rotate, unpatched
 from stg_trt.models.families.given_frames import given_frames, latent_statistics
-from stg_trt.models.image import ImageCondition, Images
+from stg_trt.models.image import ImageCondition, Images, Places
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
@@ -299,9 +299,6 @@ class Wan(CrossAttentionDiT):
         seen = self.integer("image_dim") if self.sees else 0
         return 2 * self.context_tokens * seen * (seen + self.width)
 
-    def image_inputs(self, image: ImageCondition) -> dict[str, Tensor]:
-        return {CONDITION: image.channels} | ({} if image.context is None else {IMAGE_EMBEDS: image.context})
-
     def encode_images(
         self, pipeline: Any, images: Images, workload: Workload, videos: int, generator: Any
     ) -> ImageCondition:
@@ -322,7 +319,9 @@ class Wan(CrossAttentionDiT):
             None if context is None else context.expand(videos, *context.shape[1:]),
         )
 
-    def position_tables(self, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
+    def position_tables(
+        self, workload: Workload, frame_rate: float, placed: Places = ()
+    ) -> dict[str, Tensor]:
         """Wan's positions do not depend on the frame rate."""
         from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
