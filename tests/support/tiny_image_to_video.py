@@ -85,6 +85,48 @@ def wan_first_last(folder: Path) -> Any:
     return _saved(pipeline, folder)
 
 
+def wan_ti2v(folder: Path) -> Any:
+    """Wan 2.2 TI2V: a timestep per token, and a VAE that first cuts pixels into patches."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(
+        base_dim=3,
+        decoder_base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        in_channels=12,
+        out_channels=12,
+        is_residual=True,
+        patch_size=2,
+        scale_factor_spatial=16,
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.1, 0.9, 1.3, 0.8],
+    )
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=24,
+        freq_dim=32,
+        ffn_dim=48,
+        num_layers=3,
+        cross_attn_norm=True,
+        rope_max_seq_len=32,
+    )
+    pipeline = WanImageToVideoPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae,
+        transformer=transformer,
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+        ),
+        expand_timesteps=True,
+    )
+    return _saved(pipeline, folder)
+
+
 def _saved(pipeline: Any, folder: Path) -> Any:
     pipeline.save_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
