@@ -22,7 +22,7 @@ from .video_file import read_video
 Picture = str | Path | Image.Image | np.ndarray[Any, Any] | Tensor
 Pictures = Picture | Sequence[Picture]
 
-# LTXConditionPipeline's own default.
+# The default of diffusers' pipeline.
 _IMAGE_COND_NOISE = 0.15
 _ENTRIES = {"image", "video", "frame_index", "strength"}
 
@@ -31,7 +31,7 @@ _ENTRIES = {"image", "video", "frame_index", "strength"}
 class GivenPictures:
     """The pictures of a call, as it gave them.
 
-    `conditions` are diffusers' LTXVideoCondition or mappings with image or video, frame_index and strength.
+    `conditions` are diffusers' objects or mappings with image or video, frame_index and strength.
     """
 
     image: Pictures | None = None
@@ -54,7 +54,7 @@ class GivenPictures:
             if getattr(self, name) is not None:
                 raise InvalidRequest(
                     f"{name}: expected none for this {family.name} checkpoint, whose pipeline is "
-                    f"{family.pipeline_class}, got some: use a checkpoint of LTXConditionPipeline"
+                    f"{family.pipeline_class}, got some: use one whose pipeline has it"
                 )
         if not given:
             return None
@@ -64,7 +64,7 @@ class GivenPictures:
         return Images(read.get("image", ()), read.get("last_image", ()))
 
     def _conditions(self, prompts: Prompts) -> Images | None:
-        """As LTXConditionPipeline takes them: `image` is a condition from the first frame on."""
+        """`image` is a condition from the first frame on."""
         given = self.conditions if isinstance(self.conditions, list | tuple) else [self.conditions]
         found = [_condition(one) for one in given if one is not None]
         if self.image is not None:
@@ -104,7 +104,7 @@ def _condition(given: Any) -> FrameCondition:
     if unknown or len(pictures) != 1:
         raise InvalidRequest(
             f"conditions: expected an image or a video with frame_index and strength, got "
-            f"{', '.join(entries) or type(given).__name__}: give LTXVideoCondition or a mapping"
+            f"{', '.join(entries) or type(given).__name__}: write them as diffusers' or as a mapping"
         )
     if entries.get("image") is not None:
         shown = [_picture("conditions", pictures[0])]

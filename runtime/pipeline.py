@@ -31,7 +31,7 @@ from .arguments import ForeignArguments
 from .callbacks import StepCallback, call_back, check_callback
 from .components import Components
 from .device import Device, open_device
-from .noise import Generators, draw
+from .noise import Generators, starting_noise
 from .pictures import GivenPictures, Pictures
 from .prompts import Embeddings, Prompt, Prompts
 from .sampler import SampledStep, Sampler
@@ -196,16 +196,16 @@ class VideoPipeline:
             guidance_scale, stg_scale, foreign.rescale, stg_mode, foreign.stg_blocks, stg_range, preset,
             cfg_zero_star, use_dynamic_cfg, true_cfg_scale, guidance_scale_2=foreign.guidance_scale_2,
         )  # fmt: skip
+        guided = choose_options(guidance, arguments)
         cond = Embeddings(prompt_embeds, prompt_attention_mask, pooled_prompt_embeds)
         uncond = Embeddings(
             negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds
         )
         prompts = Prompts(prompt, negative_prompt, cond, uncond, num_videos_per_prompt)
         pictures = GivenPictures(image, last_image, conditions, image_cond_noise_scale)
-        sizes = replace(self._request, height=height, width=width, num_frames=num_frames)
         return self._generate(Request(
-            replace(sizes, videos=prompts.videos), prompts, pictures,
-            choose_options(guidance, arguments), num_inference_steps, frame_rate,
+            replace(self._request, height=height, width=width, num_frames=num_frames, videos=prompts.videos),
+            prompts, pictures, guided, num_inference_steps, frame_rate,
             list(generator) if isinstance(generator, tuple) else generator, latents,
             foreign.max_sequence_length, CustomSteps.read(timesteps, sigmas),
         ), output_type, callback_on_step_end, foreign)  # fmt: skip
@@ -242,13 +242,17 @@ class VideoPipeline:
         self, schedule: Schedule, request: Request, images: Images | None
     ) -> tuple[Tensor, ImageCondition | None]:
         """What a run starts from, and what the pictures add to it, which both draw from the generator."""
+        image = None
+        if not self.family.draws_noise_first:
+            image = self._image(schedule, request, images)
+        videos, given = request.prompts.videos, request.latents
+        noise = starting_noise(self.family, schedule.workload, videos, request.generator, given)
         if self.family.draws_noise_first:
-            noise = self._noise(schedule, request)
             image = self._image(schedule, request, images)
-        else:
-            image = self._image(schedule, request, images)
-            noise = self._noise(schedule, request)
-        return self.family.start(noise, image), image
+        start = noise * schedule.solver.noise_scale
+        if given is not None and self.family.starts_from_given_latents:
+            return start, image
+        return self.family.start(start, image), image
 
     def _image(self, schedule: Schedule, request: Request, images: Images | None) -> ImageCondition | None:
         """What the call's pictures add; None without any."""
@@ -342,25 +346,6 @@ class VideoPipeline:
             "per step; leave true_cfg_scale out to save it",
             stacklevel=7,
         )
-
-    def _noise(self, schedule: Schedule, request: Request) -> Tensor:
-        """Packed float32 noise at the solver's scale: drawn as diffusers draws it, or given."""
-        workload, videos = schedule.workload, request.prompts.videos
-        latents = request.latents
-        shape = (videos, *self.family.noise_shape(workload))
-        of_video = replace(workload, condition_frames=0)
-        packed = self.family.tensors(of_video)["latents"].with_rows(videos)
-        if latents is None:
-            latents = draw(shape, request.generator)
-        if tuple(latents.shape) not in (packed, shape):
-            raise InvalidRequest(
-                f"latents: expected {packed} or {shape} for {workload}, got {tuple(latents.shape)}: "
-                "pass latents of the size the engines were built for"
-            )
-        if not latents.isfinite().all():
-            raise InvalidRequest("latents: expected finite numbers, got NaN or infinity: check their source")
-        noise = self.family.pack(latents) if tuple(latents.shape) == shape else latents
-        return noise.float() * schedule.solver.noise_scale
 
     def _check_options(self, output_type: str, decode_options: dict[str, Any], videos: int) -> None:
         if output_type not in _OUTPUT_TYPES:

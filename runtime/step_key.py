@@ -18,8 +18,8 @@ class StepKey:
     rescaled: bool
     single_step: bool
     cfg_zero_star: bool
-    expert: int = 0
     clean: CleanMode | None = None
+    expert: int = 0
 
     @property
     def groups(self) -> range:
@@ -53,8 +53,8 @@ class StepKey:
             guidance.rescale[step] != 0,
             solver.single_step[step] is not None,
             guidance.cfg_zero_star and UNCOND in passes,
-            guidance.expert(step),
             clean,
+            guidance.expert(step),
         )
 
 

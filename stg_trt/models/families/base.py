@@ -98,6 +98,13 @@ class ModelFamily(ABC):
     takes_true_cfg: ClassVar[bool] = False
     # The entries of the transformer's config.json that count blocks, in the order of their numbers.
     block_counts: ClassVar[tuple[str, ...]] = ("num_layers",)
+    # Pictures that a call may give and needs not; whether it may give some for any frame.
+    optional_images: tuple[str, ...] = ()
+    takes_conditions: bool = False
+    # Whether diffusers' pipeline draws noise before what it draws for pictures, and runs a call's latents as
+    # they are beside a picture.
+    draws_noise_first: bool = False
+    starts_from_given_latents: bool = False
     # Parts of the pipeline that diffusers' documentation wants in float32 on a GPU too.
     float32_components: ClassVar[frozenset[str]] = frozenset()
     decode_options: ClassVar[frozenset[str]] = frozenset()
@@ -284,21 +291,6 @@ class ModelFamily(ABC):
         return ()
 
     @property
-    def optional_images(self) -> tuple[str, ...]:
-        """Pictures that the model can begin with, and needs not."""
-        return ()
-
-    @property
-    def takes_conditions(self) -> bool:
-        """Whether it takes pictures and videos for any of its frames, of which `image` is then one."""
-        return False
-
-    @property
-    def draws_noise_first(self) -> bool:
-        """Whether diffusers' pipeline draws a run's noise before what it draws for the pictures."""
-        return False
-
-    @property
     def image_parts(self) -> tuple[str, ...]:
         """Parts of the checkpoint, beside the VAE, that see the pictures."""
         return ()
@@ -364,7 +356,6 @@ class ModelFamily(ABC):
             torch.randn(specs[name].with_rows(rows), generator=generator) if name in specs else None
             for name in (CONDITION, IMAGE_EMBEDS)
         )
-        assert channels is not None
         return ImageCondition(channels, context)
 
     def trace_inputs(self, segment: Segment, workload: Workload, rows: int) -> list[Tensor]:

@@ -32,6 +32,8 @@ class CrossAttentionDiT(DiT):
     # Inputs of the front beside latents and timestep, and of the head beside the hidden states.
     front_constants: tuple[str, ...] = ()
     head_constants: tuple[str, ...] = ()
+    # Timesteps that the tokens of one row can have.
+    timestep_places: int = 1
 
     @abstractmethod
     def text_module(self, transformer: Any, *borders: Any) -> SegmentModule:
@@ -94,7 +96,7 @@ class CrossAttentionDiT(DiT):
         latents = math.prod(self.patch)
         if segment.front:
             total += 2 * tokens * width * latents * self.integer("in_channels")
-            total += 2 * width * (self.timestep_channels + 7 * width)
+            total += self.timestep_places * 2 * width * (self.timestep_channels + 7 * width)
         if segment.back:
             total += 2 * tokens * width * latents * self.integer("out_channels")
         return total

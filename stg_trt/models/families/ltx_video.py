@@ -1,9 +1,9 @@
 """LTX-Video 2B and 13B: a DiT with self-attention, cross-attention and feed-forward in every block.
 
-Reproduces diffusers' LTXVideoTransformer3DModel, and LTXPipeline or, for checkpoints that name it (0.9.7 and
-later), LTXConditionPipeline without conditions. These cross a cut: the hidden states, the timestep modulation
-`temb`, and the embedded timestep that the head reads. Constant over the steps: the projected text, its mask,
-and the RoPE tables.
+Reproduces diffusers' LTXVideoTransformer3DModel; LTXPipeline and, with a picture, LTXImageToVideoPipeline;
+LTXConditionPipeline for checkpoints that name it (0.9.7 and later). These cross a cut: the hidden states, the
+timestep modulation `temb`, and the embedded timestep that the head reads. Constant over the steps: the
+projected text, its mask, the RoPE tables, and each token's place among a row's timesteps.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.custom_steps import CustomSteps
 from stg_trt.models.families.base import Defaults, SegmentModule, load_class, vae_video
+from stg_trt.models.families.clean_frames import Encoder, extra_frames, frame_conditions, image_condition
 from stg_trt.models.families.cross_attention import CrossAttentionDiT, CrossAttentionSegment
 from stg_trt.models.families.dit import State, TextProjection, half_table, rms_norm, rotate
-from stg_trt.models.families.ltx_condition import Encoder, extra_frames, frame_conditions, image_condition
 from stg_trt.models.families.token_timesteps import (
     TIMESTEP_INDEX,
     TIMESTEP_LIMITS,
@@ -36,9 +36,7 @@ from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
 
-_CONDITION_PIPELINE = "LTXConditionPipeline"
-# Timesteps that the tokens of one video can have: the step's, and one for each strength of a condition.
-_TIMESTEPS = 4
+_IMAGE_PIPELINE, _CONDITION_PIPELINE = "LTXImageToVideoPipeline", "LTXConditionPipeline"
 # Lightricks' configs/ltxv-13b-0.9.8-distilled.yaml, first_pass, in training steps.
 _DISTILLED = CustomSteps("timesteps", (1000.0, 993.7, 987.5, 981.2, 975.0, 909.4, 725.0))
 
@@ -104,6 +102,9 @@ class LTXVideo(CrossAttentionDiT):
     block_constants = ("text", "text_bias", "rope_cos", "rope_sin", TIMESTEP_INDEX)
     front_constants = (TIMESTEP_LIMITS,)
     head_constants = (TIMESTEP_INDEX,)
+    optional_images = ("image",)
+    # The step's, and one for each strength of a condition.
+    timestep_places = 4
     # Timestep MLP, modulation tables and norms, which are applied in float32.
     float32_islands = r"time_embed\.|scale_shift_table|norm"
     segment_class = LTXSegment
@@ -125,6 +126,8 @@ class LTXVideo(CrossAttentionDiT):
         super().__init__(*configs)
         # That pipeline has other positions in time and other sigmas, and masks its text encoder's padding.
         self._conditioned = self.model_index.get("_class_name") == _CONDITION_PIPELINE
+        self.takes_conditions = self.draws_noise_first = self._conditioned
+        self.starts_from_given_latents = not self._conditioned
         if self._conditioned:
             self.pipeline_class = _CONDITION_PIPELINE
         if "distilled" in self.origin.lower():
@@ -173,9 +176,9 @@ class LTXVideo(CrossAttentionDiT):
         return (
             TensorSpec("latents", dtype, (ROWS, tokens, self.integer("in_channels"))),
             TensorSpec("hidden_states", dtype, (ROWS, tokens, width)),
-            TensorSpec("temb", "float32", (ROWS, _TIMESTEPS, 6 * width)),
-            TensorSpec("embedded_timestep", "float32", (ROWS, _TIMESTEPS, width)),
-            *token_timestep_specs(tokens, _TIMESTEPS),
+            TensorSpec("temb", "float32", (ROWS, self.timestep_places, 6 * width)),
+            TensorSpec("embedded_timestep", "float32", (ROWS, self.timestep_places, width)),
+            *token_timestep_specs(tokens, self.timestep_places),
             TensorSpec("text_bias", dtype, (ROWS, 1, 1, workload.text_length)),
             TensorSpec("rope_cos", "float32", (tokens, width // 2)),
             TensorSpec("rope_sin", "float32", (tokens, width // 2)),
@@ -203,19 +206,7 @@ class LTXVideo(CrossAttentionDiT):
     def timestep_tables(self, workload: Workload, image: ImageCondition | None) -> dict[str, Tensor]:
         clean = None if image is None else image.clean
         strengths = torch.zeros(self.tokens(workload)) if clean is None else clean.strength.flatten()
-        return timestep_tables(strengths.tolist(), _TIMESTEPS)
-
-    @property
-    def optional_images(self) -> tuple[str, ...]:
-        return ("image",)
-
-    @property
-    def takes_conditions(self) -> bool:
-        return self._conditioned
-
-    @property
-    def draws_noise_first(self) -> bool:
-        return self._conditioned
+        return timestep_tables(strengths.tolist(), self.timestep_places)
 
     def tokens(self, workload: Workload) -> int:
         """Those of the video, and of pictures for later frames."""
@@ -252,7 +243,7 @@ class LTXVideo(CrossAttentionDiT):
         self, pipeline: Any, images: Images, workload: Workload, videos: int, generator: Any
     ) -> ImageCondition:
         """The pictures' latents, in the place of noise."""
-        encoder = Encoder(pipeline, workload, videos, generator)
+        encoder = Encoder(pipeline, load_class(_IMAGE_PIPELINE), workload, videos, generator)
         temporal, _ = self.compression
         if self._conditioned:
             return frame_conditions(encoder, images, self.latent_shape(workload), temporal)

@@ -89,6 +89,7 @@ class Wan(CrossAttentionDiT):
         self.reads_channels = self.config.get("in_channels") != self.config.get("out_channels")
         if self.reads_channels:
             self.front_constants = (CONDITION,)
+            self.optional_images = () if self.sees else ("last_image",)
             self.pipeline_class = "WanImageToVideoPipeline"
         # diffusers' word for a timestep per token.
         self.tells_tokens = bool(self.model_index.get("expand_timesteps"))
@@ -96,6 +97,7 @@ class Wan(CrossAttentionDiT):
             self.front_constants += (TIMESTEP_LIMITS,)
             self.block_constants += (TIMESTEP_INDEX,)
             self.head_constants = (TIMESTEP_INDEX,)
+            self.optional_images = ("image",)
             self.defaults = replace(self.defaults, frame_rate=24.0)
         if self.tells_tokens or self.boundary is not None:
             self.name = "wan2.2"
@@ -144,12 +146,6 @@ class Wan(CrossAttentionDiT):
         if not self.reads_channels:
             return ()
         return ("image", "last_image") if self.config.get("pos_embed_seq_len") is not None else ("image",)
-
-    @property
-    def optional_images(self) -> tuple[str, ...]:
-        if self.tells_tokens:
-            return ("image",)
-        return ("last_image",) if self.reads_channels and not self.sees else ()
 
     @property
     def image_parts(self) -> tuple[str, ...]:

@@ -216,7 +216,7 @@ def test_cfg_is_that_of_diffusers(checkpoint: Path, pipeline: VideoPipeline, out
 def test_positions_are_those_of_the_causal_vae(published: ModelFamily, frames: int) -> None:
     """The first latent is at 0 s; the next begin 1, 9, 17 frames later."""
     workload = Workload(64, 96, frames, 8)
-    places = published._positions(workload, 25.0)["video_coords"]  # type: ignore[attr-defined]
+    places = published._positions(workload, 25.0, ())["video_coords"]  # type: ignore[attr-defined]
     latents = 1 + (frames - 1) // 8
     assert places.shape == (1, 3, latents * 2 * 3)
     time, height, width = places[0].unflatten(1, (latents, 2, 3))

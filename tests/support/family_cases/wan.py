@@ -120,7 +120,7 @@ WAN = FamilyCase(
     refused_indexes=(
         (
             {"expand_timesteps": True, "boundary_ratio": 0.9},
-            "expected expand_timesteps in model_index.json for Wan 2.2 TI2V alone, got it beside boundary_ratio",
+            "expected expand_timesteps in model_index.json for Wan 2.2 TI2V alone, got it beside",
         ),
         ({"boundary_ratio": 0.875}, "or neither, got no transformer_2 and boundary_ratio 0.875: download"),
         ({"boundary_ratio": "0.9"}, "expected boundary_ratio in model_index.json from 0 to 1, got '0.9'"),

@@ -1,8 +1,7 @@
-"""What pictures add to a video of LTX-Video, as LTXImageToVideoPipeline and LTXConditionPipeline have it.
+"""Pictures as clean frames of a video whose latents are a sequence of tokens.
 
 Their latents stand where noise would, and the network is told that these tokens are clean. Pictures for
-later frames (LTXConditionPipeline) are tokens of their own before the video's, with the positions of the
-frames that they are for. Everything is normalised and packed as the transformer takes it.
+later frames are tokens of their own before the video's, with the positions of the frames that they are for.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.models.families.base import load_class
 from stg_trt.models.image import (
     CleanLatents,
     FrameCondition,
@@ -28,14 +26,17 @@ from stg_trt.models.workload import Workload
 
 # Of a video for later frames, so many latent frames become tokens of their own.
 PREFIX_FRAMES = 2
-_IMAGE_PIPELINE = "LTXImageToVideoPipeline"
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """The VAE of a diffusers pipeline for one call; what it draws, all videos share or each draws its own."""
+    """The VAE of a diffusers pipeline for one call; what it draws, all videos share or each draws its own.
+
+    `pipeline_class` is the diffusers class that knows how latents are normalised and packed.
+    """
 
     pipeline: Any
+    pipeline_class: Any
     workload: Workload
     videos: int
     generator: Any
@@ -48,9 +49,7 @@ class Encoder:
         vae = self.pipeline.vae
         samples = self.videos if isinstance(self.generator, list) else len(pixels)
         drawn = posterior_samples(vae, pixels.to(vae.device, vae.dtype), samples, self.generator).float()
-        normalized: Tensor = load_class(_IMAGE_PIPELINE)._normalize_latents(
-            drawn, vae.latents_mean, vae.latents_std
-        )
+        normalized: Tensor = self.pipeline_class._normalize_latents(drawn, vae.latents_mean, vae.latents_std)
         return normalized.cpu()
 
     def noise(self, shape: Sequence[int]) -> Tensor:
@@ -112,16 +111,16 @@ class _Canvas:
 
 
 def image_condition(encoder: Encoder, images: Images, shape: Sequence[int]) -> ImageCondition:
-    """The first frame of latents (channels, frames, height, width), as LTXImageToVideoPipeline has it."""
+    """A picture as the first frame of latents (channels, frames, height, width)."""
     size = (encoder.workload.height, encoder.workload.width)
     pixels = encoder.pipeline.video_processor.preprocess([*images.image], *size)
     canvas = _Canvas.empty(encoder.videos, shape)
     canvas.paint(encoder.latents(pixels[:, :, None]), 0, 1.0)
-    return _condition(canvas, shape, 0.0)
+    return _condition(encoder, canvas, shape, 0.0)
 
 
 def frame_conditions(encoder: Encoder, images: Images, shape: Sequence[int], temporal: int) -> ImageCondition:
-    """Latents (channels, frames, height, width) under all conditions, as LTXConditionPipeline has them.
+    """Latents (channels, frames, height, width) under all conditions, one after the other.
 
     `temporal` is how many frames a latent holds.
     """
@@ -136,11 +135,12 @@ def frame_conditions(encoder: Encoder, images: Images, shape: Sequence[int], tem
             canvas.paint(rest, condition.frame_index // temporal + PREFIX_FRAMES, condition.strength)
         noise = encoder.noise(prefix.shape)
         canvas.extra.append(_Extra(condition.frame_index, prefix, noise, condition.strength))
-    return _condition(canvas, shape, images.noise_scale)
+    return _condition(encoder, canvas, shape, images.noise_scale)
 
 
-def _condition(canvas: _Canvas, shape: Sequence[int], noise_scale: float) -> ImageCondition:
-    pack = load_class(_IMAGE_PIPELINE)._pack_latents
+def _condition(encoder: Encoder, canvas: _Canvas, shape: Sequence[int], noise_scale: float) -> ImageCondition:
+    """What is on the canvas, packed."""
+    pack = encoder.pipeline_class._pack_latents
     videos = len(canvas.added)
     share, strength = (
         [pack(mask.expand(1, 1, *shape[1:]))] for mask in (canvas.noise_share, canvas.strength)
