@@ -68,7 +68,7 @@ IN_MODELS = (
     Mistake(
         "the fingerprint leaves the configuration out",
         "stg_trt/models/checkpoint.py",
-        "hashlib.sha256(json.dumps(_facts(self.transformer_config), sort_keys=True).encode())",
+        "hashlib.sha256(json.dumps(facts, sort_keys=True).encode())",
         "hashlib.sha256()",
         (f"{_CHECKPOINT}::test_fingerprints_tell_configurations_apart",),
     ),

@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stg_trt import VideoPipeline, build
+from stg_trt.build_engines import onnx_compiler
 from stg_trt.cli.inspect import describe
+from stg_trt.engines import manifest as manifests
 from stg_trt.engines.store import EngineStore
 from stg_trt.errors import EngineRejected, InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint
@@ -266,6 +268,33 @@ def test_the_expert_is_seen_in_the_segments(opened: Open) -> None:
     )
     again = EngineStore.open(pipeline.store.root)
     assert [b.manifest for b in again.builds] == [b.manifest for b in pipeline.store.builds]
+
+
+def test_the_graphs_of_both_are_one(
+    checkpoints: dict[str, tuple[Path, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And an interrupted build goes on with the second expert alone."""
+    exported: list[str] = []
+
+    def export(segment: str, *given: Any, **options: Any) -> Any:
+        exported.append(segment)
+        return onnx_export(segment, *given, **options)
+
+    onnx_export = onnx_compiler.export
+    monkeypatch.setattr(onnx_compiler, "export", export)
+    monkeypatch.setattr(onnx_compiler.OnnxCompiler, "_graphs", {})
+    options = {**SIZES, "text_length": TEXT[0], "stg_blocks": [1], "verify_timesteps": 1}
+    (folder,) = build(checkpoints["text"][0], tmp_path, **options)
+    # The embedding, a block and the head.
+    assert exported == ["text", "front", "front", "back"]
+    whole = manifests.load(folder)
+    *kept, last = whole.segments
+    manifests.save(whole.model_copy(update={"segments": tuple(kept), "complete": False}), folder)
+    build(checkpoints["text"][0], tmp_path, **options)
+    again = manifests.load(folder)
+    assert again.complete and again.record("transformer_2_back") is not None
+    assert again.segments[-1].graph_sha256 == last.graph_sha256
+    assert again.segments[-1].verification == last.verification
 
 
 def test_the_weights_of_both_count(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from stg_trt import VideoPipeline, build
+from stg_trt.cli.inspect import describe
+from stg_trt.engines.store import EngineStore
 from stg_trt.errors import InvalidRequest
+from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.segment import LAYOUTS
 from tests.support.eager_reference import perturbed
 from tests.support.tiny_image_to_video import wan_ti2v
@@ -162,3 +166,12 @@ def test_frames_are_those_of_diffusers(saved: tuple[Path, Any], engines: Path) -
 def test_there_is_no_last_picture(saved: tuple[Path, Any], engines: Path) -> None:
     with pytest.raises(InvalidRequest, match="last_image: expected none, for which this wan2"):
         opened(saved, engines)(**arguments(image=picture(), last_image=picture()))
+
+
+def test_other_graphs_of_the_same_weights_are_told_apart(saved: tuple[Path, Any], engines: Path) -> None:
+    (build, _) = EngineStore.open(engines).builds
+    assert describe(build)["family"] == "wan2.2"
+    checkpoint = Checkpoint.open(saved[0])
+    assert checkpoint.model_index is not None
+    plain = replace(checkpoint, model_index={**checkpoint.model_index, "expand_timesteps": False})
+    assert plain.fingerprint() != checkpoint.fingerprint() == build.manifest.weights
