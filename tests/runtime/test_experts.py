@@ -25,6 +25,7 @@ from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.segment import LAYOUTS, Segment
 from stg_trt.runtime.device import Device
 from tests.conftest import BuiltOnce
+from tests.support.compared_calls import assert_close, noisy_picture, seeded, steps_of
 from tests.support.eager_reference import perturbed
 from tests.support.family_cases import LTX
 from tests.support.family_cases.wan import WAN
@@ -37,15 +38,8 @@ KINDS = ("text", "image")
 Open = Callable[..., VideoPipeline]
 
 
-def seeded(seed: int = 7) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def picture(seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(
-        0, 255, (SIZES["height"], SIZES["width"], 3), dtype=np.uint8
-    )
-    return Image.fromarray(pixels)
+    return noisy_picture(SIZES["height"], SIZES["width"], seed)
 
 
 def embeds(seed: int = 3) -> dict[str, Tensor]:
@@ -58,24 +52,6 @@ def arguments(kind: str, **changes: Any) -> dict[str, Any]:
     pictures = {"image": picture()} if kind == "image" else {}
     common = {"guidance_scale": 4.0, "num_inference_steps": STEPS, "output_type": "latent"}
     return {**SIZES, **embeds(), **pictures, **common, "generator": seeded(), **changes}
-
-
-def steps_of(pipeline: Any, **call: Any) -> list[Tensor]:
-    """Latents after every step of ours, or of diffusers'."""
-    steps: list[Tensor] = []
-
-    def keep(pipe: Any, index: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        steps.append(tensors["latents"].clone())
-        return {}
-
-    pipeline(**call, callback_on_step_end=keep)
-    return steps
-
-
-def assert_close(got: list[Tensor], expected: list[Tensor]) -> None:
-    assert len(got) == len(expected) > 0
-    for i, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
-        assert (ours - theirs).abs().max() <= 1e-4, f"step {i}"
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +136,7 @@ def eager_steps(own: Any, kind: str, mode: str, second: float, stg_scale: float)
         pred = uncond + scale * (cond - uncond) + stg_scale * (cond - skip)
         latents = scheduler.step(pred, t, latents, return_dict=False)[0]
         found.append(latents)
-    return found
+    return [*found, latents]
 
 
 @pytest.mark.parametrize("kind", KINDS)

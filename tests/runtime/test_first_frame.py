@@ -19,6 +19,7 @@ from stg_trt.engines.store import EngineStore
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.segment import LAYOUTS
+from tests.support.compared_calls import assert_close, noisy_picture, seeded, steps_of
 from tests.support.eager_reference import perturbed
 from tests.support.tiny_image_to_video import wan_ti2v
 
@@ -26,15 +27,8 @@ SIZES: dict[str, Any] = {"height": 64, "width": 96, "num_frames": 9}
 LATENTS, TOKENS, STEPS = (4, 3, 4, 6), 9, 4
 
 
-def seeded(seed: int = 7) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def picture(seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(
-        0, 255, (SIZES["height"], SIZES["width"], 3), dtype=np.uint8
-    )
-    return Image.fromarray(pixels)
+    return noisy_picture(SIZES["height"], SIZES["width"], seed)
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
@@ -42,24 +36,6 @@ def arguments(**changes: Any) -> dict[str, Any]:
     embeds = {"prompt_embeds": cond, "negative_prompt_embeds": uncond}
     common = {"guidance_scale": 4.0, "num_inference_steps": STEPS, "output_type": "latent"}
     return {**SIZES, **embeds, **common, "generator": seeded(), **changes}
-
-
-def steps_of(pipeline: Any, **call: Any) -> list[Tensor]:
-    """Latents after every step, and those that are returned."""
-    steps: list[Tensor] = []
-
-    def keep(pipe: Any, index: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        steps.append(tensors["latents"].clone())
-        return {}
-
-    returned: Tensor = pipeline(**call, callback_on_step_end=keep).frames
-    return [*steps, returned]
-
-
-def assert_close(got: list[Tensor], expected: list[Tensor]) -> None:
-    assert len(got) == len(expected) > 1
-    for i, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
-        assert (ours - theirs).abs().max() <= 1e-4, f"step {i}"
 
 
 @pytest.fixture(scope="module")
