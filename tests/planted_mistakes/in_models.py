@@ -124,7 +124,7 @@ IN_MODELS = (
     Mistake(
         "all random weights have one seed",
         "stg_trt/models/random_weights.py",
-        'int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")',
+        'int.from_bytes(hashlib.sha256(f"{part}{name}".encode()).digest()[:7], "little")',
         "0",
         (f"{_CHECKPOINT}::test_random_weights_are_seeded_by_name",),
     ),
