@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from stg_trt.errors import InvalidRequest
 from stg_trt.models.families.token_timesteps import TRAIN_TIMESTEPS
 from stg_trt.models.image import CleanLatents, CleanMode
 
@@ -33,8 +34,13 @@ class CleanMemory:
         self.stays = torch.zeros(*shape[1:], dtype=torch.bool, device=device)
         self._noise_scale = 0.0
 
-    def load(self, clean: CleanLatents) -> None:
-        """Writes those of a run."""
+    def load(self, clean: CleanLatents, *, single_step: bool) -> None:
+        """Writes those of a run; raises InvalidRequest for a strength that the solver cannot honour."""
+        if not single_step and bool(((clean.strength > 0) & (clean.strength < 1)).any()):
+            raise InvalidRequest(
+                "strength: expected 0 or 1 for a scheduler that continues from earlier steps, got one "
+                "between: use a flow Euler scheduler"
+            )
         if clean.replaced_by is not None:
             self.replacement.copy_(clean.replaced_by)
         self.strength.copy_(clean.strength.expand_as(self.strength))

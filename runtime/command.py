@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .command_arguments import EMBEDS, EmbedsFile, read_embeds, read_guidance, read_numbers
+from .command_arguments import EMBEDS, EmbedsFile, read_conditions, read_embeds, read_guidance, read_numbers
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -31,6 +31,10 @@ SkipScale = Annotated[
 SkipBlocks = Annotated[
     list[str] | None, typer.Option(help="As 14,19; or NAME=15 for each pass. [default: the engines']")
 ]
+Conditions = Annotated[
+    list[str] | None,
+    typer.Option(help="FILE@FRAME:STRENGTH, a picture or video from a frame on, as end.png@120:0.9."),
+]
 
 
 def generate(
@@ -41,6 +45,7 @@ def generate(
     negative_prompt: Annotated[str | None, typer.Option(help="CFG moves away from it.")] = None,
     image: Annotated[Path | None, typer.Option(help="The picture that the video begins with.")] = None,
     last_image: Annotated[Path | None, typer.Option(help="The picture that it ends with.")] = None,
+    condition: Conditions = None,
     embeds: Embeds = None,
     height: Annotated[int | None, typer.Option(help="Pixels. [default: the engines']")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels. [default: the engines']")] = None,
@@ -69,8 +74,6 @@ def generate(
     vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in tiles: less memory.")] = False,
 ) -> None:
     """Generate videos with compiled engines."""
-    from stg_trt.engines.store import EngineRequest
-
     _check_output(output)  # Checks without models come first: importing diffusers takes seconds.
     opened = _open_checkpoint(checkpoint, variant, revision, lora or [])
     _check_parts(opened, encodes=bool(prompt), decodes=output.suffix == ".mp4")
@@ -79,20 +82,30 @@ def generate(
         stg_scale=stg_scale, stg_mode=stg_mode, stg_blocks=stg_blocks, rescale=rescale, preset=preset,
         use_dynamic_cfg=use_dynamic_cfg,
     )  # fmt: skip
-    request = EngineRequest(height=height, width=width, num_frames=num_frames, layout=layout, backend=backend)
+    request = _request(height, width, num_frames, layout, backend)
     store = _open_engines(engines, request, opened)
     given: EmbedsFile = {} if embeds is None else read_embeds(embeds)
     pipeline = _open_pipeline(opened, store, request, offload=offload, vae_tiling=vae_tiling)
     with _progress_bar() as advance:
         frames = pipeline(
             prompt=prompt or None, negative_prompt=negative_prompt, image=image, last_image=last_image,
-            height=height, width=width, num_frames=num_frames, frame_rate=frame_rate,
+            conditions=read_conditions(condition), height=height, width=width, num_frames=num_frames,
+            frame_rate=frame_rate, guidance=options, generator=_generator(seed),
             num_inference_steps=num_inference_steps, timesteps=read_numbers("timesteps", timesteps),
-            sigmas=read_numbers("sigmas", sigmas), guidance=options, generator=_generator(seed),
-            num_videos_per_prompt=num_videos_per_prompt, callback_on_step_end=advance,
+            sigmas=read_numbers("sigmas", sigmas), num_videos_per_prompt=num_videos_per_prompt,
+            callback_on_step_end=advance,
             output_type="np" if output.suffix == ".mp4" else "latent", **given,
         ).frames  # fmt: skip
     print(*_save(frames, output, frame_rate or pipeline.family.defaults.frame_rate), sep="\n")
+
+
+def _request(
+    height: int | None, width: int | None, num_frames: int | None, layout: str | None, backend: str | None
+) -> EngineRequest:
+    """Checks the names of layout and backend."""
+    from stg_trt.engines.store import EngineRequest
+
+    return EngineRequest(height=height, width=width, num_frames=num_frames, layout=layout, backend=backend)
 
 
 def _check_output(output: Path) -> None:

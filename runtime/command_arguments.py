@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mimetypes import guess_type
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, cast
 
@@ -10,6 +11,10 @@ if TYPE_CHECKING:
 
     from stg_trt.guidance.bins import Scale, SkipScales
     from stg_trt.guidance.options import GuidanceOptions
+
+
+Condition = dict[str, str | int | float]
+"""An entry of the pipeline's `conditions`."""
 
 
 class EmbedsFile(TypedDict, total=False):
@@ -87,6 +92,30 @@ def read_numbers(name: str, text: str | None) -> list[float] | None:
         raise InvalidRequest(
             f"{name}: expected a number, or one per step separated by commas, got {text!r}: correct it"
         ) from error
+
+
+def read_conditions(texts: list[str] | None) -> list[Condition] | None:
+    """Pictures or videos, FILE@FRAME:STRENGTH each, where frame and strength may be left out.
+
+    Raises InvalidRequest for a frame or a strength that is no number.
+    """
+    return [_condition(text) for text in texts] if texts else None
+
+
+def _condition(text: str) -> Condition:
+    from stg_trt.errors import InvalidRequest
+
+    file, at, place = text.rpartition("@")
+    frame, _, strength = place.partition(":")
+    try:
+        first, kept = int(frame) if at else 0, float(strength) if at and strength else 1.0
+    except ValueError as error:
+        raise InvalidRequest(
+            f"condition: expected FILE@FRAME:STRENGTH, such as end.png@120:0.9, got {text!r}: correct it"
+        ) from error
+    kind, _ = guess_type(file if at else text)
+    shown = "video" if kind is not None and kind.startswith("video/") else "image"
+    return {shown: file if at else text, "frame_index": first, "strength": kept}
 
 
 def read_embeds(path: Path) -> EmbedsFile:

@@ -48,7 +48,7 @@ _LESS_TO_DECODE = "fewer frames, a smaller size, or --offload"
 @dataclass
 class VideoPipelineOutput:
     """`frames` as diffusers returns them: lists of PIL images, (videos, frames, height, width, 3) in 0..1,
-    (videos, frames, 3, height, width), or packed latents."""
+    (videos, frames, 3, height, width), or latents in the layout of its pipeline."""
 
     frames: Any
 

@@ -138,7 +138,7 @@ class Sampler:
             state.table.load(guidance, solver)
             state.start(latents)
             if image is not None and image.clean is not None:
-                state.hold(image.clean)
+                state.hold(image.clean, single_step=size.single_step)
             rows = (uncond or cond, *[cond] * (state.buffers.groups - 1))
             text = TextCondition.stacked(rows).guided(guidance.embedded)
             if not size.single_step:

@@ -180,11 +180,11 @@ class StepState:
         if self.history is not None:
             self._preds.zero_()
 
-    def hold(self, clean: CleanLatents) -> None:
+    def hold(self, clean: CleanLatents, *, single_step: bool) -> None:
         """Writes the latents that are given in a run; their memory stays for later runs."""
         if self.clean is None:
             self.clean = CleanMemory(self.latents.shape, self.latents.device)
-        self.clean.load(clean)
+        self.clean.load(clean, single_step=single_step)
 
     def add_noise(self, noise: Tensor) -> None:
         """Writes the noise that the solver adds in a run, (draws, videos, ...)."""
