@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stg_trt.models.families.base import SegmentModule
+from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import TensorSpec
 
@@ -106,11 +106,12 @@ class _Reader:
 
 
 def _from_zero(segment: Segment) -> Segment:
-    """The segment of the first expert with its blocks numbered from 0, and without its name."""
+    """The segment of the first expert, numbered from 0, without its name; its inputs tell what is indexed."""
     skipped = segment.skipped
     if skipped is not None:
         skipped = replace(skipped, blocks=tuple(block - segment.start for block in skipped.blocks))
-    return replace(segment, name="", start=0, stop=len(segment.blocks), skipped=skipped, expert=0)
+    counted = replace(segment, name="", start=0, stop=len(segment.blocks), skipped=skipped)
+    return replace(counted, indexed_before=None, expert=0)
 
 
 def _unique() -> Hashable:

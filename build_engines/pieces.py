@@ -9,24 +9,19 @@ from stg_trt.models.segment import Segment
 
 
 def pieces_of(segment: Segment) -> tuple[Segment, ...]:
-    """What it gathers, embedding, blocks one by one, head; a block that no row computes is no piece."""
+    """Embedding, blocks one by one, head; a block that no row computes is no piece."""
     blocks = [_block(segment, block) for block in segment.blocks if not _is_left_out(segment, block)]
     if not blocks:
         return (segment,)
-    gathered = Segment("gather", segment.start, segment.stop, gathers=True, expert=segment.expert)
     embedding = Segment("embedding", segment.start, segment.start, front=True, expert=segment.expert)
     head = Segment("head", segment.stop, segment.stop, back=True, expert=segment.expert)
-    return (
-        *([gathered] if segment.gathers else []),
-        *([embedding] if segment.front else []),
-        *blocks,
-        *([head] if segment.back else []),
-    )
+    return (*([embedding] if segment.front else []), *blocks, *([head] if segment.back else []))
 
 
 def _block(segment: Segment, block: int) -> Segment:
     """One block, perturbed as the segment perturbs it."""
     piece = Segment("block", block, block + 1, keep_input=segment.keep_input, expert=segment.expert)
+    piece = replace(piece, indexed_before=segment.indexed_before)
     if segment.skipped is None:
         return replace(piece, stg_r_inside=segment.stg_r_inside)
     if block not in segment.skipped.blocks:
@@ -38,5 +33,6 @@ def _block(segment: Segment, block: int) -> Segment:
 def _is_left_out(segment: Segment, block: int) -> bool:
     """Whether stg-r skips the whole block in all rows."""
     skipped = segment.skipped
-    left_out = skipped is not None and skipped.mode == "stg-r" and not segment.stg_r_inside
-    return left_out and skipped is not None and block in skipped.blocks
+    if skipped is None or skipped.mode != "stg-r" or segment.stg_r_inside:
+        return False
+    return block in skipped.blocks

@@ -6,11 +6,12 @@ Sources: diffusers' text-to-video pipelines; the STG pipelines beside arXiv 2411
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.guidance.bins import Scale, SkipBlocks
+from stg_trt.models.image import ImageOptions
 
 # The published STG pipelines rescale by this where do_rescaling is set.
 _RESCALE = 0.7
@@ -18,6 +19,7 @@ _OURS = {
     "stg_applied_layers_idx": "stg_blocks",
     "guidance_rescale": "rescale",
     "do_rescaling": "rescale",
+    "fps": "frame_rate",
 }
 # A value that changes nothing is taken, since calls are copied with it.
 _WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
@@ -32,27 +34,39 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
 
 @dataclass(frozen=True)
 class ForeignArguments:
-    """The arguments of a call under names of other pipelines; the rest are for decoding."""
+    """The arguments of a call under names of other pipelines, or for some models; the rest are for decoding.
+
+    `frame_scales` are the CFG scales of the first and the last frame.
+    """
 
     stg_blocks: SkipBlocks | None
     rescale: Scale | None
     guidance_scale_2: Scale | None
     max_sequence_length: int | None
     callback_tensors: list[str] | None
+    frame_scales: tuple[float | None, float | None]
+    frame_rate: float | None
+    images: ImageOptions
     decode_options: dict[str, Any]
 
     @classmethod
-    def read(cls, given: Mapping[str, Any], ours: Mapping[str, Any]) -> ForeignArguments:
+    def read(
+        cls,
+        given: Mapping[str, Any],
+        stg_blocks: SkipBlocks | None,
+        rescale: Scale | None,
+        frame_rate: float | None,
+    ) -> ForeignArguments:
         """Sorts what a call was given beside our own arguments; raises InvalidRequest for two of one meaning.
 
-        `ours` are the values of stg_blocks and rescale under these names, None if they were left out.
+        Those of ours that have other names too are None if they were left out.
         """
         rest = dict(given)
         for name, (neutral, instead) in _WITHOUT_EFFECT.items():
             value = rest.pop(name, neutral)
             if value is not neutral and value != neutral:
                 raise InvalidRequest(f"{name}: expected {neutral}, got {value!r}: {instead}")
-        values: dict[str, Any] = dict(ours)
+        values: dict[str, Any] = {"stg_blocks": stg_blocks, "rescale": rescale, "frame_rate": frame_rate}
         for name, own in _OURS.items():
             value = rest.pop(name, None)
             if value is None:
@@ -66,5 +80,8 @@ class ForeignArguments:
             rest.pop("guidance_scale_2", None),
             rest.pop("max_sequence_length", None),
             rest.pop("callback_on_step_end_tensor_inputs", None),
+            (rest.pop("min_guidance_scale", None), rest.pop("max_guidance_scale", None)),
+            values["frame_rate"],
+            ImageOptions(**{f.name: rest.pop(f.name, None) for f in fields(ImageOptions)}),
             rest,
         )

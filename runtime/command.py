@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .command_arguments import EMBEDS, EmbedsFile, read_conditions, read_embeds, read_guidance, read_numbers
+from .command_arguments import EMBEDS, read_options
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -28,6 +28,7 @@ SkipScale = Annotated[
     list[str] | None,
     typer.Option(help="STG: a number, or one per step: 0,1,1; or NAME=1 for each pass."),
 ]
+FrameRate = Annotated[float | None, typer.Option("--frame-rate", "--fps", help="Frames per second.")]
 SkipBlocks = Annotated[
     list[str] | None, typer.Option(help="As 14,19; or NAME=15 for each pass. [default: the engines']")
 ]
@@ -50,19 +51,24 @@ def generate(
     height: Annotated[int | None, typer.Option(help="Pixels. [default: the engines']")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels. [default: the engines']")] = None,
     num_frames: Annotated[int | None, typer.Option(help="Frames. [default: the engines']")] = None,
-    frame_rate: Annotated[float | None, typer.Option(help="Frames per second.")] = None,
+    frame_rate: FrameRate = None,
     num_inference_steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     timesteps: Annotated[str | None, typer.Option(help="Of all steps, such as 1000,909,725.")] = None,
     sigmas: Annotated[str | None, typer.Option(help="Of all steps, such as 1,0.9,0.7.")] = None,
     guidance_scale: Annotated[str | None, typer.Option(help="CFG: a number, or one per step: 3,3,1.")] = None,
     guidance_scale_2: Annotated[str | None, typer.Option(help="CFG of the second expert's steps.")] = None,
     true_cfg_scale: Annotated[str | None, typer.Option(help="CFG of distilled models.")] = None,
+    min_guidance_scale: Annotated[float | None, typer.Option(help="Of a CFG that rises.")] = None,
+    max_guidance_scale: Annotated[float | None, typer.Option(help="Of a CFG that rises.")] = None,
     stg_scale: SkipScale = None,
     stg_mode: Annotated[str | None, typer.Option(help="stg-a or stg-r. [default: the engines']")] = None,
     stg_blocks: SkipBlocks = None,
     rescale: Annotated[str | None, typer.Option(help="0 (off) to 1; a number, or one per step.")] = None,
     preset: Annotated[str | None, typer.Option(help="Published per-step tables by name.")] = None,
     use_dynamic_cfg: Annotated[bool, typer.Option("--use-dynamic-cfg", help="CogVideoX's.")] = False,
+    motion_bucket_id: Annotated[float | None, typer.Option(help="More of it moves more.")] = None,
+    noise_aug_strength: Annotated[float | None, typer.Option(help="Noise on the picture.")] = None,
+    decode_chunk_size: Annotated[int | None, typer.Option(help="Frames decoded at once.")] = None,
     num_videos_per_prompt: Annotated[int, typer.Option(help="Videos per prompt.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the noise.", min=0, max=2**63 - 1)] = 0,
     variant: Annotated[str | None, typer.Option(help="Of the checkpoint's weight files, as fp16.")] = None,
@@ -74,38 +80,24 @@ def generate(
     vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in tiles: less memory.")] = False,
 ) -> None:
     """Generate videos with compiled engines."""
-    _check_output(output)  # Checks without models come first: importing diffusers takes seconds.
-    opened = _open_checkpoint(checkpoint, variant, revision, lora or [])
-    _check_parts(opened, encodes=bool(prompt), decodes=output.suffix == ".mp4")
-    options = read_guidance(
-        guidance_scale=guidance_scale, guidance_scale_2=guidance_scale_2, true_cfg_scale=true_cfg_scale,
-        stg_scale=stg_scale, stg_mode=stg_mode, stg_blocks=stg_blocks, rescale=rescale, preset=preset,
-        use_dynamic_cfg=use_dynamic_cfg,
-    )  # fmt: skip
+    opened = _open_checkpoint(checkpoint, variant, revision, lora or [], bool(prompt), output)
     request = _request(height, width, num_frames, layout, backend)
-    store = _open_engines(engines, request, opened)
-    given: EmbedsFile = {} if embeds is None else read_embeds(embeds)
-    pipeline = _open_pipeline(opened, store, request, offload=offload, vae_tiling=vae_tiling)
+    options = read_options(
+        embeds, guidance_scale=guidance_scale, min_guidance_scale=min_guidance_scale, stg_blocks=stg_blocks,
+        guidance_scale_2=guidance_scale_2, true_cfg_scale=true_cfg_scale, use_dynamic_cfg=use_dynamic_cfg,
+        max_guidance_scale=max_guidance_scale, rescale=rescale, motion_bucket_id=motion_bucket_id,
+        noise_aug_strength=noise_aug_strength, decode_chunk_size=decode_chunk_size, stg_mode=stg_mode,
+        timesteps=timesteps, sigmas=sigmas, stg_scale=stg_scale, preset=preset, condition=condition,
+    )  # fmt: skip
+    pipeline = _open_pipeline(opened, _open_engines(engines, request, opened), request, offload, vae_tiling)
     with _progress_bar() as advance:
         frames = pipeline(
             prompt=prompt or None, negative_prompt=negative_prompt, image=image, last_image=last_image,
-            conditions=read_conditions(condition), height=height, width=width, num_frames=num_frames,
-            frame_rate=frame_rate, guidance=options, generator=_generator(seed),
-            num_inference_steps=num_inference_steps, timesteps=read_numbers("timesteps", timesteps),
-            sigmas=read_numbers("sigmas", sigmas), num_videos_per_prompt=num_videos_per_prompt,
-            callback_on_step_end=advance,
-            output_type="np" if output.suffix == ".mp4" else "latent", **given,
+            height=height, width=width, num_frames=num_frames, frame_rate=frame_rate,
+            num_inference_steps=num_inference_steps, generator=_generator(seed), callback_on_step_end=advance,
+            num_videos_per_prompt=num_videos_per_prompt, output_type=_output_type(output), **options,
         ).frames  # fmt: skip
     print(*_save(frames, output, frame_rate or pipeline.family.defaults.frame_rate), sep="\n")
-
-
-def _request(
-    height: int | None, width: int | None, num_frames: int | None, layout: str | None, backend: str | None
-) -> EngineRequest:
-    """Checks the names of layout and backend."""
-    from stg_trt.engines.store import EngineRequest
-
-    return EngineRequest(height=height, width=width, num_frames=num_frames, layout=layout, backend=backend)
 
 
 def _check_output(output: Path) -> None:
@@ -126,26 +118,30 @@ def _check_output(output: Path) -> None:
         raise InvalidRequest(f"output: expected a file's name, got the folder {output}: choose another")
 
 
+def _output_type(output: Path) -> str:
+    """Frames for a video, else latents."""
+    return "np" if output.suffix == ".mp4" else "latent"
+
+
 def _open_checkpoint(
-    checkpoint: str, variant: str | None, revision: str | None, lora: list[str]
+    checkpoint: str, variant: str | None, revision: str | None, lora: list[str], encodes: bool, output: Path
 ) -> Checkpoint:
+    """Raises InvalidRequest unless the call's parts are there, their files whole, and the output possible."""
     from stg_trt.models.checkpoint import Checkpoint, published
 
-    return Checkpoint.open(
+    _check_output(output)  # Checks without models come first: importing diffusers takes seconds.
+    opened = Checkpoint.open(
         checkpoint,
         random_weights=checkpoint in published(),
         variant=variant,
         revision=revision,
         lora=lora,
     )
-
-
-def _check_parts(checkpoint: Checkpoint, *, encodes: bool, decodes: bool) -> None:
-    """Raises InvalidRequest unless the parts that the call needs are there and their files whole."""
     if encodes:
-        checkpoint.check_text()
-    if decodes:
-        checkpoint.check_vae()
+        opened.check_text()
+    if output.suffix == ".mp4":
+        opened.check_vae()
+    return opened
 
 
 def _open_engines(engines: Path, request: EngineRequest, checkpoint: Checkpoint) -> EngineStore:
@@ -160,8 +156,20 @@ def _open_engines(engines: Path, request: EngineRequest, checkpoint: Checkpoint)
     return store
 
 
+def _request(
+    height: int | None, width: int | None, num_frames: int | None, layout: str | None, backend: str | None
+) -> EngineRequest:
+    from stg_trt.engines.store import EngineRequest
+
+    return EngineRequest(height=height, width=width, num_frames=num_frames, layout=layout, backend=backend)
+
+
 def _open_pipeline(
-    checkpoint: Checkpoint, store: EngineStore, request: EngineRequest, *, offload: bool, vae_tiling: bool
+    checkpoint: Checkpoint,
+    store: EngineStore,
+    request: EngineRequest,
+    offload: bool,
+    vae_tiling: bool,
 ) -> VideoPipeline:
     from .pipeline import VideoPipeline
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from mimetypes import guess_type
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from stg_trt.guidance.bins import Scale, SkipScales
-    from stg_trt.guidance.options import GuidanceOptions
 
 
 Condition = dict[str, str | int | float]
@@ -27,12 +26,15 @@ class EmbedsFile(TypedDict, total=False):
     negative_prompt_attention_mask: Tensor
     negative_pooled_prompt_embeds: Tensor
     latents: Tensor
+    image_embeddings: Tensor
+    image_latents: Tensor
 
 
 EMBEDS = tuple(EmbedsFile.__annotations__)
 
 
-def read_guidance(
+def read_options(
+    embeds: Path | None,
     *,
     guidance_scale: str | None,
     guidance_scale_2: str | None,
@@ -43,13 +45,23 @@ def read_guidance(
     rescale: str | None,
     preset: str | None,
     use_dynamic_cfg: bool,
-) -> GuidanceOptions:
-    """The guidance of a call; raises InvalidRequest for what are no numbers, or names of nothing."""
+    min_guidance_scale: float | None,
+    max_guidance_scale: float | None,
+    timesteps: str | None,
+    sigmas: str | None,
+    condition: list[str] | None = None,
+    **numbers: float | None,
+) -> dict[str, Any]:
+    """Guidance, steps, tensors and numbers of a call, by the names of the pipeline's arguments.
+
+    `numbers` are options of single models, which are passed on if they were given. Raises InvalidRequest for
+    what are no numbers, names of nothing, and a file that is not one of `--embeds`.
+    """
     from stg_trt.guidance.options import GuidanceOptions
     from stg_trt.models.passes import parse_by_pass
     from stg_trt.models.perturbation import parse_blocks
 
-    return GuidanceOptions(
+    guidance = GuidanceOptions(
         guidance_scale=_scale("guidance_scale", guidance_scale),
         stg_scale=_skip_scales(stg_scale),
         rescale=_scale("rescale", rescale),
@@ -59,7 +71,18 @@ def read_guidance(
         use_dynamic_cfg=use_dynamic_cfg,
         true_cfg_scale=_scale("true_cfg_scale", true_cfg_scale),
         guidance_scale_2=_scale("guidance_scale_2", guidance_scale_2),
+        min_guidance_scale=min_guidance_scale,
+        max_guidance_scale=max_guidance_scale,
     )
+    tensors: EmbedsFile = {} if embeds is None else read_embeds(embeds)
+    return {
+        "guidance": guidance,
+        "timesteps": read_numbers("timesteps", timesteps),
+        "sigmas": read_numbers("sigmas", sigmas),
+        "conditions": read_conditions(condition),
+        **tensors,
+        **{name: number for name, number in numbers.items() if number is not None},
+    }
 
 
 def _scale(name: str, text: str | None) -> Scale | None:

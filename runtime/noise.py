@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 Generators = torch.Generator | list[torch.Generator]
 
 
+def listed(generator: Generators | tuple[torch.Generator, ...] | None) -> Generators | None:
+    """A tuple of generators is a list of them."""
+    return list(generator) if isinstance(generator, tuple) else generator
+
+
 def draw(shape: Sequence[int], generator: Generators | None) -> Tensor:
     """One draw (videos, ...) in float32 on the CPU; a list of generators has one per video."""
     from diffusers.utils.torch_utils import randn_tensor

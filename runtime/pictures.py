@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.families.base import ModelFamily
-from stg_trt.models.image import FrameCondition, Images
+from stg_trt.models.image import FrameCondition, ImageOptions, Images
 
 from .prompts import Prompts
 from .video_file import read_video
@@ -37,7 +37,14 @@ class GivenPictures:
     image: Pictures | None = None
     last_image: Pictures | None = None
     conditions: Sequence[object] | object = None
-    image_cond_noise_scale: float | None = None
+    options: ImageOptions = field(default_factory=ImageOptions)
+
+    @property
+    def count(self) -> int:
+        """How many pictures a call is about, of which it has one or what was made of it."""
+        if self.options.image_embeddings is not None:
+            return len(self.options.image_embeddings)
+        return len(self.image) if _is_batch(self.image) else 1
 
     def read(self, family: ModelFamily, prompts: Prompts) -> Images | None:
         """The pictures by their argument's name, one for all videos or one for each; None for text-to-video.
@@ -47,21 +54,26 @@ class GivenPictures:
         """
         named = {"image": self.image, "last_image": self.last_image}
         given = {name: value for name, value in named.items() if value is not None}
+        if self.options.image_latents is not None or self.options.image_embeddings is not None:
+            _check_given(family, given, self.options)
+            return Images(options=self.options)
         _check_names(family, given)
         if family.takes_conditions:
             return self._conditions(prompts)
-        for name in ("conditions", "image_cond_noise_scale"):
-            if getattr(self, name) is not None:
-                raise InvalidRequest(
-                    f"{name}: expected none for this {family.name} checkpoint, whose pipeline is "
-                    f"{family.pipeline_class}, got some: use one whose pipeline has it"
-                )
+        if self.conditions is not None:
+            raise InvalidRequest(
+                f"conditions: expected none for this {family.name} checkpoint, whose pipeline is "
+                f"{family.pipeline_class}, got some: use one whose pipeline has it"
+            )
         if not given:
             return None
         read = {name: _read(name, value, prompts.count) for name, value in given.items()}
+        each = 1
         if any(len(found) > 1 for found in read.values()):
             read = {name: _of_videos(found, prompts) for name, found in read.items()}
-        return Images(read.get("image", ()), read.get("last_image", ()))
+            each = prompts.videos_per_prompt
+        image, last_image = read.get("image", ()), read.get("last_image", ())
+        return Images(image, last_image, options=self.options, each=each)
 
     def _conditions(self, prompts: Prompts) -> Images | None:
         """`image` is a condition from the first frame on."""
@@ -75,7 +87,7 @@ class GivenPictures:
             found = [FrameCondition(_read("image", self.image, 1))]
         if not found:
             return None
-        scale = self.image_cond_noise_scale
+        scale = self.options.image_cond_noise_scale
         return Images(conditions=found, noise_scale=_IMAGE_COND_NOISE if scale is None else scale)
 
 
@@ -126,6 +138,26 @@ def _video(name: str, value: Any) -> list[Any]:
     return [_picture(name, frame) for frame in value]
 
 
+def _is_batch(value: Pictures | None) -> TypeGuard[Sequence[Picture]]:
+    """Whether an argument has several pictures."""
+    return isinstance(value, list | tuple) or (isinstance(value, np.ndarray | Tensor) and value.ndim == 4)
+
+
+def _check_given(family: ModelFamily, given: Mapping[str, Pictures], options: ImageOptions) -> None:
+    """Raises InvalidRequest for one of embeddings and latents without the other, or beside a picture."""
+    if given:
+        raise InvalidRequest(
+            f"{next(iter(given))}: expected a picture, or image_embeddings and image_latents, got both: give "
+            "one of them"
+        )
+    for name in ("image_embeddings", "image_latents"):
+        if getattr(options, name) is None:
+            raise InvalidRequest(
+                f"{name}: expected it beside what else the {family.name} checkpoint makes of a picture, got "
+                "none: give both, or the picture"
+            )
+
+
 def _of_videos(found: list[Any], prompts: Prompts) -> list[Any]:
     of_prompts = found * prompts.count if len(found) == 1 else found
     return [one for one in of_prompts for _ in range(prompts.videos_per_prompt)]
@@ -133,8 +165,7 @@ def _of_videos(found: list[Any], prompts: Prompts) -> list[Any]:
 
 def _read(name: str, value: Pictures, prompts: int) -> list[Any]:
     """One picture, or one per prompt, as diffusers' image processors take them."""
-    batch = isinstance(value, list | tuple) or (isinstance(value, np.ndarray | Tensor) and value.ndim == 4)
-    several: Any = value if batch else [value]
+    several: Any = value if _is_batch(value) else [value]
     pictures = [_picture(name, one) for one in several]
     if len(pictures) not in (1, prompts):
         raise InvalidRequest(

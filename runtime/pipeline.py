@@ -31,7 +31,7 @@ from .arguments import ForeignArguments
 from .callbacks import StepCallback, call_back, check_callback
 from .components import Components
 from .device import Device, open_device
-from .noise import Generators, starting_noise
+from .noise import Generators, listed, starting_noise
 from .pictures import GivenPictures, Pictures
 from .prompts import Embeddings, Prompt, Prompts
 from .sampler import SampledStep, Sampler
@@ -154,7 +154,6 @@ class VideoPipeline:
         image: Pictures | None = None,
         last_image: Pictures | None = None,
         conditions: Sequence[object] | object = None,
-        image_cond_noise_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
@@ -191,22 +190,21 @@ class VideoPipeline:
         `guidance` holds all scales; CFG is off at 1 and below. `options` are for decoding, or those of other
         pipelines. Raises InvalidRequest, EngineRejected if no engines fit, and NotFinite.
         """
-        foreign = ForeignArguments.read(options, {"stg_blocks": stg_blocks, "rescale": rescale})
-        arguments = GuidanceOptions(
+        foreign = ForeignArguments.read(options, stg_blocks, rescale, frame_rate)
+        guided = choose_options(guidance, GuidanceOptions(
             guidance_scale, stg_scale, foreign.rescale, stg_mode, foreign.stg_blocks, stg_range, preset,
-            cfg_zero_star, use_dynamic_cfg, true_cfg_scale, guidance_scale_2=foreign.guidance_scale_2,
-        )  # fmt: skip
-        guided = choose_options(guidance, arguments)
+            cfg_zero_star, use_dynamic_cfg, true_cfg_scale, *foreign.frame_scales, foreign.guidance_scale_2,
+        ))  # fmt: skip
         cond = Embeddings(prompt_embeds, prompt_attention_mask, pooled_prompt_embeds)
         uncond = Embeddings(
             negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds
         )
-        prompts = Prompts(prompt, negative_prompt, cond, uncond, num_videos_per_prompt)
-        pictures = GivenPictures(image, last_image, conditions, image_cond_noise_scale)
+        pictures = GivenPictures(image, last_image, conditions, foreign.images)
+        count = None if self.family.reads_text else pictures.count
+        prompts = Prompts(prompt, negative_prompt, cond, uncond, num_videos_per_prompt, count)
         return self._generate(Request(
             replace(self._request, height=height, width=width, num_frames=num_frames, videos=prompts.videos),
-            prompts, pictures, guided, num_inference_steps, frame_rate,
-            list(generator) if isinstance(generator, tuple) else generator, latents,
+            prompts, pictures, guided, num_inference_steps, foreign.frame_rate, listed(generator), latents,
             foreign.max_sequence_length, CustomSteps.read(timesteps, sigmas),
         ), output_type, callback_on_step_end, foreign)  # fmt: skip
 
@@ -215,7 +213,7 @@ class VideoPipeline:
     ) -> VideoPipelineOutput:
         check_callback(callback, foreign.callback_tensors)
         decode_options = foreign.decode_options
-        self._check_options(output_type, decode_options, request.prompts.videos)
+        self._check_options(output_type, foreign, request.prompts.videos)
         images = request.pictures.read(self.family, request.prompts)
         with self._turns:
             schedule = self._schedule(request, images)
@@ -263,6 +261,8 @@ class VideoPipeline:
             )
         if images is None:
             return None
+        if images.options.image_latents is not None:
+            return self.family.given_images(images, schedule.workload, videos)
         device = self._device_for(schedule.build).torch_device
         return self.components.encode_images(images, schedule.workload, device, videos, generator)
 
@@ -282,6 +282,8 @@ class VideoPipeline:
     def _condition(self, prompt: Prompt, schedule: Schedule) -> TextCondition:
         """A prompt as the engines take it: its texts encoded, or the embeddings that were given."""
         workload = schedule.workload
+        if not self.family.reads_text:
+            return TextCondition.none(prompt.count or 0)
         if prompt.texts is None:
             text = prompt.padded(self.family.tensors(workload), self.family.has_text_mask)
         else:
@@ -347,18 +349,19 @@ class VideoPipeline:
             stacklevel=7,
         )
 
-    def _check_options(self, output_type: str, decode_options: dict[str, Any], videos: int) -> None:
+    def _check_options(self, output_type: str, foreign: ForeignArguments, videos: int) -> None:
         if output_type not in _OUTPUT_TYPES:
             raise InvalidRequest(
                 f"output_type: expected one of {', '.join(_OUTPUT_TYPES)}, got {output_type!r}: choose one"
             )
-        unknown = decode_options.keys() - self.family.decode_options
+        unknown = foreign.decode_options.keys() - self.family.decode_options
+        unknown |= {*foreign.images.given} - self.family.image_options
         if unknown:
             raise InvalidRequest(
                 f"arguments: expected those of VideoPipeline, got {', '.join(sorted(unknown))}: "
                 "check the spelling"
             )
-        for name, value in decode_options.items():
+        for name, value in foreign.decode_options.items():
             if isinstance(value, list | tuple) and len(value) != videos:
                 raise InvalidRequest(
                     f"{name}: expected one number or {videos}, got {len(value)}: give one per video"

@@ -77,17 +77,23 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Exactly one of `prompt` and `given.embeds`; raises InvalidRequest otherwise."""
+    """Exactly one of `prompt` and `given.embeds`; raises InvalidRequest otherwise.
+
+    A model without text has neither, and `pictures` instead.
+    """
 
     prompt: str | list[str] | None
     negative_prompt: str | list[str] | None
     given: Embeddings
     negative: Embeddings
     videos_per_prompt: int
+    pictures: int | None = None
 
     def __post_init__(self) -> None:
         embeds = self.given.embeds
-        if (self.prompt is None) == (embeds is None):
+        if self.pictures is not None:
+            self._check_no_text()
+        elif (self.prompt is None) == (embeds is None):
             got = "neither" if self.prompt is None else "both"
             raise InvalidRequest(f"prompt: expected prompt or prompt_embeds, got {got}: give one of them")
         if embeds is not None and embeds.ndim != 3:
@@ -109,9 +115,19 @@ class Prompts:
         if self.count == 0:
             raise InvalidRequest("prompt: expected at least one prompt, got an empty list: give one")
 
+    def _check_no_text(self) -> None:
+        given = (self.prompt, self.negative_prompt, self.given.embeds, self.negative.embeds)
+        if any(value is not None for value in given):
+            raise InvalidRequest(
+                "prompt: expected none for a model that makes its video from a picture alone, got one, or "
+                "embeddings: leave it out"
+            )
+
     @property
     def count(self) -> int:
-        """Prompts, as texts or as embeddings."""
+        """Prompts, as texts or as embeddings, or pictures."""
+        if self.pictures is not None:
+            return self.pictures
         if self.given.embeds is not None:
             return len(self.given.embeds)
         return 1 if isinstance(self.prompt, str) else len(self.prompt or [])
@@ -129,6 +145,8 @@ class Prompts:
     @property
     def cond(self) -> Prompt:
         """The prompt of the conditional pass."""
+        if self.pictures is not None:
+            return Prompt(None, self.given, count=self.pictures)
         return Prompt([self.prompt] if isinstance(self.prompt, str) else self.prompt, self.given)
 
     @property
@@ -137,6 +155,8 @@ class Prompts:
 
         Without negative embeddings the text is encoded, the empty one if none was given, as in diffusers.
         """
+        if self.pictures is not None:
+            return self.cond
         if self.negative.embeds is not None:
             return Prompt(None, self.negative, "negative_", self.count)
         negative = self.negative_prompt

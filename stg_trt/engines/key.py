@@ -16,7 +16,7 @@ from stg_trt.system.gpu import GpuIdentity
 # a number of its own too; tests/build_engines/test_export_version.py compares both with the graphs.
 SHARED_EXPORT_VERSION = 1
 
-_RARE = ("stg_r_inside", "gathers", "expert")
+_RARE = ("stg_r_inside", "indexed_before", "expert")
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class Checkpoint:
             _check_no_lora(lora)
             return _open_published(str(checkpoint), random_weights)
         source = Source.open(checkpoint, variant, revision, published())
-        transformer = read_config(source.folder / "transformer" / "config.json")
+        transformer = read_config(source.folder / source.denoiser / "config.json")
         scheduler = read_config(source.folder / "scheduler" / "scheduler_config.json")
         vae = read_optional_config(source.folder / "vae" / "config.json")
         index = read_optional_config(source.folder / "model_index.json")
@@ -82,9 +82,15 @@ class Checkpoint:
         if random_weights:
             _check_no_lora(lora)
             return cls(source.name, None, transformer, vae, scheduler, index, image_encoder_config=eyes)
-        quantization.check_config(transformer, source.folder / "transformer" / "config.json")
-        source.check_transformer()
-        opened = cls(source.name, source, transformer, vae, scheduler, index, parse_loras(lora), eyes)
+        quantization.check_config(transformer, source.folder / source.denoiser / "config.json")
+        source.check_transformer(source.denoiser)
+        opened = cls(source.name, source, transformer, vae, scheduler, index, image_encoder_config=eyes)
+        if lora and not opened.family.takes_lora:
+            raise InvalidRequest(
+                f"lora: expected none for {opened.family.name}, of whose layers diffusers merges none, got "
+                f"{lora[0]}: leave it out"
+            )
+        opened = replace(opened, lora=parse_loras(lora))
         opened._check_experts(source)
         return opened
 
@@ -209,7 +215,7 @@ class Checkpoint:
         """Reads the headers of a part's files."""
         assert self.source is not None
         folder = self.source.part(name)
-        if name.startswith("tokenizer") or name.endswith("processor"):
+        if name.startswith("tokenizer") or name.endswith(("processor", "extractor")):
             return
         quantization.check_config(read_config(folder / "config.json"), folder / "config.json")
         self.source.weights(name).shapes()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -39,17 +39,45 @@ class FrameCondition:
 
 
 @dataclass(frozen=True)
+class ImageOptions:
+    """How a picture becomes a condition, under diffusers' names; None is the default of the family.
+
+    `image_embeddings` (1 or videos, 1, width) and `image_latents` (1 or videos, channels, height, width) come
+    instead of the picture that they were made of.
+    """
+
+    image_embeddings: Tensor | None = None
+    image_latents: Tensor | None = None
+    image_cond_noise_scale: float | None = None
+    motion_bucket_id: float | None = None
+    noise_aug_strength: float | None = None
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The names of those that are not left open."""
+        return tuple(f.name for f in fields(self) if getattr(self, f.name) is not None)
+
+
+@dataclass(frozen=True)
 class Images:
     """Pictures as diffusers' image processors take them (PIL, array, tensor), by the names of arguments.
 
-    Each of `image` and `last_image` is one for all videos, or has one per video; `conditions` are for all.
-    Every step adds `noise_scale` of noise to what they give at strength 1, times its noise level squared.
+    Each of `image` and `last_image` is one for all videos, or has one per video, of which `each` are next to
+    each other for every prompt; `conditions` are for all. Every step adds `noise_scale` of noise to what they
+    give at strength 1, times its noise level squared.
     """
 
     image: Sequence[Any] = ()
     last_image: Sequence[Any] = ()
     conditions: Sequence[FrameCondition] = ()
     noise_scale: float = 0.0
+    options: ImageOptions = ImageOptions()
+    each: int = 1
+
+    @property
+    def distinct(self) -> Sequence[Any]:
+        """The pictures of `image`, of which each is there for `each` videos."""
+        return self.image[:: self.each]
 
 
 @dataclass(frozen=True)
@@ -97,12 +125,13 @@ class ImageCondition:
     """What pictures add to every row of a video.
 
     `channels` (videos, ...) are appended to those of the latents, in their layout. `context` (videos, tokens,
-    width) are tokens beside the prompt's. `placed` are the frame and the latent frames of each picture that
-    is tokens before the video's.
+    width) are tokens beside the prompt's, `scalars` (videos, numbers) what else a model is told. `placed` are
+    the frame and the latent frames of each picture that is tokens before the video's.
     """
 
     channels: Tensor | None = None
     context: Tensor | None = None
+    scalars: Tensor | None = None
     start: Start | None = None
     clean: CleanLatents | None = None
     placed: Places = ()

@@ -19,8 +19,8 @@ class Segment:
 
     `text` is the projection of the prompt, run once per call. `skipped` blocks are perturbed for all rows
     (the twin layout); `keep_input` adds a bool per row that switches self-attention (segmented stg-a).
-    With `stg_r_inside`, stg-r does not leave out the blocks but changes them, by a bool per row too. A
-    segment that `gathers` reads what was made before a fork by an index, so that no row of it is copied.
+    With `stg_r_inside`, stg-r does not leave out the blocks but changes them, by a bool per row too. What was
+    made before the block `indexed_before` keeps its rows, and is read by an index instead of being copied.
     `expert` numbers the transformers of a checkpoint, of which one predicts at each step.
     """
 
@@ -34,7 +34,7 @@ class Segment:
     skipped: Perturbation | None = None
     # What is printed of the others stays as it was.
     stg_r_inside: bool = field(default=False, repr=False)
-    gathers: bool = field(default=False, repr=False)
+    indexed_before: int | None = field(default=None, repr=False)
     expert: int = field(default=0, repr=False)
 
     @property

@@ -48,6 +48,11 @@ class Source:
         source._check_variant()
         return source
 
+    @property
+    def denoiser(self) -> str:
+        """The part that is called in every step: transformer, or unet."""
+        return "unet" if (self.folder / "unet" / "config.json").is_file() else "transformer"
+
     def has(self, part: str) -> bool:
         """Whether a part's folder is there; of a repository, all but its weights is then downloaded."""
         if self.repository is not None:

@@ -23,6 +23,11 @@ class TextCondition:
     guidance: Tensor | None = None
 
     @classmethod
+    def none(cls, videos: int) -> TextCondition:
+        """No tokens, for a model that reads no text."""
+        return cls(torch.zeros(videos, 0, 0), torch.zeros(videos, 0))
+
+    @classmethod
     def stacked(cls, texts: Sequence[TextCondition]) -> TextCondition:
         """The videos of all, in order."""
         return cls(

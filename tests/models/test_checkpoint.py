@@ -10,6 +10,7 @@ import torch
 from diffusers import (
     CogVideoXDDIMScheduler,
     CogVideoXDPMScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LTXVideoTransformer3DModel,
     UniPCMultistepScheduler,
@@ -145,6 +146,8 @@ def test_published_configurations_open() -> None:
         "ltx-video-13b": (48, flow_euler),
         "ltx-video-2b": (28, flow_euler),
         "mochi-1-preview": (48, flow_euler),
+        "svd": (32, EulerDiscreteScheduler),
+        "svd-xt": (32, EulerDiscreteScheduler),
         "wan2.1-flf2v-14b": (40, unipc),
         "wan2.1-i2v-14b": (40, unipc),
         "wan2.1-t2v-1.3b": (30, unipc),

@@ -32,8 +32,9 @@ OPTIONS: dict[str, Any] = {
     "use_dynamic_cfg": True,
     "true_cfg_scale": 6.0,
     "guidance_scale_2": 7.0,
+    "min_guidance_scale": 1.5,
+    "max_guidance_scale": 2.5,
 }
-
 # Of single families, so among the options.
 OF_FEW = ("guidance_scale_2", "min_guidance_scale", "max_guidance_scale")
 

@@ -59,7 +59,8 @@ def moving(frames: int) -> list[Image.Image]:
 
 @cache
 def tensors_of(folder: str, case: str) -> dict[str, Tensor]:
-    return load_file(GOLDENS / folder / f"{case}.safetensors")
+    tensors: dict[str, Tensor] = load_file(GOLDENS / folder / f"{case}.safetensors")
+    return tensors
 
 
 def arguments(folder: str = "ltx_condition", case: str = "cfg_image", **changes: Any) -> dict[str, Any]:

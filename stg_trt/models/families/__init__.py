@@ -16,6 +16,7 @@ _FAMILIES = {
     "HunyuanVideoTransformer3DModel": ("hunyuan_video", "HunyuanVideo"),
     "LTXVideoTransformer3DModel": ("ltx_video", "LTXVideo"),
     "MochiTransformer3DModel": ("mochi", "Mochi"),
+    "UNetSpatioTemporalConditionModel": ("svd", "SVD"),
     "WanTransformer3DModel": ("wan", "Wan"),
 }
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.custom_steps import CustomSteps
+from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.image import ImageCondition, Images, Places
 from stg_trt.models.passes import SkipBlocksByName
 from stg_trt.models.segment import Segment, cut
@@ -25,9 +25,6 @@ KEEP_LAYER = "keep_layer"
 CONDITION = "condition"
 IMAGE_EMBEDS = "image_embeds"
 POOLED = "pooled_prompt_embeds"
-Pair = tuple[Tensor, Tensor]
-QKNormRope = Callable[[Tensor, Tensor, Pair, Pair, float], Pair]
-"""Of queries, keys, their norms' weights, cosines and sines of the positions, and eps."""
 
 
 @dataclass(frozen=True)
@@ -50,38 +47,6 @@ class Defaults:
     min_guidance_scale: float | None = None
 
 
-class SegmentModule(nn.Module):
-    """A segment with named inputs and outputs, called with tensors in the order of the names."""
-
-    def __init__(self, inputs: tuple[str, ...], outputs: tuple[str, ...], expand_masks: bool) -> None:
-        super().__init__()
-        self.inputs = inputs
-        self.outputs = outputs
-        # ONNX Runtime's CPU attention wants masks of (rows, 1, queries, keys); others want them unexpanded.
-        self.expand_masks = expand_masks
-        # Replaces norm and rotation of queries and keys if a TensorRT plugin computes them.
-        self.qk_norm_rope: QKNormRope | None = None
-        # Kernels that take masks want their rows aligned: keys under a mask are padded to a multiple of this.
-        self.masked_keys_multiple = 1
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        results = self.run(dict(zip(self.inputs, tensors, strict=True)))
-        return tuple(results[name] for name in self.outputs)
-
-    def run(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The segment's outputs by name."""
-        raise TypeError(f"{type(self).__name__} does not define run")
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-        """softmax(QK^T/sqrt(d) + bias)V over (rows, heads, tokens, d), with an additive mask over keys."""
-        if bias is not None and (padding := -key.shape[2] % self.masked_keys_multiple):
-            key, value = (functional.pad(tensor, (0, 0, 0, padding)) for tensor in (key, value))
-            bias = functional.pad(bias, (0, padding), value=-torch.inf)
-        if bias is not None and self.expand_masks:
-            bias = bias.expand(-1, -1, query.shape[2], -1)
-        return functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-
-
 class ModelFamily(ABC):
     """All that is known of one model family; one instance per checkpoint's configuration."""
 
@@ -94,6 +59,13 @@ class ModelFamily(ABC):
     has_text_segment: ClassVar[bool]
     # False if diffusers' pipeline takes embeddings without a mask; their padding is zeros.
     has_text_mask: ClassVar[bool] = True
+    # False if there is no prompt: the pictures say what is made.
+    reads_text: ClassVar[bool] = True
+    takes_lora: ClassVar[bool] = True
+    # Where the model's configuration lies in a checkpoint.
+    config_file: ClassVar[str] = "transformer/config.json"
+    # Arguments of a call that say how its pictures are seen, see ImageOptions.
+    image_options: frozenset[str] = frozenset()
     # Whether the pipeline in diffusers calls CFG true_cfg_scale, and an input of the model guidance_scale.
     takes_true_cfg: ClassVar[bool] = False
     # The entries of the transformer's config.json that count blocks, in the order of their numbers.
@@ -304,6 +276,10 @@ class ModelFamily(ABC):
         """
         raise TypeError(f"{type(self).__name__} does not define encode_images")
 
+    def given_images(self, images: Images, workload: Workload, videos: int) -> ImageCondition:
+        """The same of embeddings and latents that a call gives; raises InvalidRequest for other shapes."""
+        raise TypeError(f"{type(self).__name__} does not define given_images")
+
     @abstractmethod
     def latent_shape(self, workload: Workload) -> tuple[int, int, int, int]:
         """(channels, frames, height, width) of a video's latents before packing."""
@@ -322,7 +298,7 @@ class ModelFamily(ABC):
 
     def integer(self, name: str) -> int:
         """A positive integer of the configuration; raises InvalidRequest if it is anything else."""
-        return positive_integer(self.config[name], name, "transformer/config.json")
+        return positive_integer(self.config[name], name, self.config_file)
 
     def inputs(self, segment: Segment, workload: Workload) -> list[TensorSpec]:
         """The segment's input specs, in order; a tensor that is read by an index keeps its own rows."""

@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from stg_trt.models.families.base import KEEP_ATTENTION, SegmentModule
+from stg_trt.models.families.base import KEEP_ATTENTION
 from stg_trt.models.families.dit import DiT, DiTSegment, State, rms_norm
+from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.models.workload import Workload

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.custom_steps import CustomSteps
-from stg_trt.models.families.base import Defaults, SegmentModule, load_class, vae_video
+from stg_trt.models.families.base import Defaults, load_class, vae_video
 from stg_trt.models.families.clean_frames import Encoder, extra_frames, frame_conditions, image_condition
 from stg_trt.models.families.cross_attention import CrossAttentionDiT, CrossAttentionSegment
 from stg_trt.models.families.dit import State, TextProjection, half_table, rms_norm, rotate
+from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.families.token_timesteps import (
     TIMESTEP_INDEX,
     TIMESTEP_LIMITS,
@@ -127,6 +128,7 @@ class LTXVideo(CrossAttentionDiT):
         # That pipeline has other positions in time and other sigmas, and masks its text encoder's padding.
         self._conditioned = self.model_index.get("_class_name") == _CONDITION_PIPELINE
         self.takes_conditions = self.draws_noise_first = self._conditioned
+        self.image_options = frozenset({"image_cond_noise_scale"} if self._conditioned else ())
         self.starts_from_given_latents = not self._conditioned
         if self._conditioned:
             self.pipeline_class = _CONDITION_PIPELINE

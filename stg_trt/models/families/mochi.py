@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.models.families.base import Defaults, SegmentModule, positive_integer, vae_video
+from stg_trt.models.families.base import Defaults, positive_integer, vae_video
 from stg_trt.models.families.dit import State, rms_norm, rotate, unpatched
 from stg_trt.models.families.joint_attention import (
     KV,
@@ -28,6 +28,7 @@ from stg_trt.models.families.joint_attention import (
     modulation,
     split_heads,
 )
+from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.image import Places
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import ROWS, TensorSpec

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stg_trt.models.families.base import CONDITION, IMAGE_EMBEDS, SegmentModule
+from stg_trt.models.families.base import CONDITION, IMAGE_EMBEDS
 from stg_trt.models.families.cross_attention import CrossAttentionSegment
 from stg_trt.models.families.dit import State, gated, rotate, unpatched
+from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.families.token_timesteps import (
     TIMESTEP_INDEX,
     TIMESTEP_LIMITS,

@@ -23,7 +23,6 @@ from stg_trt.models.families.base import (
     CONDITION,
     IMAGE_EMBEDS,
     Defaults,
-    SegmentModule,
     positive_integer,
     vae_video,
 )
@@ -36,6 +35,7 @@ from stg_trt.models.families.given_frames import (
     latent_statistics,
 )
 from stg_trt.models.families.modulated_blocks import IMAGE_TEXT, ModulatedSegment, PromptText
+from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.families.token_timesteps import (
     TIMESTEP_INDEX,
     TIMESTEP_LIMITS,

@@ -194,7 +194,7 @@ def test_the_distilled_models_of_the_older_pipeline_take_eight_steps() -> None:
 
 @pytest.mark.parametrize("output_type", ["latent", "np"])
 def test_cfg_is_that_of_diffusers(checkpoint: Path, pipeline: VideoPipeline, output_type: str) -> None:
-    answers = {}
+    answers: dict[type, Any] = {}
     for own in (LTXConditionPipeline, LTXPipeline):
         theirs = own.from_pretrained(checkpoint)
         theirs.set_progress_bar_config(disable=True)
