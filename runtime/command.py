@@ -137,7 +137,7 @@ def _open_checkpoint(
         revision=revision,
         lora=lora,
     )
-    if encodes:
+    if encodes and opened.family.reads_text:
         opened.check_text()
     if output.suffix == ".mp4":
         opened.check_vae()

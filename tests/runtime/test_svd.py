@@ -19,6 +19,7 @@ from stg_trt import VideoPipeline, build
 from stg_trt.cli.inspect import describe
 from stg_trt.errors import EngineRejected, InvalidRequest
 from stg_trt.models.perturbation import Perturbation
+from stg_trt.runtime.command import generate
 from tests.conftest import BuiltOnce
 from tests.support.eager_svd import Call, distance, sample
 from tests.support.tiny_svd import SVD, diffusers_pipeline, save_svd
@@ -288,3 +289,23 @@ def test_a_call_without_a_picture(opened: Open) -> None:
 def test_a_lora_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="lora: expected none for svd, of whose layers diffusers merges"):
         build(SVD, tmp_path, **SIZES, lora=["lora.safetensors"])
+
+
+def test_the_command_line_makes_the_same_call(
+    opened: Open, engines: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    image, output = tmp_path / "picture.png", tmp_path / "x.safetensors"
+    picture().save(image)
+    generate(
+        str(checkpoint), engines, output, image=image, seed=3, num_inference_steps=2, frame_rate=9.0,
+        motion_bucket_id=30, noise_aug_strength=0.1, min_guidance_scale=1.5, max_guidance_scale=2.0,
+        stg_scale=["spatial=1", "temporal=0.5"], layout="segmented",
+    )  # fmt: skip
+    again = opened("segmented")(
+        image=picture(), generator=seeded(3), num_inference_steps=2, fps=9, motion_bucket_id=30,
+        noise_aug_strength=0.1, min_guidance_scale=1.5, max_guidance_scale=2.0,
+        stg_scale={"spatial": 1.0, "temporal": 0.5}, output_type="latent",
+    ).frames  # fmt: skip
+    assert load_file(output)["latents"].equal(again)
+    with pytest.raises(InvalidRequest, match="prompt: expected none for a model that makes its video from a"):
+        generate(str(checkpoint), engines, output, image=image, prompt=["a fox"])
