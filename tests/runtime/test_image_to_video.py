@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import HunyuanVideoImageToVideoPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -23,8 +24,11 @@ from tests.support.family_cases import CASES as FAMILIES
 from tests.support.family_cases.case import GOLDENS
 from tests.support.tiny_image_to_video import cogvideox_1_5, wan_first_last
 
-FOLDERS = ("cogvideox_5b_i2v", "wan2.1_i2v")
-CASES = [(folder, case) for folder in FOLDERS for case in ("cfg", "stg_r")]
+HUNYUAN = ("hunyuan_video_i2v_token_replace", "hunyuan_video_i2v_latent_concat")
+FOLDERS = ("cogvideox_5b_i2v", "wan2.1_i2v", *HUNYUAN)
+CASES = [(folder, "stg_r") for folder in FOLDERS] + [(folder, "cfg") for folder in FOLDERS[:2]]
+EMBEDS = ("prompt_embeds", "prompt_attention_mask", "pooled_prompt_embeds", "negative_prompt_embeds")
+SCALES = ("guidance_scale", "true_cfg_scale", "stg_scale")
 OWN: dict[str, Callable[[Path], Any]] = {"cogvideox_1_5": cogvideox_1_5, "wan_first_last": wan_first_last}
 Open = Callable[[str, str], VideoPipeline]
 
@@ -49,9 +53,8 @@ def arguments(folder: str, case: str) -> dict[str, Any]:
     return {
         "image": picture(folder),
         "generator": seeded(),
-        "prompt_embeds": tensors["prompt_embeds"],
-        "negative_prompt_embeds": tensors["negative_prompt_embeds"],
-        **{name: given[name] for name in ("num_inference_steps", "guidance_scale", "stg_scale")},
+        **{name: tensors[name] for name in EMBEDS if name in tensors},
+        **{name: given[name] for name in ("num_inference_steps", *SCALES) if name in given},
         "stg_blocks": given["stg_applied_layers_idx"],
         "stg_mode": "stg-r",
         "output_type": "latent",
@@ -112,8 +115,7 @@ def test_two_videos_equal_one_by_one(opened: Open, folder: str) -> None:
     pipeline, first = opened(folder, "segmented"), arguments(folder, "stg_r")
     pictures = [picture(folder), picture(folder).rotate(180)]
     second = first | {"prompt_embeds": first["prompt_embeds"] * 0.5, "image": pictures[1]}
-    names = ("prompt_embeds", "negative_prompt_embeds")
-    both = {name: torch.cat([first[name], second[name]]) for name in names}
+    both = {name: torch.cat([first[name], second[name]]) for name in EMBEDS if name in first}
     together = pipeline(**first | both | {"image": pictures, "generator": [seeded(1), seeded(2)]}).frames
     apart = [pipeline(**one | {"generator": seeded(i)}).frames for i, one in ((1, first), (2, second))]
     assert not torch.allclose(apart[0], apart[1], atol=1e-2)
@@ -122,11 +124,38 @@ def test_two_videos_equal_one_by_one(opened: Open, folder: str) -> None:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_call_leaves_nothing_behind(opened: Open, folder: str) -> None:
-    pipeline, call = opened(folder, "segmented"), arguments(folder, "cfg")
+    pipeline, call = opened(folder, "segmented"), arguments(folder, "stg_r")
     first = pipeline(**call).frames
     other = pipeline(**call | {"image": picture(folder).rotate(180), "generator": seeded()}).frames
     assert not torch.allclose(first, other, atol=1e-3)
     assert torch.equal(pipeline(**call | {"generator": seeded()}).frames, first)
+
+
+@pytest.mark.parametrize("folder", HUNYUAN)
+def test_true_cfg_and_frames_are_those_of_diffusers(opened: Open, folder: str) -> None:
+    """Without the four frames of the first latent, where the picture has channels of its own."""
+    call = arguments(folder, "stg_r") | {"true_cfg_scale": 2.0, "output_type": "np"}
+    for name in EMBEDS[:3]:
+        call[f"negative_{name}"] = call[name] if "mask" in name else call[name].flip(-1)
+    own = HunyuanVideoImageToVideoPipeline.from_pretrained(
+        GOLDENS / folder,
+        **dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "image_processor")),
+    )
+    own.set_progress_bar_config(disable=True)
+    given = golden(folder, "stg_r")[0]
+    sizes = {name: given[name] for name in ("height", "width", "num_frames")}
+    theirs = {name: value for name, value in call.items() if not name.startswith("stg")}
+    expected = own(**sizes, **theirs | {"generator": seeded()}).frames
+    frames = opened(folder, "segmented")(**call | {"stg_scale": 0.0}).frames
+    assert frames.shape == expected.shape == (1, 5 if "concat" in folder else 9, 48, 64, 3)
+    assert np.abs(frames - expected).max() <= 1e-3
+
+
+def test_a_text_that_needs_to_see_the_picture(opened: Open) -> None:
+    told = refuse(opened(HUNYUAN[0], "segmented"), image=picture(HUNYUAN[0]), prompt="a fox")
+    assert told.startswith(
+        "prompt: expected prompt_embeds for this hunyuan-video checkpoint, whose text enco"
+    )
 
 
 @pytest.mark.parametrize("kind", OWN)

@@ -23,7 +23,7 @@ from stg_trt.errors import InvalidRequest
 from stg_trt.models.families.base import CONDITION, POOLED, Defaults, vae_video
 from stg_trt.models.families.dit import State, gated, half_table
 from stg_trt.models.families.double_single_blocks import VIDEO, DoubleSingleSegment, of_step
-from stg_trt.models.families.given_frames import first_frame
+from stg_trt.models.families.given_frames import mixed_first_frame
 from stg_trt.models.families.joint_attention import (
     JointAttentionDiT,
     modulated,
@@ -307,7 +307,7 @@ class HunyuanVideo(JointAttentionDiT):
         pixels = pipeline.video_processor.preprocess([*images.image], *size).to(vae.device, vae.dtype)
         first = torch.cat([vae.encode(one[:, :, None]).latent_dist.mode() for one in pixels.split(1)])
         scaled = (first.float() * vae.config.scaling_factor).cpu()
-        return first_frame(scaled, self.latent_shape(workload)[1], videos, replaces=self.replaces)
+        return mixed_first_frame(scaled, self.latent_shape(workload)[1], videos, replaces=self.replaces)
 
     def returned(self, latents: Tensor, workload: Workload) -> Tensor:
         """Without the first latent frame, where it is the picture's alone."""
