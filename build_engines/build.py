@@ -57,6 +57,7 @@ def build(
     variant: str | None = None,
     revision: str | None = None,
     lora: Sequence[str | Path] = (),
+    condition_frames: int = 0,
     blocks: Sequence[int] | None = None,
     verify_timesteps: int = 3,
     keep_onnx: bool = False,
@@ -69,7 +70,8 @@ def build(
     `checkpoint`, `variant`, `revision` and `lora` are those of `Checkpoint.open`. `backend` may be auto: the
     best that this machine can run. `stg_blocks` are those that a skip pass may perturb, or a mapping of them
     from the names of several passes. `target` may name several, separated by commas; it and `precision`
-    default to the backend's, `text_length` to the family's. `blocks` shortens each list of blocks, with
+    default to the backend's, `text_length` to the family's. `condition_frames` is how many latent frames of
+    pictures for later frames a call has. `blocks` shortens each list of blocks, with
     random weights; `plugins` are our own kernels. An interrupted build's segments are reused.
     Raises InvalidRequest for options that cannot be used and GateMissed for a segment that fails a check.
     """
@@ -86,7 +88,7 @@ def build(
     precision = precision or chosen.target(targets[0]).precisions[0]
     options = BuildOptions(
         checkpoint=opened, output=Path(output),
-        workload=Workload(height, width, num_frames, length, precision),
+        workload=Workload(height, width, num_frames, length, precision, condition_frames),
         skips=read_skips(defaults.stg_blocks if stg_blocks is None else stg_blocks),
         stg_mode=defaults.stg_mode if stg_mode is None else stg_mode,
         layout=layout, max_batch=max_batch, backend=chosen, targets=targets,

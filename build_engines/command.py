@@ -27,6 +27,9 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the
 OptimizationLevel = Annotated[
     int | None, typer.Option(help="TensorRT's, 0 to 5: build longer, run faster. [default: its own, 3]")
 ]
+ConditionFrames = Annotated[
+    int, typer.Option(help="Latent frames of pictures for later frames: 1 for a picture, 2 for a video.")
+]
 
 
 def build(
@@ -36,6 +39,7 @@ def build(
     width: Annotated[int, typer.Option(help="Pixels.")],
     num_frames: Annotated[int, typer.Option(help="Frames of the video.")],
     text_length: Annotated[int | None, typer.Option(help="Text tokens. [default: the family's]")] = None,
+    condition_frames: ConditionFrames = 0,
     stg_blocks: StgBlocks = None,
     stg_mode: Annotated[str | None, typer.Option(help="stg-a or stg-r. [default: the family's]")] = None,
     layout: Annotated[str, typer.Option(help="segmented or twin.")] = "segmented",
@@ -77,10 +81,11 @@ def build(
     with BuildDisplay() as display:
         folders = build_engines(
             checkpoint, output, height=height, width=width, num_frames=num_frames, text_length=text_length,
-            stg_blocks=perturbed, stg_mode=stg_mode, layout=layout, precision=precision, max_batch=max_batch,
-            backend=backend, target=target, random_weights=random_weights, variant=variant,
-            revision=revision, lora=lora or (), blocks=kept, verify_timesteps=verify_timesteps,
-            keep_onnx=keep_onnx, plugins=[name for name in plugins.split(",") if name],
+            condition_frames=condition_frames, stg_blocks=perturbed, stg_mode=stg_mode, layout=layout,
+            precision=precision, max_batch=max_batch, backend=backend, target=target,
+            random_weights=random_weights, variant=variant, revision=revision, lora=lora or (), blocks=kept,
+            verify_timesteps=verify_timesteps, keep_onnx=keep_onnx,
+            plugins=[name for name in plugins.split(",") if name],
             builder_optimization_level=builder_optimization_level, progress=display,
         )  # fmt: skip
     _print(folders)

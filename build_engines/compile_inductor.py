@@ -22,7 +22,7 @@ from torch.export import ExportedProgram
 from torch.nn.attention import SDPBackend
 
 from stg_trt.engines.inductor_chain import Chain, Piece, check_compiler, machine_facts
-from stg_trt.models.families.base import SegmentModule
+from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.segment import Segment
 from stg_trt.system.stream import Stream, open_stream
 

@@ -15,7 +15,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, nn
 
 from stg_trt.errors import GateMissed
-from stg_trt.models.families.base import SegmentModule
+from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.tensor_spec import TensorSpec
 
 from .dynamic_rows import traced_with

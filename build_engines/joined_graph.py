@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnx_ir import tensor_adapters
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
-from stg_trt.models.families.base import SegmentModule
+from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.segment import engine_outputs
 from stg_trt.models.tensor_spec import TensorSpec
 from stg_trt.system.units import GIB

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stg_trt.engines.key import digest
 from stg_trt.engines.onnxruntime import run_session, session_options
-from stg_trt.models.families.base import SegmentModule
+from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.segment import Segment
 from stg_trt.system.files import file_sha256
 

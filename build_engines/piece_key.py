@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stg_trt.models.families.base import SegmentModule
+from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import TensorSpec
 

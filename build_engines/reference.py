@@ -7,7 +7,8 @@ from torch import Tensor
 
 from stg_trt.errors import GateMissed
 from stg_trt.models.checkpoint import Checkpoint
-from stg_trt.models.families.base import KEEP_ATTENTION, KEEP_LAYER, SegmentModule
+from stg_trt.models.families.base import KEEP_ATTENTION, KEEP_LAYER
+from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import kept_name
 from stg_trt.models.workload import Workload

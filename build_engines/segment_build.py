@@ -14,7 +14,7 @@ import torch
 from stg_trt.engines.key import EngineKey, digest
 from stg_trt.engines.manifest import FileRecord, SegmentRecord, Verification
 from stg_trt.errors import GateMissed
-from stg_trt.models.families.base import SegmentModule
+from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.segment import Segment
 from stg_trt.system.files import file_sha256
 

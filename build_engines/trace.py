@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from stg_trt.errors import GateMissed
-from stg_trt.models.families.base import SegmentModule
+from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.tensor_spec import TensorSpec
 
 from .dynamic_rows import traced_with

@@ -32,6 +32,10 @@ FrameRate = Annotated[float | None, typer.Option("--frame-rate", "--fps", help="
 SkipBlocks = Annotated[
     list[str] | None, typer.Option(help="As 14,19; or NAME=15 for each pass. [default: the engines']")
 ]
+Conditions = Annotated[
+    list[str] | None,
+    typer.Option(help="FILE@FRAME:STRENGTH, a picture or video from a frame on, as end.png@120:0.9."),
+]
 
 
 def generate(
@@ -42,6 +46,7 @@ def generate(
     negative_prompt: Annotated[str | None, typer.Option(help="CFG moves away from it.")] = None,
     image: Annotated[Path | None, typer.Option(help="The picture that the video begins with.")] = None,
     last_image: Annotated[Path | None, typer.Option(help="The picture that it ends with.")] = None,
+    condition: Conditions = None,
     embeds: Embeds = None,
     height: Annotated[int | None, typer.Option(help="Pixels. [default: the engines']")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels. [default: the engines']")] = None,
@@ -75,7 +80,6 @@ def generate(
     vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in tiles: less memory.")] = False,
 ) -> None:
     """Generate videos with compiled engines."""
-    _check_output(output)  # Checks without models come first: importing diffusers takes seconds.
     opened = _open_checkpoint(checkpoint, variant, revision, lora or [], bool(prompt), output)
     request = _request(height, width, num_frames, layout, backend)
     options = read_options(
@@ -83,7 +87,7 @@ def generate(
         guidance_scale_2=guidance_scale_2, true_cfg_scale=true_cfg_scale, use_dynamic_cfg=use_dynamic_cfg,
         max_guidance_scale=max_guidance_scale, rescale=rescale, motion_bucket_id=motion_bucket_id,
         noise_aug_strength=noise_aug_strength, decode_chunk_size=decode_chunk_size, stg_mode=stg_mode,
-        timesteps=timesteps, sigmas=sigmas, stg_scale=stg_scale, preset=preset,
+        timesteps=timesteps, sigmas=sigmas, stg_scale=stg_scale, preset=preset, condition=condition,
     )  # fmt: skip
     pipeline = _open_pipeline(opened, _open_engines(engines, request, opened), request, offload, vae_tiling)
     with _progress_bar() as advance:
@@ -122,9 +126,10 @@ def _output_type(output: Path) -> str:
 def _open_checkpoint(
     checkpoint: str, variant: str | None, revision: str | None, lora: list[str], encodes: bool, output: Path
 ) -> Checkpoint:
-    """Raises InvalidRequest unless the parts that the call needs are there and their files whole."""
+    """Raises InvalidRequest unless the call's parts are there, their files whole, and the output possible."""
     from stg_trt.models.checkpoint import Checkpoint, published
 
+    _check_output(output)  # Checks without models come first: importing diffusers takes seconds.
     opened = Checkpoint.open(
         checkpoint,
         random_weights=checkpoint in published(),

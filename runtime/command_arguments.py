@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mimetypes import guess_type
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
@@ -9,6 +10,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stg_trt.guidance.bins import Scale, SkipScales
+
+
+Condition = dict[str, str | int | float]
+"""An entry of the pipeline's `conditions`."""
 
 
 class EmbedsFile(TypedDict, total=False):
@@ -44,6 +49,7 @@ def read_options(
     max_guidance_scale: float | None,
     timesteps: str | None,
     sigmas: str | None,
+    condition: list[str] | None = None,
     **numbers: float | None,
 ) -> dict[str, Any]:
     """Guidance, steps, tensors and numbers of a call, by the names of the pipeline's arguments.
@@ -73,6 +79,7 @@ def read_options(
         "guidance": guidance,
         "timesteps": read_numbers("timesteps", timesteps),
         "sigmas": read_numbers("sigmas", sigmas),
+        "conditions": read_conditions(condition),
         **tensors,
         **{name: number for name, number in numbers.items() if number is not None},
     }
@@ -108,6 +115,30 @@ def read_numbers(name: str, text: str | None) -> list[float] | None:
         raise InvalidRequest(
             f"{name}: expected a number, or one per step separated by commas, got {text!r}: correct it"
         ) from error
+
+
+def read_conditions(texts: list[str] | None) -> list[Condition] | None:
+    """Pictures or videos, FILE@FRAME:STRENGTH each, where frame and strength may be left out.
+
+    Raises InvalidRequest for a frame or a strength that is no number.
+    """
+    return [_condition(text) for text in texts] if texts else None
+
+
+def _condition(text: str) -> Condition:
+    from stg_trt.errors import InvalidRequest
+
+    file, at, place = text.rpartition("@")
+    frame, _, strength = place.partition(":")
+    try:
+        first, kept = int(frame) if at else 0, float(strength) if at and strength else 1.0
+    except ValueError as error:
+        raise InvalidRequest(
+            f"condition: expected FILE@FRAME:STRENGTH, such as end.png@120:0.9, got {text!r}: correct it"
+        ) from error
+    kind, _ = guess_type(file if at else text)
+    shown = "video" if kind is not None and kind.startswith("video/") else "image"
+    return {shown: file if at else text, "frame_index": first, "strength": kept}
 
 
 def read_embeds(path: Path) -> EmbedsFile:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -13,29 +14,84 @@ from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.families.base import ModelFamily
-from stg_trt.models.image import ImageOptions, Images
+from stg_trt.models.image import FrameCondition, ImageOptions, Images
 
 from .prompts import Prompts
+from .video_file import read_video
 
 Picture = str | Path | Image.Image | np.ndarray[Any, Any] | Tensor
 Pictures = Picture | Sequence[Picture]
 
+# The default of diffusers' pipeline.
+_IMAGE_COND_NOISE = 0.15
+_ENTRIES = {"image", "video", "frame_index", "strength"}
 
-def read_images(
-    family: ModelFamily,
-    pictures: Mapping[str, Pictures | None],
-    prompts: Prompts,
-    options: ImageOptions,
-) -> Images | None:
-    """The pictures by their argument's name, one for all videos or one for each; None for text-to-video.
 
-    One prompt's are those of its videos. Raises InvalidRequest for pictures that the model has no use
-    for, for one that it lacks, and for what is not a picture.
+@dataclass(frozen=True)
+class GivenPictures:
+    """The pictures of a call, as it gave them.
+
+    `conditions` are diffusers' objects or mappings with image or video, frame_index and strength.
     """
-    given = {name: value for name, value in pictures.items() if value is not None}
-    if options.image_latents is not None or options.image_embeddings is not None:
-        _check_given(family, given, options)
-        return Images(options=options)
+
+    image: Pictures | None = None
+    last_image: Pictures | None = None
+    conditions: Sequence[object] | object = None
+    options: ImageOptions = field(default_factory=ImageOptions)
+
+    @property
+    def count(self) -> int:
+        """How many pictures a call is about, of which it has one or what was made of it."""
+        if self.options.image_embeddings is not None:
+            return len(self.options.image_embeddings)
+        return len(self.image) if _is_batch(self.image) else 1
+
+    def read(self, family: ModelFamily, prompts: Prompts) -> Images | None:
+        """The pictures by their argument's name, one for all videos or one for each; None for text-to-video.
+
+        One prompt's are those of its videos. Raises InvalidRequest for pictures that the model has no use
+        for, for one that it lacks, and for what is not a picture.
+        """
+        named = {"image": self.image, "last_image": self.last_image}
+        given = {name: value for name, value in named.items() if value is not None}
+        if self.options.image_latents is not None or self.options.image_embeddings is not None:
+            _check_given(family, given, self.options)
+            return Images(options=self.options)
+        _check_names(family, given)
+        if family.takes_conditions:
+            return self._conditions(prompts)
+        if self.conditions is not None:
+            raise InvalidRequest(
+                f"conditions: expected none for this {family.name} checkpoint, whose pipeline is "
+                f"{family.pipeline_class}, got some: use one whose pipeline has it"
+            )
+        if not given:
+            return None
+        read = {name: _read(name, value, prompts.count) for name, value in given.items()}
+        each = 1
+        if any(len(found) > 1 for found in read.values()):
+            read = {name: _of_videos(found, prompts) for name, found in read.items()}
+            each = prompts.videos_per_prompt
+        image, last_image = read.get("image", ()), read.get("last_image", ())
+        return Images(image, last_image, options=self.options, each=each)
+
+    def _conditions(self, prompts: Prompts) -> Images | None:
+        """`image` is a condition from the first frame on."""
+        given = self.conditions if isinstance(self.conditions, list | tuple) else [self.conditions]
+        found = [_condition(one) for one in given if one is not None]
+        if self.image is not None:
+            if found:
+                raise InvalidRequest(
+                    "conditions: expected image or conditions, got both: add the image to the conditions"
+                )
+            found = [FrameCondition(_read("image", self.image, 1))]
+        if not found:
+            return None
+        scale = self.options.image_cond_noise_scale
+        return Images(conditions=found, noise_scale=_IMAGE_COND_NOISE if scale is None else scale)
+
+
+def _check_names(family: ModelFamily, given: Mapping[str, Pictures]) -> None:
     for name in given:
         if name not in (*family.needed_images, *family.optional_images):
             raise InvalidRequest(
@@ -48,23 +104,38 @@ def read_images(
                 f"{name}: expected a picture, from which this {family.name} checkpoint makes its video, got "
                 f"none: give {name}"
             )
-    if not given:
-        return None
-    read = {name: _read(name, value, prompts.count) for name, value in given.items()}
-    each = 1
-    if any(len(found) > 1 for found in read.values()):
-        read, each = (
-            {name: _of_videos(found, prompts) for name, found in read.items()},
-            prompts.videos_per_prompt,
+
+
+def _condition(given: Any) -> FrameCondition:
+    """One entry of `conditions`."""
+    if isinstance(given, FrameCondition):
+        return given
+    entries = dict(given) if isinstance(given, Mapping) else getattr(given, "__dict__", {})
+    unknown = entries.keys() - _ENTRIES
+    pictures = [entries[name] for name in ("image", "video") if entries.get(name) is not None]
+    if unknown or len(pictures) != 1:
+        raise InvalidRequest(
+            f"conditions: expected an image or a video with frame_index and strength, got "
+            f"{', '.join(entries) or type(given).__name__}: write them as diffusers' or as a mapping"
         )
-    return Images(**read, options=options, each=each)
+    if entries.get("image") is not None:
+        shown = [_picture("conditions", pictures[0])]
+    else:
+        shown = _video("conditions", pictures[0])
+    return FrameCondition(shown, entries.get("frame_index", 0), entries.get("strength", 1.0))
 
 
-def count_pictures(image: Pictures | None, options: ImageOptions) -> int:
-    """How many pictures a call is about, of which it has one or what was made of it."""
-    if options.image_embeddings is not None:
-        return len(options.image_embeddings)
-    return len(image) if _is_batch(image) else 1
+def _video(name: str, value: Any) -> list[Any]:
+    """The frames of a file, or of a sequence, an array or a tensor of pictures."""
+    if isinstance(value, str | Path):
+        return read_video(name, Path(value))
+    several = isinstance(value, list | tuple) or getattr(value, "ndim", 0) == 4
+    if not several or not len(value):
+        raise InvalidRequest(
+            f"{name}: expected a video as a path or a sequence of pictures, got {type(value).__name__}: "
+            "give its frames"
+        )
+    return [_picture(name, frame) for frame in value]
 
 
 def _is_batch(value: Pictures | None) -> TypeGuard[Sequence[Picture]]:

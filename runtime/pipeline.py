@@ -31,8 +31,8 @@ from .arguments import ForeignArguments
 from .callbacks import StepCallback, call_back, check_callback
 from .components import Components
 from .device import Device, open_device
-from .noise import Generators, draw
-from .pictures import Pictures, count_pictures, read_images
+from .noise import Generators, listed, starting_noise
+from .pictures import GivenPictures, Pictures
 from .prompts import Embeddings, Prompt, Prompts
 from .sampler import SampledStep, Sampler
 from .schedule import Request, Schedule, schedule_steps
@@ -48,7 +48,7 @@ _LESS_TO_DECODE = "fewer frames, a smaller size, or --offload"
 @dataclass
 class VideoPipelineOutput:
     """`frames` as diffusers returns them: lists of PIL images, (videos, frames, height, width, 3) in 0..1,
-    (videos, frames, 3, height, width), or packed latents."""
+    (videos, frames, 3, height, width), or latents in the layout of its pipeline."""
 
     frames: Any
 
@@ -153,6 +153,7 @@ class VideoPipeline:
         negative_prompt: str | list[str] | None = None,
         image: Pictures | None = None,
         last_image: Pictures | None = None,
+        conditions: Sequence[object] | object = None,
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
@@ -198,13 +199,12 @@ class VideoPipeline:
         uncond = Embeddings(
             negative_prompt_embeds, negative_prompt_attention_mask, negative_pooled_prompt_embeds
         )
-        pictures = None if self.family.reads_text else count_pictures(image, foreign.images)
-        prompts = Prompts(prompt, negative_prompt, cond, uncond, num_videos_per_prompt, pictures)
-        sizes = replace(self._request, height=height, width=width, num_frames=num_frames)
+        pictures = GivenPictures(image, last_image, conditions, foreign.images)
+        count = None if self.family.reads_text else pictures.count
+        prompts = Prompts(prompt, negative_prompt, cond, uncond, num_videos_per_prompt, count)
         return self._generate(Request(
-            replace(sizes, videos=prompts.videos), prompts, {"image": image, "last_image": last_image},
-            guided, num_inference_steps, foreign.frame_rate,
-            list(generator) if isinstance(generator, tuple) else generator, latents,
+            replace(self._request, height=height, width=width, num_frames=num_frames, videos=prompts.videos),
+            prompts, pictures, guided, num_inference_steps, foreign.frame_rate, listed(generator), latents,
             foreign.max_sequence_length, CustomSteps.read(timesteps, sigmas),
         ), output_type, callback_on_step_end, foreign)  # fmt: skip
 
@@ -214,20 +214,19 @@ class VideoPipeline:
         check_callback(callback, foreign.callback_tensors)
         decode_options = foreign.decode_options
         self._check_options(output_type, foreign, request.prompts.videos)
-        images = read_images(self.family, request.pictures, request.prompts, foreign.images)
+        images = request.pictures.read(self.family, request.prompts)
         with self._turns:
-            schedule = self._schedule(request)
+            schedule = self._schedule(request, images)
             if output_type != "latent":  # A VAE that cannot decode is refused before the sampling.
                 self.components.load_vae(schedule.workload, self._device_for(schedule.build).torch_device)
-            # In this order, since both draw from the generator.
-            image = self._image(schedule, request, images)
-            noise = self._noise(schedule, request)
+            start, image = self._start(schedule, request, images)
             with _memory_explained(schedule.build.manifest, "GPU memory", _LESS_TO_SAMPLE):
-                result = self._drain(self._steps(schedule, request, noise, image), noise, callback)
+                result = self._drain(self._steps(schedule, request, start, image), start, callback)
+            result = self.family.finished(result, schedule.workload, image)
             return self._output(result, schedule, output_type, generator=request.generator, **decode_options)
 
-    def _schedule(self, request: Request) -> Schedule:
-        schedule = schedule_steps(request, self.store, self.family, self.scheduler)
+    def _schedule(self, request: Request, images: Images | None) -> Schedule:
+        schedule = schedule_steps(request, images, self.store, self.family, self.scheduler)
         self.num_timesteps = schedule.guidance.num_steps
         if self.family.takes_true_cfg and schedule.guidance.needs_uncond and not request.prompts.has_negative:
             raise InvalidRequest(
@@ -236,6 +235,22 @@ class VideoPipeline:
             )
         self._warn_of_second_guidance(schedule.guidance)
         return schedule
+
+    def _start(
+        self, schedule: Schedule, request: Request, images: Images | None
+    ) -> tuple[Tensor, ImageCondition | None]:
+        """What a run starts from, and what the pictures add to it, which both draw from the generator."""
+        image = None
+        if not self.family.draws_noise_first:
+            image = self._image(schedule, request, images)
+        videos, given = request.prompts.videos, request.latents
+        noise = starting_noise(self.family, schedule.workload, videos, request.generator, given)
+        if self.family.draws_noise_first:
+            image = self._image(schedule, request, images)
+        start = noise * schedule.solver.noise_scale
+        if given is not None and self.family.starts_from_given_latents:
+            return start, image
+        return self.family.start(start, image), image
 
     def _image(self, schedule: Schedule, request: Request, images: Images | None) -> ImageCondition | None:
         """What the call's pictures add; None without any."""
@@ -286,7 +301,7 @@ class VideoPipeline:
         self, latents: Tensor, schedule: Schedule, output_type: str, **decode_options: Any
     ) -> VideoPipelineOutput:
         if output_type == "latent":
-            return VideoPipelineOutput(latents)
+            return VideoPipelineOutput(self.family.returned(latents, schedule.workload))
         device = self._device_for(schedule.build).torch_device
         less = _LESS_TO_DECODE if self.components.vae_tiling else f"--vae-tiling, {_LESS_TO_DECODE}"
         with _memory_explained(schedule.build.manifest, "GPU memory of decoding", less):
@@ -333,24 +348,6 @@ class VideoPipeline:
             "per step; leave true_cfg_scale out to save it",
             stacklevel=7,
         )
-
-    def _noise(self, schedule: Schedule, request: Request) -> Tensor:
-        """Packed float32 noise at the solver's scale: drawn as diffusers draws it, or given."""
-        workload, videos = schedule.workload, request.prompts.videos
-        latents = request.latents
-        shape = (videos, *self.family.noise_shape(workload))
-        packed = self.family.tensors(workload)["latents"].with_rows(videos)
-        if latents is None:
-            latents = draw(shape, request.generator)
-        if tuple(latents.shape) not in (packed, shape):
-            raise InvalidRequest(
-                f"latents: expected {packed} or {shape} for {workload}, got {tuple(latents.shape)}: "
-                "pass latents of the size the engines were built for"
-            )
-        if not latents.isfinite().all():
-            raise InvalidRequest("latents: expected finite numbers, got NaN or infinity: check their source")
-        noise = self.family.pack(latents) if tuple(latents.shape) == shape else latents
-        return noise.float() * schedule.solver.noise_scale
 
     def _check_options(self, output_type: str, foreign: ForeignArguments, videos: int) -> None:
         if output_type not in _OUTPUT_TYPES:

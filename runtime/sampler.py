@@ -15,7 +15,7 @@ from stg_trt.errors import InvalidRequest
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.families.base import ModelFamily
-from stg_trt.models.image import ImageCondition
+from stg_trt.models.image import CleanMode, ImageCondition, Places
 from stg_trt.models.passes import UNCOND, most_groups
 from stg_trt.models.plan import StepPlan, plan_step
 from stg_trt.models.segment import Segment
@@ -108,10 +108,13 @@ class Sampler:
                     f"at step {i}, got none: give them or set guidance_scale to 1"
                 )
         state = self.prepare(latents, cond, uncond, guidance, solver, frame_rate, generator, image)
-        self._bind_all(guidance, solver, state)
+        clean = image.clean.mode if image is not None and image.clean is not None else None
+        self._bind_all(guidance, solver, state, clean)
         for i in steps:
             with self._device.scope():
-                step = self.step(StepKey.of(guidance, solver, i), state)
+                if clean == "noised" and state.clean is not None:
+                    state.clean.draw(generator, solver.timesteps[i])
+                step = self.step(StepKey.of(guidance, solver, i, clean), state)
                 step.enqueue()
                 finite = state.latents.isfinite().all()
             continued = any(pair is None for pair in solver.single_step[i + 1 :])
@@ -134,12 +137,16 @@ class Sampler:
             state = self._state_for(size, latents.shape)
             state.table.load(guidance, solver)
             state.start(latents)
+            if image is not None and image.clean is not None:
+                state.hold(image.clean, single_step=size.single_step)
             rows = (uncond or cond, *[cond] * (state.buffers.groups - 1))
             text = TextCondition.stacked(rows).guided(guidance.embedded)
             if not size.single_step:
                 state.add_noise(draw_for(solver, len(guidance.cfg_scale), latents.shape, generator))
-            self._write_position_tables(state, frame_rate)
+            self._write_position_tables(state, frame_rate, () if image is None else image.placed)
             self._write_image(state.buffers, image)
+            for name, tensor in self.family.timestep_tables(self.workload, image).items():
+                state.buffers.view(name).copy_(tensor)
             self._write_text(state.buffers, text)
         return state
 
@@ -154,10 +161,12 @@ class Sampler:
             self._bound[key] = captured
         return self._bound[key]
 
-    def _bind_all(self, guidance: Guidance, solver: SolverTable, state: StepState) -> None:
+    def _bind_all(
+        self, guidance: Guidance, solver: SolverTable, state: StepState, clean: CleanMode | None
+    ) -> None:
         """Every guidance state of a run before its first step, each on the values of the first it serves."""
         with self._device.scope():
-            for key, first in first_steps(guidance, solver).items():
+            for key, first in first_steps(guidance, solver, clean).items():
                 if key not in self._bound:
                     state.table.go_to(first)
                     self.step(key, state)
@@ -197,14 +206,14 @@ class Sampler:
             context.bind(name, buffers.view(name, turn=segment.expert))
         return context
 
-    def _write_position_tables(self, state: StepState, frame_rate: float) -> None:
+    def _write_position_tables(self, state: StepState, frame_rate: float, placed: Places) -> None:
         """Computes and copies the tables, tens of megabytes, unless the last run had the same ones."""
-        if state.frame_rate == frame_rate:
+        if state.positions == (frame_rate, placed):
             return
-        state.frame_rate = None
-        for name, tensor in self.family.position_tables(self.workload, frame_rate).items():
+        state.positions = None
+        for name, tensor in self.family.position_tables(self.workload, frame_rate, placed).items():
             state.buffers.view(name).copy_(tensor)
-        state.frame_rate = frame_rate
+        state.positions = (frame_rate, placed)
 
     def _write_image(self, buffers: StepBuffers, image: ImageCondition | None) -> None:
         """What pictures add; uncond may see another than the other passes."""

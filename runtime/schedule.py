@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
@@ -19,11 +18,12 @@ from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.custom_steps import CustomSteps
 from stg_trt.models.families.base import Defaults, ModelFamily
+from stg_trt.models.image import Images
 from stg_trt.models.perturbation import check_blocks
 from stg_trt.models.workload import Workload
 
 from .noise import Generators
-from .pictures import Pictures
+from .pictures import GivenPictures
 from .prompts import Prompts
 
 _log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Request:
 
     sizes: EngineRequest
     prompts: Prompts
-    pictures: Mapping[str, Pictures | None]
+    pictures: GivenPictures
     guidance: GuidanceOptions
     num_inference_steps: int | None
     frame_rate: float | None
@@ -111,7 +111,9 @@ class Schedule:
         return self.build.manifest.workload
 
 
-def schedule_steps(request: Request, store: EngineStore, family: ModelFamily, scheduler: Any) -> Schedule:
+def schedule_steps(
+    request: Request, images: Images | None, store: EngineStore, family: ModelFamily, scheduler: Any
+) -> Schedule:
     """Finds the build and works out the tables; sets the scheduler's timesteps.
 
     Raises InvalidRequest for options that cannot be used and EngineRejected if no build fits them.
@@ -152,6 +154,7 @@ def schedule_steps(request: Request, store: EngineStore, family: ModelFamily, sc
         height=workload.height,
         width=workload.width,
         num_frames=workload.num_frames,
+        condition_frames=0 if images is None else family.condition_frames(images, workload),
         perturbations=guidance.perturbations,
         skips=guidance.most_skips,
     )

@@ -13,10 +13,13 @@ from torch import Tensor
 
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
+from stg_trt.models.image import CleanLatents, Places
 from stg_trt.models.passes import most_groups
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import TensorSpec, index_of
 from stg_trt.runtime.table import StepTable
+
+from .clean_latents import CleanMemory
 
 Borders = Callable[[Segment], Sequence[Sequence[str]]]
 """Names of a segment's inputs and outputs."""
@@ -135,8 +138,9 @@ class StepState:
     """Static memory of a run: rows at the engines' borders, latents in float32, and the step table.
 
     `history` holds every prediction so far and the noise that the solver adds, as the table says; it is
-    None for solvers that need only the last prediction. `frame_rate` is that of the position tables in the
-    buffers, None before they are written.
+    None for solvers that need only the last prediction. `positions` are the frame rate and the places of the
+    position tables in the buffers, None before they are written; `clean` is the memory of latents that are
+    given, None before a run that has some.
     """
 
     buffers: StepBuffers
@@ -144,7 +148,8 @@ class StepState:
     latents: Tensor
     initial: Tensor
     history: Tensor | None
-    frame_rate: float | None = None
+    positions: tuple[float, Places] | None = None
+    clean: CleanMemory | None = None
 
     @classmethod
     def allocate(cls, buffers: StepBuffers, latents_shape: Sequence[int], size: RunSize) -> StepState:
@@ -174,6 +179,12 @@ class StepState:
         self.latents.copy_(latents)
         if self.history is not None:
             self._preds.zero_()
+
+    def hold(self, clean: CleanLatents, *, single_step: bool) -> None:
+        """Writes the latents that are given in a run; their memory stays for later runs."""
+        if self.clean is None:
+            self.clean = CleanMemory(self.latents.shape, self.latents.device)
+        self.clean.load(clean, single_step=single_step)
 
     def add_noise(self, noise: Tensor) -> None:
         """Writes the noise that the solver adds in a run, (draws, videos, ...)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .bound_plan import BoundPlan
+from .clean_latents import clean_latents
 from .device import Device
 from .state import StepState
 from .step_key import StepKey
@@ -22,11 +23,12 @@ class Step:
             state.buffers.view("timestep", key.groups),
             *bound.written,
         )
-        self._operations = (
-            device.named("fan_out", device.operations.fan_out_rows(state, key.groups)),
-            bound.enqueue,
-            device.named("guided_step", device.operations.guided_step(state, key)),
-        )
+        fan_out = device.named("fan_out", device.operations.fan_out_rows(state, key.groups))
+        guided_step = device.named("guided_step", device.operations.guided_step(state, key))
+        self._operations = [fan_out, bound.enqueue, guided_step]
+        if key.clean is not None:
+            before, between, after = clean_latents(state, key.clean)
+            self._operations = [before, fan_out, between, bound.enqueue, guided_step, after]
 
     def enqueue(self) -> None:
         """One step, in the order of the stream."""

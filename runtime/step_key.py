@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
+from stg_trt.models.image import CleanMode
 from stg_trt.models.passes import COND, UNCOND, Pass, row_groups
 
 
@@ -17,6 +18,7 @@ class StepKey:
     rescaled: bool
     single_step: bool
     cfg_zero_star: bool
+    clean: CleanMode | None = None
     expert: int = 0
 
     @property
@@ -41,21 +43,26 @@ class StepKey:
         return f"{passes} of expert {self.expert + 1}" if self.expert else passes
 
     @classmethod
-    def of(cls, guidance: Guidance, solver: SolverTable, step: int) -> StepKey:
-        """The key of one step."""
+    def of(
+        cls, guidance: Guidance, solver: SolverTable, step: int, clean: CleanMode | None = None
+    ) -> StepKey:
+        """The key of one step, in a run with latents that are given or without."""
         passes = guidance.passes(step)
         return cls(
             passes,
             guidance.rescale[step] != 0,
             solver.single_step[step] is not None,
             guidance.cfg_zero_star and UNCOND in passes,
+            clean,
             guidance.expert(step),
         )
 
 
-def first_steps(guidance: Guidance, solver: SolverTable) -> dict[StepKey, int]:
+def first_steps(
+    guidance: Guidance, solver: SolverTable, clean: CleanMode | None = None
+) -> dict[StepKey, int]:
     """Every key of a run with its first step."""
     firsts: dict[StepKey, int] = {}
     for step in range(len(guidance.cfg_scale)):
-        firsts.setdefault(StepKey.of(guidance, solver, step), step)
+        firsts.setdefault(StepKey.of(guidance, solver, step, clean), step)
     return firsts

@@ -1,4 +1,4 @@
-"""Frames to an MP4 file."""
+"""Frames to an MP4 file, and those of a video file."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from stg_trt.errors import InvalidRequest
 
@@ -34,3 +35,18 @@ def save_video(frames: npt.NDArray[np.float32], path: Path, frame_rate: float) -
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_video(name: str, path: Path) -> list[Image.Image]:
+    """The frames of a video file, or of a picture; raises InvalidRequest for what is none."""
+    import av
+
+    try:
+        with av.open(path) as container:
+            frames = [frame.to_image() for frame in container.decode(video=0)]
+    except (av.FFmpegError, IndexError) as error:
+        reason = getattr(error, "strerror", None) or "no pictures in it"
+        raise InvalidRequest(f"{name}: expected a video, got {path} ({reason}): check the file") from error
+    if not frames:
+        raise InvalidRequest(f"{name}: expected a video, got {path} without frames: check the file")
+    return frames

@@ -36,6 +36,7 @@ class EngineRequest:
     height: int | None = None
     width: int | None = None
     num_frames: int | None = None
+    condition_frames: int | None = None
     videos: int = 1
     perturbations: frozenset[Perturbation] = field(default_factory=frozenset)
     skips: int = 0
@@ -70,7 +71,7 @@ class EngineRequest:
                 return f"{name} is {built}, the request is {wanted}: rebuild with --{name} {wanted}"
         if self.machine is not None and (reason := _cannot_run(manifest, self.machine)):
             return reason
-        for name in ("height", "width", "num_frames"):
+        for name in ("height", "width", "num_frames", "condition_frames"):
             wanted, built = getattr(self, name), getattr(workload, name)
             if wanted is not None and wanted != built:
                 flag = name.replace("_", "-")

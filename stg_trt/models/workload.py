@@ -11,13 +11,17 @@ _PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 
 @dataclass(frozen=True)
 class Workload:
-    """Pixels, frames, text tokens, and the precision of weights and activations."""
+    """Pixels, frames, text tokens, and the precision of weights and activations.
+
+    `condition_frames` are the latent frames of pictures for later frames: tokens beside the video's.
+    """
 
     height: int
     width: int
     num_frames: int
     text_length: int
     precision: str = "fp32"
+    condition_frames: int = 0
 
     def __post_init__(self) -> None:
         if self.precision not in _PRECISIONS:
@@ -40,4 +44,5 @@ class Workload:
         )
 
     def __str__(self) -> str:
-        return f"{self.width}x{self.height}x{self.num_frames}"
+        beside = f"+{self.condition_frames}" if self.condition_frames else ""
+        return f"{self.width}x{self.height}x{self.num_frames}{beside}"

@@ -30,7 +30,7 @@ from stg_trt.engines.backends import backend_for
 from stg_trt.engines.store import Build, EngineRequest, EngineStore
 from stg_trt.errors import BackendUnavailable, GateMissed
 from stg_trt.models.checkpoint import Checkpoint
-from stg_trt.models.families.base import SegmentModule
+from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.segment import TEXT, Segment
 from stg_trt.models.tensor_spec import ROWS, TensorSpec

@@ -33,7 +33,7 @@ from stg_trt.engines.store import check_file
 from stg_trt.engines.tensorrt_library import library_version, load_library
 from stg_trt.errors import GateMissed
 from stg_trt.models.checkpoint import Checkpoint
-from stg_trt.models.families.base import SegmentModule
+from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.segment import LAYOUTS, Segment, cut
 from stg_trt.system.interruptible import run_interruptibly
 

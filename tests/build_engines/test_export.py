@@ -14,7 +14,7 @@ from stg_trt.build_engines.joined_graph import files_of
 from stg_trt.engines.store import EngineRequest, EngineStore
 from stg_trt.errors import GateMissed
 from stg_trt.models.checkpoint import Checkpoint
-from stg_trt.models.families.base import SegmentModule
+from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.segment import engine_outputs
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from tests.support.exported_graph import export_alone

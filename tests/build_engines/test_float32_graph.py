@@ -10,7 +10,7 @@ from onnx import TensorProto
 
 from stg_trt.build_engines.float32_graph import write_float32_graph
 from stg_trt.models.checkpoint import Checkpoint
-from stg_trt.models.families.base import SegmentModule
+from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.segment import cut
 from stg_trt.models.workload import Workload
 from tests.support.exported_graph import export_alone

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from stg_trt.build_engines.trace import Trace, trace
 from stg_trt.build_engines.weights import weights_of
-from stg_trt.models.families.base import SegmentModule
+from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import ROWS, TensorSpec

@@ -19,7 +19,7 @@ from stg_trt.build_engines.compiler import Job
 from stg_trt.build_engines.piece_key import PieceKey
 from stg_trt.build_engines.pieces import pieces_of
 from stg_trt.build_engines.trace import Trace, trace
-from stg_trt.models.families.base import SegmentModule
+from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import ROWS, TensorSpec

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import Tensor
 
+from stg_trt.models.image import Places
 from stg_trt.models.workload import Workload
 from stg_trt.runtime.device import Cpu
 from stg_trt.runtime.sampler import Sampler
@@ -22,9 +23,9 @@ def rates(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The frame rates for which the sampler's family has computed position tables."""
     compute, seen = sampler.family.position_tables, list[float]()
 
-    def noted(workload: Workload, frame_rate: float) -> dict[str, Tensor]:
+    def noted(workload: Workload, frame_rate: float, placed: Places = ()) -> dict[str, Tensor]:
         seen.append(frame_rate)
-        return compute(workload, frame_rate)
+        return compute(workload, frame_rate, placed)
 
     monkeypatch.setattr(sampler.family, "position_tables", noted)
     return seen
@@ -53,8 +54,8 @@ def test_tables_that_could_not_be_written_are_written_again(
 ) -> None:
     expected, compute = run(sampler, frame_rate=25.0), sampler.family.position_tables
 
-    def misshapen(workload: Workload, frame_rate: float) -> dict[str, Tensor]:
-        tables = compute(workload, frame_rate)
+    def misshapen(workload: Workload, frame_rate: float, placed: Places = ()) -> dict[str, Tensor]:
+        tables = compute(workload, frame_rate, placed)
         return {**tables, "rope_sin": tables["rope_sin"][1:]}
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="size"):

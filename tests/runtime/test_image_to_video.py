@@ -230,7 +230,7 @@ def test_the_text_beside_pictures_has_one_length(tmp_path: Path) -> None:
 def test_a_picture_for_text_to_video(
     golden_engines: Callable[[Any], Path],
 ) -> None:
-    case = FAMILIES[0]
+    case = next(case for case in FAMILIES if not case.family.optional_images)
     pipeline = VideoPipeline.from_pretrained(case.goldens, golden_engines(case))
     told = refuse(pipeline, prompt="a", image=Image.new("RGB", (8, 8)))
     assert told.startswith("image: expected none, for which this ")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from stg_trt.build_engines.export import export
 from stg_trt.build_engines.joined_graph import JoinedGraph
-from stg_trt.models.families.base import SegmentModule
+from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.tensor_spec import TensorSpec
 
 

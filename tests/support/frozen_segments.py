@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from stg_trt.models.families.base import SegmentModule
+from stg_trt.models.families.segment_module import SegmentModule
 
 
 class ViewsTwoRows(SegmentModule):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.custom_steps import CustomSteps
-from stg_trt.models.image import ImageCondition, Images
+from stg_trt.models.families.segment_module import SegmentModule
+from stg_trt.models.image import ImageCondition, Images, Places
 from stg_trt.models.passes import SkipBlocksByName
 from stg_trt.models.segment import Segment, cut
 from stg_trt.models.tensor_spec import ROWS, TensorSpec, index_of
@@ -25,9 +25,6 @@ KEEP_LAYER = "keep_layer"
 CONDITION = "condition"
 IMAGE_EMBEDS = "image_embeds"
 POOLED = "pooled_prompt_embeds"
-Pair = tuple[Tensor, Tensor]
-QKNormRope = Callable[[Tensor, Tensor, Pair, Pair, float], Pair]
-"""Of queries, keys, their norms' weights, cosines and sines of the positions, and eps."""
 
 
 @dataclass(frozen=True)
@@ -50,38 +47,6 @@ class Defaults:
     min_guidance_scale: float | None = None
 
 
-class SegmentModule(nn.Module):
-    """A segment with named inputs and outputs, called with tensors in the order of the names."""
-
-    def __init__(self, inputs: tuple[str, ...], outputs: tuple[str, ...], expand_masks: bool) -> None:
-        super().__init__()
-        self.inputs = inputs
-        self.outputs = outputs
-        # ONNX Runtime's CPU attention wants masks of (rows, 1, queries, keys); others want them unexpanded.
-        self.expand_masks = expand_masks
-        # Replaces norm and rotation of queries and keys if a TensorRT plugin computes them.
-        self.qk_norm_rope: QKNormRope | None = None
-        # Kernels that take masks want their rows aligned: keys under a mask are padded to a multiple of this.
-        self.masked_keys_multiple = 1
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        results = self.run(dict(zip(self.inputs, tensors, strict=True)))
-        return tuple(results[name] for name in self.outputs)
-
-    def run(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The segment's outputs by name."""
-        raise TypeError(f"{type(self).__name__} does not define run")
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-        """softmax(QK^T/sqrt(d) + bias)V over (rows, heads, tokens, d), with an additive mask over keys."""
-        if bias is not None and (padding := -key.shape[2] % self.masked_keys_multiple):
-            key, value = (functional.pad(tensor, (0, 0, 0, padding)) for tensor in (key, value))
-            bias = functional.pad(bias, (0, padding), value=-torch.inf)
-        if bias is not None and self.expand_masks:
-            bias = bias.expand(-1, -1, query.shape[2], -1)
-        return functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-
-
 class ModelFamily(ABC):
     """All that is known of one model family; one instance per checkpoint's configuration."""
 
@@ -100,11 +65,18 @@ class ModelFamily(ABC):
     # Where the model's configuration lies in a checkpoint.
     config_file: ClassVar[str] = "transformer/config.json"
     # Arguments of a call that say how its pictures are seen, see ImageOptions.
-    image_options: ClassVar[frozenset[str]] = frozenset()
+    image_options: frozenset[str] = frozenset()
     # Whether the pipeline in diffusers calls CFG true_cfg_scale, and an input of the model guidance_scale.
     takes_true_cfg: ClassVar[bool] = False
     # The entries of the transformer's config.json that count blocks, in the order of their numbers.
     block_counts: ClassVar[tuple[str, ...]] = ("num_layers",)
+    # Pictures that a call may give and needs not; whether it may give some for any frame.
+    optional_images: tuple[str, ...] = ()
+    takes_conditions: bool = False
+    # Whether diffusers' pipeline draws noise before what it draws for pictures, and runs a call's latents as
+    # they are beside a picture.
+    draws_noise_first: bool = False
+    starts_from_given_latents: bool = False
     # Parts of the pipeline that diffusers' documentation wants in float32 on a GPU too.
     float32_components: ClassVar[frozenset[str]] = frozenset()
     decode_options: ClassVar[frozenset[str]] = frozenset()
@@ -198,8 +170,14 @@ class ModelFamily(ABC):
         return
 
     @abstractmethod
-    def position_tables(self, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
-        """Tensors that depend on nothing but sizes and frame rate; all rows share them."""
+    def position_tables(
+        self, workload: Workload, frame_rate: float, placed: Places = ()
+    ) -> dict[str, Tensor]:
+        """Tensors that depend on sizes, frame rate and `placed` alone; all rows share them.
+
+        `placed` are the frames from which pictures stand that are tokens beside the video's, and how many
+        latent frames each has.
+        """
 
     @abstractmethod
     def text_inputs(self, text: TextCondition, workload: Workload) -> dict[str, Tensor]:
@@ -207,7 +185,28 @@ class ModelFamily(ABC):
 
     def image_inputs(self, image: ImageCondition) -> dict[str, Tensor]:
         """Tensors that depend on the pictures: one entry per row of `image`."""
-        raise TypeError(f"{type(self).__name__} does not define image_inputs")
+        given = {CONDITION: image.channels, IMAGE_EMBEDS: image.context}
+        return {name: tensor for name, tensor in given.items() if tensor is not None}
+
+    def timestep_tables(self, workload: Workload, image: ImageCondition | None) -> dict[str, Tensor]:
+        """Which timesteps the network is told for which tokens, if it can be told several; for all rows."""
+        return {}
+
+    def start(self, noise: Tensor, image: ImageCondition | None) -> Tensor:
+        """The latents that a run starts from, of packed noise."""
+        return noise if image is None or image.start is None else image.start.of(noise)
+
+    def finished(self, latents: Tensor, workload: Workload, image: ImageCondition | None) -> Tensor:
+        """What the VAE decodes of the latents that the loop ends with, packed like these."""
+        return latents
+
+    def returned(self, latents: Tensor, workload: Workload) -> Tensor:
+        """Finished latents in the layout in which diffusers' pipeline returns them."""
+        return latents
+
+    def condition_frames(self, images: Images, workload: Workload) -> int:
+        """The latent frames of pictures for later frames, which are tokens beside the video's."""
+        return 0
 
     def uncond_image(self, image: ImageCondition) -> ImageCondition:
         """What the pass without the prompt sees of the pictures: the same, unless a family says otherwise."""
@@ -217,8 +216,12 @@ class ModelFamily(ABC):
         self, text: TextCondition, workload: Workload, frame_rate: float, image: ImageCondition | None = None
     ) -> dict[str, Tensor]:
         """All tensors that stay the same over the steps, before the text segment."""
-        pictures = {} if image is None else self.image_inputs(image)
-        return {**self.text_inputs(text, workload), **pictures, **self.position_tables(workload, frame_rate)}
+        return {
+            **self.text_inputs(text, workload),
+            **({} if image is None else self.image_inputs(image)),
+            **self.timestep_tables(workload, image),
+            **self.position_tables(workload, frame_rate, () if image is None else image.placed),
+        }
 
     def set_timesteps(self, scheduler: Any, num_inference_steps: int, workload: Workload) -> None:
         """Calls the scheduler's set_timesteps as the family's diffusers pipeline does."""
@@ -257,11 +260,6 @@ class ModelFamily(ABC):
     @property
     def needed_images(self) -> tuple[str, ...]:
         """The pictures, by arguments' names, without which the model cannot run; none for text-to-video."""
-        return ()
-
-    @property
-    def optional_images(self) -> tuple[str, ...]:
-        """Further pictures that a call may give."""
         return ()
 
     @property
@@ -338,7 +336,6 @@ class ModelFamily(ABC):
             torch.randn(specs[name].with_rows(rows), generator=generator) if name in specs else None
             for name in (CONDITION, IMAGE_EMBEDS)
         )
-        assert channels is not None
         return ImageCondition(channels, context)
 
     def trace_inputs(self, segment: Segment, workload: Workload, rows: int) -> list[Tensor]:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.models.families.base import CONDITION, Defaults, SegmentModule, vae_video
+from stg_trt.models.families.base import CONDITION, Defaults, vae_video
 from stg_trt.models.families.dit import State, gated, half_table, rotate
 from stg_trt.models.families.joint_attention import QKV, JointAttentionDiT, JointAttentionSegment, modulation
-from stg_trt.models.image import ImageCondition, Images, posterior_samples
+from stg_trt.models.families.segment_module import SegmentModule
+from stg_trt.models.image import ImageCondition, Images, Places, posterior_samples
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
@@ -271,16 +272,15 @@ class CogVideoX(JointAttentionDiT):
     def text_module(self, transformer: Any, *borders: Any) -> SegmentModule:
         return CogVideoXText(transformer, *borders)
 
-    def position_tables(self, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
+    def position_tables(
+        self, workload: Workload, frame_rate: float, placed: Places = ()
+    ) -> dict[str, Tensor]:
         """CogVideoX's positions do not depend on the frame rate."""
         return self._rope(workload) if self.rotary else {"positions": self._positions(workload)}
 
     def text_inputs(self, text: TextCondition, workload: Workload) -> dict[str, Tensor]:
         """The embeddings, padding included."""
         return {"prompt_embeds": text.embeds}
-
-    def image_inputs(self, image: ImageCondition) -> dict[str, Tensor]:
-        return {CONDITION: image.channels}
 
     def encode_images(
         self, pipeline: Any, images: Images, workload: Workload, videos: int, generator: Any

@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from stg_trt.models.families.base import KEEP_ATTENTION, SegmentModule
+from stg_trt.models.families.base import KEEP_ATTENTION
 from stg_trt.models.families.dit import DiT, DiTSegment, State, rms_norm
+from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.models.workload import Workload
@@ -29,8 +30,11 @@ class CrossAttentionDiT(DiT):
     # Names of the two tensors that the front makes of the timestep: for every block, and for the head.
     modulation: ClassVar[str]
     head_modulation: ClassVar[str]
-    # Inputs of the front beside latents and timestep.
+    # Inputs of the front beside latents and timestep, and of the head beside the hidden states.
     front_constants: tuple[str, ...] = ()
+    head_constants: tuple[str, ...] = ()
+    # Timesteps that the tokens of one row can have.
+    timestep_places: int = 1
 
     @abstractmethod
     def text_module(self, transformer: Any, *borders: Any) -> SegmentModule:
@@ -57,9 +61,11 @@ class CrossAttentionDiT(DiT):
         if segment.text:
             return self.text_borders()
         read = (self.modulation, *self.block_constants) if segment.blocks else ()
+        of_head = self.head_constants if segment.back else ()
         if segment.skipped is not None and segment.skipped.blocks == tuple(segment.blocks):
             unused = _ROPE if segment.skipped.mode == "stg-a" else read
             read = tuple(name for name in read if name not in unused)
+        read += tuple(name for name in of_head if name not in read)
         if segment.front:
             # The front makes the modulation that its own blocks read.
             made_here = (name for name in read if name != self.modulation)
@@ -91,7 +97,7 @@ class CrossAttentionDiT(DiT):
         latents = math.prod(self.patch)
         if segment.front:
             total += 2 * tokens * width * latents * self.integer("in_channels")
-            total += 2 * width * (self.timestep_channels + 7 * width)
+            total += self.timestep_places * 2 * width * (self.timestep_channels + 7 * width)
         if segment.back:
             total += 2 * tokens * width * latents * self.integer("out_channels")
         return total

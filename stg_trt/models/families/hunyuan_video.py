@@ -29,6 +29,7 @@ from stg_trt.models.families.joint_attention import (
     modulation,
     split_heads,
 )
+from stg_trt.models.image import Places
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.models.text import TextCondition
@@ -318,7 +319,9 @@ class HunyuanVideo(JointAttentionDiT):
         refines = "prompt_embeds" in self.borders(segment)[0]
         return super().attentions(segment) + (self.integer("num_refiner_layers") if refines else 0)
 
-    def position_tables(self, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
+    def position_tables(
+        self, workload: Workload, frame_rate: float, placed: Places = ()
+    ) -> dict[str, Tensor]:
         """HunyuanVideo's positions do not depend on the frame rate."""
         from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoRotaryPosEmbed
 

@@ -1,9 +1,9 @@
 """LTX-Video 2B and 13B: a DiT with self-attention, cross-attention and feed-forward in every block.
 
-Reproduces diffusers' LTXVideoTransformer3DModel, and LTXPipeline or, for checkpoints that name it (0.9.7 and
-later), LTXConditionPipeline without conditions. These cross a cut: the hidden states, the timestep modulation
-`temb`, and the embedded timestep that the head reads. Constant over the steps: the projected text, its mask,
-and the RoPE tables.
+Reproduces diffusers' LTXVideoTransformer3DModel; LTXPipeline and, with a picture, LTXImageToVideoPipeline;
+LTXConditionPipeline for checkpoints that name it (0.9.7 and later). These cross a cut: the hidden states, the
+timestep modulation `temb`, and the embedded timestep that the head reads. Constant over the steps: the
+projected text, its mask, the RoPE tables, and each token's place among a row's timesteps.
 """
 
 from __future__ import annotations
@@ -19,14 +19,25 @@ from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.custom_steps import CustomSteps
-from stg_trt.models.families.base import Defaults, SegmentModule, load_class, vae_video
+from stg_trt.models.families.base import Defaults, load_class, vae_video
+from stg_trt.models.families.clean_frames import Encoder, extra_frames, frame_conditions, image_condition
 from stg_trt.models.families.cross_attention import CrossAttentionDiT, CrossAttentionSegment
 from stg_trt.models.families.dit import State, TextProjection, half_table, rms_norm, rotate
+from stg_trt.models.families.segment_module import SegmentModule
+from stg_trt.models.families.token_timesteps import (
+    TIMESTEP_INDEX,
+    TIMESTEP_LIMITS,
+    of_tokens,
+    timestep_tables,
+    token_timestep_specs,
+    token_timesteps,
+)
+from stg_trt.models.image import CleanLatents, ImageCondition, Images, Places
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
 
-_CONDITION_PIPELINE = "LTXConditionPipeline"
+_IMAGE_PIPELINE, _CONDITION_PIPELINE = "LTXImageToVideoPipeline", "LTXConditionPipeline"
 # Lightricks' configs/ltxv-13b-0.9.8-distilled.yaml, first_pass, in training steps.
 _DISTILLED = CustomSteps("timesteps", (1000.0, 993.7, 987.5, 981.2, 975.0, 909.4, 725.0))
 
@@ -46,18 +57,19 @@ class LTXSegment(CrossAttentionSegment):
         return tuple(latents.shape[1:-1])
 
     def embed(self, state: State) -> State:
-        temb, embedded = self.time_embed(state["timestep"], hidden_dtype=torch.float32)
+        timesteps = token_timesteps(state)
+        temb, embedded = self.time_embed(timesteps.flatten(), hidden_dtype=torch.float32)
         return {
             "hidden_states": self.proj_in(state["latents"]),
-            "temb": temb.unsqueeze(1),
-            "embedded_timestep": embedded.unsqueeze(1),
+            "temb": temb.unflatten(0, timesteps.shape),
+            "embedded_timestep": embedded.unflatten(0, timesteps.shape),
         }
 
     def block(self, block: Any, state: State, perturbed: bool) -> State:
         hidden = state["hidden_states"]
         dtype = hidden.dtype
         modulation: Tensor = block.scale_shift_table + state["temb"].unflatten(2, (6, -1))
-        shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation.unbind(dim=2)
+        shift, scale, gate, shift_ff, scale_ff, gate_ff = of_tokens(modulation.unbind(dim=2), state)
         normed = (rms_norm(block.norm1, hidden) * (1 + scale) + shift).to(dtype)
         attended = self.self_attention(block.attn1, normed, state, perturbed)
         hidden = hidden + (attended.float() * gate).to(dtype)
@@ -70,7 +82,8 @@ class LTXSegment(CrossAttentionSegment):
 
     def head(self, state: State) -> Tensor:
         hidden = state["hidden_states"]
-        shift, scale = (state["embedded_timestep"].unsqueeze(2) + self.scale_shift_table).unbind(dim=2)
+        modulation = state["embedded_timestep"].unsqueeze(2) + self.scale_shift_table
+        shift, scale = of_tokens(modulation.unbind(dim=2), state)
         normed = self.norm_out(hidden.float()) * (1 + scale) + shift
         pred: Tensor = self.proj_out(normed.to(hidden.dtype))
         return pred
@@ -81,13 +94,18 @@ class LTXVideo(CrossAttentionDiT):
 
     name = "ltx-video"
     transformer_class = "LTXVideoTransformer3DModel"
-    export_version = 1
+    export_version = 2
     pipeline_class = "LTXPipeline"
     decode_options = frozenset({"decode_timestep", "decode_noise_scale"})
     blocks_name = "transformer_blocks"
     modulation = "temb"
     head_modulation = "embedded_timestep"
-    block_constants = ("text", "text_bias", "rope_cos", "rope_sin")
+    block_constants = ("text", "text_bias", "rope_cos", "rope_sin", TIMESTEP_INDEX)
+    front_constants = (TIMESTEP_LIMITS,)
+    head_constants = (TIMESTEP_INDEX,)
+    optional_images = ("image",)
+    # The step's, and one for each strength of a condition.
+    timestep_places = 4
     # Timestep MLP, modulation tables and norms, which are applied in float32.
     float32_islands = r"time_embed\.|scale_shift_table|norm"
     segment_class = LTXSegment
@@ -109,6 +127,9 @@ class LTXVideo(CrossAttentionDiT):
         super().__init__(*configs)
         # That pipeline has other positions in time and other sigmas, and masks its text encoder's padding.
         self._conditioned = self.model_index.get("_class_name") == _CONDITION_PIPELINE
+        self.takes_conditions = self.draws_noise_first = self._conditioned
+        self.image_options = frozenset({"image_cond_noise_scale"} if self._conditioned else ())
+        self.starts_from_given_latents = not self._conditioned
         if self._conditioned:
             self.pipeline_class = _CONDITION_PIPELINE
         if "distilled" in self.origin.lower():
@@ -146,14 +167,20 @@ class LTXVideo(CrossAttentionDiT):
                     f"LTX-Video, got {self.config[name]}: use a checkpoint without patches"
                 )
         super().check(workload)
+        if workload.condition_frames and not self._conditioned:
+            raise InvalidRequest(
+                f"condition_frames: expected 0 for {self.pipeline_class}, which takes a picture for the "
+                f"first frame alone, got {workload.condition_frames}: leave it out"
+            )
 
     def own_tensors(self, workload: Workload) -> tuple[TensorSpec, ...]:
         tokens, width, dtype = self.tokens(workload), self.width, workload.dtype
         return (
             TensorSpec("latents", dtype, (ROWS, tokens, self.integer("in_channels"))),
             TensorSpec("hidden_states", dtype, (ROWS, tokens, width)),
-            TensorSpec("temb", "float32", (ROWS, 1, 6 * width)),
-            TensorSpec("embedded_timestep", "float32", (ROWS, 1, width)),
+            TensorSpec("temb", "float32", (ROWS, self.timestep_places, 6 * width)),
+            TensorSpec("embedded_timestep", "float32", (ROWS, self.timestep_places, width)),
+            *token_timestep_specs(tokens, self.timestep_places),
             TensorSpec("text_bias", dtype, (ROWS, 1, 1, workload.text_length)),
             TensorSpec("rope_cos", "float32", (tokens, width // 2)),
             TensorSpec("rope_sin", "float32", (tokens, width // 2)),
@@ -163,7 +190,9 @@ class LTXVideo(CrossAttentionDiT):
     def text_module(self, transformer: Any, *borders: Any) -> SegmentModule:
         return TextProjection(transformer.caption_projection, *borders)
 
-    def position_tables(self, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
+    def position_tables(
+        self, workload: Workload, frame_rate: float, placed: Places = ()
+    ) -> dict[str, Tensor]:
         from diffusers.models.transformers.transformer_ltx import LTXVideoRotaryPosEmbed
 
         rope = LTXVideoRotaryPosEmbed(
@@ -173,14 +202,60 @@ class LTXVideo(CrossAttentionDiT):
             base_width=2048,
             theta=10000.0,
         )
-        cos, sin = rope(torch.zeros(1, 1), **self._positions(workload, frame_rate))
+        cos, sin = rope(torch.zeros(1, 1), **self._positions(workload, frame_rate, placed))
         return {"rope_cos": half_table(cos[0]), "rope_sin": half_table(sin[0])}
+
+    def timestep_tables(self, workload: Workload, image: ImageCondition | None) -> dict[str, Tensor]:
+        clean = None if image is None else image.clean
+        strengths = torch.zeros(self.tokens(workload)) if clean is None else clean.strength.flatten()
+        return timestep_tables(strengths.tolist(), self.timestep_places)
+
+    def tokens(self, workload: Workload) -> int:
+        """Those of the video, and of pictures for later frames."""
+        _, height, width = self.grid(workload)
+        return super().tokens(workload) + workload.condition_frames * height * width
+
+    def condition_frames(self, images: Images, workload: Workload) -> int:
+        temporal, _ = self.compression
+        return sum(extra_frames(one, workload.num_frames, temporal) for one in images.conditions)
+
+    def random_image(self, workload: Workload, rows: int, generator: torch.Generator) -> ImageCondition:
+        """The first frame and all tokens before it clean, so that both kinds of timesteps are compared."""
+        frames, height, width = self.grid(workload)
+        before, spatial = workload.condition_frames, height * width
+        strength = torch.zeros(before + frames, spatial, 1)
+        strength[: before + 1] = 1
+        placed = ((workload.num_frames - 1, 1),) * before
+        return ImageCondition(clean=CleanLatents(strength.flatten(0, 1)), placed=placed)
+
+    def finished(self, latents: Tensor, workload: Workload, image: ImageCondition | None) -> Tensor:
+        """Without the tokens before the video's."""
+        return latents[:, -super().tokens(workload) :]
+
+    def returned(self, latents: Tensor, workload: Workload) -> Tensor:
+        """LTXConditionPipeline returns them unpacked."""
+        if not self._conditioned:
+            return latents
+        unpacked: Tensor = load_class(_CONDITION_PIPELINE)._unpack_latents(
+            latents, *self.latent_shape(workload)[1:]
+        )
+        return unpacked
+
+    def encode_images(
+        self, pipeline: Any, images: Images, workload: Workload, videos: int, generator: Any
+    ) -> ImageCondition:
+        """The pictures' latents, in the place of noise."""
+        encoder = Encoder(pipeline, load_class(_IMAGE_PIPELINE), workload, videos, generator)
+        temporal, _ = self.compression
+        if self._conditioned:
+            return frame_conditions(encoder, images, self.latent_shape(workload), temporal)
+        return image_condition(encoder, images, self.latent_shape(workload))
 
     def text_inputs(self, text: TextCondition, workload: Workload) -> dict[str, Tensor]:
         bias = (1 - text.mask.float()) * -10000.0
         return {"prompt_embeds": text.embeds, "text_bias": bias[:, None, None, :]}
 
-    def _positions(self, workload: Workload, frame_rate: float) -> dict[str, Any]:
+    def _positions(self, workload: Workload, frame_rate: float, placed: Places) -> dict[str, Any]:
         """The tokens' places, in seconds and pixels, as the pipeline gives them to RoPE."""
         temporal, spatial = self.compression
         _, frames, height, width = self.latent_shape(workload)
@@ -194,8 +269,12 @@ class LTXVideo(CrossAttentionDiT):
             }
         # The VAE is causal: the first latent is one frame, and each of the others `temporal` of them.
         pipeline = load_class(self.pipeline_class)
-        tokens = pipeline._prepare_video_ids(1, frames, height, width)
-        places = pipeline._scale_video_ids(tokens, spatial, temporal).float()
+        places = torch.cat([
+            pipeline._scale_video_ids(
+                pipeline._prepare_video_ids(1, latents, height, width), spatial, temporal, first
+            )
+            for first, latents in (*placed, (0, frames))
+        ], 2).float()  # fmt: skip
         places[:, 0] *= 1.0 / frame_rate
         return {"video_coords": places}
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.models.families.base import Defaults, SegmentModule, positive_integer, vae_video
+from stg_trt.models.families.base import Defaults, positive_integer, vae_video
 from stg_trt.models.families.dit import State, rms_norm, rotate, unpatched
 from stg_trt.models.families.joint_attention import (
     KV,
@@ -28,6 +28,8 @@ from stg_trt.models.families.joint_attention import (
     modulation,
     split_heads,
 )
+from stg_trt.models.families.segment_module import SegmentModule
+from stg_trt.models.image import Places
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.models.text import TextCondition
@@ -277,7 +279,9 @@ class Mochi(JointAttentionDiT):
         patches = self.tokens(workload) * math.prod(self.patch) * self.integer("in_channels")
         return 2 * self.width * (patches + 2 * self.width)
 
-    def position_tables(self, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
+    def position_tables(
+        self, workload: Workload, frame_rate: float, placed: Places = ()
+    ) -> dict[str, Tensor]:
         """Mochi's positions do not depend on the frame rate."""
         from diffusers.models.transformers.transformer_mochi import MochiRoPE
 

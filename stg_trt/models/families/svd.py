@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.models.families.base import CONDITION, IMAGE_EMBEDS, Defaults, positive_integer
+from stg_trt.models.families.base import Defaults, positive_integer
 from stg_trt.models.families.unet import SpatioTemporalUNet
 from stg_trt.models.families.unet_segment import FPS, MOTION
-from stg_trt.models.image import ImageCondition, ImageOptions, Images
+from stg_trt.models.image import ImageCondition, ImageOptions, Images, Places
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
 
@@ -90,7 +90,9 @@ class SVD(SpatioTemporalUNet):
                 "leave it out"
             )
 
-    def position_tables(self, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
+    def position_tables(
+        self, workload: Workload, frame_rate: float, placed: Places = ()
+    ) -> dict[str, Tensor]:
         """The frames per second, less one as the model was trained."""
         return {FPS: torch.tensor([frame_rate - 1])}
 
@@ -99,12 +101,12 @@ class SVD(SpatioTemporalUNet):
         return {}
 
     def image_inputs(self, image: ImageCondition) -> dict[str, Tensor]:
-        assert image.context is not None and image.scalars is not None
-        return {CONDITION: image.channels, IMAGE_EMBEDS: image.context, MOTION: image.scalars}
+        assert image.scalars is not None
+        return super().image_inputs(image) | {MOTION: image.scalars}
 
     def uncond_image(self, image: ImageCondition) -> ImageCondition:
         """Zeros for the picture, and the same scalars."""
-        assert image.context is not None
+        assert image.channels is not None and image.context is not None
         unseen = torch.zeros_like(image.channels), torch.zeros_like(image.context)
         return ImageCondition(*unseen, image.scalars)
 

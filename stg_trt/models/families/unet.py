@@ -23,10 +23,10 @@ from stg_trt.models.families.base import (
     KEEP_ATTENTION,
     KEEP_LAYER,
     ModelFamily,
-    SegmentModule,
     keep_attention_spec,
     keep_layer_spec,
 )
+from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.families.unet_layers import (
     Layer,
     UNetLayers,

@@ -17,18 +17,12 @@ import torch
 from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.models.families.base import (
-    CONDITION,
-    IMAGE_EMBEDS,
-    Defaults,
-    SegmentModule,
-    positive_integer,
-    vae_video,
-)
+from stg_trt.models.families.base import CONDITION, IMAGE_EMBEDS, Defaults, positive_integer, vae_video
 from stg_trt.models.families.cross_attention import CrossAttentionDiT, CrossAttentionSegment
 from stg_trt.models.families.dit import State, gated, half_table, rotate, unpatched
 from stg_trt.models.families.given_frames import given_frames, latent_statistics
-from stg_trt.models.image import ImageCondition, Images
+from stg_trt.models.families.segment_module import SegmentModule
+from stg_trt.models.image import ImageCondition, Images, Places
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
@@ -141,6 +135,7 @@ class Wan(CrossAttentionDiT):
         self.block_constants = ("text", *((_IMAGE,) if self.sees else ()), "rope_cos", "rope_sin")
         if self.config.get("in_channels") != self.config.get("out_channels"):
             self.front_constants = (CONDITION,)
+            self.optional_images = () if self.sees else ("last_image",)
             self.pipeline_class = "WanImageToVideoPipeline"
         if self.boundary is not None:
             self.name = "wan2.2"
@@ -189,10 +184,6 @@ class Wan(CrossAttentionDiT):
         if not self.front_constants:
             return ()
         return ("image", "last_image") if self.config.get("pos_embed_seq_len") is not None else ("image",)
-
-    @property
-    def optional_images(self) -> tuple[str, ...]:
-        return ("last_image",) if self.front_constants and not self.sees else ()
 
     @property
     def image_parts(self) -> tuple[str, ...]:
@@ -299,9 +290,6 @@ class Wan(CrossAttentionDiT):
         seen = self.integer("image_dim") if self.sees else 0
         return 2 * self.context_tokens * seen * (seen + self.width)
 
-    def image_inputs(self, image: ImageCondition) -> dict[str, Tensor]:
-        return {CONDITION: image.channels} | ({} if image.context is None else {IMAGE_EMBEDS: image.context})
-
     def encode_images(
         self, pipeline: Any, images: Images, workload: Workload, videos: int, generator: Any
     ) -> ImageCondition:
@@ -322,7 +310,9 @@ class Wan(CrossAttentionDiT):
             None if context is None else context.expand(videos, *context.shape[1:]),
         )
 
-    def position_tables(self, workload: Workload, frame_rate: float) -> dict[str, Tensor]:
+    def position_tables(
+        self, workload: Workload, frame_rate: float, placed: Places = ()
+    ) -> dict[str, Tensor]:
         """Wan's positions do not depend on the frame rate."""
         from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 

@@ -140,7 +140,7 @@ def poisoned_buffers(case: FamilyCase, segments: Sequence[Segment]) -> StepBuffe
     specs = list(case.family.tensors(case.workload).values())
     buffers = StepBuffers(specs, find_ping_pong(segments, case.family.borders), VIDEOS, CPU, GROUPS)
     for spec in specs:
-        if spec.dtype != "bool":
+        if spec.torch_dtype.is_floating_point:
             for turn in (0, 1):
                 buffers.view(spec.name, turn=turn).fill_(torch.nan)
     return buffers
@@ -272,7 +272,8 @@ def test_a_row_without_text(case: FamilyCase, cut_model: Any, diffusers_model: A
             case.family.constants(condition, case.workload, FRAME_RATE)
         return
     got = chained(case, cut_model, segments_of(case.family, "segmented", "stg-r", (2,)), condition)
-    assert (got - expected).abs().max() <= case.rounding
+    # Beside a bias of -10000 float32 keeps three digits of a score.
+    assert (got - expected).abs().max() <= 100 * case.rounding
 
 
 @pytest.mark.parametrize("frame_rate", [1.0, 24.0, 25.0, 30.0])

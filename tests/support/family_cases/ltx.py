@@ -122,6 +122,8 @@ LTX = FamilyCase(
         "tile_sample_stride_height": 64,
         "tile_sample_stride_width": 32,
     },
+    # The timesteps of all tokens are embedded in one product, which rounds otherwise than that of one.
+    rounding=3e-6,
     noisy_vae={"timestep_conditioning": True},
     decode_options={"decode_timestep": 0.05, "decode_noise_scale": 0.5},
 )
