@@ -333,7 +333,7 @@ def test_what_is_given_instead_of_pictures_is_repeated_for_their_videos(family: 
     call = call_of()
     options = ImageOptions(call.image_embeddings, call.image_latents[:pictures], motion_bucket_id=9)
     found = family.given_images(Images(options=options), SIZE, 4)
-    assert found.context is not None and found.scalars is not None
+    assert found.channels is not None and found.context is not None and found.scalars is not None
     places = [0, 0, 1, 1]
     assert torch.equal(found.context, call.image_embeddings[places])
     latents = call.image_latents[places] if pictures == 2 else call.image_latents[[0] * 4]
