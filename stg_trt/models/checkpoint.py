@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from stg_trt.models.segment import Segment
 
 _NOTES = ("_diffusers_version", "_name_or_path")
+# Settings of model_index.json that make other graphs of the same weights.
+_SETTINGS = ("expand_timesteps",)
 
 
 def published() -> tuple[str, ...]:
@@ -250,7 +252,9 @@ class Checkpoint:
 
         Leaves out the notes that diffusers adds when it saves a configuration: its release and the source.
         """
-        digest = hashlib.sha256(json.dumps(_facts(self.transformer_config), sort_keys=True).encode())
+        settings = {name: True for name in _SETTINGS if (self.model_index or {}).get(name)}
+        facts = _facts(self.transformer_config) | settings
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         parts = self.family.transformers
         if self.source is None:
             return "-".join(["random", digest.hexdigest(), *parts[1:]])

@@ -33,6 +33,7 @@ FAMILIES = {
     "CogVideoX": "cogvideox-2b",
     "Wan 2.1": "wan2.1-t2v-1.3b",
     "Wan 2.2": "wan2.2-t2v-a14b",
+    "Wan 2.2 TI2V": "wan2.2-ti2v-5b",
     "Stable Video Diffusion": "svd-xt",
 }
 MESSAGES = {error.__name__ for error in errors.StgTrtError.__subclasses__()} | {"warnings.warn"}

@@ -154,6 +154,7 @@ def test_published_configurations_open() -> None:
         "wan2.1-t2v-14b": (40, unipc),
         "wan2.2-i2v-a14b": (40, unipc),
         "wan2.2-t2v-a14b": (40, unipc),
+        "wan2.2-ti2v-5b": (30, unipc),
     }
     assert published() == tuple(expected)
     for name, (blocks, scheduler) in expected.items():

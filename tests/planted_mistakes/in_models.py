@@ -68,7 +68,7 @@ IN_MODELS = (
     Mistake(
         "the fingerprint leaves the configuration out",
         "stg_trt/models/checkpoint.py",
-        "hashlib.sha256(json.dumps(_facts(self.transformer_config), sort_keys=True).encode())",
+        "hashlib.sha256(json.dumps(facts, sort_keys=True).encode())",
         "hashlib.sha256()",
         (f"{_CHECKPOINT}::test_fingerprints_tell_configurations_apart",),
     ),
@@ -124,7 +124,7 @@ IN_MODELS = (
     Mistake(
         "all random weights have one seed",
         "stg_trt/models/random_weights.py",
-        'int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")',
+        'int.from_bytes(hashlib.sha256(f"{part}{name}".encode()).digest()[:7], "little")',
         "0",
         (f"{_CHECKPOINT}::test_random_weights_are_seeded_by_name",),
     ),

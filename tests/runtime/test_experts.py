@@ -16,13 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stg_trt import VideoPipeline, build
+from stg_trt.build_engines import onnx_compiler
 from stg_trt.cli.inspect import describe
+from stg_trt.engines import manifest as manifests
 from stg_trt.engines.store import EngineStore
 from stg_trt.errors import EngineRejected, InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.segment import LAYOUTS, Segment
 from stg_trt.runtime.device import Device
 from tests.conftest import BuiltOnce
+from tests.support.compared_calls import assert_close, noisy_picture, seeded, steps_of
 from tests.support.eager_reference import perturbed
 from tests.support.family_cases import LTX
 from tests.support.family_cases.wan import WAN
@@ -35,15 +38,8 @@ KINDS = ("text", "image")
 Open = Callable[..., VideoPipeline]
 
 
-def seeded(seed: int = 7) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def picture(seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(
-        0, 255, (SIZES["height"], SIZES["width"], 3), dtype=np.uint8
-    )
-    return Image.fromarray(pixels)
+    return noisy_picture(SIZES["height"], SIZES["width"], seed)
 
 
 def embeds(seed: int = 3) -> dict[str, Tensor]:
@@ -56,24 +52,6 @@ def arguments(kind: str, **changes: Any) -> dict[str, Any]:
     pictures = {"image": picture()} if kind == "image" else {}
     common = {"guidance_scale": 4.0, "num_inference_steps": STEPS, "output_type": "latent"}
     return {**SIZES, **embeds(), **pictures, **common, "generator": seeded(), **changes}
-
-
-def steps_of(pipeline: Any, **call: Any) -> list[Tensor]:
-    """Latents after every step of ours, or of diffusers'."""
-    steps: list[Tensor] = []
-
-    def keep(pipe: Any, index: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        steps.append(tensors["latents"].clone())
-        return {}
-
-    pipeline(**call, callback_on_step_end=keep)
-    return steps
-
-
-def assert_close(got: list[Tensor], expected: list[Tensor]) -> None:
-    assert len(got) == len(expected) > 0
-    for i, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
-        assert (ours - theirs).abs().max() <= 1e-4, f"step {i}"
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +136,7 @@ def eager_steps(own: Any, kind: str, mode: str, second: float, stg_scale: float)
         pred = uncond + scale * (cond - uncond) + stg_scale * (cond - skip)
         latents = scheduler.step(pred, t, latents, return_dict=False)[0]
         found.append(latents)
-    return found
+    return [*found, latents]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -266,6 +244,33 @@ def test_the_expert_is_seen_in_the_segments(opened: Open) -> None:
     )
     again = EngineStore.open(pipeline.store.root)
     assert [b.manifest for b in again.builds] == [b.manifest for b in pipeline.store.builds]
+
+
+def test_the_graphs_of_both_are_one(
+    checkpoints: dict[str, tuple[Path, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And an interrupted build goes on with the second expert alone."""
+    exported: list[str] = []
+
+    def export(segment: str, *given: Any, **options: Any) -> Any:
+        exported.append(segment)
+        return onnx_export(segment, *given, **options)
+
+    onnx_export = onnx_compiler.export
+    monkeypatch.setattr(onnx_compiler, "export", export)
+    monkeypatch.setattr(onnx_compiler.OnnxCompiler, "_graphs", {})
+    options = {**SIZES, "text_length": TEXT[0], "stg_blocks": [1], "verify_timesteps": 1}
+    (folder,) = build(checkpoints["text"][0], tmp_path, **options)
+    # The embedding, a block and the head.
+    assert exported == ["text", "front", "front", "back"]
+    whole = manifests.load(folder)
+    *kept, last = whole.segments
+    manifests.save(whole.model_copy(update={"segments": tuple(kept), "complete": False}), folder)
+    build(checkpoints["text"][0], tmp_path, **options)
+    again = manifests.load(folder)
+    assert again.complete and again.record("transformer_2_back") is not None
+    assert again.segments[-1].graph_sha256 == last.graph_sha256
+    assert again.segments[-1].verification == last.verification
 
 
 def test_the_weights_of_both_count(

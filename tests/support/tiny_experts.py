@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKLWan,
-    UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
-    WanTransformer3DModel,
 )
+
+from tests.support.tiny_wan import tiny_wan, unipc
 
 # A timestep of UniPC's four with a shift of 3, so that one step lies on the boundary.
 STEPS, BOUNDARY = 4, 0.9
@@ -26,32 +26,17 @@ def two_experts(
     torch.manual_seed(0)
     vae = AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
     vae.register_to_config(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.1, 0.9, 1.3, 0.8])
+    channels = 12 if image else 4
     pipeline_class = WanImageToVideoPipeline if image else WanPipeline
     pipeline = pipeline_class(
         tokenizer=None,
         text_encoder=None,
         vae=vae,
-        transformer=_expert(image),
-        transformer_2=_expert(image),
-        scheduler=scheduler
-        or UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        transformer=tiny_wan(in_channels=channels),
+        transformer_2=tiny_wan(in_channels=channels),
+        scheduler=scheduler or unipc(3.0),
         boundary_ratio=boundary,
     )
     pipeline.save_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def _expert(image: bool) -> WanTransformer3DModel:
-    return WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=12 if image else 4,
-        out_channels=4,
-        text_dim=TEXT[1],
-        freq_dim=32,
-        ffn_dim=48,
-        num_layers=3,
-        cross_attn_norm=True,
-        rope_max_seq_len=32,
-    )

@@ -10,13 +10,12 @@ from diffusers import (
     AutoencoderKLWan,
     CogVideoXDPMScheduler,
     CogVideoXImageToVideoPipeline,
-    UniPCMultistepScheduler,
     WanImageToVideoPipeline,
-    WanTransformer3DModel,
 )
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from tests.support.family_cases.cogvideox import SCHEDULE, tiny_transformer, tiny_vae
+from tests.support.tiny_wan import tiny_wan, unipc
 
 
 def cogvideox_1_5(folder: Path) -> Any:
@@ -55,32 +54,45 @@ def wan_first_last(folder: Path) -> Any:
         intermediate_size=32,
         patch_size=4,
     )
-    transformer = WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=12,
-        out_channels=4,
-        text_dim=24,
-        freq_dim=32,
-        ffn_dim=48,
-        num_layers=3,
-        cross_attn_norm=True,
-        image_dim=16,
-        added_kv_proj_dim=24,
-        pos_embed_seq_len=10,
-        rope_max_seq_len=32,
-    )
+    transformer = tiny_wan(in_channels=12, image_dim=16, added_kv_proj_dim=24, pos_embed_seq_len=10)
     torch.nn.init.normal_(transformer.condition_embedder.image_embedder.pos_embed)
     pipeline = WanImageToVideoPipeline(
         tokenizer=None,
         text_encoder=None,
         vae=vae,
         transformer=transformer,
-        scheduler=UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-        ),
+        scheduler=unipc(3.0),
         image_encoder=CLIPVisionModelWithProjection(eyes).eval(),
         image_processor=CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}),
+    )
+    return _saved(pipeline, folder)
+
+
+def wan_ti2v(folder: Path) -> Any:
+    """Wan 2.2 TI2V: a timestep per token, and a VAE that first cuts pixels into patches."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(
+        base_dim=3,
+        decoder_base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        in_channels=12,
+        out_channels=12,
+        is_residual=True,
+        patch_size=2,
+        scale_factor_spatial=16,
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.1, 0.9, 1.3, 0.8],
+    )
+    transformer = tiny_wan()
+    pipeline = WanImageToVideoPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae,
+        transformer=transformer,
+        scheduler=unipc(5.0),
+        expand_timesteps=True,
     )
     return _saved(pipeline, folder)
 

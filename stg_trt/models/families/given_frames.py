@@ -1,4 +1,4 @@
-"""The latents of a video of which only the first frame is given, or the first and the last."""
+"""The most likely latents of pictures: of a video around them, or in the place of the first frame."""
 
 from __future__ import annotations
 
@@ -8,14 +8,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stg_trt.models.image import CleanLatents, ImageCondition, Images
 from stg_trt.models.workload import Workload
 
 
-def given_frames(vae: Any, pictures: Sequence[Tensor], workload: Workload, temporal: int) -> Tensor:
-    """Mask and most likely latents (1, channels, frames, height, width) of pictures (3, height, width).
+def given_frames(pipeline: Any, sets: Sequence[Any], workload: Workload, temporal: int) -> Tensor:
+    """Mask and latents (1 or videos, channels, frames, height, width) of first pictures, and of last ones.
 
     The VAE makes one frame of latents of `temporal` frames, and of the first alone.
     """
+    pixels = [pipeline.video_processor.preprocess([*s], workload.height, workload.width) for s in sets]
+    of_videos = zip(*pixels, strict=True)
+    return torch.cat([_around(pipeline.vae, pictures, workload, temporal) for pictures in of_videos])
+
+
+def first_frame(
+    pipeline: Any, images: Images, shape: Sequence[int], workload: Workload, videos: int
+) -> ImageCondition:
+    """Latents (channels, frames, height, width) that the network reads with the picture as first frame."""
+    size = (workload.height, workload.width)
+    pixels = pipeline.video_processor.preprocess([*images.image], *size)[:, :, None]
+    latents = torch.cat([_latents(pipeline.vae, one) for one in pixels.split(1)])
+    strength = first_frame_strength(shape)
+    return ImageCondition(clean=CleanLatents(strength, replaced_by=latents.expand(videos, *shape)))
+
+
+def first_frame_strength(shape: Sequence[int]) -> Tensor:
+    """1 in the first frame of latents (channels, frames, height, width), (1, frames, 1, 1)."""
+    strength = torch.zeros(1, shape[1], 1, 1)
+    strength[:, 0] = 1
+    return strength
+
+
+def _around(vae: Any, pictures: Sequence[Tensor], workload: Workload, temporal: int) -> Tensor:
+    """Mask and latents (1, channels, frames, height, width) of one video's pictures (3, height, width)."""
     video = torch.zeros(1, 3, workload.num_frames, workload.height, workload.width)
     given = torch.zeros(workload.num_frames + temporal - 1)
     # The first frame stands alone in its latents, so it counts as many times as they hold frames.
@@ -23,11 +49,16 @@ def given_frames(vae: Any, pictures: Sequence[Tensor], workload: Workload, tempo
     for frame, picture in zip((0, -1), pictures, strict=False):
         video[0, :, frame] = picture
         given[frame] = 1
-    latents = vae.encode(video.to(vae.device, vae.dtype)).latent_dist.mode().float()
-    mean, std = latent_statistics(vae, latents.device)
+    latents = _latents(vae, video)
     mask = given.to(latents).unflatten(0, (-1, temporal)).T[None, :, :, None, None]
-    latents = (latents - mean) * (1 / std)
     return torch.cat([mask.expand(-1, -1, -1, *latents.shape[3:]), latents], 1)
+
+
+def _latents(vae: Any, video: Tensor) -> Tensor:
+    """Normalised, of pixels (1, 3, frames, height, width)."""
+    latents: Tensor = vae.encode(video.to(vae.device, vae.dtype)).latent_dist.mode().float()
+    mean, std = latent_statistics(vae, latents.device)
+    return (latents - mean) * (1 / std)
 
 
 def latent_statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,109 +1,62 @@
-"""Wan 2.1 1.3B and 14B, Wan 2.2 A14B, text- and image-to-video: a DiT over patches of 1x2x2 latents.
+"""Wan 2.1 1.3B and 14B, Wan 2.2 A14B and TI2V-5B, text- and image-to-video: a DiT over 1x2x2 latents.
 
 Reproduces diffusers' WanTransformer3DModel, WanPipeline and WanImageToVideoPipeline. These cross a cut: the
 hidden states, the modulation of the blocks, and the embedded timestep `temb` that the head reads. Constant
 over the steps: the projected text, of which padding is zeros and not masked, and the RoPE tables, one head's
 for all heads. For image-to-video, channels beside the latents: those of a video that is empty but for the
 first picture and the last, and a mask of its frames; and, in Wan 2.1, tokens beside the text's, which CLIP
-makes of them. A14B is two such transformers: the second predicts where little noise is left.
+makes of them. A14B is two such transformers: the second predicts where little noise is left. TI2V reads the
+picture's latents in the place of the first frame, and is told that its tokens are clean.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.models.families.base import CONDITION, IMAGE_EMBEDS, Defaults, positive_integer, vae_video
-from stg_trt.models.families.cross_attention import CrossAttentionDiT, CrossAttentionSegment
-from stg_trt.models.families.dit import State, gated, half_table, rotate, unpatched
-from stg_trt.models.families.given_frames import given_frames, latent_statistics
+from stg_trt.models.families.base import (
+    CONDITION,
+    IMAGE_EMBEDS,
+    Defaults,
+    positive_integer,
+    vae_video,
+)
+from stg_trt.models.families.cross_attention import CrossAttentionDiT
+from stg_trt.models.families.dit import half_table
+from stg_trt.models.families.given_frames import (
+    first_frame,
+    first_frame_strength,
+    given_frames,
+    latent_statistics,
+)
+from stg_trt.models.families.modulated_blocks import IMAGE_TEXT, ModulatedSegment, PromptText
 from stg_trt.models.families.segment_module import SegmentModule
-from stg_trt.models.image import ImageCondition, Images, Places
+from stg_trt.models.families.token_timesteps import (
+    TIMESTEP_INDEX,
+    TIMESTEP_LIMITS,
+    timestep_tables,
+    token_timestep_specs,
+)
+from stg_trt.models.image import CleanLatents, ImageCondition, Images, Places
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
 
-_IMAGE = "image_text"
 _TEXT_BESIDE_IMAGES = 512
+# Of the tokens of one video of TI2V: the step's, and that of clean latents.
+_TIMESTEPS = 2
 # Of the published image encoder, CLIP ViT-H/14.
 _CLIP = {"image_size": 224, "patch_size": 14}
 _CLIP_FILE = "image_encoder/config.json"
 
 
-class WanSegment(CrossAttentionSegment):
-    """WanTransformerBlocks; residuals and modulation in float32, the rest in the compute dtype."""
-
-    def take_embedding(self, transformer: Any) -> None:
-        embedder = transformer.condition_embedder
-        self.patch_embedding = transformer.patch_embedding
-        self.timesteps_proj, self.time_embedder = embedder.timesteps_proj, embedder.time_embedder
-        self.time_proj = embedder.time_proj
-
-    def take_head(self, transformer: Any) -> None:
-        self.scale_shift_table = transformer.scale_shift_table
-        self.norm_out, self.proj_out = transformer.norm_out, transformer.proj_out
-
-    def embed(self, state: State) -> State:
-        latents = state["latents"]
-        if CONDITION in state:
-            latents = torch.cat([latents, state[CONDITION]], 1)
-        temb = self.time_embedder(self.timesteps_proj(state["timestep"]))
-        return {
-            "hidden_states": self.patch_embedding(latents).flatten(2).transpose(1, 2),
-            "modulation": self.time_proj(torch.nn.functional.silu(temb)).unflatten(1, (6, -1)),
-            "temb": temb,
-        }
-
-    def block(self, block: Any, state: State, perturbed: bool) -> State:
-        hidden = state["hidden_states"]
-        dtype = hidden.dtype
-        modulation: Tensor = block.scale_shift_table + state["modulation"]
-        shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=1)
-        normed = (block.norm1(hidden.float()) * (1 + scale) + shift).to(dtype)
-        attended = self.self_attention(block.attn1, normed, state, perturbed)
-        hidden = gated(hidden, attended, gate)
-        normed = block.norm2(hidden.float()).to(dtype)
-        hidden = hidden + self.cross_attention(block.attn2, normed, state["text"], image=state.get(_IMAGE))
-        normed = (block.norm3(hidden.float()) * (1 + scale_ff) + shift_ff).to(dtype)
-        return {"hidden_states": gated(hidden, block.ffn(normed), gate_ff)}
-
-    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
-        heads = x.unflatten(2, (-1, 2 * cos.shape[-1]))
-        return rotate(heads, cos[:, None], sin[:, None], dtype).flatten(2)
-
-    def head(self, state: State) -> Tensor:
-        hidden = state["hidden_states"]
-        shift, scale = (self.scale_shift_table + state["temb"].unsqueeze(1)).chunk(2, dim=1)
-        normed = self.norm_out(hidden.float()) * (1 + scale) + shift
-        pred: Tensor = self.proj_out(normed.to(hidden.dtype))
-        return pred
-
-    def unpatch(self, pred: Tensor, grid: tuple[int, ...]) -> Tensor:
-        return unpatched(pred, grid, self.patch)
-
-
-class WanText(SegmentModule):
-    """The projected prompt, and beside it what CLIP sees in the pictures."""
-
-    def __init__(self, embedder: Any, *borders: Any) -> None:
-        super().__init__(*borders)
-        self.projection, self.image = embedder.text_embedder, embedder.image_embedder
-
-    def run(self, tensors: State) -> State:
-        made: State = {"text": self.projection(tensors["prompt_embeds"])}
-        if self.image is not None:
-            seen, positions = tensors[IMAGE_EMBEDS], self.image.pos_embed
-            seen = self.image.norm1(seen if positions is None else seen + positions)
-            made[_IMAGE] = self.image.norm2(self.image.ff(seen))
-        return made
-
-
 class Wan(CrossAttentionDiT):
-    """Wan 2.1, and 2.2 A14B, as diffusers has them (Wan-AI, arXiv 2503.20314)."""
+    """Wan 2.1 and 2.2 as diffusers has them (Wan-AI, arXiv 2503.20314)."""
 
     name = "wan2.1"
     transformer_class = "WanTransformer3DModel"
@@ -116,7 +69,7 @@ class Wan(CrossAttentionDiT):
     head_modulation = "temb"
     # Timestep MLP, modulation tables and norms, which are applied in float32.
     float32_islands = r"time_embedder\.|time_proj\.|scale_shift_table|norm"
-    segment_class = WanSegment
+    segment_class = ModulatedSegment
     defaults = Defaults(
         stg_mode="stg-r",
         stg_blocks=(8,),
@@ -132,12 +85,21 @@ class Wan(CrossAttentionDiT):
         super().__init__(*configs)
         # What CLIP sees in the pictures is an input.
         self.sees = self.config.get("image_dim") is not None
-        self.block_constants = ("text", *((_IMAGE,) if self.sees else ()), "rope_cos", "rope_sin")
-        if self.config.get("in_channels") != self.config.get("out_channels"):
+        self.block_constants = ("text", *((IMAGE_TEXT,) if self.sees else ()), "rope_cos", "rope_sin")
+        self.reads_channels = self.config.get("in_channels") != self.config.get("out_channels")
+        if self.reads_channels:
             self.front_constants = (CONDITION,)
             self.optional_images = () if self.sees else ("last_image",)
             self.pipeline_class = "WanImageToVideoPipeline"
-        if self.boundary is not None:
+        # diffusers' word for a timestep per token.
+        self.tells_tokens = bool(self.model_index.get("expand_timesteps"))
+        if self.tells_tokens:
+            self.front_constants += (TIMESTEP_LIMITS,)
+            self.block_constants += (TIMESTEP_INDEX,)
+            self.head_constants = (TIMESTEP_INDEX,)
+            self.optional_images = ("image",)
+            self.defaults = replace(self.defaults, frame_rate=24.0)
+        if self.tells_tokens or self.boundary is not None:
             self.name = "wan2.2"
 
     @property
@@ -181,7 +143,7 @@ class Wan(CrossAttentionDiT):
 
     @property
     def needed_images(self) -> tuple[str, ...]:
-        if not self.front_constants:
+        if not self.reads_channels:
             return ()
         return ("image", "last_image") if self.config.get("pos_embed_seq_len") is not None else ("image",)
 
@@ -239,10 +201,10 @@ class Wan(CrossAttentionDiT):
                 )
 
     def check_pipeline(self) -> None:
-        if self.model_index.get("expand_timesteps"):
+        if self.tells_tokens and (self.reads_channels or self.boundary is not None):
             raise InvalidRequest(
-                "checkpoint: expected Wan 2.1 or Wan 2.2 A14B, got expand_timesteps in model_index.json: Wan "
-                "2.2 TI2V is not supported"
+                "checkpoint: expected expand_timesteps in model_index.json for Wan 2.2 TI2V alone, got it "
+                "beside boundary_ratio or more in_channels than out_channels: download it again"
             )
         # diffusers writes a part that is not there as two nulls.
         second = self.model_index.get("transformer_2") not in (None, [None, None])
@@ -255,13 +217,16 @@ class Wan(CrossAttentionDiT):
 
     def own_tensors(self, workload: Workload) -> tuple[TensorSpec, ...]:
         channels, *latents = self.latent_shape(workload)
-        table = (self.tokens(workload), self.integer("attention_head_dim") // 2)
+        tokens = self.tokens(workload)
+        table = (tokens, self.integer("attention_head_dim") // 2)
+        timesteps = (ROWS, _TIMESTEPS) if self.tells_tokens else (ROWS,)
         return (
             TensorSpec("latents", workload.dtype, (ROWS, channels, *latents)),
             *self._image_tensors(workload),
             TensorSpec("hidden_states", workload.dtype, (ROWS, *self.grid(workload), self.width)),
-            TensorSpec("modulation", "float32", (ROWS, 6, self.width)),
-            TensorSpec("temb", "float32", (ROWS, self.width)),
+            TensorSpec("modulation", "float32", (*timesteps, 6, self.width)),
+            TensorSpec("temb", "float32", (*timesteps, self.width)),
+            *(token_timestep_specs(tokens, _TIMESTEPS) if self.tells_tokens else ()),
             TensorSpec("rope_cos", "float32", table),
             TensorSpec("rope_sin", "float32", table),
             TensorSpec("pred", workload.dtype, (ROWS, channels, *latents)),
@@ -270,21 +235,23 @@ class Wan(CrossAttentionDiT):
     def _image_tensors(self, workload: Workload) -> list[TensorSpec]:
         """Of the channels beside the latents, and of the tokens beside the text."""
         found = []
-        if self.front_constants:
+        if self.reads_channels:
             _, *latents = self.latent_shape(workload)
             channels = self.integer("in_channels") - self.latent_channels
             found.append(TensorSpec(CONDITION, workload.dtype, (ROWS, channels, *latents)))
         if self.sees:
             shape = (ROWS, self.context_tokens, self.integer("image_dim"))
             found.append(TensorSpec(IMAGE_EMBEDS, workload.dtype, shape))
-            found.append(TensorSpec(_IMAGE, workload.dtype, (*shape[:2], self.width)))
+            found.append(TensorSpec(IMAGE_TEXT, workload.dtype, (*shape[:2], self.width)))
         return found
 
     def text_borders(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        return (("prompt_embeds", IMAGE_EMBEDS), ("text", _IMAGE)) if self.sees else super().text_borders()
+        return (
+            (("prompt_embeds", IMAGE_EMBEDS), ("text", IMAGE_TEXT)) if self.sees else super().text_borders()
+        )
 
     def text_module(self, transformer: Any, *borders: Any) -> SegmentModule:
-        return WanText(transformer.condition_embedder, *borders)
+        return PromptText(transformer.condition_embedder, *borders)
 
     def context_flops(self) -> int:
         seen = self.integer("image_dim") if self.sees else 0
@@ -294,13 +261,10 @@ class Wan(CrossAttentionDiT):
         self, pipeline: Any, images: Images, workload: Workload, videos: int, generator: Any
     ) -> ImageCondition:
         """The most likely latents of the video around the pictures; nothing is drawn."""
+        if self.tells_tokens:
+            return first_frame(pipeline, images, self.latent_shape(workload), workload, videos)
         sets = [images.image, images.last_image] if images.last_image else [images.image]
-        pixels = [pipeline.video_processor.preprocess([*s], workload.height, workload.width) for s in sets]
-        temporal, _ = self.compression
-        # Of each video's pictures, from stacks of first and last ones.
-        videos_pictures = [[*pictures] for pictures in zip(*pixels, strict=True)]
-        channels = torch.cat([given_frames(pipeline.vae, one, workload, temporal) for one in videos_pictures])
-        context = None
+        channels, context = given_frames(pipeline, sets, workload, self.compression[0]), None
         if self.sees:
             device = pipeline.image_encoder.device
             seen = [pipeline.encode_image([*pictures], device) for pictures in zip(*sets, strict=True)]
@@ -309,6 +273,29 @@ class Wan(CrossAttentionDiT):
             channels.expand(videos, *channels.shape[1:]),
             None if context is None else context.expand(videos, *context.shape[1:]),
         )
+
+    def random_image(
+        self, workload: Workload, rows: int, generator: torch.Generator
+    ) -> ImageCondition | None:
+        """With the first frame clean, so that both timesteps are compared."""
+        if not self.tells_tokens:
+            return super().random_image(workload, rows, generator)
+        return ImageCondition(clean=CleanLatents(first_frame_strength(self.latent_shape(workload))))
+
+    def timestep_tables(self, workload: Workload, image: ImageCondition | None) -> dict[str, Tensor]:
+        if not self.tells_tokens:
+            return {}
+        strengths = torch.zeros(self.grid(workload))
+        if image is not None and image.clean is not None:
+            strengths += image.clean.strength[0]
+        return timestep_tables(strengths.flatten().tolist(), _TIMESTEPS)
+
+    def finished(self, latents: Tensor, workload: Workload, image: ImageCondition | None) -> Tensor:
+        """With the picture's latents for the last time."""
+        if image is None or image.clean is None or image.clean.replaced_by is None:
+            return latents
+        clean = image.clean.strength.to(latents.device) > 0
+        return torch.where(clean, image.clean.replaced_by.to(latents), latents)
 
     def position_tables(
         self, workload: Workload, frame_rate: float, placed: Places = ()
@@ -345,7 +332,7 @@ class Wan(CrossAttentionDiT):
         return vae_video(vae, (latents * std + mean).to(vae.dtype))
 
     def _check_channels(self) -> None:
-        """Refuses Wan 2.2 TI2V, which has the same class, and a VAE of other channels."""
+        """Refuses channels that no published model has, and a VAE of another model."""
         channels, vae = self.latent_channels, self.vae_config or {}
         with_image = 2 * channels + self.compression[0]
         if self.integer("in_channels") not in (channels, with_image):
@@ -353,15 +340,15 @@ class Wan(CrossAttentionDiT):
                 f"checkpoint: expected in_channels {channels} in transformer/config.json, as out_channels, "
                 f"or {with_image} for image-to-video, got {self.config['in_channels']}: download it again"
             )
-        if self.sees and not self.front_constants:
+        if self.sees and not self.reads_channels:
             raise InvalidRequest(
                 "checkpoint: expected image_dim in transformer/config.json of image-to-video, and only "
                 f"there, got {self.config['image_dim']}: download it again"
             )
-        if vae.get("is_residual") or vae.get("patch_size"):
+        if (vae.get("is_residual") or vae.get("patch_size")) and not self.tells_tokens:
             raise InvalidRequest(
                 "checkpoint: expected the VAE of Wan 2.1, got one with is_residual or patch_size in "
-                "vae/config.json: Wan 2.2 TI2V is not supported, use Wan 2.1 or Wan 2.2 A14B"
+                "vae/config.json, and no expand_timesteps in model_index.json: download it again"
             )
         if vae.get("z_dim", channels) != channels:
             raise InvalidRequest(

@@ -118,7 +118,10 @@ WAN = FamilyCase(
         ({}, {"scale_factor_spatial": "8"}, "expected scale_factor_spatial in vae/config.json as a positive"),
     ),
     refused_indexes=(
-        ({"expand_timesteps": True}, "expected Wan 2.1 or Wan 2.2 A14B, got expand_timesteps in"),
+        (
+            {"expand_timesteps": True, "boundary_ratio": 0.9},
+            "expected expand_timesteps in model_index.json for Wan 2.2 TI2V alone, got it beside",
+        ),
         ({"boundary_ratio": 0.875}, "or neither, got no transformer_2 and boundary_ratio 0.875: download"),
         ({"boundary_ratio": "0.9"}, "expected boundary_ratio in model_index.json from 0 to 1, got '0.9'"),
         (
@@ -149,6 +152,13 @@ WAN = FamilyCase(
                 ("wan2.2-t2v-a14b", 1678.0),
                 ("wan2.2-i2v-a14b", 1678.0),
             )
+        ),
+        Published(
+            "wan2.2-ti2v-5b",
+            Workload(704, 1280, 121, 512),
+            (48, 31, 44, 80),
+            (48, 31, 44, 80),
+            teraflops=517.0,
         ),
     ),
     pipeline_class=WanPipeline,
