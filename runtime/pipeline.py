@@ -366,6 +366,7 @@ class VideoPipeline:
                 f"arguments: expected those of VideoPipeline, got {', '.join(sorted(unknown))}: "
                 "check the spelling"
             )
+        self.family.check_decode_options(foreign.decode_options)
         for name, value in foreign.decode_options.items():
             if isinstance(value, list | tuple) and len(value) != videos:
                 raise InvalidRequest(

@@ -298,6 +298,10 @@ class ModelFamily(ABC):
         """(videos, *noise_shape) to the layout the transformer takes."""
         return latents
 
+    def check_decode_options(self, options: Mapping[str, Any]) -> None:
+        """Raises InvalidRequest, before anything is sampled, for options of `decode` that cannot be used."""
+        return
+
     @abstractmethod
     def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:
         """Packed latents to the VAE's video (videos, 3, frames, height, width) in -1..1, see `vae_video`."""

@@ -8,7 +8,7 @@ attention module i. stg-r makes one return its normed input, as the code of STG'
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -146,16 +146,23 @@ class SVD(SpatioTemporalUNet):
             "image_latents": (latents, (channels, *size)),
         }
         for name, (tensor, shape) in wanted.items():
-            if tuple(tensor.shape[1:]) != shape or len(tensor) not in (1, videos):
+            if tuple(tensor.shape[1:]) != shape or len(tensor) not in (1, len(tokens)):
                 raise InvalidRequest(
-                    f"{name}: expected {(videos, *shape)} for {workload}, got {tuple(tensor.shape)}: give "
-                    "those of this model's own encoder"
+                    f"{name}: expected {(len(tokens), *shape)} for {workload}, got {tuple(tensor.shape)}: "
+                    "give those of this model's own encoder"
                 )
             if not tensor.isfinite().all():
                 raise InvalidRequest(
                     f"{name}: expected finite numbers, got NaN or infinity: check their source"
                 )
         return self._condition(tokens, latents, options, workload, videos)
+
+    def check_decode_options(self, options: Mapping[str, Any]) -> None:
+        chunk = options.get("decode_chunk_size")
+        if chunk is not None and (type(chunk) is not int or chunk < 1):
+            raise InvalidRequest(
+                f"decode_chunk_size: expected a positive number of frames, got {chunk}: leave it out"
+            )
 
     def decode(
         self,
@@ -165,13 +172,9 @@ class SVD(SpatioTemporalUNet):
         decode_chunk_size: int | None = None,
         **options: Any,
     ) -> Tensor:
-        """A number of frames at a time, all of them by default, as diffusers does."""
+        """A number of frames at a time; all of them by default, as diffusers does."""
         frames = workload.num_frames
         chunk = frames if decode_chunk_size is None else decode_chunk_size
-        if type(chunk) is not int or chunk < 1:
-            raise InvalidRequest(
-                f"decode_chunk_size: expected a positive number of frames, got {chunk}: use {frames}"
-            )
         # One video after the other, so that no chunk has frames of two.
         videos = latents.to(pipeline.vae.dtype).split(1)
         with torch.no_grad():

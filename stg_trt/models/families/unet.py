@@ -179,23 +179,28 @@ class SpatioTemporalUNet(ModelFamily):
 
     def _layer_flops(self, layer: Layer, workload: Workload, mode: str | None) -> int:
         """Operations of a layer for one row; `mode` is its perturbation."""
-        frames, width = workload.num_frames, layer.channels
-        tokens = frames * math.prod(self._size(workload, layer.output_level))
-        if not layer.is_block:
-            over_frames = 2 * 9 * tokens * width * layer.inputs
-            if layer.kind != "resnet":
-                return over_frames
-            shortcut = 2 * tokens * width * layer.inputs if layer.inputs != width else 0
-            again, across = 2 * 9 * tokens * width**2, 2 * 2 * 3 * tokens * width**2
-            return over_frames + again + shortcut + across + 2 * 2 * self.temb_width * width
-        attending = tokens // frames if layer.kind == "spatial" else frames
-        attention = {None: 4 * 2 * width**2 + 4 * attending * width, "stg-a": 2 * 2 * width**2, "stg-r": 0}
+        frames, size = workload.num_frames, math.prod(self._size(workload, layer.output_level))
+        if layer.is_block:
+            return self._block_flops(layer, frames, size, mode)
+        tokens, width = frames * size, layer.channels
+        convolution = 2 * 9 * tokens * width * layer.inputs
+        if layer.kind != "resnet":
+            return convolution
+        shortcut = 2 * tokens * width * layer.inputs if layer.inputs != width else 0
+        # The second convolution of a frame, two over three frames, and the timestep in both halves.
+        others = 2 * (9 + 2 * 3) * tokens * width**2 + 2 * 2 * self.temb_width * width
+        return convolution + shortcut + others
+
+    def _block_flops(self, layer: Layer, frames: int, size: int, mode: str | None) -> int:
+        tokens, width = frames * size, layer.channels
+        attended = size if layer.kind == "spatial" else frames
+        kept = {None: 2 * 4 * width**2 + 4 * attended * width, "stg-a": 2 * 2 * width**2, "stg-r": 0}
         feed_forward, projection = 2 * 12 * width**2, 2 * width**2
-        total = tokens * (attention[mode] + feed_forward + projection)
-        total += 2 * width * (self.context_width + width)
-        if layer.kind == "temporal":
-            total += tokens * feed_forward + 2 * frames * 2 * 4 * width**2
-        return total
+        total = tokens * (kept[mode] + feed_forward + projection) + 2 * width * (self.context_width + width)
+        if layer.kind == "spatial":
+            return total
+        # A feed-forward before the attention, and the frames' positions.
+        return total + tokens * feed_forward + frames * 2 * 8 * width**2
 
     def _size(self, workload: Workload, level: int) -> Size:
         """Height and width at a level, each rounded up."""

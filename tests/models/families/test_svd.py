@@ -18,7 +18,7 @@ from stg_trt.build_engines.pieces import pieces_of
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.families.svd import SVD
-from stg_trt.models.image import ImageCondition
+from stg_trt.models.image import ImageCondition, ImageOptions, Images
 from stg_trt.models.passes import COND, UNCOND, Pass
 from stg_trt.models.perturbation import MODES
 from stg_trt.models.plan import full_plan, plan_step
@@ -326,3 +326,16 @@ def test_configurations_that_are_no_published_models(changes: dict[str, Any], me
 def test_sizes_that_the_model_cannot_have(family: SVD, sizes: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         family.check(replace(SIZE, **sizes))
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+def test_what_is_given_instead_of_pictures_is_repeated_for_their_videos(family: SVD, pictures: int) -> None:
+    call = call_of()
+    options = ImageOptions(call.image_embeddings, call.image_latents[:pictures], motion_bucket_id=9)
+    found = family.given_images(Images(options=options), SIZE, 4)
+    assert found.channels is not None and found.context is not None and found.scalars is not None
+    places = [0, 0, 1, 1]
+    assert torch.equal(found.context, call.image_embeddings[places])
+    latents = call.image_latents[places] if pictures == 2 else call.image_latents[[0] * 4]
+    assert torch.equal(found.channels, latents[:, None].expand(-1, 4, -1, -1, -1))
+    assert torch.equal(found.scalars, torch.tensor([[9.0, 0.02]] * 4))
