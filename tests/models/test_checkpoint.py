@@ -143,6 +143,8 @@ def test_published_configurations_open() -> None:
         "cogvideox-5b": (42, CogVideoXDPMScheduler),
         "cogvideox-5b-i2v": (42, CogVideoXDPMScheduler),
         "hunyuan-video": (60, flow_euler),
+        "hunyuan-video-i2v": (60, flow_euler),
+        "hunyuan-video-i2v-33ch": (60, flow_euler),
         "ltx-video-13b": (48, flow_euler),
         "ltx-video-2b": (28, flow_euler),
         "mochi-1-preview": (48, flow_euler),

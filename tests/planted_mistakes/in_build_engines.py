@@ -94,15 +94,15 @@ IN_BUILD_ENGINES = (
     Mistake(
         "a frozen number of rows passes",
         "build_engines/export.py",
-        "isinstance(dim, int) if wanted == ROWS else dim != wanted",
-        "wanted != ROWS and dim != wanted",
+        "isinstance(dim, int) if isinstance(wanted, str) else dim != wanted",
+        "not isinstance(wanted, str) and dim != wanted",
         ("tests/build_engines/test_export.py::test_frozen_rows_are_named",),
     ),
     Mistake(
         "a frozen number of rows is not noticed for one video",
         "build_engines/dynamic_rows.py",
-        "max=max(max_rows, _TRACED_ROWS + 1)",
-        "max=max(max_rows, _TRACED_ROWS)",
+        "    most = max(max_rows, _TRACED_ROWS + 1)",
+        "    most = max(max_rows, _TRACED_ROWS)",
         (f"{_INDUCTOR}::test_frozen_rows_are_named",),
     ),
     Mistake(

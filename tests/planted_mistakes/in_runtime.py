@@ -9,6 +9,7 @@ _SAMPLER = "tests/runtime/test_sampler.py"
 _TENSORRT = "tests/engines/test_tensorrt.py"
 _CALLS = "tests/runtime/test_calls_of_diffusers.py"
 _STEPS = "tests/runtime/test_steps_of_a_call.py"
+_CLEAN = "tests/runtime/test_clean_latents.py"
 _LIBRARY = "tests/plugins/test_shared_library.py"
 
 IN_RUNTIME = (
@@ -71,8 +72,8 @@ IN_RUNTIME = (
     Mistake(
         "the skip rows are not copied where they fork",
         "runtime/bound_plan.py",
-        "        if run.forks:\n",
-        "        if run.forks and not run.passes:\n",
+        "            self._fork(run.forks, every[place:])\n",
+        "            self._fork((), every[place:])\n",
         (f"{_FAMILIES}::test_one_cut_serves_every_subset_of_its_blocks",),
     ),
     Mistake(
@@ -291,5 +292,40 @@ IN_RUNTIME = (
         "(_RESCALE if value else 0.0)",
         "0.0",
         (f"{_CALLS}::test_other_names_of_the_same",),
+    ),
+    Mistake(
+        "a step moves the picture's latents",
+        "runtime/clean_latents.py",
+        "else note, _nothing, put_back",
+        "else note, _nothing, _nothing",
+        (f"{_CLEAN}::test_every_step_of_the_goldens",),
+    ),
+    Mistake(
+        "weak conditions are kept to the end",
+        "runtime/clean_latents.py",
+        "memory.stays.copy_(level - _EPSILON >= 1 - memory.strength)",
+        "memory.stays.copy_((level + memory.strength > 0) & (memory.strength > 0))",
+        (f"{_CLEAN}::test_conditions_are_those_of_diffusers",),
+    ),
+    Mistake(
+        "noise on the picture is that of the first step",
+        "runtime/clean_latents.py",
+        "* (timestep / TRAIN_TIMESTEPS) ** 2",
+        "",
+        (f"{_CLEAN}::test_conditions_are_those_of_diffusers",),
+    ),
+    Mistake(
+        "noise is drawn after the pictures for every family",
+        "runtime/pipeline.py",
+        "        if not self.family.draws_noise_first:\n            image",
+        "        if True:\n            image",
+        (f"{_CLEAN}::test_conditions_are_those_of_diffusers",),
+    ),
+    Mistake(
+        "text-to-video keeps the timesteps of the last picture",
+        "runtime/sampler.py",
+        "in self.family.timestep_tables(self.workload, image).items():",
+        "in (self.family.timestep_tables(self.workload, image) if image else {}).items():",
+        (f"{_CLEAN}::test_text_to_video_on_the_same_engines_knows_nothing_of_a_picture",),
     ),
 )

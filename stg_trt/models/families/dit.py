@@ -70,22 +70,6 @@ class DiT(ModelFamily):
         """A positive integer of the VAE's configuration; without one or the entry, the published VAE's."""
         return positive_integer((self.vae_config or {}).get(name, published), name, "vae/config.json")
 
-    def refuse_image_to_video(self, *absent: str) -> None:
-        """Raises InvalidRequest for an entry that no text-to-video model has, or channels that differ."""
-        for name in absent:
-            if self.config.get(name) is not None:
-                raise InvalidRequest(
-                    f"checkpoint: expected no {name} in transformer/config.json, got {self.config[name]}: "
-                    "image-to-video is not supported, use a text-to-video checkpoint"
-                )
-        channels, out_channels = self.integer("in_channels"), self.integer("out_channels")
-        if channels != out_channels:
-            raise InvalidRequest(
-                f"checkpoint: expected in_channels {out_channels} in transformer/config.json, as "
-                f"out_channels, got {channels}: image-to-video is not supported, use a text-to-video "
-                "checkpoint"
-            )
-
     @property
     @abstractmethod
     def patch(self) -> tuple[int, int, int]:

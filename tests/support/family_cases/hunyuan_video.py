@@ -168,11 +168,15 @@ HUNYUAN_VIDEO = FamilyCase(
     ),
     refused=(
         (
-            {"image_condition_type": "token_replace"},
+            {"image_condition_type": "first_frame"},
             {},
-            "no image_condition_type in transformer/config.json, got token_replace: image-to-video is not",
+            "image_condition_type token_replace or latent_concat, got 'first_frame' in transformer",
         ),
-        ({"in_channels": 9}, {}, "in_channels 4 in transformer/config.json, as out_channels, got 9: image-"),
+        (
+            {"in_channels": 9},
+            {},
+            "as many latents in in_channels as in out_channels, got 9 and 4 in transfor",
+        ),
         (
             {"patch_size_t": 2},
             {},
@@ -224,6 +228,20 @@ HUNYUAN_VIDEO = FamilyCase(
             (16, 17, 68, 120),
             (16, 17, 68, 120),
             teraflops=1375.0,
+        ),
+        Published(
+            "hunyuan-video-i2v",
+            Workload(544, 960, 65, 400),
+            (16, 17, 68, 120),
+            (16, 17, 68, 120),
+            teraflops=1384.0,
+        ),
+        Published(
+            "hunyuan-video-i2v-33ch",
+            Workload(544, 960, 65, 544),
+            (16, 17, 68, 120),
+            (16, 17, 68, 120),
+            teraflops=1394.0,
         ),
     ),
     pipeline_class=HunyuanVideoPipeline,
