@@ -24,6 +24,7 @@ from stg_trt.engines.backends import backend_for
 from stg_trt.engines.store import Build, EngineStore
 from stg_trt.errors import BackendUnavailable, EngineRejected, OutOfDeviceMemory
 from stg_trt.models.segment import LAYOUTS
+from stg_trt.runtime.device import Cpu
 from stg_trt.system.gpu import Gpu, Machine
 from tests.support.family_cases import CASES, LTX, FamilyCase
 from tests.support.simulated_cuda import RuleBroken, SimulatedCuda
@@ -174,6 +175,37 @@ def test_one_graph_per_guidance_state(device: SimulatedCuda, engines: Path, ltx_
     assert len(device.graphs) == len(states)
     assert torch.equal(pipeline(**call).frames, first)
     assert len(device.graphs) == len(states)
+
+
+@pytest.mark.parametrize("count", range(1, 6))
+def test_as_many_skip_passes_as_were_built(
+    sim: SimulatedTensorRT,
+    device: SimulatedCuda,
+    engines: Path,
+    ltx_engines: Path,
+    ltx_checkpoint: Path,
+    tmp_path: Path,
+    count: int,
+) -> None:
+    """Against ONNX Runtime, which takes any number; one pass more is refused."""
+    blocks = {f"skip_{i}": ((1, 3), (3,), (1,))[i % 3] for i in range(count)}
+    scales = {name: 0.3 + 0.2 * i for i, name in enumerate(blocks)}
+    for build in EngineStore.open(engines).builds:
+        shutil.copytree(build.folder, tmp_path / build.folder.name)
+        named = build.manifest.model_copy(update={"skip_passes": blocks})
+        manifests.save(named, tmp_path / build.folder.name)
+        if named.layout == "segmented":
+            sim.profiles_by_plan |= static_profiles(LTX, Build(tmp_path / build.folder.name, named))
+    call = arguments("stg_a_rescale", ltx_checkpoint) | {"stg_blocks": blocks, "stg_scale": scales}
+    pipeline = VideoPipeline.from_pretrained(ltx_checkpoint, engines=tmp_path, layout="segmented")
+    frames = pipeline(**call).frames
+    assert len(device.graphs) == 1
+    onnx = VideoPipeline.from_pretrained(ltx_checkpoint, engines=ltx_engines, backend="onnxruntime")
+    onnx._devices["cpu"] = Cpu()
+    assert (onnx(**call).frames - frames).abs().max() <= 1e-5
+    more = {"stg_blocks": blocks | {"more": (1,)}, "stg_scale": scales | {"more": 1.0}}
+    with pytest.raises(EngineRejected, match=f"built for {count} skip passes, the request has {count + 1}"):
+        pipeline(**call | more)
 
 
 def test_two_pipelines_do_not_disturb_each_other(

@@ -21,8 +21,8 @@ from tests.support.simulated_cuda import RuleBroken, SimulatedGpu, SimulatedGrap
 # torch's CPU allocator guarantees this much; a GPU's guarantees 256, and so TensorRT asks for that.
 ALIGNMENT = 64
 WARMUPS = 2
-_NUMPY = {"tensor(float)": np.float32, "tensor(bool)": np.bool_}
-_NAMES = {"tensor(float)": "FLOAT", "tensor(bool)": "BOOL"}
+_NUMPY = {"tensor(float)": np.float32, "tensor(bool)": np.bool_, "tensor(int64)": np.int64}
+_NAMES = {"tensor(float)": "FLOAT", "tensor(bool)": "BOOL", "tensor(int64)": "INT64"}
 
 
 class TensorIOMode(enum.Enum):
