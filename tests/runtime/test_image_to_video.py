@@ -151,6 +151,14 @@ def test_true_cfg_and_frames_are_those_of_diffusers(opened: Open, folder: str) -
     assert np.abs(frames - expected).max() <= 1e-3
 
 
+def test_the_guidance_of_image_to_video_is_that_of_its_pipeline(opened: Open) -> None:
+    pipeline, call = opened(HUNYUAN[0], "segmented"), arguments(HUNYUAN[0], "stg_r")
+    left_out = {name: value for name, value in call.items() if name != "guidance_scale"}
+    frames = pipeline(**left_out).frames
+    assert torch.equal(pipeline(**call | {"guidance_scale": 1.0, "generator": seeded()}).frames, frames)
+    assert not torch.equal(pipeline(**call | {"generator": seeded()}).frames, frames)
+
+
 def test_a_text_that_needs_to_see_the_picture(opened: Open) -> None:
     told = refuse(opened(HUNYUAN[0], "segmented"), image=picture(HUNYUAN[0]), prompt="a fox")
     assert told.startswith(

@@ -13,6 +13,7 @@ import inspect
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -142,6 +143,8 @@ class HunyuanVideo(JointAttentionDiT):
         if kind is not None:
             self.pipeline_class = "HunyuanVideoImageToVideoPipeline"
             self.text_sees_pictures = True
+            # As that pipeline's own default.
+            self.defaults = replace(self.defaults, embedded_guidance=1.0)
         if self.replaces:
             self.block_constants = (*self.block_constants, TIMESTEP_INDEX)
         if self.concatenates:
