@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -32,7 +33,7 @@ class FrameCondition:
             raise InvalidRequest(
                 f"frame_index: expected a frame number from 0 on, got {self.frame_index!r}: count from 0"
             )
-        if not 0 <= self.strength <= 1:
+        if not isinstance(self.strength, Real) or not 0 <= self.strength <= 1:
             raise InvalidRequest(
                 f"strength: expected a number from 0 to 1, got {self.strength!r}: use 1 to keep the picture"
             )

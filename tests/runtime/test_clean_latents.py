@@ -272,6 +272,7 @@ def test_files_and_dicts_are_conditions(opened: Open, tmp_path: Path) -> None:
             "frame_index: expected a frame number fr",
         ),
         ({"conditions": [{"image": picture(), "strength": 1.5}]}, "strength: expected a number from 0 to 1"),
+        ({"conditions": [{"image": picture(), "strength": "1"}]}, "strength: expected a number from 0 to 1"),
         ({"conditions": [{"frame_index": 0}]}, "conditions: expected an image or a video with frame_index"),
         ({"conditions": [{"image": picture(), "frame": 0}]}, "conditions: expected an image or a video with"),
         (
