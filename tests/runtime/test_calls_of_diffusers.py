@@ -247,7 +247,10 @@ def test_a_tuple_of_generators(pipeline: VideoPipeline, given: dict[str, Any]) -
         ({"stg_blocks": [99]}, "stg_blocks: expected block numbers from 0 to 2, got"),
         ({"max_sequence_length": 256}, "max_sequence_length: expected 9, .*got 256: leave it out, or build"),
         ({"return_dict": False}, "return_dict: expected True, got False: read .frames"),
-        ({"image": "a.png"}, "image: expected none, for which this ltx-video checkpoint was not trained"),
+        (
+            {"last_image": "a.png"},
+            "last_image: expected none, for which this ltx-video checkpoint was not trained",
+        ),
         (
             {"true_cfg_scale": 3.0},
             "true_cfg_scale: expected it for models that take .*, got 3.0",

@@ -61,14 +61,14 @@ class LTXSegment(CrossAttentionSegment):
         temb, embedded = self.time_embed(timesteps.flatten(), hidden_dtype=torch.float32)
         return {
             "hidden_states": self.proj_in(state["latents"]),
-            "temb": temb.unflatten(0, timesteps.shape),
+            "temb": temb.view(*timesteps.shape, 6, -1),
             "embedded_timestep": embedded.unflatten(0, timesteps.shape),
         }
 
     def block(self, block: Any, state: State, perturbed: bool) -> State:
         hidden = state["hidden_states"]
         dtype = hidden.dtype
-        modulation: Tensor = block.scale_shift_table + state["temb"].unflatten(2, (6, -1))
+        modulation: Tensor = block.scale_shift_table + state["temb"]
         shift, scale, gate, shift_ff, scale_ff, gate_ff = of_tokens(modulation.unbind(dim=2), state)
         normed = (rms_norm(block.norm1, hidden) * (1 + scale) + shift).to(dtype)
         attended = self.self_attention(block.attn1, normed, state, perturbed)
@@ -178,7 +178,7 @@ class LTXVideo(CrossAttentionDiT):
         return (
             TensorSpec("latents", dtype, (ROWS, tokens, self.integer("in_channels"))),
             TensorSpec("hidden_states", dtype, (ROWS, tokens, width)),
-            TensorSpec("temb", "float32", (ROWS, self.timestep_places, 6 * width)),
+            TensorSpec("temb", "float32", (ROWS, self.timestep_places, 6, width)),
             TensorSpec("embedded_timestep", "float32", (ROWS, self.timestep_places, width)),
             *token_timestep_specs(tokens, self.timestep_places),
             TensorSpec("text_bias", dtype, (ROWS, 1, 1, workload.text_length)),
