@@ -6,7 +6,6 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stg_trt import VideoPipeline
-from stg_trt.build_engines.compile_tensorrt import TensorRTCompiler
-from stg_trt.build_engines.options import BuildOptions
 from stg_trt.engines import manifest as manifests
 from stg_trt.engines import tensorrt
-from stg_trt.engines.backends import backend_for
 from stg_trt.engines.store import Build, EngineStore
 from stg_trt.errors import BackendUnavailable, EngineRejected, OutOfDeviceMemory
 from stg_trt.models.segment import LAYOUTS
@@ -29,6 +25,7 @@ from stg_trt.system.gpu import Gpu, Machine
 from tests.support.family_cases import CASES, LTX, FamilyCase
 from tests.support.simulated_cuda import RuleBroken, SimulatedCuda
 from tests.support.simulated_tensorrt import ALIGNMENT, SimulatedTensorRT, SimulatedTensorRTRtx
+from tests.support.static_profiles import static_profiles
 from tests.test_goldens import GOLDENS, arguments, every_step, joined
 
 MAX_ROWS = 6
@@ -139,31 +136,6 @@ def test_goldens_with_the_profiles_of_a_build(
         if "generator" in call:
             continue
         assert (pipeline(**joined(call, call)).frames - expected).abs().max() <= 1e-4, f"{golden}, two videos"
-
-
-def static_profiles(case: FamilyCase, build: Build) -> dict[bytes, tuple[tuple[int, int], ...]]:
-    """By engine, the (min, max) rows of the profiles that its segment has in a build for TensorRT."""
-    manifest = build.manifest
-    options = BuildOptions(
-        checkpoint=case.checkpoint,
-        output=build.folder,
-        workload=replace(manifest.workload, precision="bf16"),
-        skips=manifest.skips,
-        stg_mode=manifest.stg_mode,
-        layout=manifest.layout,
-        max_batch=manifest.max_batch,
-        backend=backend_for("tensorrt"),
-        targets=("this-gpu",),
-        verify_timesteps=0,
-        keep_onnx=False,
-    )
-    compiler = TensorRTCompiler(options)
-    return {
-        (build.folder / record.files[0].name).read_bytes(): tuple(
-            (low, high) for low, _, high in compiler.profiles(record.segment)
-        )
-        for record in manifest.segments
-    }
 
 
 def test_one_graph_per_guidance_state(device: SimulatedCuda, engines: Path, ltx_checkpoint: Path) -> None:
