@@ -305,8 +305,8 @@ def test_a_checkpoint_for_the_first_frame_alone(opened: Open, tmp_path: Path) ->
 
 
 def test_strengths_have_a_place_each() -> None:
-    tables = timestep_tables([0.0, 1.0, 0.25, 1.0], 4)
+    tables = timestep_tables(torch.tensor([0.0, 1.0, 0.25, 1.0]), 4)
     assert tables["timestep_limits"].tolist() == [torch.inf, 750.0, 0.0, torch.inf]
     assert tables["timestep_index"].tolist() == [0, 2, 1, 2]
     with pytest.raises(InvalidRequest, match="strength: expected at most 3 different ones in a call, got 4"):
-        timestep_tables([0.1, 0.2, 0.3, 0.4], 4)
+        timestep_tables(torch.tensor([0.1, 0.2, 0.3, 0.4]), 4)

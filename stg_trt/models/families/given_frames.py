@@ -54,19 +54,19 @@ def _around(vae: Any, pictures: Sequence[Tensor], workload: Workload, temporal: 
     return torch.cat([mask.expand(-1, -1, -1, *latents.shape[3:]), latents], 1)
 
 
-def mixed_first_frame(first: Tensor, frames: int, videos: int, *, replaces: bool) -> ImageCondition:
-    """Scaled latents (1 or videos, channels, 1, height, width) of a picture, for videos of so many frames.
+def mixed_first_frame(first: Tensor, shape: Sequence[int], videos: int, *, replaces: bool) -> ImageCondition:
+    """Scaled latents (1 or videos, channels, 1, height, width) of a picture, for videos of a latent shape.
 
     All frames start from a thousandth of it. With `replaces` the first frame is the picture's and every step
     keeps it; else the model has it, and a mask, in channels beside the latents.
     """
-    mask = (torch.arange(frames) == 0).float()[None, None, :, None, None]
+    mask = first_frame_strength(shape)[None]
     share = torch.tensor(0.999)
-    whole = first.expand(videos, -1, frames, -1, -1)
+    whole = first.expand(videos, *shape)
     if replaces:
         weight = mask + (1 - mask) * (1 - share)
         return ImageCondition(start=Start((1 - mask) * share, whole * weight), clean=CleanLatents(mask[0]))
-    channels = torch.cat([whole * mask, mask.expand(videos, 1, frames, *first.shape[3:])], 1)
+    channels = torch.cat([whole * mask, mask.expand(videos, 1, *shape[1:])], 1)
     return ImageCondition(channels, start=Start(share, whole * (1 - share)))
 
 

@@ -310,7 +310,7 @@ class HunyuanVideo(JointAttentionDiT):
         pixels = pipeline.video_processor.preprocess([*images.image], *size).to(vae.device, vae.dtype)
         first = torch.cat([vae.encode(one[:, :, None]).latent_dist.mode() for one in pixels.split(1)])
         scaled = (first.float() * vae.config.scaling_factor).cpu()
-        return mixed_first_frame(scaled, self.latent_shape(workload)[1], videos, replaces=self.replaces)
+        return mixed_first_frame(scaled, self.latent_shape(workload), videos, replaces=self.replaces)
 
     def returned(self, latents: Tensor, workload: Workload) -> Tensor:
         """Without the first latent frame, where it is the picture's alone."""

@@ -208,7 +208,7 @@ class LTXVideo(CrossAttentionDiT):
     def timestep_tables(self, workload: Workload, image: ImageCondition | None) -> dict[str, Tensor]:
         clean = None if image is None else image.clean
         strengths = torch.zeros(self.tokens(workload)) if clean is None else clean.strength.flatten()
-        return timestep_tables(strengths.tolist(), self.timestep_places)
+        return timestep_tables(strengths, self.timestep_places)
 
     def tokens(self, workload: Workload) -> int:
         """Those of the video, and of pictures for later frames."""

@@ -39,21 +39,18 @@ def of_tokens(tables: Sequence[Tensor], state: dict[str, Tensor]) -> list[Tensor
     return [table.index_select(1, state[TIMESTEP_INDEX]) for table in tables]
 
 
-def timestep_tables(strengths: Sequence[float], places: int) -> dict[str, Tensor]:
-    """Both tensors, of the strength 0 to 1 with which each token is given; those of strength 0 have no limit.
+def timestep_tables(strengths: Tensor, places: int) -> dict[str, Tensor]:
+    """Both tensors, of the strength 0 to 1 with which each token (tokens,) is given; at 0 there is no limit.
 
     Raises InvalidRequest for more different strengths than places.
     """
-    found = [0.0, *sorted({*strengths} - {0.0})]
+    # The place of strength 0 is the first, and is there in any case.
+    found, index = torch.unique(torch.cat([strengths.new_zeros(1), strengths]), return_inverse=True)
     if len(found) > places:
         raise InvalidRequest(
             f"strength: expected at most {places - 1} different ones in a call, got {len(found) - 1}: give "
             "some conditions the same strength"
         )
     limits = torch.full((places,), torch.inf)
-    limits[1 : len(found)] = (1 - torch.tensor(found[1:])) * TRAIN_TIMESTEPS
-    place = {strength: i for i, strength in enumerate(found)}
-    return {
-        TIMESTEP_LIMITS: limits,
-        TIMESTEP_INDEX: torch.tensor([place[strength] for strength in strengths]),
-    }
+    limits[1 : len(found)] = (1 - found[1:]) * TRAIN_TIMESTEPS
+    return {TIMESTEP_LIMITS: limits, TIMESTEP_INDEX: index[1:]}

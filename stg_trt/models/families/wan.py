@@ -288,7 +288,7 @@ class Wan(CrossAttentionDiT):
         strengths = torch.zeros(self.grid(workload))
         if image is not None and image.clean is not None:
             strengths += image.clean.strength[0]
-        return timestep_tables(strengths.flatten().tolist(), _TIMESTEPS)
+        return timestep_tables(strengths.flatten(), _TIMESTEPS)
 
     def finished(self, latents: Tensor, workload: Workload, image: ImageCondition | None) -> Tensor:
         """With the picture's latents for the last time."""
