@@ -76,7 +76,9 @@ class InductorRuns:
         context = engine.context()
         rows = next(len(inputs[spec.name]) for spec in job.inputs if spec.has_rows)
         for spec in job.inputs:
-            context.bind(spec.name, inputs[spec.name].to(engine.device, spec.torch_dtype).contiguous())
+            # A copy in any case: what is given may be a part of a tensor, anywhere in memory.
+            tensor = inputs[spec.name].to(engine.device, spec.torch_dtype, copy=True)
+            context.bind(spec.name, tensor.contiguous())
         outputs = []
         names = engine_outputs(tuple(s.name for s in job.inputs), tuple(s.name for s in job.outputs))
         for name, spec in zip(names, job.outputs, strict=True):
