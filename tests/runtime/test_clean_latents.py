@@ -179,11 +179,6 @@ SHORT_FORMS: dict[str, dict[str, Any]] = {
         "strength": 0.8,
     },
     "a video as an array": {"video": np.stack([np.asarray(frame) for frame in moving(9)]) / 255.0},
-    "two at one frame": {
-        "image": [picture(), picture("image_2.png")],
-        "video": [None, None],
-        "strength": [0.9, 0.3],
-    },
 }
 
 
