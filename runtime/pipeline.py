@@ -221,7 +221,7 @@ class VideoPipeline:
                 self.components.load_vae(schedule.workload, self._device_for(schedule.build).torch_device)
             start, image = self._start(schedule, request, images)
             with _memory_explained(schedule.build.manifest, "GPU memory", _LESS_TO_SAMPLE):
-                result = self._drain(self._steps(schedule, request, start, image), start, callback)
+                result = self._drain(self._steps(schedule, request, start, image, images), start, callback)
             result = self.family.finished(result, schedule.workload, image)
             return self._output(result, schedule, output_type, generator=request.generator, **decode_options)
 
@@ -267,19 +267,26 @@ class VideoPipeline:
         return self.components.encode_images(images, schedule.workload, device, videos, generator)
 
     def _steps(
-        self, schedule: Schedule, request: Request, noise: Tensor, image: ImageCondition | None
+        self,
+        schedule: Schedule,
+        request: Request,
+        noise: Tensor,
+        image: ImageCondition | None,
+        images: Images | None,
     ) -> Iterator[SampledStep]:
         prompts, guidance = request.prompts, schedule.guidance
         times = prompts.videos_per_prompt
-        cond = self._condition(prompts.cond, schedule).repeated(times)
-        uncond = self._condition(prompts.uncond, schedule).repeated(times) if guidance.needs_uncond else None
+        cond = self._condition(prompts.cond, schedule, images).repeated(times)
+        uncond = None
+        if guidance.needs_uncond:
+            uncond = self._condition(prompts.uncond, schedule, images).repeated(times)
         rate = self.family.defaults.frame_rate if request.frame_rate is None else request.frame_rate
         if not 0 < rate < math.inf:
             raise InvalidRequest(f"frame_rate: expected frames per second above 0, got {rate}: use 25")
         sampler = self._sampler(schedule.build)
         return sampler.steps(noise, cond, uncond, guidance, schedule.solver, rate, request.generator, image)
 
-    def _condition(self, prompt: Prompt, schedule: Schedule) -> TextCondition:
+    def _condition(self, prompt: Prompt, schedule: Schedule, images: Images | None) -> TextCondition:
         """A prompt as the engines take it: its texts encoded, or the embeddings that were given."""
         workload = schedule.workload
         if not self.family.reads_text:
@@ -287,18 +294,13 @@ class VideoPipeline:
         if prompt.texts is None:
             text = prompt.padded(self.family.tensors(workload), self.family.has_text_mask)
         else:
-            if self.family.text_sees_pictures:
-                raise InvalidRequest(
-                    f"prompt: expected prompt_embeds for this {self.family.name} checkpoint, whose text "
-                    f"encoder sees the picture, got a text: embed it with {self.family.pipeline_class}"
-                )
             if prompt.prefix and not self.checkpoint.has_text_encoder:
                 raise InvalidRequest(
                     f"negative_prompt_embeds: expected embeddings beside prompt_embeds, got none, and "
                     f"{self.checkpoint.name} has no text encoder: give them, or set guidance_scale to 1"
                 )
             device = self._device_for(schedule.build).torch_device
-            text = self.components.encode(prompt.texts, workload, device, prompt.prefix)
+            text = self.components.encode(prompt.texts, workload, device, prompt.prefix, images)
         self.family.check_text(text)
         return text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ POOLED_WIDTH = 12
 PIECES = (*WORDS, "&amp;amp;")
 
 
-def make_tokenizer() -> LlamaTokenizerFast:
-    """Whole words, and a template of as many tokens as the pipeline cuts off before them."""
+def make_tokenizer(before: Sequence[str], after: Sequence[str]) -> LlamaTokenizerFast:
+    """Whole words, and tokens of a template before and after them."""
     merges = [(word[:end], word[end]) for word in PIECES for end in range(1, len(word))]
     merges += [("\u2581", word) for word in PIECES]
     pieces = ["<unk>", "<s>", "</s>", "<pad>", "\u2581", *"".join(PIECES), *map("".join, merges)]
@@ -47,12 +48,18 @@ def make_tokenizer() -> LlamaTokenizerFast:
         pad_token="<pad>",
         padding_side="right",
     )
+    first, *rest = after
+    template = [AddedToken(piece, normalized=False) for piece in (*before, *rest)]
+    tokenizer.add_tokens([*template, AddedToken(first, lstrip=True, normalized=False)])
+    return tokenizer
+
+
+def text_tokenizer() -> LlamaTokenizerFast:
+    """A template of as many tokens as the pipeline cuts off before a prompt."""
     before, after = DEFAULT_PROMPT_TEMPLATE["template"].split("{}")
     size = len(before) // DEFAULT_PROMPT_TEMPLATE["crop_start"]
     bounds = [*range(0, size * DEFAULT_PROMPT_TEMPLATE["crop_start"], size), len(before)]
-    template = [AddedToken(before[start:stop], normalized=False) for start, stop in pairwise(bounds)]
-    tokenizer.add_tokens([*template, AddedToken(after, lstrip=True, normalized=False)])
-    return tokenizer
+    return make_tokenizer([before[start:stop] for start, stop in pairwise(bounds)], [after])
 
 
 def make_text_encoder(vocabulary: int) -> LlamaModel:
@@ -110,7 +117,7 @@ def save_pipeline(folder: Path) -> None:
         pooled_projection_dim=POOLED_WIDTH,
         rope_axes_dim=(4, 6, 6),
     )
-    tokenizer, tokenizer_2 = make_tokenizer(), make_clip_tokenizer()
+    tokenizer, tokenizer_2 = text_tokenizer(), make_clip_tokenizer()
     HunyuanVideoPipeline(
         text_encoder=make_text_encoder(len(tokenizer)),
         tokenizer=tokenizer,
