@@ -8,12 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKLHunyuanVideo,
-    FlowMatchEulerDiscreteScheduler,
-    HunyuanVideoImageToVideoPipeline,
-    HunyuanVideoTransformer3DModel,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler, HunyuanVideoImageToVideoPipeline
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_image2video import DEFAULT_PROMPT_TEMPLATE
 from transformers import (
     CLIPImageProcessorPil,
@@ -25,10 +20,11 @@ from transformers import (
 )
 
 from tests.support.family_cases.hunyuan_video import (
-    POOLED_WIDTH,
     make_clip,
     make_clip_tokenizer,
     make_tokenizer,
+    tiny_transformer,
+    tiny_vae,
 )
 from tests.support.family_cases.tiny_text import TEXT_WIDTH
 
@@ -45,23 +41,12 @@ def checkpoint(folder: Path, kind: str) -> HunyuanVideoImageToVideoPipeline:
     pipeline = HunyuanVideoImageToVideoPipeline(
         text_encoder=seeing_encoder(tokenizer),
         tokenizer=tokenizer,
-        transformer=HunyuanVideoTransformer3DModel(
+        transformer=tiny_transformer(
             in_channels=CHANNELS[kind],
-            out_channels=4,
-            num_attention_heads=2,
-            attention_head_dim=16,
-            num_layers=2,
-            num_single_layers=1,
-            num_refiner_layers=1,
-            text_embed_dim=TEXT_WIDTH,
-            pooled_projection_dim=POOLED_WIDTH,
-            rope_axes_dim=(4, 6, 6),
             guidance_embeds=kind == "token_replace",
             image_condition_type=kind,
         ),
-        vae=AutoencoderKLHunyuanVideo(
-            latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
-        ),
+        vae=tiny_vae(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
         text_encoder_2=make_clip(len(tokenizer_2)),
         tokenizer_2=tokenizer_2,

@@ -99,14 +99,16 @@ def make_clip(vocabulary: int) -> CLIPTextModel:
     )
 
 
-def save_pipeline(folder: Path) -> None:
-    """HunyuanVideo: 4 pixels in time and 8 in space per latent."""
-    torch.manual_seed(0)
-    vae = AutoencoderKLHunyuanVideo(
+def tiny_vae() -> AutoencoderKLHunyuanVideo:
+    """4 latent channels."""
+    return AutoencoderKLHunyuanVideo(
         latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
     )
-    transformer = HunyuanVideoTransformer3DModel(
-        in_channels=4,
+
+
+def tiny_transformer(**options: Any) -> HunyuanVideoTransformer3DModel:
+    """Two double blocks and a single one."""
+    return HunyuanVideoTransformer3DModel(
         out_channels=4,
         num_attention_heads=2,
         attention_head_dim=16,
@@ -116,7 +118,14 @@ def save_pipeline(folder: Path) -> None:
         text_embed_dim=TEXT_WIDTH,
         pooled_projection_dim=POOLED_WIDTH,
         rope_axes_dim=(4, 6, 6),
+        **options,
     )
+
+
+def save_pipeline(folder: Path) -> None:
+    """HunyuanVideo: 4 pixels in time and 8 in space per latent."""
+    torch.manual_seed(0)
+    vae, transformer = tiny_vae(), tiny_transformer(in_channels=4)
     tokenizer, tokenizer_2 = text_tokenizer(), make_clip_tokenizer()
     HunyuanVideoPipeline(
         text_encoder=make_text_encoder(len(tokenizer)),
