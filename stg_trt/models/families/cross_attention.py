@@ -157,14 +157,23 @@ class CrossAttentionSegment(DiTSegment):
         key = rms_norm(attn.norm_k, attn.to_k(text)).to(x.dtype)
         attended = self.heads(attn, query, key, attn.to_v(text), bias)
         if image is not None:
-            seen = rms_norm(attn.norm_added_k, attn.add_k_proj(image)).to(x.dtype)
-            attended = attended + self.heads(attn, query, seen, attn.add_v_proj(image))
+            # The same scores, exactly, by another scale: TensorRT-RTX 1.7.1 crashes while it compiles two
+            # attentions that share their queries and their scale.
+            seen = 2 * rms_norm(attn.norm_added_k, attn.add_k_proj(image)).to(x.dtype)
+            scale = 0.5 * (query.shape[2] // attn.heads) ** -0.5
+            attended = attended + self.heads(attn, query, seen, attn.add_v_proj(image), scale=scale)
         out: Tensor = attn.to_out[0](attended)
         return out
 
     def heads(
-        self, attn: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
+        self,
+        attn: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None = None,
+        scale: float | None = None,
     ) -> Tensor:
         """Splits (rows, tokens, channels) into heads, attends and joins them again."""
         split = [x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value)]
-        return self.attend(split[0], split[1], split[2], bias).transpose(1, 2).flatten(2)
+        return self.attend(split[0], split[1], split[2], bias, scale).transpose(1, 2).flatten(2)

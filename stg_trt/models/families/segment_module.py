@@ -35,11 +35,21 @@ class SegmentModule(nn.Module):
         """The segment's outputs by name."""
         raise TypeError(f"{type(self).__name__} does not define run")
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-        """softmax(QK^T/sqrt(d) + bias)V over (rows, heads, tokens, d), with an additive mask over keys."""
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """softmax(scale*QK^T + bias)V over (rows, heads, tokens, d), with an additive mask over keys.
+
+        The default of `scale` is 1/sqrt(d).
+        """
         if bias is not None and (padding := -key.shape[2] % self.masked_keys_multiple):
             key, value = (functional.pad(tensor, (0, 0, 0, padding)) for tensor in (key, value))
             bias = functional.pad(bias, (0, padding), value=-torch.inf)
         if bias is not None and self.expand_masks:
             bias = bias.expand(-1, -1, query.shape[2], -1)
-        return functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
