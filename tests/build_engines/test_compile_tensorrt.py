@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -36,6 +37,8 @@ from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.segment import LAYOUTS, Segment, cut
 from stg_trt.system.interruptible import run_interruptibly
+from tests.support.cli import PROGRAM
+from tests.support.family_cases.case import GOLDENS
 
 pytest.importorskip("tensorrt_rtx", reason="needs the wheel of TensorRT-RTX")
 
@@ -69,7 +72,7 @@ class Recorder(Silent):
         self.finished.append((segment.name, reused))
 
 
-def write_model(folder: Path, goldens: Path, num_layers: int) -> Path:
+def write_model(folder: Path, goldens: Path, num_layers: int, **changes: Any) -> Path:
     """A checkpoint of configurations alone: two heads of 64, as wide as a fused kernel wants them."""
     config = json.loads((goldens / "transformer" / "config.json").read_text())
     config |= {
@@ -77,6 +80,7 @@ def write_model(folder: Path, goldens: Path, num_layers: int) -> Path:
         "num_attention_heads": 2,
         "cross_attention_dim": 128,
         "num_layers": num_layers,
+        **changes,
     }
     for part, name, text in (
         ("transformer", "config.json", json.dumps(config)),
@@ -125,6 +129,25 @@ def test_every_attention_is_one_fused_kernel(builds: dict[str, list[Path]], layo
         assert manifest.complete and (manifest.backend, manifest.target) == (BACKEND, target)
         assert {r.segment.name: r.attentions for r in manifest.segments} == ATTENTIONS[layout]
         assert {r.segment.name: r.fused_attentions for r in manifest.segments} == ATTENTIONS[layout]
+
+
+def test_a_picture_and_a_text_have_an_attention_each(tmp_path: Path) -> None:
+    """Of the same queries. In a process of its own: TensorRT-RTX 1.7.1 died of two that share a scale too."""
+    goldens = GOLDENS / "wan2.1_i2v"
+    model = write_model(tmp_path / "model", goldens, num_layers=1, added_kv_proj_dim=128)
+    command = [PROGRAM, "build", model, "--random-weights", "--output", tmp_path / "engines"]
+    sizes = ["--height=64", "--width=64", "--num-frames=5", "--stg-blocks=0"]
+    gates = ["--backend", BACKEND, "--target=sm_120", "--precision=bf16", "--verify-timesteps=0"]
+    ended = subprocess.run([*command, *sizes, *gates], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    (folder,) = (tmp_path / "engines").glob("segmented-*")
+    segments = manifests.load(folder).segments
+    assert {r.segment.name: r.fused_attentions for r in segments} == {
+        "text": 0,
+        "front": 0,
+        "block_0": 3,
+        "back": 0,
+    }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
