@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.models.families.base import CONDITION, Defaults, vae_video
+from stg_trt.models.defaults import Defaults
+from stg_trt.models.families.base import CONDITION, vae_video
 from stg_trt.models.families.dit import State, gated, half_table, rotate
 from stg_trt.models.families.joint_attention import QKV, JointAttentionDiT, JointAttentionSegment, modulation
 from stg_trt.models.families.segment_module import SegmentModule
