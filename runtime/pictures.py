@@ -59,7 +59,7 @@ class GivenPictures:
             return Images(options=self.options)
         _check_names(family, given)
         if family.takes_conditions:
-            return self._conditions(prompts)
+            return self._conditions()
         if self.conditions is not None:
             raise InvalidRequest(
                 f"conditions: expected none for this {family.name} checkpoint, whose pipeline is "
@@ -75,20 +75,19 @@ class GivenPictures:
         image, last_image = read.get("image", ()), read.get("last_image", ())
         return Images(image, last_image, options=self.options, each=each)
 
-    def _conditions(self, prompts: Prompts) -> Images | None:
-        """`image` is a condition from the first frame on."""
+    def _conditions(self) -> Images | None:
+        """Those of `conditions`, or of the short form."""
         given = self.conditions if isinstance(self.conditions, list | tuple) else [self.conditions]
         found = [_condition(one) for one in given if one is not None]
-        if self.image is not None:
-            if found:
-                raise InvalidRequest(
-                    "conditions: expected image or conditions, got both: add the image to the conditions"
-                )
-            found = [FrameCondition(_read("image", self.image, 1))]
-        if not found:
+        short = _short_form(self.image, self.options)
+        if found and short:
+            raise InvalidRequest(
+                "conditions: expected image or conditions, got both: add the image to the conditions"
+            )
+        if not found and not short:
             return None
         scale = self.options.image_cond_noise_scale
-        return Images(conditions=found, noise_scale=_IMAGE_COND_NOISE if scale is None else scale)
+        return Images(conditions=found or short, noise_scale=_IMAGE_COND_NOISE if scale is None else scale)
 
 
 def _check_names(family: ModelFamily, given: Mapping[str, Pictures]) -> None:
@@ -123,6 +122,65 @@ def _condition(given: Any) -> FrameCondition:
     else:
         shown = _video("conditions", pictures[0])
     return FrameCondition(shown, entries.get("frame_index", 0), entries.get("strength", 1.0))
+
+
+def _short_form(image: Pictures | None, options: ImageOptions) -> list[FrameCondition]:
+    """Conditions of `image` and `video`, one or a list each, with a frame and a strength each or for all."""
+    if image is None and options.video is None:
+        _check_beside_nothing(options)
+        return []
+    pairs = _pairs(_listed(image), _listed_videos(options.video))
+    pictures = [_read("image", one, 1) if other is None else _video("video", other) for one, other in pairs]
+    frames = _for_each("frame_index", options.frame_index, 0, len(pairs))
+    strengths = _for_each("strength", options.strength, 1.0, len(pairs))
+    return [FrameCondition(*one) for one in zip(pictures, frames, strengths, strict=True)]
+
+
+def _check_beside_nothing(options: ImageOptions) -> None:
+    for name in ("frame_index", "strength"):
+        if name in options.given:
+            raise InvalidRequest(
+                f"{name}: expected it beside image or video, got it without: add them, or write it into the "
+                "conditions"
+            )
+
+
+def _pairs(images: list[Any], videos: list[Any]) -> list[tuple[Any, Any]]:
+    """Either an image or a video for each condition; the other is None."""
+    count = max(len(images), len(videos))
+    pairs = [*zip(images or [None] * count, videos or [None] * count, strict=False)]
+    if not count or len(pairs) != count or any((one is None) == (other is None) for one, other in pairs):
+        raise InvalidRequest(
+            f"image: expected an image or a video for each condition, got {len(images)} images and "
+            f"{len(videos)} videos: write None in one list where the other has its entry"
+        )
+    return pairs
+
+
+def _listed(value: Any) -> list[Any]:
+    """The entries of a list, or the one that there is."""
+    if value is None:
+        return []
+    return [*value] if isinstance(value, list | tuple) else [value]
+
+
+def _listed_videos(value: Any) -> list[Any]:
+    """As for pictures, but a list of pictures is one video."""
+    several = _listed(value)
+    is_frames = any(isinstance(one, Image.Image) or getattr(one, "ndim", 0) == 3 for one in several)
+    return [value] if is_frames else several
+
+
+def _for_each(name: str, value: Any, default: float, count: int) -> list[Any]:
+    """A value for each of the conditions, of as many or of one for all."""
+    values = _listed(default if value is None else value)
+    if not isinstance(value, list | tuple):
+        values *= count
+    if len(values) != count:
+        raise InvalidRequest(
+            f"{name}: expected one number or {count}, got {len(values)}: give one per image or video"
+        )
+    return values
 
 
 def _video(name: str, value: Any) -> list[Any]:

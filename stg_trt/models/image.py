@@ -44,12 +44,16 @@ class ImageOptions:
     """How a picture becomes a condition, under diffusers' names; None is the default of the family.
 
     `image_embeddings` (1 or videos, 1, width) and `image_latents` (1 or videos, channels, height, width) come
-    instead of the picture that they were made of.
+    instead of the picture that they were made of. `video`, `frame_index` and `strength` are the short form of
+    conditions, one for each or one for all.
     """
 
     image_embeddings: Tensor | None = None
     image_latents: Tensor | None = None
     image_cond_noise_scale: float | None = None
+    video: Any = None
+    frame_index: int | Sequence[int] | None = None
+    strength: float | Sequence[float] | None = None
     motion_bucket_id: float | None = None
     noise_aug_strength: float | None = None
 

@@ -139,6 +139,7 @@ def test_published_configurations_open() -> None:
     flow_euler, unipc = FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
     expected = {
         "cogvideox-1.5-5b": (42, CogVideoXDPMScheduler),
+        "cogvideox-1.5-5b-i2v": (42, CogVideoXDPMScheduler),
         "cogvideox-2b": (30, CogVideoXDDIMScheduler),
         "cogvideox-5b": (42, CogVideoXDPMScheduler),
         "cogvideox-5b-i2v": (42, CogVideoXDPMScheduler),

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from diffusers import LTXConditionPipeline, LTXImageToVideoPipeline
@@ -162,6 +163,90 @@ def test_conditions_are_those_of_diffusers(
         assert (ours - theirs).abs().max() <= 1e-4, f"step {i}"
 
 
+SHORT_FORMS: dict[str, dict[str, Any]] = {
+    "a picture": {"image": picture()},
+    "a weak later picture": {"image": picture(), "frame_index": 8, "strength": 0.6},
+    "two pictures": {
+        "image": [picture(), picture("image_2.png")],
+        "video": [None, None],
+        "frame_index": [0, 16],
+        "strength": [1.0, 0.7],
+    },
+    "a picture and a video": {
+        "image": [picture(), None],
+        "video": [None, moving(12)],
+        "frame_index": [0, 8],
+        "strength": 0.8,
+    },
+    "a video as an array": {"video": np.stack([np.asarray(frame) for frame in moving(9)]) / 255.0},
+}
+
+
+@pytest.mark.parametrize("name", SHORT_FORMS)
+def test_the_short_form_is_that_of_diffusers(opened: Open, diffusers_pipeline: Any, name: str) -> None:
+    call = arguments(**SHORT_FORMS[name])
+    del call["conditions"]
+    own = call | {"generator": seeded()}
+    expected = steps_of(
+        diffusers_pipeline, **{name: v for name, v in own.items() if name not in ("stg_scale", "rescale")}
+    )
+    got = steps_of(opened(), **call)
+    assert len(got) == len(expected) == 4
+    for i, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
+        assert (ours - theirs).abs().max() <= 1e-4, f"step {i}"
+
+
+@pytest.mark.parametrize(
+    ("short", "conditions"),
+    [
+        (
+            {"image": [picture(), picture("image_2.png")], "frame_index": [0, 16]},
+            [{"image": picture()}, {"image": picture("image_2.png"), "frame_index": 16}],
+        ),
+        ({"video": moving(12)}, [{"video": moving(12)}]),
+        ({"video": [moving(12), moving(9)]}, [{"video": moving(12)}, {"video": moving(9)}]),
+    ],
+)
+def test_every_picture_of_the_short_form_counts(
+    opened: Open, short: dict[str, Any], conditions: list[dict[str, Any]]
+) -> None:
+    """Where diffusers 0.42 drops all but the first, or takes the first frame of a video for all of it."""
+    assert torch.equal(
+        opened()(**arguments(**short, conditions=None)).frames,
+        opened()(**arguments(conditions=conditions)).frames,
+    )
+
+
+@pytest.mark.parametrize(
+    ("short", "told"),
+    [
+        ({"image": picture(), "video": moving(9)}, "image: expected an image or a video for each condition,"),
+        (
+            {"image": [picture()] * 2, "video": [moving(9)]},
+            "image: expected an image or a video for each con",
+        ),
+        ({"image": [None]}, "image: expected an image or a video for each condition, got 1 images and 0"),
+        ({"image": []}, "image: expected an image or a video for each condition, got 0 images and 0 vi"),
+        (
+            {"image": [picture()] * 2, "frame_index": [0]},
+            "frame_index: expected one number or 2, got 1: give",
+        ),
+        (
+            {"image": [picture()] * 2, "strength": [1, 1, 1]},
+            "strength: expected one number or 2, got 3: give",
+        ),
+        ({"image": picture(), "strength": 2}, "strength: expected a number from 0 to 1, got 2"),
+        ({"video": "nowhere.mp4"}, "video: expected a video, got nowhere.mp4 (No such"),
+        ({"frame_index": 8}, "frame_index: expected it beside image or video, got it without: add them, or"),
+    ],
+)
+def test_short_forms_that_cannot_be(opened: Open, short: dict[str, Any], told: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        opened()(**arguments(**short, conditions=None))
+    assert str(refused.value).startswith(told)
+    assert "\n" not in str(refused.value)
+
+
 def test_the_default_noise_is_that_of_diffusers(opened: Open) -> None:
     call = arguments(image_cond_noise_scale=None)
     latents = opened()(**call).frames
@@ -281,6 +366,8 @@ def test_files_and_dicts_are_conditions(opened: Open, tmp_path: Path) -> None:
         ),
         ({"conditions": [{"video": []}]}, "conditions: expected a video as a path or a sequence of pictures"),
         ({"image": picture()}, "conditions: expected image or conditions, got both: add the image to"),
+        ({"video": moving(9)}, "conditions: expected image or conditions, got both: add the image to"),
+        ({"strength": 0.5}, "strength: expected it beside image or video, got it without: add them, or wr"),
         ({"last_image": picture()}, "last_image: expected none, for which this ltx-video checkpoint"),
     ],
 )

@@ -38,6 +38,7 @@ from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
 
+_CONDITION_OPTIONS = frozenset({"image_cond_noise_scale", "video", "frame_index", "strength"})
 _IMAGE_PIPELINE, _CONDITION_PIPELINE = "LTXImageToVideoPipeline", "LTXConditionPipeline"
 # Lightricks' configs/ltxv-13b-0.9.8-distilled.yaml, first_pass, in training steps.
 _DISTILLED = CustomSteps("timesteps", (1000.0, 993.7, 987.5, 981.2, 975.0, 909.4, 725.0))
@@ -129,7 +130,7 @@ class LTXVideo(CrossAttentionDiT):
         # That pipeline has other positions in time and other sigmas, and masks its text encoder's padding.
         self._conditioned = self.model_index.get("_class_name") == _CONDITION_PIPELINE
         self.takes_conditions = self.draws_noise_first = self._conditioned
-        self.image_options = frozenset({"image_cond_noise_scale"} if self._conditioned else ())
+        self.image_options = _CONDITION_OPTIONS if self._conditioned else frozenset()
         self.starts_from_given_latents = not self._conditioned
         if self._conditioned:
             self.pipeline_class = _CONDITION_PIPELINE

@@ -202,14 +202,11 @@ COGVIDEOX = {
     "1.5": case(
         "cogvideox_1_5",
         DDIM,
-        (
+        tuple(
             Published(
-                "cogvideox-1.5-5b",
-                Workload(768, 1360, 81, 226),
-                (16, 22, 96, 170),
-                (22, 16, 96, 170),
-                teraflops=1480.0,
-            ),
+                name, Workload(768, 1360, 81, 226), (16, 22, 96, 170), (22, 16, 96, 170), teraflops=1480.0
+            )
+            for name in ("cogvideox-1.5-5b", "cogvideox-1.5-5b-i2v")
         ),
         use_rotary_positional_embeddings=True,
         patch_size_t=2,
