@@ -23,8 +23,7 @@ from stg_trt.models.families import class_name_of
 from stg_trt.models.families.base import KEEP_ATTENTION
 from stg_trt.models.families.cross_attention import CrossAttentionDiT
 from stg_trt.models.families.dit import DiTSegment, State, TextProjection, unpatched
-from stg_trt.models.families.segment_module import SegmentModule
-from stg_trt.models.families.stdit3 import (
+from stg_trt.models.families.open_sora_network import (
     TIMESTEP_CHANNELS,
     Block,
     Rope,
@@ -33,6 +32,7 @@ from stg_trt.models.families.stdit3 import (
     position_table,
     rope_tables,
 )
+from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.image import Places
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import ROWS, TensorSpec

@@ -65,7 +65,7 @@ def checkpoint(built_once: BuiltOnce) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engines(built_once: BuiltOnce) -> Path:
+def open_sora_engines(built_once: BuiltOnce) -> Path:
     def fill(folder: Path) -> None:
         shared: dict[str, Any] = {**SIZES, "max_batch": 2, "verify_timesteps": 1}
         build(OPEN_SORA, folder, **shared, stg_blocks=[2, 3, 4, 5], stg_mode="stg-a")
@@ -76,8 +76,8 @@ def engines(built_once: BuiltOnce) -> Path:
 
 
 @pytest.fixture(scope="module")
-def opened(engines: Path, checkpoint: Path) -> Open:
-    return cache(lambda layout: VideoPipeline.from_pretrained(checkpoint, engines, layout=layout))
+def opened(open_sora_engines: Path, checkpoint: Path) -> Open:
+    return cache(lambda layout: VideoPipeline.from_pretrained(checkpoint, open_sora_engines, layout=layout))
 
 
 def every_step(pipeline: VideoPipeline, case: str) -> list[Tensor]:
@@ -149,7 +149,7 @@ def sampled(call: dict[str, Any], scales: dict[int, float]) -> Tensor:
             assert (found - whole).abs().max() <= 1e-5
         return found
 
-    latents = call["latents"]
+    latents: Tensor = call["latents"]
     for timestep in scheduler.timesteps:
         cond, uncond = pred(), pred("negative_")
         guided = uncond + call["guidance_scale"] * (cond - uncond)
