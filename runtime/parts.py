@@ -37,6 +37,7 @@ def load_text_parts(checkpoint: Checkpoint, dtypes: Mapping[str, torch.dtype], w
         width = specs[_EMBEDDINGS[name]].shape[-1]
         assert isinstance(width, int)
         _check_width(name, parts[name].config.get_text_config().hidden_size, width)
+    parts |= {name: _load_processor(checkpoint, name) for name in checkpoint.family.text_image_parts}
     for name in (name for name in parts if name.startswith("tokenizer")):
         encoder = parts.get(name.replace("tokenizer", "text_encoder"))
         if encoder is not None:

@@ -222,7 +222,7 @@ class VideoPipeline:
                 self.components.load_vae(schedule.workload, self._device_for(schedule.build).torch_device)
             start, image = self._start(schedule, request, images)
             with _memory_explained(schedule.build.manifest, "GPU memory", _LESS_TO_SAMPLE):
-                result = self._drain(self._steps(schedule, request, start, image), start, callback)
+                result = self._drain(self._steps(schedule, request, start, image, images), start, callback)
             result = self.family.finished(result, schedule.workload, image)
             return self._output(result, schedule, output_type, generator=request.generator, **decode_options)
 
@@ -268,10 +268,15 @@ class VideoPipeline:
         return self.components.encode_images(images, schedule.workload, device, videos, generator)
 
     def _steps(
-        self, schedule: Schedule, request: Request, noise: Tensor, image: ImageCondition | None
+        self,
+        schedule: Schedule,
+        request: Request,
+        noise: Tensor,
+        image: ImageCondition | None,
+        images: Images | None,
     ) -> Iterator[SampledStep]:
         prompts, guidance = request.prompts, schedule.guidance
-        place = schedule.workload, self._device_for(schedule.build).torch_device
+        place = images, schedule.workload, self._device_for(schedule.build).torch_device
         cond = self._texts.cond(prompts, *place)
         uncond = self._texts.uncond(prompts, cond, *place) if guidance.needs_uncond else None
         rate = self.family.defaults.frame_rate if request.frame_rate is None else request.frame_rate

@@ -121,11 +121,11 @@ def schedule_steps(
     """
     build = find_possible(store, request.sizes, family)
     workload = build.manifest.workload
-    if request.max_sequence_length not in (None, workload.text_length):
+    length, room = request.max_sequence_length, family.prompt_tokens(workload)
+    if length not in (None, room):
         raise InvalidRequest(
-            f"max_sequence_length: expected {workload.text_length}, the text tokens of these engines, got "
-            f"{request.max_sequence_length}: leave it out, or build with --text-length "
-            f"{request.max_sequence_length}"
+            f"max_sequence_length: expected {room}, the text tokens of these engines, got {length}: leave it "
+            f"out, or build with --text-length {workload.text_length + length - room}"
         )
     steps = _Steps.of(request, family.defaults)
     steps.set_on(scheduler, family, workload)

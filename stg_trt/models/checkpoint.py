@@ -194,6 +194,8 @@ class Checkpoint:
             )
         for name in self.text_parts:
             self._check_part(name)
+        for name in self.family.text_image_parts:
+            self.check_image_part(name)
 
     def check_vae(self) -> None:
         """Raises InvalidRequest unless the VAE is there and its files whole and plain."""

@@ -61,8 +61,8 @@ class ModelFamily(ABC):
     # they are beside a picture.
     draws_noise_first: bool = False
     starts_from_given_latents: bool = False
-    # Whether the text encoder sees the pictures too.
-    text_sees_pictures: bool = False
+    # Parts of a checkpoint with which its text encoder sees the pictures too.
+    text_image_parts: tuple[str, ...] = ()
     # Parts of the pipeline that diffusers' documentation wants in float32 on a GPU too.
     float32_components: ClassVar[frozenset[str]] = frozenset()
     decode_options: ClassVar[frozenset[str]] = frozenset()
@@ -251,6 +251,10 @@ class ModelFamily(ABC):
         """What the pipeline passes to `set_timesteps` beside the steps."""
         return {}
 
+    def prompt_tokens(self, workload: Workload) -> int:
+        """The most text tokens that a prompt may take, diffusers' max_sequence_length."""
+        return workload.text_length
+
     def text_tokens(self, pipeline: Any, prompt: str) -> int:
         """How many text tokens the prompt takes."""
         return len(pipeline.tokenizer(prompt).input_ids)
@@ -258,6 +262,12 @@ class ModelFamily(ABC):
     @abstractmethod
     def encode_prompt(self, pipeline: Any, prompts: list[str], workload: Workload) -> TextCondition:
         """Embeds prompts with the text encoder of a diffusers pipeline."""
+
+    def encode_seen_prompt(
+        self, pipeline: Any, prompts: list[str], pictures: Sequence[Any] | None, workload: Workload
+    ) -> TextCondition:
+        """The same if the text encoder sees a picture for each, or one for all; None for negative prompts."""
+        raise TypeError(f"{type(self).__name__} does not define encode_seen_prompt")
 
     @property
     def needed_images(self) -> tuple[str, ...]:
