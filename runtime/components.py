@@ -58,31 +58,42 @@ class Components:
         return self._video
 
     def encode(
-        self, prompts: list[str], workload: Workload, device: torch.device, prefix: str = ""
+        self,
+        prompts: list[str],
+        workload: Workload,
+        device: torch.device,
+        prefix: str = "",
+        images: Images | None = None,
     ) -> TextCondition:
         """Prompts to embeddings of the workload's text length; raises InvalidRequest for a longer one.
 
-        `prefix` is that of the argument that they come from: empty, or negative_.
+        `prefix` is that of the argument that they come from: empty, or negative_. Some text encoders see the
+        call's pictures too.
         """
         pipeline = self.load_text(workload, device)
+        room = self._family.prompt_tokens(workload)
         for prompt in prompts:
             tokens = self._family.text_tokens(pipeline, prompt)
-            if tokens > workload.text_length:
+            if tokens > room:
                 raise InvalidRequest(
-                    f"{prefix}prompt: expected at most {workload.text_length} tokens, got {tokens}: "
-                    f"shorten it{self._longer(workload, tokens)}"
+                    f"{prefix}prompt: expected at most {room} tokens, got {tokens}: "
+                    f"shorten it{self._longer(workload, tokens - room)}"
                 )
         encoders = [getattr(pipeline, name) for name in self._checkpoint.text_parts if "encoder" in name]
         with self._on(device, *encoders):
-            return self._family.encode_prompt(pipeline, prompts, workload)
+            if not self._family.text_image_parts:
+                return self._family.encode_prompt(pipeline, prompts, workload)
+            seen = None if prefix or images is None else images.distinct
+            return self._family.encode_seen_prompt(pipeline, prompts, seen, workload)
 
-    def _longer(self, workload: Workload, tokens: int) -> str:
+    def _longer(self, workload: Workload, missing: int) -> str:
         """The build that takes the prompt, if the model can have one."""
+        longer = replace(workload, text_length=workload.text_length + missing)
         try:
-            self._family.check(replace(workload, text_length=tokens))
+            self._family.check(longer)
         except InvalidRequest:
             return f", the model reads {workload.text_length}"
-        return f" or rebuild with --text-length {tokens}"
+        return f" or rebuild with --text-length {longer.text_length}"
 
     def encode_images(
         self, images: Images, workload: Workload, device: torch.device, videos: int, generator: Any

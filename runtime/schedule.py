@@ -17,7 +17,8 @@ from stg_trt.guidance.resolved import ResolvedGuidance
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.custom_steps import CustomSteps
-from stg_trt.models.families.base import Defaults, ModelFamily
+from stg_trt.models.defaults import Defaults
+from stg_trt.models.families.base import ModelFamily
 from stg_trt.models.image import Images
 from stg_trt.models.perturbation import check_blocks
 from stg_trt.models.workload import Workload
@@ -120,11 +121,11 @@ def schedule_steps(
     """
     build = find_possible(store, request.sizes, family)
     workload = build.manifest.workload
-    if request.max_sequence_length not in (None, workload.text_length):
+    length, room = request.max_sequence_length, family.prompt_tokens(workload)
+    if length not in (None, room):
         raise InvalidRequest(
-            f"max_sequence_length: expected {workload.text_length}, the text tokens of these engines, got "
-            f"{request.max_sequence_length}: leave it out, or build with --text-length "
-            f"{request.max_sequence_length}"
+            f"max_sequence_length: expected {room}, the text tokens of these engines, got {length}: leave it "
+            f"out, or build with --text-length {workload.text_length + length - room}"
         )
     steps = _Steps.of(request, family.defaults)
     steps.set_on(scheduler, family, workload)

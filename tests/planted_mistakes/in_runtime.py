@@ -322,6 +322,20 @@ IN_RUNTIME = (
         (f"{_CLEAN}::test_conditions_are_those_of_diffusers",),
     ),
     Mistake(
+        "every picture of the short form is for the first frame",
+        "runtime/pictures.py",
+        '_for_each("frame_index", options.frame_index, 0, len(pairs))',
+        "[0] * len(pairs)",
+        (f"{_CLEAN}::test_the_short_form_is_that_of_diffusers",),
+    ),
+    Mistake(
+        "a negative prompt sees the picture",
+        "runtime/components.py",
+        "None if prefix or images is None else images.distinct",
+        "images and images.distinct",
+        ("tests/runtime/test_seen_prompts.py::test_a_prompt_makes_the_video_of_diffusers",),
+    ),
+    Mistake(
         "text-to-video keeps the timesteps of the last picture",
         "runtime/sampler.py",
         "in self.family.timestep_tables(self.workload, image).items():",

@@ -93,6 +93,15 @@ def steps_of(pipeline: Any, **call: Any) -> list[Tensor]:
     return steps
 
 
+def assert_steps_of_diffusers(pipeline: VideoPipeline, theirs: Any, call: dict[str, Any]) -> None:
+    own = {name: value for name, value in call.items() if name not in ("stg_scale", "rescale")}
+    expected = steps_of(theirs, **own | {"generator": seeded()})
+    got = steps_of(pipeline, **call)
+    assert len(got) == len(expected) == 4
+    for i, (ours, of_diffusers) in enumerate(zip(got, expected, strict=True)):
+        assert (ours - of_diffusers).abs().max() <= 1e-4, f"step {i}"
+
+
 @pytest.fixture(scope="module")
 def opened(built_once: BuiltOnce) -> Open:
     """The pipeline of a golden's folder, in a layout; engines with room for none to two latent frames."""
@@ -153,14 +162,7 @@ def test_conditions_are_those_of_diffusers(
 ) -> None:
     """Places in time, strengths, the order of what is drawn, and noise on clean latents."""
     call = arguments(conditions=CONDITIONS[name], image_cond_noise_scale=noise)
-    own = call | {"generator": seeded()}
-    expected = steps_of(
-        diffusers_pipeline, **{name: v for name, v in own.items() if name not in ("stg_scale", "rescale")}
-    )
-    got = steps_of(opened(), **call)
-    assert len(got) == len(expected) == 4
-    for i, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
-        assert (ours - theirs).abs().max() <= 1e-4, f"step {i}"
+    assert_steps_of_diffusers(opened(), diffusers_pipeline, call)
 
 
 SHORT_FORMS: dict[str, dict[str, Any]] = {
@@ -178,22 +180,15 @@ SHORT_FORMS: dict[str, dict[str, Any]] = {
         "frame_index": [0, 8],
         "strength": 0.8,
     },
+    "two at one frame": {"image": [picture(), picture("image_2.png")], "video": [None] * 2, "strength": 0.4},
     "a video as an array": {"video": np.stack([np.asarray(frame) for frame in moving(9)]) / 255.0},
 }
 
 
 @pytest.mark.parametrize("name", SHORT_FORMS)
 def test_the_short_form_is_that_of_diffusers(opened: Open, diffusers_pipeline: Any, name: str) -> None:
-    call = arguments(**SHORT_FORMS[name])
-    del call["conditions"]
-    own = call | {"generator": seeded()}
-    expected = steps_of(
-        diffusers_pipeline, **{name: v for name, v in own.items() if name not in ("stg_scale", "rescale")}
-    )
-    got = steps_of(opened(), **call)
-    assert len(got) == len(expected) == 4
-    for i, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
-        assert (ours - theirs).abs().max() <= 1e-4, f"step {i}"
+    call = arguments(**SHORT_FORMS[name], conditions=None)
+    assert_steps_of_diffusers(opened(), diffusers_pipeline, call)
 
 
 @pytest.mark.parametrize(

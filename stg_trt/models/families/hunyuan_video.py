@@ -18,10 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.models.families.base import CONDITION, POOLED, Defaults, vae_video
+from stg_trt.models.defaults import Defaults
+from stg_trt.models.families import seen_prompts
+from stg_trt.models.families.base import CONDITION, POOLED, vae_video
 from stg_trt.models.families.dit import State, gated, half_table
 from stg_trt.models.families.double_single_blocks import VIDEO, DoubleSingleSegment, of_step
 from stg_trt.models.families.given_frames import mixed_first_frame
@@ -142,9 +145,9 @@ class HunyuanVideo(JointAttentionDiT):
         self.replaces, self.concatenates = kind == "token_replace", kind == "latent_concat"
         if kind is not None:
             self.pipeline_class = "HunyuanVideoImageToVideoPipeline"
-            self.text_sees_pictures = True
-            # As that pipeline's own default.
-            self.defaults = replace(self.defaults, embedded_guidance=1.0)
+            self.text_image_parts = ("image_processor",)
+            # As that pipeline's own defaults; its 256 text tokens are beside those of the picture.
+            self.defaults = replace(self.defaults, embedded_guidance=1.0, text_length=540)
         if self.replaces:
             self.block_constants = (*self.block_constants, TIMESTEP_INDEX)
         if self.concatenates:
@@ -157,7 +160,7 @@ class HunyuanVideo(JointAttentionDiT):
 
     @property
     def needed_images(self) -> tuple[str, ...]:
-        return ("image",) if self.text_sees_pictures else ()
+        return ("image",) if self.text_image_parts else ()
 
     @property
     def num_blocks(self) -> int:
@@ -218,7 +221,7 @@ class HunyuanVideo(JointAttentionDiT):
         super().check(workload)
 
     def check_pipeline(self) -> None:
-        if self.text_sees_pictures:
+        if self.text_image_parts:
             return
         for name in ("image_processor", "image_encoder"):
             given = self.model_index.get(name)
@@ -345,18 +348,28 @@ class HunyuanVideo(JointAttentionDiT):
         else:
             scheduler.set_timesteps(num_inference_steps)
 
-    def text_tokens(self, pipeline: Any, prompt: str) -> int:
-        from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+    def prompt_tokens(self, workload: Workload) -> int:
+        length = workload.text_length
+        return seen_prompts.room_beside_picture(length) if self.text_image_parts else length
 
-        templated = DEFAULT_PROMPT_TEMPLATE["template"].format(prompt)
-        template = int(DEFAULT_PROMPT_TEMPLATE["crop_start"])
-        return len(pipeline.tokenizer(templated).input_ids) - template
+    def text_tokens(self, pipeline: Any, prompt: str) -> int:
+        if self.text_image_parts:
+            seen_prompts.check_seeing(pipeline)
+        return seen_prompts.tokens_in_template(pipeline, prompt)
 
     def encode_prompt(self, pipeline: Any, prompts: list[str], workload: Workload) -> TextCondition:
         embeds, pooled, mask = pipeline.encode_prompt(
             prompts, max_sequence_length=workload.text_length, device=pipeline.text_encoder.device
         )
         return TextCondition(embeds, mask, pooled)
+
+    def encode_seen_prompt(
+        self, pipeline: Any, prompts: list[str], pictures: Sequence[Any] | None, workload: Workload
+    ) -> TextCondition:
+        """As diffusers' pipeline: a negative prompt sees black, and as many tokens of it in both kinds."""
+        interleave = 4 if self.replaces and pictures is not None else 2
+        shown = pictures or [Image.new("RGB", (workload.width, workload.height))]
+        return seen_prompts.encode_beside_pictures(pipeline, prompts, shown, interleave, workload.text_length)
 
     def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:
         vae = pipeline.vae

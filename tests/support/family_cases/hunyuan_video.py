@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ POOLED_WIDTH = 12
 PIECES = (*WORDS, "&amp;amp;")
 
 
-def make_tokenizer() -> LlamaTokenizerFast:
-    """Whole words, and a template of as many tokens as the pipeline cuts off before them."""
+def make_tokenizer(before: Sequence[str], after: Sequence[str]) -> LlamaTokenizerFast:
+    """Whole words, and tokens of a template before and after them."""
     merges = [(word[:end], word[end]) for word in PIECES for end in range(1, len(word))]
     merges += [("\u2581", word) for word in PIECES]
     pieces = ["<unk>", "<s>", "</s>", "<pad>", "\u2581", *"".join(PIECES), *map("".join, merges)]
@@ -47,12 +48,18 @@ def make_tokenizer() -> LlamaTokenizerFast:
         pad_token="<pad>",
         padding_side="right",
     )
+    first, *rest = after
+    template = [AddedToken(piece, normalized=False) for piece in (*before, *rest)]
+    tokenizer.add_tokens([*template, AddedToken(first, lstrip=True, normalized=False)])
+    return tokenizer
+
+
+def text_tokenizer() -> LlamaTokenizerFast:
+    """A template of as many tokens as the pipeline cuts off before a prompt."""
     before, after = DEFAULT_PROMPT_TEMPLATE["template"].split("{}")
     size = len(before) // DEFAULT_PROMPT_TEMPLATE["crop_start"]
     bounds = [*range(0, size * DEFAULT_PROMPT_TEMPLATE["crop_start"], size), len(before)]
-    template = [AddedToken(before[start:stop], normalized=False) for start, stop in pairwise(bounds)]
-    tokenizer.add_tokens([*template, AddedToken(after, lstrip=True, normalized=False)])
-    return tokenizer
+    return make_tokenizer([before[start:stop] for start, stop in pairwise(bounds)], [after])
 
 
 def make_text_encoder(vocabulary: int) -> LlamaModel:
@@ -92,14 +99,16 @@ def make_clip(vocabulary: int) -> CLIPTextModel:
     )
 
 
-def save_pipeline(folder: Path) -> None:
-    """HunyuanVideo: 4 pixels in time and 8 in space per latent."""
-    torch.manual_seed(0)
-    vae = AutoencoderKLHunyuanVideo(
+def tiny_vae() -> AutoencoderKLHunyuanVideo:
+    """4 latent channels."""
+    return AutoencoderKLHunyuanVideo(
         latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
     )
-    transformer = HunyuanVideoTransformer3DModel(
-        in_channels=4,
+
+
+def tiny_transformer(**options: Any) -> HunyuanVideoTransformer3DModel:
+    """Two double blocks and a single one."""
+    return HunyuanVideoTransformer3DModel(
         out_channels=4,
         num_attention_heads=2,
         attention_head_dim=16,
@@ -109,8 +118,15 @@ def save_pipeline(folder: Path) -> None:
         text_embed_dim=TEXT_WIDTH,
         pooled_projection_dim=POOLED_WIDTH,
         rope_axes_dim=(4, 6, 6),
+        **options,
     )
-    tokenizer, tokenizer_2 = make_tokenizer(), make_clip_tokenizer()
+
+
+def save_pipeline(folder: Path) -> None:
+    """HunyuanVideo: 4 pixels in time and 8 in space per latent."""
+    torch.manual_seed(0)
+    vae, transformer = tiny_vae(), tiny_transformer(in_channels=4)
+    tokenizer, tokenizer_2 = text_tokenizer(), make_clip_tokenizer()
     HunyuanVideoPipeline(
         text_encoder=make_text_encoder(len(tokenizer)),
         tokenizer=tokenizer,
