@@ -1,4 +1,7 @@
-"""How each family's diffusers transformer is called, and its self-attention skipped, by public pipelines."""
+"""How each family's whole transformer is called, and its self-attention skipped, by public pipelines.
+
+It is diffusers', but for Open-Sora, which diffusers does not have: there it is our own module, uncut.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from stg_trt.models.workload import Workload
 
 @dataclass(frozen=True)
 class DiffusersModel:
-    """One family's transformer in diffusers.
+    """One family's transformer, in diffusers unless `source` says otherwise.
 
     `arguments` are those that its pipeline passes besides latents and timestep, for the rows of a text and a
     frame rate. `attention` is the name of the blocks' self-attention; `skipping` turns its processor into one
@@ -29,6 +32,7 @@ class DiffusersModel:
     arguments: Callable[[Any, TextCondition, Workload, float], dict[str, Any]]
     attention: str
     skipping: Callable[[Any], Any]
+    source: str = "diffusers"
 
 
 def diffusers_model(family: ModelFamily) -> DiffusersModel:
@@ -52,6 +56,17 @@ class ValuesOnlyInSkipRow:
         attended = self.stock(attn, hidden_states[:-1], *others, **options)
         values = attn.to_out[0](attn.to_v(hidden_states[-1:]))
         return torch.cat([attended, values])
+
+
+class ProjectedValuesInSkipRow:
+    """The same for an attention with one product for queries, keys and values."""
+
+    def __init__(self, stock: Any) -> None:
+        self.stock = stock
+
+    def __call__(self, attn: Any, hidden_states: Tensor, rope: Any) -> Tensor:
+        values = attn.proj(attn.value(hidden_states[-1:]))
+        return torch.cat([self.stock(attn, hidden_states[:-1], rope), values])
 
 
 class VideoSeesTextInSkipRow:
@@ -167,10 +182,26 @@ def _mochi_arguments(
     return {"encoder_hidden_states": text.embeds, "encoder_attention_mask": text.mask}
 
 
+def _open_sora_arguments(
+    family: Any, text: TextCondition, workload: Workload, frame_rate: float
+) -> dict[str, Any]:
+    place = text.embeds.device
+    tables = {name: one.to(place) for name, one in family.position_tables(workload, frame_rate).items()}
+    return {
+        "encoder_hidden_states": text.embeds,
+        "text_bias": family.text_inputs(text, workload)["text_bias"].to(text.embeds),
+        "rope": (tables.pop("rope_cos"), tables.pop("rope_sin")),
+        **tables,
+    }
+
+
 _MODELS = {
     "hunyuan-video": DiffusersModel(_hunyuan_video_arguments, "attn", VideoSeesTextInSkipRow),
     "cogvideox": DiffusersModel(_cogvideox_arguments, "attn1", TextFirstInSkipRow),
     "ltx-video": DiffusersModel(_ltx_video_arguments, "attn1", ValuesOnlyInSkipRow),
+    "open-sora": DiffusersModel(
+        _open_sora_arguments, "attn", ProjectedValuesInSkipRow, source="our own module, uncut"
+    ),
     "mochi": DiffusersModel(_mochi_arguments, "attn1", VideoSeesTextInSkipRow),
     "wan2.1": DiffusersModel(_wan_arguments, "attn1", ValuesOnlyInSkipRow),
     "wan2.2": DiffusersModel(_wan_arguments, "attn1", ValuesOnlyInSkipRow),

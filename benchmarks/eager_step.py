@@ -20,8 +20,8 @@ from .scenario import Inputs, Scenario
 
 Forward = Callable[..., Any]
 
-# As diffusers' transformers name them, in the order of the blocks' numbers.
-_BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks", "blocks")
+# As transformers name them, in the order of the blocks' numbers.
+_BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks", "blocks", "running_order")
 
 
 @contextmanager

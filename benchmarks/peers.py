@@ -20,6 +20,7 @@ from stg_trt.runtime.device import Device
 
 from . import record
 from .clock import Times, Work, alternate, median_ratio, synchronize
+from .diffusers_models import diffusers_model
 from .eager_step import EagerStep, perturbed_skip_row
 from .loaded_build import LoadedBuild
 from .memory import memory_in_use, working_bytes
@@ -112,6 +113,7 @@ class PeersBenchmark:
             "layout": self.layout,
             "rounds": self.rounds,
             "passes": [one.name for one in scenario.passes],
+            "peers_model": diffusers_model(scenario.family).source,
         }
         left_out = {peer: "not named by --peers" for peer in PEERS if peer not in self.peers}
         results = record.Record(output, "peers", **scenario.to_json(), **facts, left_out=left_out)
@@ -197,5 +199,6 @@ def _print(result: dict[str, Any]) -> None:
         )
     console = Console()
     console.print(table)
+    console.print(f"the peers' model: {result['peers_model']}")
     for peer, reason in result["left_out"].items():
         console.print(f"left out: {peer}: {reason}")

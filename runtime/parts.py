@@ -13,7 +13,7 @@ import torch
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint
-from stg_trt.models.families.base import POOLED, load_class
+from stg_trt.models.families.base import POOLED
 from stg_trt.models.workload import Workload
 
 # The border tensor that each text encoder makes.
@@ -48,10 +48,8 @@ def load_text_parts(checkpoint: Checkpoint, dtypes: Mapping[str, torch.dtype], w
 def load_vae_part(checkpoint: Checkpoint, dtypes: Mapping[str, torch.dtype], workload: Workload) -> Any:
     """The checkpoint's diffusers pipeline with the VAE alone; raises InvalidRequest as `load_text_parts`."""
     checkpoint.check_vae()
-    assert checkpoint.vae_config is not None
-    vae_class = _class_of("diffusers", str(checkpoint.vae_config["_class_name"]), "vae")
-    vae = _load_model(checkpoint, "vae", vae_class, dtypes)
-    channels = vae.config.get("latent_channels", vae.config.get("z_dim"))
+    vae = _load_model(checkpoint, "vae", _vae_class(checkpoint), dtypes)
+    channels = getattr(vae.config, "latent_channels", None) or getattr(vae.config, "z_dim", None)
     wanted = checkpoint.family.latent_shape(workload)[0]
     if channels != wanted:
         raise InvalidRequest(
@@ -85,7 +83,7 @@ def _load_processor(checkpoint: Checkpoint, name: str) -> Any:
 
 def _pipeline(checkpoint: Checkpoint, parts: Mapping[str, Any]) -> Any:
     """The family's pipeline of `parts` and the settings of model_index.json, with None for the rest."""
-    pipeline_class = load_class(checkpoint.family.pipeline_class)
+    pipeline_class = checkpoint.family.pipeline_type()
     given = {**(checkpoint.model_index or {}), **parts}
     arguments = {}
     for name, parameter in inspect.signature(pipeline_class.__init__).parameters.items():
@@ -102,6 +100,14 @@ def _indexed_class(checkpoint: Checkpoint, name: str) -> Any:
     entry = checkpoint.model_index[name]
     library, class_name = (str(word) for word in (*entry, "", "")[:2])
     return _class_of(library, class_name, name)
+
+
+def _vae_class(checkpoint: Checkpoint) -> Any:
+    own = checkpoint.family.own_vae_class()
+    if own is not None:
+        return own
+    assert checkpoint.vae_config is not None
+    return _class_of("diffusers", str(checkpoint.vae_config["_class_name"]), "vae")
 
 
 def _class_of(library: str, class_name: str, part: str) -> Any:

@@ -23,7 +23,6 @@ from stg_trt.guidance.tables import Guidance
 from stg_trt.models.checkpoint import Checkpoint, published
 from stg_trt.models.custom_steps import CustomSteps, Numbers
 from stg_trt.models.image import ImageCondition, Images
-from stg_trt.models.text import TextCondition
 from stg_trt.system.gpu import this_machine
 from stg_trt.system.units import GIB
 
@@ -33,9 +32,10 @@ from .components import Components
 from .device import Device, open_device
 from .noise import Generators, listed, starting_noise
 from .pictures import GivenPictures, Pictures
-from .prompts import Embeddings, Prompt, Prompts
+from .prompts import Embeddings, Prompts
 from .sampler import SampledStep, Sampler
 from .schedule import Request, Schedule, schedule_steps
+from .text_conditions import TextConditions
 from .turns import Turns
 
 # Attributes of diffusers' pipelines that their callbacks set.
@@ -70,6 +70,7 @@ class VideoPipeline:
         self.checkpoint = checkpoint
         self.family = checkpoint.family
         self.components = Components(checkpoint, dtype, offload, vae_tiling)
+        self._texts = TextConditions(checkpoint, self.components)
         self.store = store
         self.scheduler = checkpoint.scheduler()
         self.interrupt = False
@@ -275,34 +276,14 @@ class VideoPipeline:
         images: Images | None,
     ) -> Iterator[SampledStep]:
         prompts, guidance = request.prompts, schedule.guidance
-        times = prompts.videos_per_prompt
-        cond = self._condition(prompts.cond, schedule, images).repeated(times)
-        uncond = None
-        if guidance.needs_uncond:
-            uncond = self._condition(prompts.uncond, schedule, images).repeated(times)
+        place = images, schedule.workload, self._device_for(schedule.build).torch_device
+        cond = self._texts.cond(prompts, *place)
+        uncond = self._texts.uncond(prompts, cond, *place) if guidance.needs_uncond else None
         rate = self.family.defaults.frame_rate if request.frame_rate is None else request.frame_rate
         if not 0 < rate < math.inf:
             raise InvalidRequest(f"frame_rate: expected frames per second above 0, got {rate}: use 25")
         sampler = self._sampler(schedule.build)
         return sampler.steps(noise, cond, uncond, guidance, schedule.solver, rate, request.generator, image)
-
-    def _condition(self, prompt: Prompt, schedule: Schedule, images: Images | None) -> TextCondition:
-        """A prompt as the engines take it: its texts encoded, or the embeddings that were given."""
-        workload = schedule.workload
-        if not self.family.reads_text:
-            return TextCondition.none(prompt.count or 0)
-        if prompt.texts is None:
-            text = prompt.padded(self.family.tensors(workload), self.family.has_text_mask)
-        else:
-            if prompt.prefix and not self.checkpoint.has_text_encoder:
-                raise InvalidRequest(
-                    f"negative_prompt_embeds: expected embeddings beside prompt_embeds, got none, and "
-                    f"{self.checkpoint.name} has no text encoder: give them, or set guidance_scale to 1"
-                )
-            device = self._device_for(schedule.build).torch_device
-            text = self.components.encode(prompt.texts, workload, device, prompt.prefix, images)
-        self.family.check_text(text)
-        return text
 
     def _output(
         self, latents: Tensor, schedule: Schedule, output_type: str, **decode_options: Any

@@ -17,7 +17,8 @@ from stg_trt.guidance.resolved import ResolvedGuidance
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.custom_steps import CustomSteps
-from stg_trt.models.families.base import Defaults, ModelFamily
+from stg_trt.models.defaults import Defaults
+from stg_trt.models.families.base import ModelFamily
 from stg_trt.models.image import Images
 from stg_trt.models.perturbation import check_blocks
 from stg_trt.models.workload import Workload

@@ -178,6 +178,9 @@ def test_importing_the_library_loads_nothing_heavy() -> None:
         ("wan", "what is wanted", False),
         ("ltx", "ltx_video", True),
         ("ltx", "LTXPipeline", True),
+        ("open_sora", "Open-Sora 1.2", True),
+        ("open_sora", "class OpenSora(", True),
+        ("open_sora", "open source", False),
     ],
 )
 def test_a_family_is_seen_where_it_is_named(word: str, source: str, named: bool) -> None:
@@ -185,19 +188,23 @@ def test_a_family_is_seen_where_it_is_named(word: str, source: str, named: bool)
 
 
 def _named(word: str) -> re.Pattern[str]:
-    """A family's word in any of its spellings, but not inside a longer word such as wanted."""
-    return re.compile(f"({word}|{word.capitalize()}|{word.upper()})(?![a-z])")
+    """A family's name in any of its spellings, but not inside a longer word such as wanted."""
+    words = word.split("_")
+    spelt = [words, [one.capitalize() for one in words], [one.upper() for one in words]]
+    return re.compile(f"({'|'.join('[-_ ]?'.join(one) for one in spelt)})(?![a-z])")
 
 
 def test_a_family_is_named_in_its_own_file_and_the_table_only() -> None:
     for module, _ in families._FAMILIES.values():
-        pattern = _named(module.split("_")[0])
+        pattern = _named(module.removesuffix("_video"))
         named = {
             path
             for path in sources("stg_trt", "build_engines", "runtime")
             if pattern.search(path) or pattern.search(text(path))
         }
-        assert named == {f"stg_trt/models/families/{module}.py", "stg_trt/models/families/__init__.py"}
+        folder = "stg_trt/models/families"
+        own = {path for path in sources(folder) if Path(path).stem.startswith(f"{module}_")}
+        assert named - own == {f"{folder}/{module}.py", f"{folder}/__init__.py"}
 
 
 def test_every_published_configuration_is_of_a_known_family() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from stg_trt.guidance.bins import Scale, SkipBlocks, SkipScales
 
 if TYPE_CHECKING:
-    from stg_trt.models.families.base import Defaults
+    from stg_trt.models.defaults import Defaults
     from stg_trt.models.passes import SkipBlocksByName
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from stg_trt.errors import InvalidRequest
 from stg_trt.models import quantization
 from stg_trt.models.config_file import read_config, read_optional_config
-from stg_trt.models.families import check_class, family_for
+from stg_trt.models.families import family_class, family_for
 from stg_trt.models.lora import AppliedLora, Lora, LoraWeights, parse_loras
 from stg_trt.models.random_weights import random_weights as draw_weights
 from stg_trt.models.single_file import ConvertedWeights
@@ -24,6 +24,8 @@ from stg_trt.models.weights import StoredWeights, check_weights
 from stg_trt.system.kept_hashes import kept_sha256
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from stg_trt.models.families.base import ModelFamily
     from stg_trt.models.segment import Segment
 
@@ -74,11 +76,11 @@ class Checkpoint:
             return _open_published(str(checkpoint), random_weights)
         source = Source.open(checkpoint, variant, revision, published())
         transformer = read_config(source.folder / source.denoiser / "config.json")
-        scheduler = read_config(source.folder / "scheduler" / "scheduler_config.json")
+        others = _stand_in(transformer)
+        scheduler = _config_or(source.folder / "scheduler" / "scheduler_config.json", others)
         vae = read_optional_config(source.folder / "vae" / "config.json")
-        index = read_optional_config(source.folder / "model_index.json")
+        index = read_optional_config(source.folder / "model_index.json") or others.get("model_index")
         eyes = read_optional_config(source.folder / "image_encoder" / "config.json")
-        check_class(transformer)
         if random_weights:
             _check_no_lora(lora)
             return cls(source.name, None, transformer, vae, scheduler, index, image_encoder_config=eyes)
@@ -297,25 +299,33 @@ class Checkpoint:
             for name, tensor in everything.items()
             if (block := family.block_of(name)) is None or block in wanted
         }
-        if self.source is None:
-            weights = draw_weights(expected, part if expert else "")
-        else:
-            stored = self._weights(everything, part)
-            check_weights(stored.shapes(), everything)
-            weights = stored.read(expected)
+        weights = self._read(expected, everything, part, part if expert else "")
         transformer.load_state_dict(weights, strict=False, assign=True)
         for lora in self._loras_of(expert):
             lora.of_blocks(family, (None, *wanted)).merge(transformer)
         return transformer.eval().requires_grad_(False)
+
+    def weight(self, name: str) -> Tensor:
+        """One weight of the transformer, in float32."""
+        everything = self._empty_transformer().state_dict()
+        return self._read({name: everything[name]}, everything, self.family.transformers[0])[name]
+
+    def _read(
+        self, wanted: dict[str, Tensor], everything: dict[str, Tensor], part: str, seed: str = ""
+    ) -> dict[str, Tensor]:
+        """Weights of a transformer, or random ones that its `seed` tells apart from another's."""
+        if self.source is None:
+            return draw_weights(wanted, seed)
+        stored = self._weights(everything, part)
+        check_weights(stored.shapes(), everything)
+        return stored.read(wanted)
 
     def _empty_transformer(self) -> Any:
         """The diffusers transformer without memory for its weights."""
         import torch
         from accelerate import init_empty_weights
 
-        from stg_trt.models.families.base import load_class
-
-        transformer_class = load_class(self.family.transformer_class)
+        transformer_class = self.family.network_class()
         try:
             with init_empty_weights(include_buffers=False), torch.no_grad():
                 return transformer_class.from_config(dict(self.transformer_config))
@@ -354,6 +364,23 @@ def _open_published(name: str, random_weights: bool) -> Checkpoint:
             f"checkpoint: expected a folder with weights, got the configuration {name}: "
             "give a diffusers folder or add --random-weights"
         )
-    data = json.loads((resources.files("stg_trt") / "published" / f"{name}.json").read_text("utf-8"))
+    data = _published_data(name)
     transformer, vae, scheduler = data["transformer"], data["vae"], data["scheduler"]
     return Checkpoint(name, None, transformer, vae, scheduler, data.get("model_index"))
+
+
+def _published_data(name: str) -> dict[str, Any]:
+    file = resources.files("stg_trt") / "published" / f"{name}.json"
+    data: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    return data
+
+
+def _stand_in(transformer: Mapping[str, Any]) -> dict[str, Any]:
+    """The shipped configuration whose other parts a folder of this transformer may leave out."""
+    name = family_class(transformer).stands_in
+    return _published_data(name) if name is not None else {}
+
+
+def _config_or(path: Path, others: Mapping[str, Any]) -> dict[str, Any]:
+    """The scheduler's configuration in a folder, else the one that stands in for it."""
+    return read_config(path) if path.exists() or not others else dict(others["scheduler"])

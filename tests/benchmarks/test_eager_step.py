@@ -11,9 +11,13 @@ from torch import Tensor
 from stg_trt.benchmarks.diffusers_models import _MODELS
 from stg_trt.benchmarks.eager_step import EagerStep, lower_precision, perturbed_skip_row
 from stg_trt.benchmarks.scenario import Scenario
+from stg_trt.models.perturbation import Perturbation
+from stg_trt.models.segment import Segment
+from stg_trt.models.text import TextCondition
 from tests.benchmarks.conftest import scenario_of
 from tests.support.eager_reference import perturbed
 from tests.support.family_cases import CASES, TIMESTEP, FamilyCase
+from tests.support.family_cases.case import GOLDENS
 
 COMPARED = [case for case in CASES if case.family.name in _MODELS]
 
@@ -40,6 +44,32 @@ def test_rows_equal_passes_of_their_own(case: FamilyCase, mode: str, blocks: tup
     assert (preds[-1] - preds[-2]).abs().max() > 1e-3
     restored = eager.preds(inputs.noise, 1)
     torch.testing.assert_close(restored[-1], restored[-2], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("mode", "blocks"), [("stg-a", (2, 3)), ("stg-r", (4,))])
+@torch.no_grad()
+def test_rows_of_a_model_that_diffusers_does_not_have(mode: str, blocks: tuple[int, ...]) -> None:
+    """Open-Sora's equal the uncut segment with the perturbation in it."""
+    scenario = Scenario(str(GOLDENS / "open_sora"), 32, 48, 17, 12, mode, blocks, "onnxruntime")
+    family, workload, inputs = scenario.family, scenario.workload, scenario.inputs(4)
+    model = scenario.opened.load_transformer()
+
+    def expected(text: TextCondition, perturbation: Perturbation | None = None) -> Tensor:
+        whole = Segment("normal", 0, family.num_blocks, front=True, back=True, skipped=perturbation)
+        state = family.constants(text, workload, inputs.frame_rate)
+        state |= {"text": model.y_embedder.y_proj(text.embeds), "latents": inputs.noise}
+        state |= {"timestep": torch.tensor(inputs.solver.timesteps[1:2])}
+        return family.module(model, whole, expand_masks=False).run(state)["pred"]
+
+    with perturbed_skip_row(scenario, model):
+        preds = EagerStep(scenario, model, inputs, torch.float32, "cpu").preds(inputs.noise, 1)
+    wanted = [
+        expected(inputs.uncond),
+        expected(inputs.cond),
+        expected(inputs.cond, Perturbation(mode, blocks)),
+    ]
+    torch.testing.assert_close(preds, torch.cat(wanted), rtol=0, atol=1e-5)
+    assert (preds[-1] - preds[-2]).abs().max() > 1e-3
 
 
 class TwoStreams(torch.nn.Module):

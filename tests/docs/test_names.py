@@ -34,6 +34,7 @@ FAMILIES = {
     "Wan 2.1": "wan2.1-t2v-1.3b",
     "Wan 2.2": "wan2.2-t2v-a14b",
     "Wan 2.2 TI2V": "wan2.2-ti2v-5b",
+    "Open-Sora": "open-sora-1.2",
     "Stable Video Diffusion": "svd-xt",
 }
 MESSAGES = {error.__name__ for error in errors.StgTrtError.__subclasses__()} | {"warnings.warn"}

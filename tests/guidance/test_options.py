@@ -11,7 +11,7 @@ from stg_trt.guidance import options as options_module
 from stg_trt.guidance.options import GuidanceOptions, choose_options
 from stg_trt.guidance.presets import Preset, load_preset
 from stg_trt.guidance.resolved import OFF, ResolvedGuidance
-from stg_trt.models.families.base import Defaults
+from stg_trt.models.defaults import Defaults
 
 PRESET = "ltx-video-13b-0.9.8-dev"
 FAMILY = ResolvedGuidance(5.0, 1.5, 0.25, "stg-r", (3, 4))

@@ -149,6 +149,7 @@ def test_published_configurations_open() -> None:
         "ltx-video-13b": (48, flow_euler),
         "ltx-video-2b": (28, flow_euler),
         "mochi-1-preview": (48, flow_euler),
+        "open-sora-1.2": (56, flow_euler),
         "svd": (32, EulerDiscreteScheduler),
         "svd-xt": (32, EulerDiscreteScheduler),
         "wan2.1-flf2v-14b": (40, unipc),

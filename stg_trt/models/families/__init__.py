@@ -1,8 +1,9 @@
-"""The table of model families: transformer class name in diffusers -> module with its ModelFamily."""
+"""The table of model families: class name of the network -> module with its ModelFamily."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from stg_trt.errors import InvalidRequest
@@ -10,25 +11,53 @@ from stg_trt.errors import InvalidRequest
 if TYPE_CHECKING:
     from stg_trt.models.families.base import ModelFamily
 
-# transformer class in diffusers -> (module here, class in it); imported when first asked for
+# class of the network in diffusers, or upstream -> (module here, class in it); imported when first asked for
 _FAMILIES = {
     "CogVideoXTransformer3DModel": ("cogvideox", "CogVideoX"),
     "HunyuanVideoTransformer3DModel": ("hunyuan_video", "HunyuanVideo"),
     "LTXVideoTransformer3DModel": ("ltx_video", "LTXVideo"),
     "MochiTransformer3DModel": ("mochi", "Mochi"),
+    "STDiT3": ("open_sora", "OpenSora"),
     "UNetSpatioTemporalConditionModel": ("svd", "SVD"),
     "WanTransformer3DModel": ("wan", "Wan"),
 }
 
 
-def check_class(config: dict[str, Any]) -> None:
+# Networks of other versions of a family, by the names that their configurations give.
+_OTHER_VERSIONS = {
+    "STDiT": "Open-Sora 1.0",
+    "STDiT2": "Open-Sora 1.1",
+}
+
+
+def class_name_of(config: Mapping[str, Any]) -> str:
+    """What diffusers notes in config.json, or transformers, which lists one."""
+    noted = config.get("architectures")
+    listed = noted[0] if isinstance(noted, list) and len(noted) == 1 else None
+    return str(config.get("_class_name", listed))
+
+
+def check_class(config: Mapping[str, Any]) -> None:
     """Raises InvalidRequest unless a transformer's config.json is of a supported class."""
-    class_name = str(config.get("_class_name"))
+    class_name = class_name_of(config)
+    if class_name in _OTHER_VERSIONS:
+        raise InvalidRequest(
+            f"checkpoint: expected STDiT3, the network of Open-Sora 1.2, got {class_name} of "
+            f"{_OTHER_VERSIONS[class_name]}: use hpcai-tech/OpenSora-STDiT-v3"
+        )
     if class_name not in _FAMILIES:
         raise InvalidRequest(
             f"checkpoint: expected a transformer of class {', '.join(_FAMILIES)}, got {class_name}: "
             "convert it to diffusers format or use a supported model"
         )
+
+
+def family_class(config: Mapping[str, Any]) -> type[ModelFamily]:
+    """The family of a transformer's config.json; raises InvalidRequest for an unknown class."""
+    check_class(config)
+    module, name = _FAMILIES[class_name_of(config)]
+    family: type[ModelFamily] = getattr(importlib.import_module(f"stg_trt.models.families.{module}"), name)
+    return family
 
 
 def family_for(
@@ -38,11 +67,8 @@ def family_for(
     origin: str = "",
     image_encoder_config: dict[str, Any] | None = None,
 ) -> ModelFamily:
-    """The family of a transformer's config.json; raises InvalidRequest for an unknown class.
+    """An instance of it for a checkpoint's configurations.
 
     `origin` has the names by which the checkpoint is known, since no configuration says what is distilled.
     """
-    check_class(config)
-    module, name = _FAMILIES[config["_class_name"]]
-    family: type[ModelFamily] = getattr(importlib.import_module(f"stg_trt.models.families.{module}"), name)
-    return family(config, vae_config, model_index, origin, image_encoder_config)
+    return family_class(config)(config, vae_config, model_index, origin, image_encoder_config)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.custom_steps import CustomSteps
+from stg_trt.models.defaults import Defaults
 from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.image import ImageCondition, Images, Places
-from stg_trt.models.passes import SkipBlocksByName
 from stg_trt.models.segment import Segment, cut
 from stg_trt.models.tensor_spec import ROWS, TensorSpec, index_of
 from stg_trt.models.text import TextCondition
@@ -25,26 +24,6 @@ KEEP_LAYER = "keep_layer"
 CONDITION = "condition"
 IMAGE_EMBEDS = "image_embeds"
 POOLED = "pooled_prompt_embeds"
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """A family's published sampling defaults (diffusers block numbering); `steps` of a distilled model.
-
-    With a `min_guidance_scale`, CFG rises over a video's frames, from it to `guidance_scale`.
-    """
-
-    stg_mode: str
-    stg_blocks: tuple[int, ...] | SkipBlocksByName
-    stg_scale: float
-    guidance_scale: float
-    rescale: float
-    num_inference_steps: int
-    frame_rate: float
-    text_length: int
-    embedded_guidance: float | None = None
-    steps: CustomSteps | None = None
-    min_guidance_scale: float | None = None
 
 
 class ModelFamily(ABC):
@@ -62,6 +41,11 @@ class ModelFamily(ABC):
     # False if there is no prompt: the pictures say what is made.
     reads_text: ClassVar[bool] = True
     takes_lora: ClassVar[bool] = True
+    # The shipped configuration whose scheduler and model_index.json stand in for those of a folder without,
+    # for models that are not published as pipelines.
+    stands_in: ClassVar[str | None] = None
+    # The weight that embeds no text, if that is not what the text encoder makes of an empty one.
+    null_text: ClassVar[str | None] = None
     # Where the model's configuration lies in a checkpoint.
     config_file: ClassVar[str] = "transformer/config.json"
     # Arguments of a call that say how its pictures are seen, see ImageOptions.
@@ -99,6 +83,18 @@ class ModelFamily(ABC):
         self.model_index = model_index or {}
         self.origin = origin
         self.image_encoder_config = image_encoder_config
+
+    def network_class(self) -> Any:
+        """The class of the whole network: diffusers', unless the family has its own."""
+        return load_class(self.transformer_class)
+
+    def pipeline_type(self) -> Any:
+        """The class that holds text encoders, tokenizers and VAE: diffusers', or the family's own."""
+        return load_class(self.pipeline_class)
+
+    def own_vae_class(self) -> Any:
+        """The class of the VAE if it is not diffusers', else None."""
+        return None
 
     @property
     @abstractmethod

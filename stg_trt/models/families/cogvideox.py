@@ -1,10 +1,9 @@
 """CogVideoX, 2B, 5B and 1.5-5B: a joint-attention DiT over patches of 1x2x2 or 2x2x2 latents.
 
 Reproduces diffusers' CogVideoXTransformer3DModel, CogVideoXPipeline and CogVideoXImageToVideoPipeline, whose
-latents have frames before channels. Constant over the steps: the projected text, whose padding takes part as
-any other token; the positions, which 2B adds to the video tokens as sines and cosines, where 5B and 1.5 have
-RoPE tables, one head's for all heads; and for image-to-video the picture's latents, further channels of the
-first frame. 5B for image-to-video has learned positions too, and so one size.
+latents have frames before channels. Constant over the steps: the projected text, whose padding is not masked;
+the positions, which 2B adds to the video tokens as sines and cosines, where 5B and 1.5 have RoPE tables; and
+for image-to-video the picture's latents, further channels of the first frame, and learned positions of 5B.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.models.families.base import CONDITION, Defaults, vae_video
+from stg_trt.models.defaults import Defaults
+from stg_trt.models.families.base import CONDITION, vae_video
 from stg_trt.models.families.dit import State, gated, half_table, rotate
 from stg_trt.models.families.joint_attention import QKV, JointAttentionDiT, JointAttentionSegment, modulation
 from stg_trt.models.families.segment_module import SegmentModule
@@ -41,8 +41,8 @@ class CogVideoXSegment(JointAttentionSegment):
         learned = learned_positions(transformer)
         self.positions = None if learned is None else nn.Parameter(learned[1], requires_grad=False)
         self.offset = None
-        if transformer.ofs_embedding is not None:
-            embedded = transformer.ofs_embedding(transformer.ofs_proj(torch.tensor([_OFFSET])))
+        if (embedding := transformer.ofs_embedding) is not None:
+            embedded = embedding(transformer.ofs_proj(torch.tensor([_OFFSET])))
             self.offset = nn.Parameter(embedded, requires_grad=False)
 
     def take_head(self, transformer: Any) -> None:

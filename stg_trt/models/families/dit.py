@@ -174,6 +174,9 @@ class TextProjection(SegmentModule):
 class DiTSegment(SegmentModule):
     """Embedding, blocks and head over a transformer's own submodules, with float32 islands."""
 
+    # Blocks that attend to a part of the grid want their tokens on it.
+    flattens_grid: ClassVar[bool] = True
+
     def __init__(
         self,
         segment: Segment,
@@ -221,7 +224,8 @@ class DiTSegment(SegmentModule):
             state |= self.embed(state)
         else:
             grid = tuple(state["hidden_states"].shape[1:-1])
-            state["hidden_states"] = state["hidden_states"].flatten(1, -2)
+            if self.flattens_grid:
+                state["hidden_states"] = state["hidden_states"].flatten(1, -2)
         skipped = self.segment.skipped
         for block in self.segment.blocks:
             mode = skipped.mode if skipped and block in skipped.blocks else None
@@ -229,7 +233,7 @@ class DiTSegment(SegmentModule):
                 state |= self.block(self.blocks[str(block)], state, mode == "stg-a")
         if self.segment.back:
             state["pred"] = self.unpatch(self.head(state), grid)
-        else:
+        elif self.flattens_grid:
             state["hidden_states"] = state["hidden_states"].unflatten(1, grid)
         return state
 

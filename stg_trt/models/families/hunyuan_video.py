@@ -22,8 +22,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from stg_trt.errors import InvalidRequest
+from stg_trt.models.defaults import Defaults
 from stg_trt.models.families import seen_prompts
-from stg_trt.models.families.base import CONDITION, POOLED, Defaults, vae_video
+from stg_trt.models.families.base import CONDITION, POOLED, vae_video
 from stg_trt.models.families.dit import State, gated, half_table
 from stg_trt.models.families.double_single_blocks import VIDEO, DoubleSingleSegment, of_step
 from stg_trt.models.families.given_frames import mixed_first_frame

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.custom_steps import CustomSteps
-from stg_trt.models.families.base import Defaults, load_class, vae_video
+from stg_trt.models.defaults import Defaults
+from stg_trt.models.families.base import load_class, vae_video
 from stg_trt.models.families.clean_frames import Encoder, extra_frames, frame_conditions, image_condition
 from stg_trt.models.families.cross_attention import CrossAttentionDiT, CrossAttentionSegment
 from stg_trt.models.families.dit import State, TextProjection, half_table, rms_norm, rotate

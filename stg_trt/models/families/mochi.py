@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.models.families.base import Defaults, positive_integer, vae_video
+from stg_trt.models.defaults import Defaults
+from stg_trt.models.families.base import positive_integer, vae_video
 from stg_trt.models.families.dit import State, rms_norm, rotate, unpatched
 from stg_trt.models.families.joint_attention import (
     KV,

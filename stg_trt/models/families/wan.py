@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
+from stg_trt.models.defaults import Defaults
 from stg_trt.models.families.base import (
     CONDITION,
     IMAGE_EMBEDS,
-    Defaults,
     positive_integer,
     vae_video,
 )

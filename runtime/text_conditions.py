@@ -1,0 +1,80 @@
+"""What a call's prompts say to the rows with and without the prompt."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from stg_trt.errors import InvalidRequest
+from stg_trt.models.checkpoint import Checkpoint
+from stg_trt.models.image import Images
+from stg_trt.models.text import TextCondition
+from stg_trt.models.workload import Workload
+
+from .components import Components
+from .prompts import Prompt, Prompts
+
+
+class TextConditions:
+    """Texts encoded by the checkpoint's text encoders, or the embeddings that a call gives."""
+
+    def __init__(self, checkpoint: Checkpoint, components: Components) -> None:
+        self.checkpoint = checkpoint
+        self.family = checkpoint.family
+        self.components = components
+
+    def cond(
+        self, prompts: Prompts, images: Images | None, workload: Workload, device: torch.device
+    ) -> TextCondition:
+        """The prompt of every video; some text encoders see its `images` too."""
+        return self._of(prompts.cond, images, workload, device).repeated(prompts.videos_per_prompt)
+
+    def uncond(
+        self,
+        prompts: Prompts,
+        cond: TextCondition,
+        images: Images | None,
+        workload: Workload,
+        device: torch.device,
+    ) -> TextCondition:
+        """The negative prompt of every video; `cond` is its prompt.
+
+        A model with embeddings of its own for no text reads these, as many as the prompt has tokens.
+        """
+        prompt, times = prompts.uncond, prompts.videos_per_prompt
+        if self.family.null_text is None or prompt.texts is None:
+            return self._of(prompt, images, workload, device).repeated(times)
+        null = TextCondition(self._null_text[: workload.text_length].expand_as(cond.embeds), cond.mask)
+        null = TextCondition(null.embeds.to(cond.embeds), null.mask)
+        if not any(prompt.texts):
+            return null
+        given = self._of(prompt, images, workload, device).repeated(times)
+        says = torch.tensor([bool(text) for text in prompt.texts], device=cond.mask.device)
+        says = says.repeat_interleave(times)[:, None]
+        return TextCondition(
+            torch.where(says[..., None], given.embeds, null.embeds), torch.where(says, given.mask, null.mask)
+        )
+
+    def _of(
+        self, prompt: Prompt, images: Images | None, workload: Workload, device: torch.device
+    ) -> TextCondition:
+        if not self.family.reads_text:
+            return TextCondition.none(prompt.count or 0)
+        if prompt.texts is None:
+            text = prompt.padded(self.family.tensors(workload), self.family.has_text_mask)
+        else:
+            if prompt.prefix and not self.checkpoint.has_text_encoder:
+                raise InvalidRequest(
+                    f"negative_prompt_embeds: expected embeddings beside prompt_embeds, got none, and "
+                    f"{self.checkpoint.name} has no text encoder: give them, or set guidance_scale to 1"
+                )
+            text = self.components.encode(prompt.texts, workload, device, prompt.prefix, images)
+        self.family.check_text(text)
+        return text
+
+    @cached_property
+    def _null_text(self) -> Tensor:
+        assert self.family.null_text is not None
+        return self.checkpoint.weight(self.family.null_text)
