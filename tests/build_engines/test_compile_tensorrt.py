@@ -135,7 +135,14 @@ def test_a_picture_and_a_text_have_an_attention_each(tmp_path: Path) -> None:
     """Of the same queries. In a process of its own: TensorRT-RTX 1.7.1 died of two that share a scale too."""
     goldens = GOLDENS / "wan2.1_i2v"
     model = write_model(tmp_path / "model", goldens, num_layers=1, added_kv_proj_dim=128)
-    command = [PROGRAM, "build", model, "--random-weights", "--output", tmp_path / "engines"]
+    command: list[str | Path] = [
+        PROGRAM,
+        "build",
+        model,
+        "--random-weights",
+        "--output",
+        tmp_path / "engines",
+    ]
     sizes = ["--height=64", "--width=64", "--num-frames=5", "--stg-blocks=0"]
     gates = ["--backend", BACKEND, "--target=sm_120", "--precision=bf16", "--verify-timesteps=0"]
     ended = subprocess.run([*command, *sizes, *gates], capture_output=True, text=True, check=False)
