@@ -56,8 +56,8 @@ def check_weight_names(names: Iterable[str]) -> None:
     """Raises InvalidRequest for weights of a network that comes without a configuration."""
     if "cond_in.weight" in names:
         raise InvalidRequest(
-            "checkpoint: expected STDiT3, the network of Open-Sora 1.2, got the weights of Open-Sora 2.0: use "
-            "hpcai-tech/OpenSora-STDiT-v3"
+            "checkpoint: expected STDiT3, the network of Open-Sora 1.2, got the weights of Open-Sora 2.0: "
+            "use hpcai-tech/OpenSora-STDiT-v3"
         )
 
 
