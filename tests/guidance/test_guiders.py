@@ -13,7 +13,7 @@ from stg_trt.guidance.combine import combine
 from stg_trt.guidance.options import GuidanceOptions
 from stg_trt.guidance.resolved import OFF
 from stg_trt.guidance.tables import Guidance
-from stg_trt.models.passes import COND, UNCOND
+from stg_trt.models.passes import COND
 
 SCALES = [(3.0, 1.0), (3.0, 0.0), (1.0, 1.5), (7.0, 4.0)]
 
@@ -52,7 +52,8 @@ def test_scales_of_skip_layer_guidance(cfg: float, stg: float, rescale: float) -
     """Without CFG those of its original formulation, which starts from cond; the other one from skip."""
     options: dict[str, Any] = {"guidance_scale": cfg, "guidance_rescale": rescale}
     if cfg == 1:
-        options["use_original_formulation"] = True
+        # Counted from cond, no CFG is 0.
+        options |= {"use_original_formulation": True, "guidance_scale": 0.0}
     guider = SkipLayerGuidance(
         **options,
         skip_layer_guidance_scale=stg,
