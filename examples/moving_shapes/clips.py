@@ -16,6 +16,8 @@ BACKGROUND = 0.1
 SPEEDS = (1, 2)
 RADII = (8, 9)
 SUPERSAMPLING = 4
+OFF_CENTRE = 4
+"""Pixels from the middle of the picture to the centre of a shape that is about to move, at most."""
 
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.95, 0.15, 0.15),
@@ -74,9 +76,22 @@ def make_clip(label: Label, rng: np.random.Generator) -> Array:
     path = step[None] * (np.arange(NUM_FRAMES)[:, None] - NUM_FRAMES // 2)
     slack = SIZE // 2 - radius - 1 - path.max(axis=0)
     centres = SIZE // 2 + rng.integers(-slack, slack + 1) + path
-    colour = np.array(COLOURS[label.colour], dtype=np.float32)
-    masks = np.stack([shape_mask(label.shape, x, y, radius) for x, y in centres])[..., None]
-    return (masks * colour + (1 - masks) * np.float32(BACKGROUND)).astype(np.float32)
+    return draw(label.colour, label.shape, centres, radius)
+
+
+def make_picture(colour: str, shape: str, rng: np.random.Generator) -> Array:
+    """A picture [height, width, 3] in 0..1 of a shape near the middle: it could move in any direction."""
+    radius = int(rng.choice(RADII))
+    centre = SIZE // 2 + rng.integers(-OFF_CENTRE, OFF_CENTRE + 1, size=(1, 2))
+    picture: Array = draw(colour, shape, centre, radius)[0]
+    return picture
+
+
+def draw(colour: str, shape: str, centres: npt.NDArray[np.int64], radius: float) -> Array:
+    """Frames [centre, height, width, 3] in 0..1 of a shape at each of some centres (x, y)."""
+    masks = np.stack([shape_mask(shape, x, y, radius) for x, y in centres])[..., None]
+    painted = masks * np.array(COLOURS[colour], dtype=np.float32) + (1 - masks) * np.float32(BACKGROUND)
+    return painted.astype(np.float32)
 
 
 def clips(seed: int) -> Iterator[tuple[Label, Array]]:

@@ -1,4 +1,7 @@
-"""Builds engines of the small model and samples the same prompts and noise under four guidance settings."""
+"""Builds engines of the small model, animates a picture and makes clips of prompts alone.
+
+All of it under four guidance settings, with the same noise.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from statistics import median
 from typing import Any
 
 import diffusers
+import numpy as np
 import transformers
 from rich.console import Console
 from rich.progress import Progress
@@ -23,28 +27,31 @@ from stg_trt.build_engines.display import BuildDisplay
 from stg_trt.engines.manifest import Manifest, load
 from stg_trt.runtime.video_file import save_video
 
-from .clips import NUM_FRAMES, SIZE
+from .clips import NUM_FRAMES, SIZE, make_picture
 from .eager import EagerSteps, eager_steps
-from .results import CHECKPOINT, load_evaluation
+from .results import CHECKPOINT, EVALUATION, PICTURES, load_evaluation
 from .settings import BLOCK, SHOWN, Setting, passes_per_step, sample
-from .sheet import Column, draw_sheet
+from .sheet import Column, Row, draw_sheet
 
-PROMPTS = (
-    "a red circle moving left",
-    "a green square moving up",
-    "a blue triangle moving right",
-    "a yellow circle moving down",
+PICTURE = make_picture("red", "circle", np.random.default_rng(0))
+ROWS = (
+    Row("a red circle moving left", PICTURE),
+    Row("a red circle moving up", PICTURE),
+    Row("a blue triangle moving right"),
+    Row("a yellow circle moving down"),
 )
 STEPS = 20
-# Of each prompt's turn.
+# Of each row's turn.
 EAGER_STEPS = 5
 # Played slower than it was made, so that nine frames can be seen.
 PLAYED_FRAME_RATE = 8.0
 
+Measures = dict[str, dict[str, Any]]
+
 
 @dataclass
 class Run:
-    """The clips of one setting, one per prompt, and the milliseconds of its steps."""
+    """The clips of one setting, one per row, and the milliseconds of its steps."""
 
     setting: Setting
     passes: float
@@ -67,7 +74,7 @@ def main() -> None:
     runs = [Run(setting, passes_per_step(setting, manifest)) for setting in SHOWN]
     eager = eager_steps(options.checkpoint)
     generate(pipeline, runs, eager)
-    save(runs, options.output, load_evaluation(options.checkpoint))
+    save(runs, options.output, load_measures(options.checkpoint))
     print_costs(runs, eager)
     Console().print(f"Videos and contact_sheet.png are in {options.output}")
 
@@ -91,13 +98,14 @@ def build_engines(checkpoint: Path, engines: Path) -> Manifest:
 
 
 def generate(pipeline: VideoPipeline, runs: Sequence[Run], eager: Sequence[EagerSteps] = ()) -> None:
-    """The same prompts and noise for every setting; all take turns, so that drift hits them alike."""
+    """The same rows and noise for every setting; all take turns, so that drift hits them alike."""
     with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("sampling", total=len(PROMPTS) * len(runs) * STEPS)
-        for seed, prompt in enumerate(PROMPTS):
+        task = progress.add_task("sampling", total=len(ROWS) * len(runs) * STEPS)
+        for seed, row in enumerate(ROWS):
+            pictures = [] if row.picture is None else [row.picture]
             for run in runs:
                 clock = _Clock(run.step_ms, lambda: progress.advance(task))
-                (clip,) = sample(pipeline, run.setting, [prompt], [seed], STEPS, clock.tick)
+                (clip,) = sample(pipeline, run.setting, [row.prompt], [seed], STEPS, pictures, clock.tick)
                 run.clips.append(clip)
             for steps in eager:
                 steps.run(EAGER_STEPS)
@@ -120,37 +128,42 @@ class _Clock:
         self._on_step()
 
 
-def save(runs: Sequence[Run], output: Path, evaluation: dict[str, Any] | None) -> None:
-    """One MP4 per prompt and setting, and a sheet of all of them."""
+def save(runs: Sequence[Run], output: Path, measures: Measures) -> None:
+    """One MP4 per row and setting, and a sheet of all of them."""
     for run in runs:
         label = run.setting.name.lower().replace(",", "").replace(" + ", "-").replace(" ", "-")
-        for prompt, clip in zip(PROMPTS, run.clips, strict=True):
-            save_video(clip, output / f"{prompt.replace(' ', '-')}_{label}.mp4", PLAYED_FRAME_RATE)
-    columns = [Column(run.setting.name, notes(run, evaluation), tuple(run.clips)) for run in runs]
-    draw_sheet(PROMPTS, columns, footer(evaluation)).save(output / "contact_sheet.png")
+        for row, clip in zip(ROWS, run.clips, strict=True):
+            name = ("" if row.picture is None else "picture-") + row.prompt.replace(" ", "-")
+            save_video(clip, output / f"{name}_{label}.mp4", PLAYED_FRAME_RATE)
+    columns = [Column(run.setting.name, notes(run, measures), tuple(run.clips)) for run in runs]
+    draw_sheet(ROWS, columns, footer(measures)).save(output / "contact_sheet.png")
 
 
-def notes(run: Run, evaluation: dict[str, Any] | None) -> tuple[str, ...]:
-    """The lines below a column: its cost in this run, and the measures of the committed evaluation."""
-    cost = f"{run.passes:.2f} passes, {median(run.step_ms):.0f} ms per step"
-    rows = {row["name"]: row for row in evaluation["results"]} if evaluation else {}
-    if run.setting.name not in rows:
-        return (cost,)
-    row = rows[run.setting.name]
-    return (
-        cost,
-        f"overlap {row['overlap']:.3f}, jitter {row['jitter']:.2f} px",
-        f"{100 * row['all']:.0f} % show what the prompt says",
-    )
+def load_measures(checkpoint: Path) -> Measures:
+    """The committed evaluations by what their clips are made of, if they measured this checkpoint."""
+    paths = {"picture": PICTURES, "prompt": EVALUATION}
+    found = {made_of: load_evaluation(checkpoint, path) for made_of, path in paths.items()}
+    return {made_of: report for made_of, report in found.items() if report is not None}
 
 
-def footer(evaluation: dict[str, Any] | None) -> tuple[str, ...]:
+def notes(run: Run, measures: Measures) -> tuple[str, ...]:
+    """The lines below a column: its cost in this run, and the measures of the committed evaluations."""
+    lines = [f"{run.passes:.2f} passes, {median(run.step_ms):.0f} ms per step"]
+    for made_of, report in measures.items():
+        row = next((row for row in report["results"] if row["name"] == run.setting.name), None)
+        if row is not None:
+            right, overlap = f"{100 * row['all']:.0f} % right", f"overlap {row['overlap']:.3f}"
+            lines.append(f"{made_of}: {right}, {overlap}")
+    return tuple(lines)
+
+
+def footer(measures: Measures) -> tuple[str, ...]:
     """What the sheet shows, and where its figures come from."""
     shown = f"First and last frame; same noise in each row; {STEPS} steps; milliseconds: median of this run."
-    if evaluation is None:
-        return (shown, "No measures: evaluation.json is of another checkpoint.")
-    clips = f"{evaluation['clips']} clips per setting (evaluation.json)"
-    return (shown, f"Overlap: 1 is a perfect shape. Jitter: 0 is a straight path. Measured on {clips}.")
+    if not measures:
+        return (shown, "No measures: the committed ones are of another checkpoint.")
+    clips = ", ".join(f"{report['clips']} per setting ({made_of})" for made_of, report in measures.items())
+    return (shown, f"Right: what the prompt says. Overlap: 1 is a perfect shape. Clips measured: {clips}.")
 
 
 def print_costs(runs: Sequence[Run], eager: Sequence[EagerSteps]) -> None:

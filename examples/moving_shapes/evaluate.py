@@ -1,6 +1,6 @@
 """How often clips show what their prompts say, and how clean they are, under each guidance setting.
 
-python -m examples.moving_shapes.evaluate --engines /tmp/moving_shapes_engines
+python -m examples.moving_shapes.evaluate --engines /tmp/moving_shapes_engines --pictures
 """
 
 from __future__ import annotations
@@ -9,45 +9,94 @@ import argparse
 import json
 import os
 import platform
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from diffusers import AutoencoderKLLTXVideo
 
 from stg_trt import VideoPipeline, build
 
-from .clips import LABELS, NUM_FRAMES, SIZE, Label
-from .measure import Measurement, measure
-from .report import PARTS, plot, table
+from .clips import LABELS, NUM_FRAMES, SIZE, Array, Label, make_picture
+from .measure import difference, measure
+from .report import PARTS, picture_table, plot, table
 from .results import CHECKPOINT, HERE, sha256_of
-from .settings import SHOWN, SWEEP, SWEEP_BLOCKS, Setting, passes_per_step, sample
+from .settings import SHOWN, SWEEP, SWEEP_BLOCKS, Setting, as_array, as_image, passes_per_step, sample
 
 BATCH = 8
 TEXT_LENGTH = 16
 
 
-def measure_clips(
-    pipe: VideoPipeline, setting: Setting, work: list[tuple[Label, int]], steps: int
-) -> list[Measurement]:
-    """Measure one clip for each label and seed; the noise depends on the seed alone, not on the setting."""
-    measured = []
-    for start in range(0, len(work), BATCH):
-        labels, seeds = zip(*work[start : start + BATCH], strict=True)
-        clips = sample(pipe, setting, [label.prompt for label in labels], seeds, steps)
-        measured += [measure(clip) for clip in clips]
-    return measured
+@dataclass(frozen=True)
+class Case:
+    """What a clip is asked to show, and the seed of its noise."""
+
+    label: Label
+    seed: int
 
 
-def summarise(measured: list[Measurement], work: list[tuple[Label, int]]) -> dict[str, float]:
+@dataclass(frozen=True)
+class Picture:
+    """What a clip begins with (height, width, 3) in 0..1, and what the VAE alone makes of it."""
+
+    given: Array
+    decoded: Array
+
+
+def make_cases(seeds: int) -> list[Case]:
+    """All labels, with as many seeds for each."""
+    return [Case(label, turn * len(LABELS) + i) for turn in range(seeds) for i, label in enumerate(LABELS)]
+
+
+def make_pictures(cases: Sequence[Case], vae: AutoencoderKLLTXVideo) -> list[Picture]:
+    """A picture for each case, of its shape in its colour: the direction is left to the prompt."""
+    pictures = []
+    for case in cases:
+        drawn = make_picture(case.label.colour, case.label.shape, np.random.default_rng(case.seed))
+        given = as_array(as_image(drawn))
+        pictures.append(Picture(given, encode_and_decode(given, vae)))
+    return pictures
+
+
+@torch.no_grad()
+def encode_and_decode(picture: Array, vae: AutoencoderKLLTXVideo) -> Array:
+    """A picture (height, width, 3) in 0..1 as the VAE keeps it."""
+    video = torch.from_numpy(picture).permute(2, 0, 1)[None, :, None] * 2 - 1
+    (decoded,) = vae.decode(vae.encode(video).latent_dist.mode(), return_dict=False)
+    kept: Array = (decoded[0, :, 0].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1).numpy()
+    return kept
+
+
+def sample_cases(
+    pipe: VideoPipeline, setting: Setting, cases: Sequence[Case], steps: int, pictures: Sequence[Picture] = ()
+) -> list[Array]:
+    """A clip for each case; the noise depends on the seed alone, not on the setting."""
+    clips: list[Array] = []
+    for start in range(0, len(cases), BATCH):
+        batch = slice(start, start + BATCH)
+        prompts, seeds = zip(*((case.label.prompt, case.seed) for case in cases[batch]), strict=True)
+        clips += [*sample(pipe, setting, prompts, seeds, steps, [one.given for one in pictures[batch]])]
+    return clips
+
+
+def summarise(clips: Sequence[Array], cases: Sequence[Case]) -> dict[str, float]:
     """Shares of right clips, and how clean the clips are."""
-    matches = [one.matches(label) for one, (label, _) in zip(measured, work, strict=True)]
+    measured = [measure(clip) for clip in clips]
+    matches = [one.matches(case.label) for one, case in zip(measured, cases, strict=True)]
     shares = {part: float(np.mean([match[part] for match in matches])) for part in PARTS}
     jitters = [one.jitter for one in measured if not np.isnan(one.jitter)]
     overlap = float(np.mean([one.overlap for one in measured]))
     return {**shares, "overlap": overlap, "jitter": float(np.mean(jitters)) if jitters else float("nan")}
+
+
+def first_frame_errors(clips: Sequence[Array], pictures: Sequence[Picture]) -> list[float]:
+    """How far each clip's first frame is from its picture as the VAE keeps it, in levels of 255."""
+    return [difference(clip[0], picture.decoded) for clip, picture in zip(clips, pictures, strict=True)]
 
 
 def machine() -> dict[str, str]:
@@ -81,12 +130,16 @@ def open_pipeline(checkpoint: Path, engines: Path) -> VideoPipeline:
     return VideoPipeline.from_pretrained(checkpoint, engines=engines)
 
 
-def evaluate(pipe: VideoPipeline, setting: Setting, seeds: int, steps: int) -> dict[str, Any]:
-    """One setting's row of the report."""
-    work = [(label, round_ * len(LABELS) + i) for round_ in range(seeds) for i, label in enumerate(LABELS)]
+def evaluate(
+    pipe: VideoPipeline, setting: Setting, cases: Sequence[Case], steps: int, pictures: Sequence[Picture] = ()
+) -> dict[str, Any]:
+    """One setting's row of the report: clips of prompts alone, or of pictures and prompts."""
     passes = passes_per_step(setting, pipe.store.builds[0].manifest)
-    found = summarise(measure_clips(pipe, setting, work, steps), work)
-    return {"name": setting.name, **asdict(setting), "passes_per_step": passes, **found}
+    clips = sample_cases(pipe, setting, cases, steps, pictures)
+    row = {"name": setting.name, **asdict(setting), "passes_per_step": passes, **summarise(clips, cases)}
+    if pictures:
+        row["first_frame_error"] = max(first_frame_errors(clips, pictures))
+    return row
 
 
 def parse_args() -> argparse.Namespace:
@@ -94,12 +147,14 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Evaluate the moving-shapes pipeline.")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--engines", type=Path, required=True, help="built there if it holds none")
-    parser.add_argument("--output", type=Path, default=HERE, help="folder of evaluation.json or sweep.json")
+    parser.add_argument("--output", type=Path, default=HERE, help="folder of the JSON files")
     parser.add_argument("--seeds", type=int, default=2, help="clips for each of the 48 prompts")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument(
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument(
         "--sweep", action="store_true", help="CFG 3 with both modes, not the settings of the demo; also plots"
     )
+    kinds.add_argument("--pictures", action="store_true", help="clips that begin with pictures")
     return parser.parse_args()
 
 
@@ -107,19 +162,24 @@ def main() -> None:
     """Sample, measure and write the results; the JSON is rewritten after every setting."""
     args = parse_args()
     pipe = open_pipeline(args.checkpoint, args.engines)
+    cases = make_cases(args.seeds)
     report: dict[str, Any] = {
-        "checkpoint_sha256": sha256_of(args.checkpoint),
-        "clips": args.seeds * len(LABELS),
+        "checkpoint_sha256": sha256_of(args.checkpoint, vae_encoder=args.pictures),
+        "clips": len(cases),
         "steps": args.steps,
         "machine": machine(),
         "results": [],
     }
-    name = "sweep" if args.sweep else "evaluation"
+    pictures: list[Picture] = []
+    if args.pictures:
+        pictures = make_pictures(cases, AutoencoderKLLTXVideo.from_pretrained(args.checkpoint / "vae"))
+        report["vae_error"] = float(np.mean([difference(one.decoded, one.given) for one in pictures]))
+    name = "sweep" if args.sweep else "pictures" if args.pictures else "evaluation"
     for setting in SWEEP if args.sweep else SHOWN:
-        report["results"].append(evaluate(pipe, setting, args.seeds, args.steps))
+        report["results"].append(evaluate(pipe, setting, cases, args.steps, pictures))
         print(json.dumps(report["results"][-1]), flush=True)
         (args.output / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(table(report))
+    print(picture_table(report) if args.pictures else table(report))
     if args.sweep:
         plot(report, args.output / "sweep.png")
 

@@ -110,3 +110,8 @@ def find_direction(centres: Array) -> tuple[str, float]:
     step = [0, 0]
     step[axis] = int(np.sign(move[axis]))
     return next(name for name, unit in DIRECTIONS.items() if list(unit) == step), jitter
+
+
+def difference(picture: Array, other: Array) -> float:
+    """Mean absolute difference of two pictures in 0..1, in levels of 255."""
+    return float(np.abs(picture - other).mean() * 255)

@@ -19,6 +19,8 @@ WIDTH = 128
 LATENT_CHANNELS = 32
 PATCH = 8
 PADDING_ID = 0
+LOG_VARIANCE = -30.0
+"""Of the VAE's posterior; diffusers takes nothing lower."""
 
 
 def make_tokenizer() -> T5TokenizerFast:
@@ -90,6 +92,18 @@ def make_vae() -> AutoencoderKLLTXVideo:
         patch_size=PATCH,
         patch_size_t=1,
     )
+
+
+@torch.no_grad()
+def encode_without_noise(vae: AutoencoderKLLTXVideo) -> None:
+    """Let a sample of the VAE's posterior be its mean: image-to-video pipelines sample that of a picture.
+
+    The encoder's last channel is the log-variance of all others. Training decodes the mean, so no gradient
+    reaches this channel.
+    """
+    convolution = vae.encoder.conv_out.conv
+    convolution.weight[-1] = 0.0
+    convolution.bias[-1] = LOG_VARIANCE
 
 
 def make_transformer() -> LTXVideoTransformer3DModel:

@@ -1,7 +1,8 @@
-"""The table of an evaluation, and the plot of a sweep."""
+"""The tables of an evaluation, and the plot of a sweep."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,37 @@ MEASURES = {
 }
 
 
+HEAD = ("guidance", "passes per step", "colour", "shape", "direction", "all three", "overlap", "jitter (px)")
+
+
 def table(report: dict[str, Any]) -> str:
     """The results as Markdown, with the machine they were measured on."""
-    lines = [
-        "| guidance | passes per step | colour | shape | direction | all three | overlap | jitter (px) |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in report["results"]:
-        shares = " | ".join(f"{100 * row[part]:.0f} %" for part in PARTS)
-        quality = f"{row['overlap']:.3f} | {row['jitter']:.2f}"
-        lines.append(f"| {row['name']} | {row['passes_per_step']:.2f} | {shares} | {quality} |")
+    rows = [_cells(row) for row in report["results"]]
+    return f"{_markdown(HEAD, rows)}\n{_request(report)}\n"
+
+
+def picture_table(report: dict[str, Any]) -> str:
+    """The results of clips that begin with pictures as Markdown, and how far their first frames are off."""
+    rows = [(*_cells(row), f"{row['first_frame_error']:.2f}") for row in report["results"]]
+    kept = f"The VAE alone changes a picture by {report['vae_error']:.2f} levels of 255."
+    return f"{_markdown((*HEAD, 'first frame'), rows)}\n{kept} {_request(report)}\n"
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    shares = (f"{100 * row[part]:.0f} %" for part in PARTS)
+    quality = (f"{row['overlap']:.3f}", f"{row['jitter']:.2f}")
+    return (row["name"], f"{row['passes_per_step']:.2f}", *shares, *quality)
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [" | ".join(head), "|".join(["---"] * len(head)), *(" | ".join(row) for row in rows)]
+    return "".join(f"|{line}|\n" if line.startswith("---") else f"| {line} |\n" for line in lines)
+
+
+def _request(report: dict[str, Any]) -> str:
     machine = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
     request = f"{report['clips']} clips per row, {report['steps']} steps, the same noise in every row."
-    lines += ["", f"{request} Measured with: {machine}."]
-    return "\n".join(lines) + "\n"
+    return f"{request} Measured with: {machine}."
 
 
 def plot(report: dict[str, Any], path: Path) -> None:

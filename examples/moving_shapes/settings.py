@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from stg_trt import GuidanceOptions, VideoPipeline
 from stg_trt.engines.manifest import Manifest
@@ -18,7 +20,7 @@ from stg_trt.models.plan import plan_step
 from stg_trt.models.segment import Segment
 from stg_trt.runtime.callbacks import StepCallback
 
-from .clips import FRAME_RATE, NUM_FRAMES, SIZE
+from .clips import FRAME_RATE, NUM_FRAMES, SIZE, Array
 
 BLOCK = 5
 SWEEP_BLOCKS = (2, 5)
@@ -69,11 +71,17 @@ def sample(
     prompts: Sequence[str],
     seeds: Sequence[int],
     steps: int,
+    pictures: Sequence[Array] = (),
     callback: StepCallback | None = None,
 ) -> Any:
-    """Clips (prompts, frames, height, width, 3) in 0..1; the noise depends on the seeds alone."""
+    """Clips (prompts, frames, height, width, 3) in 0..1; the noise depends on the seeds alone.
+
+    `pictures` (height, width, 3) in 0..1, one per prompt, are what the clips begin with; without any, the
+    clips are made of the prompts alone.
+    """
     return pipeline(
         prompt=[*prompts],
+        image=[as_image(picture) for picture in pictures] or None,
         height=SIZE,
         width=SIZE,
         num_frames=NUM_FRAMES,
@@ -84,6 +92,16 @@ def sample(
         output_type="np",
         callback_on_step_end=callback,
     ).frames
+
+
+def as_image(picture: Array) -> Image.Image:
+    """A picture (height, width, 3) in 0..1 with 8 bits per channel."""
+    return Image.fromarray((picture * 255).round().clip(0, 255).astype(np.uint8))
+
+
+def as_array(image: Image.Image) -> Array:
+    """An image as a picture (height, width, 3) in 0..1."""
+    return np.asarray(image).astype(np.float32) / np.float32(255)
 
 
 def passes_per_step(setting: Setting, manifest: Manifest) -> float:

@@ -1,4 +1,4 @@
-"""The demo's picture: a column of clips for each setting, with its costs and measures below."""
+"""The demo's sheet: a column of clips for each setting, with its costs and measures below."""
 
 from __future__ import annotations
 
@@ -16,33 +16,43 @@ _TITLE_FONT = ImageFont.load_default(15)
 
 
 @dataclass(frozen=True)
+class Row:
+    """A prompt, and the picture (height, width, 3) in 0..1 that its clips begin with, if there is one."""
+
+    prompt: str
+    picture: Any = None
+
+
+@dataclass(frozen=True)
 class Column:
-    """A setting's title, a clip (frames, height, width, 3) in 0..1 per prompt, and the lines below them."""
+    """A setting's title, a clip (frames, height, width, 3) in 0..1 per row, and the lines below them."""
 
     title: str
     notes: tuple[str, ...]
     clips: tuple[Any, ...]
 
 
-def draw_sheet(prompts: Sequence[str], columns: Sequence[Column], footer: Sequence[str]) -> Image.Image:
-    """Rows are prompts, columns are settings; a cell is the first and the last frame of a clip."""
+def draw_sheet(rows: Sequence[Row], columns: Sequence[Column], footer: Sequence[str]) -> Image.Image:
+    """The rows' pictures, then a column for each setting; a cell is a clip's first and last frame."""
     height, width = (side * _SCALE for side in columns[0].clips[0].shape[1:3])
-    cell, row = 2 * width + _BETWEEN, height + _LINE + _GAP
-    below = _HEAD + len(prompts) * row
-    under_notes = below + (max(len(column.notes) for column in columns) + 1) * _LINE
-    size = (_GAP + len(columns) * (cell + _GAP), under_notes + len(footer) * _LINE + _GAP)
+    cell, step = 2 * width + _BETWEEN, height + _LINE + _GAP
+    lefts = [2 * _GAP + width + place * (cell + _GAP) for place in range(len(columns))]
+    tops = [_HEAD + number * step for number in range(len(rows) + 1)]
+    under_notes = tops[-1] + (max(len(column.notes) for column in columns) + 1) * _LINE
+    size = (lefts[-1] + cell + _GAP, under_notes + len(footer) * _LINE + _GAP)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    for place, column in enumerate(columns):
-        left = _GAP + place * (cell + _GAP)
+    for row, top in zip(rows, tops, strict=False):
+        draw.text((lefts[0], top), row.prompt, fill="dimgray", font=_FONT)
+        if row.picture is not None:
+            draw.text((_GAP, top), "picture", fill="dimgray", font=_FONT)
+            sheet.paste(_enlarged(row.picture), (_GAP, top + _LINE))
+    for column, left in zip(columns, lefts, strict=True):
         draw.text((left, 8), column.title, fill="black", font=_TITLE_FONT)
-        _draw_lines(draw, (left, below), column.notes, "black")
-        for number, clip in enumerate(column.clips):
-            top = _HEAD + number * row + _LINE
+        _draw_lines(draw, (left, tops[-1]), column.notes, "black")
+        for clip, top in zip(column.clips, tops, strict=False):
             for end, frame in enumerate((clip[0], clip[-1])):
-                sheet.paste(_enlarged(frame), (left + end * (width + _BETWEEN), top))
-    for number, prompt in enumerate(prompts):
-        draw.text((_GAP, _HEAD + number * row), prompt, fill="dimgray", font=_FONT)
+                sheet.paste(_enlarged(frame), (left + end * (width + _BETWEEN), top + _LINE))
     _draw_lines(draw, (_GAP, under_notes), footer, "dimgray")
     return sheet
 

@@ -332,6 +332,7 @@ def main() -> None:
     if args.vae_minutes:
         if not args.resume:
             start_linear(pipe.vae, args.seed)
+            models.encode_without_noise(pipe.vae)
         train_vae(pipe.vae, args.vae_minutes, args.seed, log_path)
     pipe.vae.half().float().requires_grad_(False)  # as it will be after loading
     data = encode_clips(pipe.vae, args.clips, args.seed + 1)

@@ -11,15 +11,28 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from examples.moving_shapes.demo import Run, footer, notes
-from examples.moving_shapes.report import table
-from examples.moving_shapes.results import CHECKPOINT, EVALUATION, HERE, load_evaluation, sha256_of
+from examples.moving_shapes.demo import Run, footer, load_measures, notes
+from examples.moving_shapes.report import picture_table, table
+from examples.moving_shapes.results import (
+    CHECKPOINT,
+    EVALUATION,
+    HERE,
+    PICTURES,
+    VAE_WEIGHTS,
+    load_evaluation,
+    sha256_of,
+)
 from examples.moving_shapes.settings import SHOWN, SWEEP, Setting
-from examples.moving_shapes.sheet import Column, draw_sheet
+from examples.moving_shapes.sheet import Column, Row, draw_sheet
 
 ROOT = Path(__file__).parents[2]
-REPORTS: dict[Path, tuple[Setting, ...]] = {EVALUATION: SHOWN, HERE / "sweep.json": SWEEP}
+REPORTS: dict[Path, tuple[Setting, ...]] = {
+    EVALUATION: SHOWN,
+    PICTURES: SHOWN,
+    HERE / "sweep.json": SWEEP,
+}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -44,13 +57,19 @@ def test_settings_say_what_a_step_computes(setting: Setting, name: str, passes: 
 @pytest.mark.parametrize(("path", "settings"), REPORTS.items(), ids=lambda value: getattr(value, "stem", ""))
 def test_committed_reports_are_of_the_committed_checkpoint(path: Path, settings: tuple[Setting, ...]) -> None:
     report = read(path)
-    assert report["checkpoint_sha256"] == sha256_of(CHECKPOINT)
+    assert report["checkpoint_sha256"] == sha256_of(CHECKPOINT, vae_encoder=path == PICTURES)
     assert [row["name"] for row in report["results"]] == [setting.name for setting in settings]
 
 
 @pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.stem)
 def test_the_readme_has_the_reports_table(path: Path) -> None:
-    assert table(read(path)).rstrip("\n") in (HERE / "README.md").read_text("utf-8")
+    made = (picture_table if path == PICTURES else table)(read(path))
+    assert made.rstrip("\n") in (HERE / "README.md").read_text("utf-8")
+
+
+def test_clips_begin_with_their_pictures() -> None:
+    """Within two of 255 levels of what the VAE alone makes of a picture, in the worst clip."""
+    assert all(row["first_frame_error"] <= 2 for row in read(PICTURES)["results"])
 
 
 def test_the_shared_prefix_saves_the_blocks_before_the_perturbed_one() -> None:
@@ -62,31 +81,46 @@ def test_the_shared_prefix_saves_the_blocks_before_the_perturbed_one() -> None:
     assert 3 / 8 <= stg - none < 4 / 8
 
 
+def test_clips_of_prompts_do_not_depend_on_the_vae_encoder(tmp_path: Path) -> None:
+    (tmp_path / "vae").mkdir()
+    digests = []
+    for encoder, decoder in ((0, 0), (1, 0), (1, 1)):
+        tensors = {"decoder.w": np.array([decoder]), "encoder.w": np.array([encoder])}
+        save_file(tensors, tmp_path / VAE_WEIGHTS)
+        digests.append((sha256_of(tmp_path), sha256_of(tmp_path, vae_encoder=False)))
+    (whole, first), (other_encoder, same), (_, other_decoder) = digests
+    assert (first == same, first == other_decoder, whole == other_encoder) == (True, False, False)
+
+
 def test_another_checkpoint_has_no_figures(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{}")
     assert load_evaluation(tmp_path) is None
+    assert load_measures(tmp_path) == {}
     run = Run(Setting(), passes=1.0, step_ms=[3.0, 5.0])
-    assert notes(run, None) == ("1.00 passes, 4 ms per step",)
-    assert "another checkpoint" in footer(None)[-1]
+    assert notes(run, {}) == ("1.00 passes, 4 ms per step",)
+    assert "another checkpoint" in footer({})[-1]
 
 
 def test_a_column_shows_its_own_figures() -> None:
-    evaluation = load_evaluation(CHECKPOINT)
-    assert evaluation is not None
-    for setting, row in zip(SHOWN, evaluation["results"], strict=True):
-        cost, quality, prompts = notes(Run(setting, row["passes_per_step"], step_ms=[2.0]), evaluation)
-        assert cost == f"{row['passes_per_step']:.2f} passes, 2 ms per step"
-        assert quality == f"overlap {row['overlap']:.3f}, jitter {row['jitter']:.2f} px"
-        assert prompts.startswith(f"{100 * row['all']:.0f} %")
+    measures = load_measures(CHECKPOINT)
+    for number, setting in enumerate(SHOWN):
+        picture, prompt = (measures[made_of]["results"][number] for made_of in ("picture", "prompt"))
+        cost, *lines = notes(Run(setting, prompt["passes_per_step"], step_ms=[2.0]), measures)
+        assert cost == f"{prompt['passes_per_step']:.2f} passes, 2 ms per step"
+        assert lines == [
+            f"picture: {100 * picture['all']:.0f} % right, overlap {picture['overlap']:.3f}",
+            f"prompt: {100 * prompt['all']:.0f} % right, overlap {prompt['overlap']:.3f}",
+        ]
 
 
-def test_the_sheet_shows_the_first_and_the_last_frame() -> None:
+def test_the_sheet_shows_the_picture_and_the_first_and_the_last_frame() -> None:
     red, green, blue = np.eye(3)
     clip = np.ones((3, 8, 8, 3)) * np.stack([red, green, blue])[:, None, None]
-    sheet = np.asarray(draw_sheet(["a prompt"], [Column("title", ("note",), (clip,))] * 2, ["footer"]))
-    # 8 pixels, drawn twice as large, in two columns.
+    rows = [Row("of a picture", clip[1]), Row("of the prompt alone")]
+    sheet = np.asarray(draw_sheet(rows, [Column("title", ("note",), (clip, clip))] * 2, ["footer"]))
+    # 8 pixels, drawn twice as large, in two rows and two columns; the picture is there once.
     drawn = [int((sheet == (255 * colour)).all(-1).sum()) for colour in (red, green, blue)]
-    assert drawn == [2 * 16 * 16, 0, 2 * 16 * 16]
+    assert drawn == [4 * 16 * 16, 16 * 16, 4 * 16 * 16]
 
 
 def test_the_demo_needs_no_tools_for_development(monkeypatch: pytest.MonkeyPatch) -> None:

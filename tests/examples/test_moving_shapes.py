@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import LTXPipeline
+from diffusers import AutoencoderKLLTXVideo, LTXImageToVideoPipeline, LTXPipeline
 
-from examples.moving_shapes import clips, measure, models
+from examples.moving_shapes import clips, evaluate, measure, models, settings
 from examples.moving_shapes.demo import CHECKPOINT
 
 MAX_BYTES = 15_000_000
@@ -92,6 +94,31 @@ def test_measure_calls_two_shapes_at_once_unclear() -> None:
     assert measure.measure(clip.astype(np.float32)).shape == measure.UNCLEAR
 
 
+def test_a_shape_in_a_picture_can_move_in_any_direction() -> None:
+    """So a picture does not tell the direction: at the lower speed, no move takes its shape out of it."""
+    wanted = [(shape, seed) for shape in clips.SHAPES for seed in range(9)]
+    made = [clips.make_picture("red", shape, np.random.default_rng(seed)) for shape, seed in wanted]
+    drawn = np.stack(made).max(axis=-1) > clips.BACKGROUND + 0.01
+    away = (clips.NUM_FRAMES - 1) * min(clips.SPEEDS)
+    edge = np.ones((clips.SIZE, clips.SIZE), dtype=bool)
+    edge[away:-away, away:-away] = False
+    assert drawn.any(axis=(1, 2)).all()
+    assert not drawn[:, edge].any()
+
+
+def test_pictures_of_a_case_do_not_depend_on_the_direction(pipe: LTXPipeline) -> None:
+    cases = [evaluate.Case(clips.Label("blue", "square", direction), 5) for direction in clips.DIRECTIONS]
+    pictures = evaluate.make_pictures(cases, pipe.vae)
+    assert all(np.array_equal(one.given, pictures[0].given) for one in pictures)
+    assert evaluate.first_frame_errors([picture.decoded[None] for picture in pictures], pictures) == [0.0] * 4
+
+
+def test_the_difference_is_in_levels_of_a_byte() -> None:
+    black = np.zeros((2, 2, 3), np.float32)
+    assert measure.difference(black, black + np.float32(1)) == 255
+    assert measure.difference(black, black + np.array([0, 0, 0.5], np.float32)) == pytest.approx(42.5)
+
+
 def test_padding_changes_nothing_in_an_untrained_text_encoder() -> None:
     tokenizer = models.make_tokenizer()
     encoder = models.make_text_encoder(len(tokenizer))
@@ -117,6 +144,56 @@ def test_checkpoint_has_the_real_classes(pipe: LTXPipeline) -> None:
 
 def test_padding_changes_nothing_in_the_checkpoint(pipe: LTXPipeline) -> None:
     assert_padding_is_hidden(pipe.tokenizer, pipe.text_encoder)
+
+
+def test_a_picture_is_encoded_without_noise_after_training(pipe: LTXPipeline) -> None:
+    assert_samples_are_the_mean(pipe.vae)
+
+
+def test_a_picture_is_encoded_without_noise_before_training() -> None:
+    vae = models.make_vae()
+    models.encode_without_noise(vae)
+    assert_samples_are_the_mean(vae)
+
+
+def test_clips_begin_with_the_pictures_that_are_given() -> None:
+    given: list[dict[str, Any]] = []
+    pictures = [clips.make_picture("red", "circle", np.random.default_rng(seed)) for seed in (0, 1)]
+
+    def pipeline(**options: Any) -> SimpleNamespace:
+        given.append(options)
+        return SimpleNamespace(frames=None)
+
+    for chosen in ([], pictures):
+        settings.sample(pipeline, settings.Setting(), ["a", "b"], [0, 1], 2, chosen)  # type: ignore[arg-type]
+    without, with_pictures = (options["image"] for options in given)
+    assert without is None
+    for image, picture in zip(with_pictures, pictures, strict=True):
+        assert np.abs(np.asarray(image) / 255 - picture).max() <= 0.5 / 255 + 1e-6
+
+
+@pytest.mark.slow(reason="runs the example's model in diffusers")
+def test_diffusers_own_pipeline_animates_a_picture() -> None:
+    own = LTXImageToVideoPipeline.from_pretrained(CHECKPOINT)
+    own.set_progress_bar_config(disable=True)
+    wide = np.full((64, 64, 3), clips.BACKGROUND, dtype=np.float32)
+    wide[8:56, 8:56] = clips.make_picture("red", "circle", np.random.default_rng(0))
+    image = settings.as_image(wide)
+    frames = own(
+        image=image,
+        prompt=PROMPTS[0].prompt,
+        height=64,
+        width=64,
+        num_frames=clips.NUM_FRAMES,
+        frame_rate=clips.FRAME_RATE,
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        generator=torch.Generator().manual_seed(0),
+        max_sequence_length=16,
+        output_type="np",
+    ).frames
+    decoded = evaluate.encode_and_decode(settings.as_array(image), own.vae)
+    assert measure.difference(frames[0, 0], decoded) <= 2
 
 
 @pytest.mark.slow(reason="runs the example's model in diffusers")
@@ -168,3 +245,12 @@ def assert_padding_is_hidden(tokenizer: object, encoder: torch.nn.Module) -> Non
         with torch.no_grad():
             few, many = (encoder(text.input_ids)[0][:, :words] for text in (short, long))
         assert torch.allclose(few, many, atol=1e-5)
+
+
+def assert_samples_are_the_mean(vae: AutoencoderKLLTXVideo) -> None:
+    """diffusers' image-to-video pipelines sample the posterior of a picture."""
+    picture = clips.make_picture("red", "circle", np.random.default_rng(0))
+    video = torch.from_numpy(picture).permute(2, 0, 1)[None, :, None] * 2 - 1
+    with torch.no_grad():
+        posterior = vae.encode(video).latent_dist
+    assert torch.allclose(posterior.sample(), posterior.mode(), atol=1e-5)

@@ -123,6 +123,27 @@ IN_BENCHMARKS = (
         (f"{_SHAPES}::test_measure_reads_the_generators_clips",),
     ),
     Mistake(
+        "a picture is encoded with noise",
+        "examples/moving_shapes/models.py",
+        "    convolution.bias[-1] = LOG_VARIANCE\n",
+        "",
+        (f"{_SHAPES}::test_a_picture_is_encoded_without_noise_before_training",),
+    ),
+    Mistake(
+        "a clip does not begin with its picture",
+        "examples/moving_shapes/settings.py",
+        "image=[as_image(picture) for picture in pictures] or None,",
+        "image=None,",
+        (f"{_SHAPES}::test_clips_begin_with_the_pictures_that_are_given",),
+    ),
+    Mistake(
+        "a picture gives its direction away",
+        "examples/moving_shapes/clips.py",
+        "centre = SIZE // 2 + rng.integers(-OFF_CENTRE, OFF_CENTRE + 1, size=(1, 2))",
+        "centre = SIZE // 2 + rng.integers(-3 * OFF_CENTRE, 3 * OFF_CENTRE + 1, size=(1, 2))",
+        (f"{_SHAPES}::test_a_shape_in_a_picture_can_move_in_any_direction",),
+    ),
+    Mistake(
         "words attend to padding",
         "examples/moving_shapes/models.py",
         "    hide_padding(encoder)\n",
@@ -132,7 +153,7 @@ IN_BENCHMARKS = (
     Mistake(
         "another checkpoint is shown with the figures of this one",
         "examples/moving_shapes/results.py",
-        'return report if report["checkpoint_sha256"] == sha256_of(checkpoint) else None',
+        'return report if report["checkpoint_sha256"] == measured else None',
         "return report",
         (f"{_DEMO}::test_another_checkpoint_has_no_figures",),
     ),
