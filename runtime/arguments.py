@@ -17,6 +17,7 @@ from stg_trt.models.image import ImageOptions
 _RESCALE = 0.7
 _OURS = {
     "stg_applied_layers_idx": "stg_blocks",
+    "spatio_temporal_guidance_blocks": "stg_blocks",
     "guidance_rescale": "rescale",
     "do_rescaling": "rescale",
     "fps": "frame_rate",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stg_trt.errors import InvalidRequest
+from stg_trt.models.families import check_weight_names
 from stg_trt.models.weights import StoredWeights, check_pointer
 
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ class SingleFile:
         """The repository on the hub whose configurations diffusers uses for such a file."""
         from diffusers.loaders import single_file_utils
 
-        like = _on_meta(self.stored_shapes())
+        shapes = self.stored_shapes()
+        check_weight_names(shapes)
+        like = _on_meta(shapes)
         try:
             kind = single_file_utils.infer_diffusers_model_type(like)
         # It asks for other tensors of the models that it takes the file for.

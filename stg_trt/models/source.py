@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stg_trt.errors import InvalidRequest
+from stg_trt.models.families import check_weight_names
 from stg_trt.models.hub import HubRepository, cached_name, cached_snapshot, is_cache
 from stg_trt.models.single_file import SUFFIXES, SingleFile
 from stg_trt.models.weights import STEMS, StoredWeights, variants
@@ -119,6 +120,7 @@ def _found(
             "leave it out"
         )
     if folder.is_dir():
+        _check_loose_files(folder)
         return Source(_folder_name(folder), folder, variant)
     if folder.is_file():
         return _of_file(folder, variant)
@@ -129,6 +131,13 @@ def _found(
         )
     snapshot = repository.fetch(_CONFIGURATIONS)
     return Source(repository.name, snapshot, variant, repository.at(snapshot))
+
+
+def _check_loose_files(folder: Path) -> None:
+    """Says what a folder without a network's part holds, if its files are of one that is known."""
+    if not any((folder / part).is_dir() for part in ("transformer", "unet")):
+        for path in sorted(folder.glob("*.safetensors")):
+            check_weight_names(StoredWeights((path,)).shapes())
 
 
 def _folder_name(folder: Path) -> str:

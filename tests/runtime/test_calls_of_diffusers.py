@@ -216,6 +216,7 @@ def test_other_names_of_the_same(pipeline: VideoPipeline, given: dict[str, Any])
     for same in (
         {"stg_applied_layers_idx": [1], "do_rescaling": True},
         {"stg_blocks": 1, "guidance_rescale": 0.7},
+        {"spatio_temporal_guidance_blocks": [1], "rescale": 0.7},
         {"stg_blocks": np.array([1]), "rescale": np.float32(0.7), "stg_scale": np.float64(1.5)},
         {
             "stg_blocks": (np.int64(1),),

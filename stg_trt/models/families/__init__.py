@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from stg_trt.errors import InvalidRequest
@@ -49,6 +49,15 @@ def check_class(config: Mapping[str, Any]) -> None:
         raise InvalidRequest(
             f"checkpoint: expected a transformer of class {', '.join(_FAMILIES)}, got {class_name}: "
             "convert it to diffusers format or use a supported model"
+        )
+
+
+def check_weight_names(names: Iterable[str]) -> None:
+    """Raises InvalidRequest for weights of a network that comes without a configuration."""
+    if "cond_in.weight" in names:
+        raise InvalidRequest(
+            "checkpoint: expected STDiT3, the network of Open-Sora 1.2, got the weights of Open-Sora 2.0: "
+            "use hpcai-tech/OpenSora-STDiT-v3"
         )
 
 

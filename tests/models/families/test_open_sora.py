@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import T5Config, T5EncoderModel
 
@@ -318,6 +318,15 @@ def test_networks_of_other_versions(tmp_path: Path, name: str, version: str) -> 
     (tmp_path / "transformer" / "config.json").write_text(json.dumps({"architectures": [name]}))
     with pytest.raises(InvalidRequest, match=f"got {name} of Open-Sora {version}: use hpcai-tech/OpenSora"):
         Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("given", [".", "Open_Sora_v2.safetensors"])
+def test_weights_of_the_next_version(tmp_path: Path, given: str) -> None:
+    """Without a configuration; diffusers takes them for those of another model."""
+    names = ("img_in.weight", "cond_in.weight", "double_blocks.0.img_attn.norm.key_norm.scale")
+    save_file({name: torch.zeros(2) for name in names}, tmp_path / "Open_Sora_v2.safetensors")
+    with pytest.raises(InvalidRequest, match=r"got the weights of Open-Sora 2.0: use hpcai-tech/OpenSora-S"):
+        Checkpoint.open(tmp_path / given)
 
 
 @pytest.mark.parametrize("mode", ["stg-a", "stg-r"])
