@@ -226,25 +226,36 @@ def test_a_finished_build_is_reused_and_a_damaged_file_is_built_again(
     check_file(damaged, record.files[0])
 
 
-def wide(self: SegmentModule, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+Bias = Tensor | None
+Scale = float | None
+
+
+def wide(
+    self: SegmentModule, q: Tensor, k: Tensor, v: Tensor, bias: Bias = None, scale: Scale = None
+) -> Tensor:
     """Attention in float32."""
     mask = None if bias is None else bias.float()
-    return scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).to(q.dtype)
+    mixed = scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, scale=scale)
+    return mixed.to(q.dtype)
 
 
-def square(self: SegmentModule, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+def square(
+    self: SegmentModule, q: Tensor, k: Tensor, v: Tensor, bias: Bias = None, scale: Scale = None
+) -> Tensor:
     """Self-attention under a mask of S x S."""
     if bias is None:
         position = q.mean(dim=(1, 3))[:, None]
         bias = position[..., :, None] * position[..., None, :]
-    return scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    return scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
 
-def unfused(self: SegmentModule, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+def unfused(
+    self: SegmentModule, q: Tensor, k: Tensor, v: Tensor, bias: Bias = None, scale: Scale = None
+) -> Tensor:
     """Self-attention by hand, its softmax written out."""
     if bias is not None:
-        return scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    weights = (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).float().exp()
+        return scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    weights = (q @ k.transpose(2, 3) * (scale or q.shape[3] ** -0.5)).float().exp()
     attended: Tensor = (weights / weights.sum(dim=3, keepdim=True)).to(q.dtype) @ v
     return attended
 
