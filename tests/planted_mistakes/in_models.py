@@ -6,6 +6,7 @@ from tests.planted_mistakes.mistake import Mistake
 
 _FAMILIES = "tests/models/families/test_families.py"
 _CHECKPOINT = "tests/models/test_checkpoint.py"
+_OPEN_SORA = "tests/models/families/test_open_sora.py"
 _EXPERTS = "tests/runtime/test_experts.py"
 
 IN_MODELS = (
@@ -218,5 +219,26 @@ IN_MODELS = (
         "scale, shift = modulation(self.norm_out.linear",
         "shift, scale = modulation(self.norm_out.linear",
         (f"{_FAMILIES}::test_the_cut_chain_is_the_diffusers_model",),
+    ),
+    Mistake(
+        "Open-Sora's unconditional pass reads all of its embeddings of no text",
+        "runtime/text_conditions.py",
+        "null = TextCondition(null.embeds.to(cond.embeds), null.mask)",
+        "null = TextCondition(null.embeds.to(cond.embeds), torch.ones_like(null.mask))",
+        (f"{_OPEN_SORA}::test_without_a_negative_prompt_the_model_s_own_embeddings_under_the_prompt_s_mask",),
+    ),
+    Mistake(
+        "the positions of Open-Sora's rows come before those of its columns",
+        "stg_trt/models/families/open_sora_network.py",
+        "torch.cat([of_columns, of_rows], -1)",
+        "torch.cat([of_rows, of_columns], -1)",
+        (f"{_OPEN_SORA}::test_every_step_matches_in_both_layouts[stg_a]",),
+    ),
+    Mistake(
+        "Open-Sora's frames are scaled as the spatial configuration says",
+        "stg_trt/models/families/open_sora_vae.py",
+        "_SPATIAL_SCALE = 0.18215",
+        "_SPATIAL_SCALE = 0.13025",
+        (f"{_OPEN_SORA}::test_the_vae_decodes_as_upstream_does[17]",),
     ),
 )
