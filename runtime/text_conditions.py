@@ -46,8 +46,8 @@ class TextConditions:
         prompt, times = prompts.uncond, prompts.videos_per_prompt
         if self.family.null_text is None or prompt.texts is None:
             return self._of(prompt, images, workload, device).repeated(times)
-        null = TextCondition(self._null_text[: workload.text_length].expand_as(cond.embeds), cond.mask)
-        null = TextCondition(null.embeds.to(cond.embeds), null.mask)
+        embeds = self._null_text[: workload.text_length].to(cond.embeds)
+        null = TextCondition(embeds.expand_as(cond.embeds), cond.mask)
         if not any(prompt.texts):
             return null
         given = self._of(prompt, images, workload, device).repeated(times)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from stg_trt.errors import InvalidRequest
 from stg_trt.models import quantization
 from stg_trt.models.config_file import read_config, read_optional_config
-from stg_trt.models.families import family_class, family_for
+from stg_trt.models.families import family_for, stand_in_for
 from stg_trt.models.lora import AppliedLora, Lora, LoraWeights, parse_loras
 from stg_trt.models.random_weights import random_weights as draw_weights
 from stg_trt.models.single_file import ConvertedWeights
@@ -377,7 +377,7 @@ def _published_data(name: str) -> dict[str, Any]:
 
 def _stand_in(transformer: Mapping[str, Any]) -> dict[str, Any]:
     """The shipped configuration whose other parts a folder of this transformer may leave out."""
-    name = family_class(transformer).stands_in
+    name = stand_in_for(transformer)
     return _published_data(name) if name is not None else {}
 
 

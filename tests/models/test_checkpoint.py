@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint, published
+from tests.support.family_cases.case import GOLDENS
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 CONFIG = "transformer/config.json"
@@ -133,6 +136,14 @@ def test_a_fingerprint_reads_every_shard(sharded: Path) -> None:
     next(iter(tensors.values())).view(-1)[0] += 1
     save_file(tensors, last)
     assert Checkpoint.open(sharded).fingerprint() != before
+
+
+@pytest.mark.parametrize("name", ["ltx", "open_sora"])
+def test_opening_imports_nothing_large(name: str) -> None:
+    """A bad file is refused before torch is there."""
+    opening = "import sys; from stg_trt.models.checkpoint import Checkpoint; Checkpoint.open(sys.argv[1])"
+    check = f"{opening}; assert not {{'torch', 'diffusers'}} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", check, GOLDENS / name], check=True)
 
 
 def test_published_configurations_open() -> None:

@@ -223,8 +223,8 @@ IN_MODELS = (
     Mistake(
         "Open-Sora's unconditional pass reads all of its embeddings of no text",
         "runtime/text_conditions.py",
-        "null = TextCondition(null.embeds.to(cond.embeds), null.mask)",
-        "null = TextCondition(null.embeds.to(cond.embeds), torch.ones_like(null.mask))",
+        "null = TextCondition(embeds.expand_as(cond.embeds), cond.mask)",
+        "null = TextCondition(embeds.expand_as(cond.embeds), torch.ones_like(cond.mask))",
         (f"{_OPEN_SORA}::test_without_a_negative_prompt_the_model_s_own_embeddings_under_the_prompt_s_mask",),
     ),
     Mistake(

@@ -23,6 +23,9 @@ _FAMILIES = {
 }
 
 
+# Networks that are not published as pipelines, with scheduler and model_index.json -> the shipped
+# configuration that has both.
+_STAND_INS = {"STDiT3": "open-sora-1.2"}
 # Networks of other versions of a family, by the names that their configurations give.
 _OTHER_VERSIONS = {
     "STDiT": "Open-Sora 1.0",
@@ -61,12 +64,13 @@ def check_weight_names(names: Iterable[str]) -> None:
         )
 
 
-def family_class(config: Mapping[str, Any]) -> type[ModelFamily]:
-    """The family of a transformer's config.json; raises InvalidRequest for an unknown class."""
+def stand_in_for(config: Mapping[str, Any]) -> str | None:
+    """The shipped configuration whose other parts a folder of this transformer may leave out, if any.
+
+    Raises InvalidRequest for an unknown class. Imports no family: a bad checkpoint is refused before that.
+    """
     check_class(config)
-    module, name = _FAMILIES[class_name_of(config)]
-    family: type[ModelFamily] = getattr(importlib.import_module(f"stg_trt.models.families.{module}"), name)
-    return family
+    return _STAND_INS.get(class_name_of(config))
 
 
 def family_for(
@@ -76,8 +80,11 @@ def family_for(
     origin: str = "",
     image_encoder_config: dict[str, Any] | None = None,
 ) -> ModelFamily:
-    """An instance of it for a checkpoint's configurations.
+    """The family of a transformer's config.json; raises InvalidRequest for an unknown class.
 
     `origin` has the names by which the checkpoint is known, since no configuration says what is distilled.
     """
-    return family_class(config)(config, vae_config, model_index, origin, image_encoder_config)
+    check_class(config)
+    module, name = _FAMILIES[class_name_of(config)]
+    family: type[ModelFamily] = getattr(importlib.import_module(f"stg_trt.models.families.{module}"), name)
+    return family(config, vae_config, model_index, origin, image_encoder_config)

@@ -41,9 +41,6 @@ class ModelFamily(ABC):
     # False if there is no prompt: the pictures say what is made.
     reads_text: ClassVar[bool] = True
     takes_lora: ClassVar[bool] = True
-    # The shipped configuration whose scheduler and model_index.json stand in for those of a folder without,
-    # for models that are not published as pipelines.
-    stands_in: ClassVar[str | None] = None
     # The weight that embeds no text, if that is not what the text encoder makes of an empty one.
     null_text: ClassVar[str | None] = None
     # Where the model's configuration lies in a checkpoint.

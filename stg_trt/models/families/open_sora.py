@@ -118,7 +118,6 @@ class OpenSora(CrossAttentionDiT):
     pipeline_class = "OpenSoraPipeline"
     plugins = frozenset()
     takes_lora = False
-    stands_in = "open-sora-1.2"
     null_text = "y_embedder.y_embedding"
     block_counts = ("depth",)
     modulation = "modulation"
