@@ -20,7 +20,7 @@ from stg_trt.errors import BackendUnavailable, EngineRejected
 from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.passes import read_skips
 from stg_trt.models.segment import Segment
-from stg_trt.models.workload import Workload
+from stg_trt.models.workload import Workload, chosen_frame_rate
 from stg_trt.system.gpu import GpuIdentity, find_gpu
 
 from .build_folder import fresh_folder, locked_folder
@@ -58,6 +58,7 @@ def build(
     revision: str | None = None,
     lora: Sequence[str | Path] = (),
     condition_frames: int = 0,
+    frame_rate: float | None = None,
     blocks: Sequence[int] | None = None,
     verify_timesteps: int = 3,
     keep_onnx: bool = False,
@@ -71,8 +72,9 @@ def build(
     best that this machine can run. `stg_blocks` are those that a skip pass may perturb, or a mapping of them
     from the names of several passes. `target` may name several, separated by commas; it and `precision`
     default to the backend's, `text_length` to the family's. `condition_frames` is how many latent frames of
-    pictures for later frames a call has. `blocks` shortens each list of blocks, with
-    random weights; `plugins` are our own kernels. An interrupted build's segments are reused.
+    pictures for later frames a call has; `frame_rate` decides how long the sound of a video is. `blocks`
+    shortens each list of blocks, with random weights; `plugins` are our own kernels. An interrupted build's
+    segments are reused.
     Raises InvalidRequest for options that cannot be used and GateMissed for a segment that fails a check.
     """
     opened = Checkpoint.open(
@@ -88,7 +90,10 @@ def build(
     precision = precision or chosen.target(targets[0]).precisions[0]
     options = BuildOptions(
         checkpoint=opened, output=Path(output),
-        workload=Workload(height, width, num_frames, length, precision, condition_frames),
+        workload=Workload(
+            height, width, num_frames, length, precision, condition_frames,
+            opened.family.audio_num_frames(num_frames, chosen_frame_rate(frame_rate, defaults.frame_rate)),
+        ),
         skips=read_skips(defaults.stg_blocks if stg_blocks is None else stg_blocks),
         stg_mode=defaults.stg_mode if stg_mode is None else stg_mode,
         layout=layout, max_batch=max_batch, backend=chosen, targets=targets,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
+from stg_trt.models.stream import SOUND
 
 if TYPE_CHECKING:
     from stg_trt.guidance.solver import SolverTable
@@ -50,11 +51,34 @@ def starting_noise(
     shape = (videos, *family.noise_shape(workload))
     packed = family.tensors(replace(workload, condition_frames=0))["latents"].with_rows(videos)
     latents = draw(shape, generator) if given is None else given
-    if tuple(latents.shape) not in (packed, shape):
+    _check("latents", latents, (packed, shape), workload)
+    return (family.pack(latents) if tuple(latents.shape) == shape else latents).float()
+
+
+def starting_sound(
+    family: ModelFamily, workload: Workload, videos: int, generator: Generators | None, given: Tensor | None
+) -> Tensor | None:
+    """The same of the videos' sound, drawn after the video's noise; None for a model without sound."""
+    if SOUND not in family.streams:
+        if given is not None:
+            raise InvalidRequest(
+                f"audio_latents: expected none for {family.name}, which makes no sound, got "
+                f"{tuple(given.shape)}: leave them out"
+            )
+        return None
+    shape = (videos, *family.audio_noise_shape(workload))
+    packed = family.tensors(workload)[SOUND.latents].with_rows(videos)
+    latents = draw(shape, generator) if given is None else given
+    _check("audio_latents", latents, (packed, shape), workload)
+    return (family.pack_audio(latents) if tuple(latents.shape) == shape else latents).float()
+
+
+def _check(name: str, latents: Tensor, shapes: Sequence[Sequence[int]], workload: Workload) -> None:
+    """Raises InvalidRequest unless the latents have one of two shapes and are finite."""
+    if tuple(latents.shape) not in shapes:
         raise InvalidRequest(
-            f"latents: expected {packed} or {shape} for {workload}, got {tuple(latents.shape)}: "
+            f"{name}: expected {shapes[0]} or {shapes[1]} for {workload}, got {tuple(latents.shape)}: "
             "pass latents of the size the engines were built for"
         )
     if not latents.isfinite().all():
-        raise InvalidRequest("latents: expected finite numbers, got NaN or infinity: check their source")
-    return (family.pack(latents) if tuple(latents.shape) == shape else latents).float()
+        raise InvalidRequest(f"{name}: expected finite numbers, got NaN or infinity: check their source")

@@ -15,12 +15,11 @@ from stg_trt.models.defaults import Defaults
 from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.image import ImageCondition, Images, Places
 from stg_trt.models.segment import Segment, cut
-from stg_trt.models.tensor_spec import ROWS, TensorSpec, index_of
+from stg_trt.models.stream import VIDEO, RescaleSpace, Stream
+from stg_trt.models.tensor_spec import TensorSpec, index_of
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
 
-KEEP_ATTENTION = "keep_attention"
-KEEP_LAYER = "keep_layer"
 CONDITION = "condition"
 IMAGE_EMBEDS = "image_embeds"
 POOLED = "pooled_prompt_embeds"
@@ -63,6 +62,11 @@ class ModelFamily(ABC):
     # Parts of the pipeline that diffusers' documentation wants in float32 on a GPU too.
     float32_components: ClassVar[frozenset[str]] = frozenset()
     decode_options: ClassVar[frozenset[str]] = frozenset()
+    # What it denoises side by side, the video first; whether it has a pass in which they do not see each
+    # other; and what its pipeline rescales.
+    streams: ClassVar[tuple[Stream, ...]] = (VIDEO,)
+    isolates: ClassVar[bool] = False
+    rescale_space: ClassVar[RescaleSpace] = "prediction"
     # TensorRT plugins that can replace a part of the blocks.
     plugins: ClassVar[frozenset[str]] = frozenset()
 
@@ -301,6 +305,18 @@ class ModelFamily(ABC):
         """(videos, *noise_shape) to the layout the transformer takes."""
         return latents
 
+    def audio_num_frames(self, num_frames: int, frame_rate: float) -> int:
+        """Latents in time of the sound of a video; 0 without sound."""
+        return 0
+
+    def audio_noise_shape(self, workload: Workload) -> tuple[int, ...]:
+        """The shape in which diffusers' pipeline draws the noise of a video's sound."""
+        raise TypeError(f"{type(self).__name__} does not define audio_noise_shape")
+
+    def pack_audio(self, latents: Tensor) -> Tensor:
+        """(videos, *audio_noise_shape) to the layout the transformer takes."""
+        raise TypeError(f"{type(self).__name__} does not define pack_audio")
+
     def check_decode_options(self, options: Mapping[str, Any]) -> None:
         """Raises InvalidRequest, before anything is sampled, for options of `decode` that cannot be used."""
         return
@@ -370,16 +386,6 @@ def positive_integer(value: Any, name: str, file: str) -> int:
             "download the checkpoint again"
         )
     return value
-
-
-def keep_attention_spec() -> TensorSpec:
-    """False for the rows whose self-attention is skipped."""
-    return TensorSpec(KEEP_ATTENTION, "bool", (ROWS,))
-
-
-def keep_layer_spec() -> TensorSpec:
-    """False for the rows whose self-attention layer returns its input."""
-    return TensorSpec(KEEP_LAYER, "bool", (ROWS,))
 
 
 def load_class(name: str) -> Any:
