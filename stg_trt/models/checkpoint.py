@@ -52,6 +52,7 @@ class Checkpoint:
     model_index: dict[str, Any] | None = None
     lora: tuple[Lora, ...] = ()
     image_encoder_config: dict[str, Any] | None = None
+    connectors_config: dict[str, Any] | None = None
 
     @classmethod
     def open(
@@ -80,13 +81,21 @@ class Checkpoint:
         scheduler = _config_or(source.folder / "scheduler" / "scheduler_config.json", others)
         vae = read_optional_config(source.folder / "vae" / "config.json")
         index = read_optional_config(source.folder / "model_index.json") or others.get("model_index")
-        eyes = read_optional_config(source.folder / "image_encoder" / "config.json")
+        opened = cls(
+            source.name,
+            None if random_weights else source,
+            transformer,
+            vae,
+            scheduler,
+            index,
+            image_encoder_config=read_optional_config(source.folder / "image_encoder" / "config.json"),
+            connectors_config=read_optional_config(source.folder / "connectors" / "config.json"),
+        )
         if random_weights:
             _check_no_lora(lora)
-            return cls(source.name, None, transformer, vae, scheduler, index, image_encoder_config=eyes)
+            return opened
         quantization.check_config(transformer, source.folder / source.denoiser / "config.json")
         source.check_transformer(source.denoiser)
-        opened = cls(source.name, source, transformer, vae, scheduler, index, image_encoder_config=eyes)
         if lora and not opened.family.takes_lora:
             raise InvalidRequest(
                 f"lora: expected none for {opened.family.name}, of whose layers diffusers merges none, got "
@@ -130,6 +139,7 @@ class Checkpoint:
             self.model_index,
             self.origin,
             self.image_encoder_config,
+            self.connectors_config,
         )
 
     @property

@@ -71,7 +71,9 @@ def gemma_tokenizer() -> GemmaTokenizer:
     merges += [("\u2581", word) for word in WORDS]
     pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", *"".join(WORDS), *map("".join, merges)]
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
-    return GemmaTokenizer(vocab=vocab, merges=list(dict.fromkeys(merges)), model_max_length=64, add_bos_token=True)
+    return GemmaTokenizer(
+        vocab=vocab, merges=list(dict.fromkeys(merges)), model_max_length=64, add_bos_token=True
+    )
 
 
 def gemma(vocabulary: int) -> Gemma3ForConditionalGeneration:
@@ -187,7 +189,11 @@ def audio_vae() -> AutoencoderKLLTX2Audio:
 
 def vocoder(version: str) -> LTX2Vocoder | LTX2VocoderWithBWE:
     """100 spectra to a second of stereo at 24 kHz, in 2.3 at 48 kHz after a first stage at 16 kHz."""
-    first: dict[str, Any] = {"in_channels": 2 * MEL_BINS, "resnet_kernel_sizes": [3], "resnet_dilations": [[1, 3]]}
+    first: dict[str, Any] = {
+        "in_channels": 2 * MEL_BINS,
+        "resnet_kernel_sizes": [3],
+        "resnet_dilations": [[1, 3]],
+    }
     if not _NEW[version]:
         return LTX2Vocoder(
             **first, hidden_channels=16, upsample_kernel_sizes=[16, 15, 16], upsample_factors=[6, 5, 8]

@@ -34,7 +34,7 @@ class ModelFamily(ABC):
     export_version: ClassVar[int]
     pipeline_class: str
     defaults: Defaults
-    has_text_segment: ClassVar[bool]
+    has_text_segment: bool
     # False if diffusers' pipeline takes embeddings without a mask; their padding is zeros.
     has_text_mask: ClassVar[bool] = True
     # False if there is no prompt: the pictures say what is made.
@@ -77,6 +77,7 @@ class ModelFamily(ABC):
         model_index: Mapping[str, Any] | None = None,
         origin: str = "",
         image_encoder_config: Mapping[str, Any] | None = None,
+        connectors_config: Mapping[str, Any] | None = None,
     ) -> None:
         # Not copied: a checkpoint's configuration says which file lacks an entry.
         self.config = config
@@ -84,6 +85,7 @@ class ModelFamily(ABC):
         self.model_index = model_index or {}
         self.origin = origin
         self.image_encoder_config = image_encoder_config
+        self.connectors_config = connectors_config
 
     def network_class(self) -> Any:
         """The class of the whole network: diffusers', unless the family has its own."""
