@@ -11,13 +11,10 @@ from stg_trt.models.workload import Workload
 
 def encode_prompt(pipeline: Any, prompts: list[str], workload: Workload) -> TextCondition:
     """Embeddings before the connectors (videos, tokens, hidden states of all layers), padded on the left."""
-    embeds, mask, _, _ = pipeline.encode_prompt(
-        prompts,
-        do_classifier_free_guidance=False,
-        max_sequence_length=workload.text_length,
-        device=pipeline.text_encoder.device,
+    device = pipeline.text_encoder.device
+    return TextCondition(
+        *pipeline._get_gemma_prompt_embeds(prompts, max_sequence_length=workload.text_length, device=device)
     )
-    return TextCondition(embeds, mask)
 
 
 def count_tokens(pipeline: Any, prompt: str) -> int:
