@@ -65,6 +65,21 @@ def save_ltx2(folder: Path, version: str) -> LTX2Pipeline:
     return pipeline
 
 
+def text_pipeline() -> LTX2Pipeline:
+    """With text encoder and tokenizer alone."""
+    torch.manual_seed(0)
+    tokenizer = gemma_tokenizer()
+    rest = dict.fromkeys(("scheduler", "vae", "audio_vae", "connectors", "transformer", "vocoder"))
+    return LTX2Pipeline(text_encoder=gemma(len(tokenizer)), tokenizer=tokenizer, **rest)
+
+
+def decoding_pipeline(version: str, **vae_options: Any) -> LTX2Pipeline:
+    """With what decodes alone; `vae_options` are entries of the configuration of the frames' VAE."""
+    torch.manual_seed(0)
+    rest = dict.fromkeys(("scheduler", "text_encoder", "tokenizer", "connectors", "transformer"))
+    return LTX2Pipeline(vae=video_vae(**vae_options), audio_vae=audio_vae(), vocoder=vocoder(version), **rest)
+
+
 def gemma_tokenizer() -> GemmaTokenizer:
     """Whole words, with the space before them."""
     merges = [(word[:end], word[end]) for word in WORDS for end in range(1, len(word))]
@@ -102,7 +117,7 @@ def gemma(vocabulary: int) -> Gemma3ForConditionalGeneration:
 
 
 def connectors(version: str) -> LTX2TextConnectors:
-    """2.0: one projection of the text encoder's width for both; 2.3: one each, of the transformer's widths."""
+    """2.0: one projection to the text encoder's width; 2.3: two, to the widths of the transformer."""
     new = _NEW[version]
     widths = (WIDTH, AUDIO_WIDTH) if new else (TEXT_WIDTH, TEXT_WIDTH)
     return _random(
@@ -211,9 +226,9 @@ def vocoder(version: str) -> LTX2Vocoder | LTX2VocoderWithBWE:
         bwe_resnet_dilations=[[1, 3]],
         num_mel_channels=MEL_BINS,
     )
-    # Published files hold these.
-    for basis in made.mel_stft.buffers():
-        nn.init.normal_(basis, std=0.05)
+    # Published files hold these, which the constructor leaves at zero.
+    nn.init.normal_(made.mel_stft.stft_fn.forward_basis, std=0.05)
+    nn.init.uniform_(made.mel_stft.mel_basis)
     return made.eval()
 
 

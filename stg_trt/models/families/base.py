@@ -15,9 +15,10 @@ from stg_trt.models.defaults import Defaults
 from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.image import ImageCondition, Images, Places
 from stg_trt.models.segment import Segment, cut
+from stg_trt.models.sound import SoundDecoder
 from stg_trt.models.stream import VIDEO, RescaleSpace, Stream
 from stg_trt.models.tensor_spec import TensorSpec, index_of
-from stg_trt.models.text import TextCondition
+from stg_trt.models.text import Connector, TextCondition
 from stg_trt.models.workload import Workload
 
 CONDITION = "condition"
@@ -59,7 +60,10 @@ class ModelFamily(ABC):
     starts_from_given_latents: bool = False
     # Parts of a checkpoint with which its text encoder sees the pictures too.
     text_image_parts: tuple[str, ...] = ()
-    # Parts of the pipeline that diffusers' documentation wants in float32 on a GPU too.
+    # What stands between text encoder and transformer, and what makes the sound, if the model has them.
+    connector: ClassVar[Connector | None] = None
+    sound_decoder: ClassVar[SoundDecoder | None] = None
+    # Parts of the pipeline that are to run in float32 on a GPU too.
     float32_components: ClassVar[frozenset[str]] = frozenset()
     decode_options: ClassVar[frozenset[str]] = frozenset()
     # What it denoises side by side, the video first; whether it has a pass in which they do not see each
