@@ -88,8 +88,8 @@ def build(
             checkpoint, output, height=height, width=width, num_frames=num_frames, text_length=text_length,
             condition_frames=condition_frames, frame_rate=frame_rate, stg_blocks=perturbed,
             stg_mode=stg_mode, layout=layout, precision=precision, max_batch=max_batch, backend=backend,
-            target=target, random_weights=random_weights, variant=variant, revision=revision, lora=lora or (), blocks=kept,
-            verify_timesteps=verify_timesteps, keep_onnx=keep_onnx,
+            target=target, random_weights=random_weights, variant=variant, revision=revision,
+            lora=lora or (), blocks=kept, verify_timesteps=verify_timesteps, keep_onnx=keep_onnx,
             plugins=[name for name in plugins.split(",") if name],
             builder_optimization_level=builder_optimization_level, progress=display,
         )  # fmt: skip

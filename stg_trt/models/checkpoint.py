@@ -313,6 +313,8 @@ class Checkpoint:
 
     def load_transformer(self, blocks: Iterable[int] | None = None, expert: int = 0) -> Any:
         """A diffusers transformer in float32 on the CPU; other blocks than `blocks` stay without memory."""
+        from stg_trt.models.timestep_embedding import fix_frequencies
+
         family, part = self.family, self.family.transformers[expert]
         wanted = set(range(family.num_blocks) if blocks is None else blocks)
         transformer = self._empty_transformer()
@@ -326,6 +328,7 @@ class Checkpoint:
         transformer.load_state_dict(weights, strict=False, assign=True)
         for lora in self._loras_of(expert):
             lora.of_blocks(family, (None, *wanted)).merge(transformer)
+        fix_frequencies(transformer)
         return transformer.eval().requires_grad_(False)
 
     def weight(self, name: str) -> Tensor:

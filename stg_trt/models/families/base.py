@@ -66,8 +66,7 @@ class ModelFamily(ABC):
     # Parts of the pipeline that are to run in float32 on a GPU too.
     float32_components: ClassVar[frozenset[str]] = frozenset()
     decode_options: ClassVar[frozenset[str]] = frozenset()
-    # What it denoises side by side, the video first; whether it has a pass in which they do not see each
-    # other; and what its pipeline rescales.
+    # What it denoises side by side; whether a pass hides them from each other; what its pipeline rescales.
     streams: ClassVar[tuple[Stream, ...]] = (VIDEO,)
     isolates: ClassVar[bool] = False
     rescale_space: ClassVar[RescaleSpace] = "prediction"

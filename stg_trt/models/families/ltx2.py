@@ -1,6 +1,6 @@
 """LTX-2 and LTX-2.3: a DiT that denoises a video and its sound side by side.
 
-Reproduces diffusers' LTX2VideoTransformer3DModel and LTX2Pipeline, with these differences: the configuration's
+Reproduces diffusers' LTX2VideoTransformer3DModel and LTX2Pipeline, but for two things: the configuration's
 flag `perturbed_attn`, without which diffusers' skip pass is the cond pass, is ignored; and where only one
 stream has an STG scale, only its attention is skipped, as in Lightricks' code. These cross a cut: the hidden
 states of both streams, their modulations, and the embedded timesteps that the heads read. Constant over the
@@ -28,6 +28,9 @@ from stg_trt.models.families.keep_flags import (
     keep_audio_attention_spec,
     keep_cross_spec,
 )
+from stg_trt.models.families.ltx2_costs import Costs, StreamCosts, segment_flops
+from stg_trt.models.families.ltx2_decoding import SOUND_DECODER, decode_frames
+from stg_trt.models.families.ltx2_prompts import CONNECTORS, count_tokens, encode_prompt
 from stg_trt.models.families.ltx2_segment import SOUND, STREAMS, VIDEO, LTX2Segment, TextProjections
 from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.families.token_shift import TokenShift, set_even_sigmas
@@ -53,7 +56,6 @@ _DISTILLED = CustomSteps("sigmas", (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.9093
 _TEXT_LAYERS = 49
 # The step's timestep, and that of clean tokens.
 _TIMESTEP_PLACES = 2
-_TIMESTEP_CHANNELS = 256
 # The embeddings that the text segment projects.
 _PROMPTS = {VIDEO: "prompt_video", SOUND: "prompt_audio"}
 _ROPE = tuple(f"{stream}rope_{part}" for stream in STREAMS for part in ("cos", "sin"))
@@ -90,13 +92,15 @@ class LTX2(DiT):
     streams = (VIDEO_STREAM, SOUND_STREAM)
     isolates = True
     rescale_space = "x0"
+    connector = CONNECTORS
+    sound_decoder = SOUND_DECODER
     decode_options = frozenset({"decode_timestep", "decode_noise_scale"})
     blocks_name = "transformer_blocks"
     # Timestep MLPs, modulation tables and norms, which are applied in float32.
     float32_islands = r"_embed\.|scale_shift_table|norm"
     segment_class = LTX2Segment
     patch = (1, 1, 1)
-    timestep_channels = _TIMESTEP_CHANNELS
+    timestep_channels = 256
     defaults = replace(_DEFAULTS, sound=replace(_DEFAULTS, guidance_scale=7.0))
 
     def __init__(self, config: Mapping[str, Any], *others: Any) -> None:
@@ -160,6 +164,12 @@ class LTX2(DiT):
             _check_entry(name, self.config.get(name, 1), 1)
         _check_entry("rope_type", self.config.get("rope_type", "split"), "split")
         super().check(workload)
+        registers = (self.connectors_config or {}).get("video_connector_num_learnable_registers")
+        if registers and workload.text_length % registers:
+            raise InvalidRequest(
+                f"text_length: expected a multiple of {registers}, as many as connectors/ has registers, got "
+                f"{workload.text_length}: use {-(-workload.text_length // registers) * registers}"
+            )
         if workload.audio_num_frames < 1:
             raise InvalidRequest(
                 f"frame_rate: expected at least one latent of sound for {workload.num_frames} frames, got "
@@ -286,52 +296,28 @@ class LTX2(DiT):
         return TextCondition(video, torch.ones(video.shape[:2]), audio=sound)
 
     def segment_flops(self, segment: Segment, workload: Workload) -> int:
-        sizes, text = self.sizes(workload), workload.text_length
-        if segment.text:
-            caption = self.integer("caption_channels")
-            return sum(2 * text * size.width * (caption + size.width) for size in sizes.values())
-        skipped = segment.skipped.blocks if segment.skipped else ()
-        reduced = segment.skipped is not None and segment.skipped.mode == "stg-r"
-        total = 0
-        for block in segment.blocks:
-            if block in skipped and reduced:
-                continue
-            total += self._exchange_flops(sizes)
-            total += sum(self._stream_flops(size, text, block in skipped) for size in sizes.values())
-        for stream, size in sizes.items():
-            if segment.front:
-                total += 2 * size.tokens * size.width * self.integer(f"{stream}in_channels")
-                total += self._timestep_flops(stream, size)
-            if segment.back:
-                total += 2 * size.tokens * size.width * self.integer(f"{stream}out_channels")
-        return total
+        return segment_flops(self._costs(workload), segment)
 
-    def _stream_flops(self, size: _Sizes, text: int, skipped: bool) -> int:
-        """A block's self-attention, attention to the text and feed-forward of one stream."""
-        tokens, width = size.tokens, size.width
-        to_self = 2 * tokens * 2 * width**2 if skipped else 8 * tokens * width**2 + 4 * tokens**2 * width
-        to_text = 4 * tokens * width**2 + 4 * text * width**2 + 4 * tokens * text * width
-        gates = 2 * 2 * tokens * width * size.heads if self.config.get("gated_attn") else 0
-        return to_self + to_text + gates + 16 * tokens * width**2
-
-    def _exchange_flops(self, sizes: Mapping[str, _Sizes]) -> int:
-        """A block's attention of either stream to the other."""
-        across, gated = self._cross_width, bool(self.config.get("gated_attn"))
-        video, sound = sizes[VIDEO], sizes[SOUND]
-        total = 2 * 4 * video.tokens * sound.tokens * across
-        for size in (video, sound):
-            # Query and output where it reads, key and value where it is read.
-            total += 2 * size.tokens * size.width * 4 * across
-            total += 2 * size.tokens * size.width * sound.heads if gated else 0
-        return total
-
-    def _timestep_flops(self, stream: str, size: _Sizes) -> int:
-        width = size.width
-        networks = [(_TIMESTEP_PLACES if stream == VIDEO else 1, 9 if self._modulates_text else 6)]
-        networks += [(networks[0][0], 4), (1, 1), *([(1, 2)] if self._modulates_text else [])]
-        return sum(
-            places * 2 * width * (_TIMESTEP_CHANNELS + width + parameters * width)
-            for places, parameters in networks
+    def _costs(self, workload: Workload) -> Costs:
+        streams = [
+            StreamCosts(
+                tokens=size.tokens,
+                width=size.width,
+                heads=size.heads,
+                in_channels=self.integer(f"{stream}in_channels"),
+                out_channels=self.integer(f"{stream}out_channels"),
+                places=_TIMESTEP_PLACES if stream == VIDEO else 1,
+            )
+            for stream, size in self.sizes(workload).items()
+        ]
+        return Costs(
+            (streams[0], streams[1]),
+            text_length=workload.text_length,
+            caption_channels=self.integer("caption_channels"),
+            cross_width=self._cross_width,
+            timestep_channels=self.timestep_channels,
+            gated=bool(self.config.get("gated_attn")),
+            modulates_text=self._modulates_text,
         )
 
     def attentions(self, segment: Segment) -> int:
@@ -362,11 +348,16 @@ class LTX2(DiT):
         packed: Tensor = load_class(_PIPELINE)._pack_audio_latents(latents)
         return packed
 
+    def text_tokens(self, pipeline: Any, prompt: str) -> int:
+        return count_tokens(pipeline, prompt)
+
     def encode_prompt(self, pipeline: Any, prompts: list[str], workload: Workload) -> TextCondition:
-        raise NotImplementedError
+        return encode_prompt(pipeline, prompts, workload)
 
     def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:
-        raise NotImplementedError
+        """`decode_timestep` and `decode_noise_scale` are LTX2Pipeline's: one number, or one per video."""
+        _, frames, height, width = self.latent_shape(workload)
+        return decode_frames(pipeline, latents, (frames, height, width), options)
 
 
 def _named(name: str, tables: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
