@@ -114,7 +114,7 @@ class Reference:
             "timestep": torch.full((rows,), timestep),
             # The last row skips its attention, so that both branches of the switch are compared.
             KEEP_ATTENTION: torch.arange(rows) != rows - 1,
-            KEEP_AUDIO_ATTENTION: torch.arange(rows) != rows - 1,
+            KEEP_AUDIO_ATTENTION: torch.arange(rows) < rows - 1,
             # And of several rows the first skips the whole layer.
             KEEP_LAYER: torch.arange(1, rows + 1) != rows // 2,
             KEEP_CROSS: torch.arange(1, rows + 1) != rows // 2,

@@ -14,8 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.guidance.bins import Scale, SkipBlocks, SkipScales
-from stg_trt.guidance.options import AsVideo
+from stg_trt.guidance.bins import Scale, SkipBlocks
 from stg_trt.models.image import ImageOptions
 
 # The published STG pipelines rescale by this where do_rescaling is set.
@@ -27,6 +26,7 @@ _OURS = {
     "do_rescaling": "rescale",
     "fps": "frame_rate",
 }
+_RARE_SCALES = ("min_guidance_scale", "max_guidance_scale", "guidance_scale_2", "modality_scale")
 _SOUND_SCALES = {
     "audio_guidance_scale": "audio_guidance_scale",
     "audio_stg_scale": "audio_stg_scale",
@@ -47,25 +47,42 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
 
 
 @dataclass(frozen=True)
+class SoundArguments:
+    """How a run of a model with sound starts.
+
+    `noise_scale` is the share of noise in latents that are given. The model is told a frame rate that is
+    divided by `motion_speed`.
+    """
+
+    latents: Tensor | None = None
+    noise_scale: float = 0.0
+    motion_speed: float = 1.0
+
+    @classmethod
+    def taken_from(cls, rest: dict[str, Any]) -> SoundArguments:
+        """Takes them out of a call's arguments; raises InvalidRequest for what is no number."""
+        return cls(
+            rest.pop("audio_latents", None),
+            _number("noise_scale", rest.pop("noise_scale", 0.0), 0.0, 1.0),
+            _number("motion_speed", rest.pop("motion_speed", 1.0), 1e-6, math.inf),
+        )
+
+
+@dataclass(frozen=True)
 class ForeignArguments:
     """The arguments of a call under names of other pipelines, or for some models; the rest are for decoding.
 
-    `frame_scales` are the CFG scales of the first and the last frame. `sound` are the scales of a model with
-    sound, by their names in GuidanceOptions.
+    `scales` are those of single models, by their names in GuidanceOptions.
     """
 
     stg_blocks: SkipBlocks | None
     rescale: Scale | None
-    guidance_scale_2: Scale | None
+    scales: dict[str, Any]
     max_sequence_length: int | None
     callback_tensors: list[str] | None
-    frame_scales: tuple[float | None, float | None]
     frame_rate: float | None
     images: ImageOptions
-    sound: dict[str, Scale | SkipScales | AsVideo]
-    audio_latents: Tensor | None
-    noise_scale: float
-    motion_speed: float
+    sound: SoundArguments
     decode_options: dict[str, Any]
 
     @classmethod
@@ -96,30 +113,27 @@ class ForeignArguments:
         return cls(
             values["stg_blocks"],
             values["rescale"],
-            rest.pop("guidance_scale_2", None),
+            _scales(rest),
             rest.pop("max_sequence_length", None),
             rest.pop("callback_on_step_end_tensor_inputs", None),
-            (rest.pop("min_guidance_scale", None), rest.pop("max_guidance_scale", None)),
             values["frame_rate"],
             ImageOptions(**{f.name: rest.pop(f.name, None) for f in fields(ImageOptions)}),
-            _sound_scales(rest),
-            rest.pop("audio_latents", None),
-            _number("noise_scale", rest.pop("noise_scale", 0.0), 0.0, 1.0),
-            _number("motion_speed", rest.pop("motion_speed", 1.0), 0.0, math.inf),
+            SoundArguments.taken_from(rest),
             rest,
         )
 
 
-def _sound_scales(rest: dict[str, Any]) -> dict[str, Scale | SkipScales | AsVideo]:
-    """Those of a model with sound, taken out; where diffusers' pipeline gets None, it takes the video's."""
-    given = {own: rest.pop(name) for name, own in _SOUND_SCALES.items() if name in rest}
-    scales = {own: "video" if scale is None else scale for own, scale in given.items()}
-    modality = rest.pop("modality_scale", None)
-    return scales if modality is None else {"modality_scale": modality, **scales}
+def _scales(rest: dict[str, Any]) -> dict[str, Any]:
+    """The scales of single models, taken out; for None of a sound, diffusers' pipeline takes the video's."""
+    of_sound = {own: rest.pop(name) for name, own in _SOUND_SCALES.items() if name in rest}
+    return {
+        **{name: rest.pop(name) for name in _RARE_SCALES if name in rest},
+        **{own: "video" if scale is None else scale for own, scale in of_sound.items()},
+    }
 
 
 def _number(name: str, value: object, low: float, high: float) -> float:
     if not isinstance(value, Real) or not low <= float(value) <= high:
-        upper = "" if high == math.inf else f" to {high:g}"
+        upper = " on" if high == math.inf else f" to {high:g}"
         raise InvalidRequest(f"{name}: expected a number from {low:g}{upper}, got {value!r}: correct it")
     return float(value)

@@ -128,7 +128,8 @@ def _open_checkpoint(
     checkpoint: str, variant: str | None, revision: str | None, lora: list[str], encodes: bool, output: Path
 ) -> Checkpoint:
     """Raises InvalidRequest unless the call's parts are there, their files whole, and the output possible."""
-    from stg_trt.models.checkpoint import Checkpoint, published
+    from stg_trt.models.checkpoint import Checkpoint
+    from stg_trt.models.published import published
 
     _check_output(output)  # Checks without models come first: importing diffusers takes seconds.
     opened = Checkpoint.open(

@@ -17,9 +17,10 @@ from stg_trt.errors import InvalidRequest, NotFinite
 from stg_trt.guidance.bins import Scale, SkipBlocks, SkipScales
 from stg_trt.guidance.options import GuidanceOptions, choose_options
 from stg_trt.guidance.tables import Guidance
-from stg_trt.models.checkpoint import Checkpoint, published
+from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.custom_steps import CustomSteps, Numbers
 from stg_trt.models.image import ImageCondition, Images
+from stg_trt.models.published import published
 from stg_trt.system.gpu import this_machine
 
 from .arguments import ForeignArguments
@@ -184,8 +185,7 @@ class VideoPipeline:
         foreign = ForeignArguments.read(options, stg_blocks, rescale, frame_rate)
         guided = choose_options(guidance, GuidanceOptions(
             guidance_scale, stg_scale, foreign.rescale, stg_mode, foreign.stg_blocks, stg_range, preset,
-            cfg_zero_star, use_dynamic_cfg, true_cfg_scale, *foreign.frame_scales, foreign.guidance_scale_2,
-            **foreign.sound,
+            cfg_zero_star, use_dynamic_cfg, true_cfg_scale, **foreign.scales,
         ))  # fmt: skip
         cond = Embeddings(prompt_embeds, prompt_attention_mask, pooled_prompt_embeds)
         uncond = Embeddings(
@@ -197,8 +197,7 @@ class VideoPipeline:
         return self._generate(Request(
             replace(self._request, height=height, width=width, num_frames=num_frames, videos=prompts.videos),
             prompts, pictures, guided, num_inference_steps, foreign.frame_rate, listed(generator), latents,
-            foreign.max_sequence_length, CustomSteps.read(timesteps, sigmas), foreign.audio_latents,
-            foreign.noise_scale, foreign.motion_speed,
+            foreign.max_sequence_length, CustomSteps.read(timesteps, sigmas), foreign.sound,
         ), output_type, callback_on_step_end, foreign)  # fmt: skip
 
     def _generate(
@@ -238,14 +237,15 @@ class VideoPipeline:
         if not self.family.draws_noise_first:
             image = self._image(schedule, request, images)
         videos, given = request.prompts.videos, request.latents
-        noise = starting_noise(self.family, schedule.workload, videos, request.generator, given)
+        share = request.sound.noise_scale
+        noise = starting_noise(self.family, schedule.workload, videos, request.generator, given, share)
         if self.family.draws_noise_first:
             image = self._image(schedule, request, images)
         start = noise * schedule.solver.noise_scale
         if given is None or not self.family.starts_from_given_latents:
             start = self.family.start(start, image)
         sound = starting_sound(
-            self.family, schedule.workload, videos, request.generator, request.audio_latents
+            self.family, schedule.workload, videos, request.generator, request.sound.latents, share
         )
         if sound is None:
             return {"latents": start}, image

@@ -23,6 +23,7 @@ from stg_trt.models.image import Images
 from stg_trt.models.perturbation import check_blocks
 from stg_trt.models.workload import Workload, chosen_frame_rate
 
+from .arguments import SoundArguments
 from .noise import Generators
 from .pictures import GivenPictures
 from .prompts import Prompts
@@ -45,11 +46,9 @@ class Request:
     frame_rate: float | None
     generator: Generators | None
     latents: Tensor | None
-    max_sequence_length: int | None = None
-    steps: CustomSteps | None = None
-    audio_latents: Tensor | None = None
-    noise_scale: float = 0.0
-    motion_speed: float = 1.0
+    max_sequence_length: int | None
+    steps: CustomSteps | None
+    sound: SoundArguments
 
 
 @dataclass(frozen=True)
@@ -176,7 +175,7 @@ def schedule_steps(
     )
     if fitting.rejects(build.manifest) is not None:
         build = store.find(fitting)
-    return Schedule(build, guidance, solver, rate / request.motion_speed)
+    return Schedule(build, guidance, solver, rate / request.sound.motion_speed)
 
 
 def _check_second_scale(options: ResolvedGuidance, family: ModelFamily) -> None:

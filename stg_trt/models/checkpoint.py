@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from stg_trt.models import quantization
 from stg_trt.models.config_file import read_config, read_optional_config
 from stg_trt.models.families import family_for, stand_in_for
 from stg_trt.models.lora import AppliedLora, Lora, LoraWeights, parse_loras
+from stg_trt.models.published import published, published_data
 from stg_trt.models.random_weights import random_weights as draw_weights
 from stg_trt.models.single_file import ConvertedWeights
 from stg_trt.models.source import Source
@@ -32,12 +32,6 @@ if TYPE_CHECKING:
 _NOTES = ("_diffusers_version", "_name_or_path")
 # Settings of model_index.json that make other graphs of the same weights.
 _SETTINGS = ("expand_timesteps",)
-
-
-def published() -> tuple[str, ...]:
-    """Names of the model configurations that ship with the package."""
-    entries = (resources.files("stg_trt") / "published").iterdir()
-    return tuple(sorted(e.name.removesuffix(".json") for e in entries if e.name.endswith(".json")))
 
 
 @dataclass(frozen=True)
@@ -390,21 +384,15 @@ def _open_published(name: str, random_weights: bool) -> Checkpoint:
             f"checkpoint: expected a folder with weights, got the configuration {name}: "
             "give a diffusers folder or add --random-weights"
         )
-    data = _published_data(name)
+    data = published_data(name)
     transformer, vae, scheduler = data["transformer"], data["vae"], data["scheduler"]
     return Checkpoint(name, None, transformer, vae, scheduler, data.get("model_index"))
-
-
-def _published_data(name: str) -> dict[str, Any]:
-    file = resources.files("stg_trt") / "published" / f"{name}.json"
-    data: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    return data
 
 
 def _stand_in(transformer: Mapping[str, Any]) -> dict[str, Any]:
     """The shipped configuration whose other parts a folder of this transformer may leave out."""
     name = stand_in_for(transformer)
-    return _published_data(name) if name is not None else {}
+    return published_data(name) if name is not None else {}
 
 
 def _config_or(path: Path, others: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,11 +16,12 @@ from stg_trt.build_engines.command import build as build_command
 from stg_trt.build_engines.verify_command import verify as verify_command
 from stg_trt.cli.inspect import inspect as inspect_command
 from stg_trt.cli.main import _application
-from stg_trt.models.checkpoint import Checkpoint, published
+from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.families.base import ModelFamily
 from stg_trt.models.passes import COND, Pass, all_blocks, read_skips
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.plan import full_plan, plan_step
+from stg_trt.models.published import published
 from stg_trt.models.workload import Workload
 from stg_trt.runtime.command import generate as generate_command
 from tests.docs.pages import ROOT, table, text

@@ -20,7 +20,8 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.models.checkpoint import Checkpoint, published
+from stg_trt.models.checkpoint import Checkpoint
+from stg_trt.models.published import published
 from tests.support.family_cases.case import GOLDENS
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"

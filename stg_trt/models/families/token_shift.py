@@ -1,4 +1,4 @@
-"""The shift of a flow schedule that grows with the number of tokens, as in Lightricks' pipelines."""
+"""The shift of a flow schedule that grows with the number of tokens, as diffusers' pipelines calculate it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ class TokenShift:
 
     def of(self, scheduler: Any, tokens: int) -> dict[str, float]:
         """`mu` for the scheduler's `set_timesteps`; nothing if it takes none."""
-        from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
-
         if "mu" not in inspect.signature(scheduler.set_timesteps).parameters:
             return {}
-        limits = (scheduler.config.get(name, usual) for name, usual in vars(self).items())
-        return {"mu": calculate_shift(tokens, *limits)}
+        few, many, low, high = (scheduler.config.get(name, usual) for name, usual in vars(self).items())
+        slope = (high - low) / (many - few)
+        return {"mu": tokens * slope + (low - slope * few)}
 
 
 def set_even_sigmas(scheduler: Any, steps: int, shift: dict[str, float]) -> None:
