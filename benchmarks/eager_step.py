@@ -90,12 +90,7 @@ class EagerStep:
         self._noise = [draw(inputs.noise.shape, generator).to(device) for _ in range(draws)]
         self._timesteps = torch.tensor(inputs.solver.timesteps, device=device)
         texts = [inputs.uncond if one == UNCOND else inputs.cond for one in self._passes]
-        text = TextCondition.stacked(texts)
-        text = TextCondition(
-            text.embeds.to(device, dtype),
-            text.mask.to(device),
-            None if text.pooled is None else text.pooled.to(device, dtype),
-        )
+        text = TextCondition.stacked(texts).to(device, dtype)
         family, workload = scenario.family, scenario.workload
         self._arguments = diffusers_model(family).arguments(family, text, workload, inputs.frame_rate)
 

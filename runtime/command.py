@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from stg_trt.engines.store import EngineRequest, EngineStore
     from stg_trt.models.checkpoint import Checkpoint
 
+    from .output import VideoPipelineOutput
     from .pipeline import StepCallback, VideoPipeline
 
 
@@ -91,13 +92,13 @@ def generate(
     )  # fmt: skip
     pipeline = _open_pipeline(opened, _open_engines(engines, request, opened), request, offload, vae_tiling)
     with _progress_bar() as advance:
-        frames = pipeline(
+        made = pipeline(
             prompt=prompt or None, negative_prompt=negative_prompt, image=image, last_image=last_image,
             height=height, width=width, num_frames=num_frames, frame_rate=frame_rate,
             num_inference_steps=num_inference_steps, generator=_generator(seed), callback_on_step_end=advance,
             num_videos_per_prompt=num_videos_per_prompt, output_type=_output_type(output), **options,
-        ).frames  # fmt: skip
-    print(*_save(frames, output, frame_rate or pipeline.family.defaults.frame_rate), sep="\n")
+        )  # fmt: skip
+    print(*_save(made, output, frame_rate or pipeline.family.defaults.frame_rate), sep="\n")
 
 
 def _check_output(output: Path) -> None:
@@ -139,8 +140,10 @@ def _open_checkpoint(
     )
     if encodes and opened.family.reads_text:
         opened.check_text()
+    opened.check_connector()
     if output.suffix == ".mp4":
         opened.check_vae()
+        opened.check_sound()
     return opened
 
 
@@ -217,8 +220,8 @@ def _progress_bar() -> Iterator[StepCallback]:
         yield advance
 
 
-def _save(frames: Any, output: Path, frame_rate: float) -> list[Path]:
-    """One file per video: video.mp4, or video-0.mp4, video-1.mp4 and so on."""
+def _save(made: VideoPipelineOutput, output: Path, frame_rate: float) -> list[Path]:
+    """One file per video: video.mp4, or video-0.mp4, video-1.mp4 and so on; latents are in one file."""
     from safetensors.torch import save
 
     from stg_trt.system.files import write_atomically
@@ -226,11 +229,13 @@ def _save(frames: Any, output: Path, frame_rate: float) -> list[Path]:
     from .video_file import save_video
 
     if output.suffix == ".safetensors":
-        write_atomically(output, save({"latents": frames}))
+        sound = {} if made.audio is None else {"audio_latents": made.audio}
+        write_atomically(output, save({"latents": made.frames, **sound}))
         return [output]
-    paths = [output]
-    if len(frames) > 1:
-        paths = [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(len(frames))]
-    for path, video in zip(paths, frames, strict=True):
-        save_video(video, path, frame_rate)
+    paths, videos = [output], len(made.frames)
+    if videos > 1:
+        paths = [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(videos)]
+    waveforms = [None] * videos if made.audio is None else [one.numpy() for one in made.audio.cpu()]
+    for path, video, waveform in zip(paths, made.frames, waveforms, strict=True):
+        save_video(video, path, frame_rate, waveform, made.audio_sampling_rate)
     return paths

@@ -1,4 +1,4 @@
-"""The checkpoint's text encoders, tokenizers and VAE, on the device where the engines run."""
+"""The checkpoint's text encoders, tokenizers and VAEs, on the device where the engines run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stg_trt.models.image import ImageCondition, Images
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
 
-from .parts import add_image_parts, load_text_parts, load_vae_part
+from .parts import add_image_parts, add_sound_parts, load_connector_part, load_text_parts, load_vae_part
 
 
 class Components:
@@ -37,11 +37,14 @@ class Components:
         self.vae_tiling = vae_tiling
         self._text: Any = None
         self._video: Any = None
-        self._sees = False
+        self._connector: Any = None
+        self._sees = self._sounds = False
 
     def load_text(self, workload: Workload, device: torch.device) -> Any:
         """diffusers' pipeline with the text side; raises InvalidRequest if a part is not whole."""
         if self._text is None:
+            if self._family.connector is not None:  # Refused before a text encoder of many gigabytes is read.
+                self._load_connector(device)
             self._text = load_text_parts(self._checkpoint, self._dtypes(device), workload)
         return self._text
 
@@ -56,6 +59,22 @@ class Components:
                 _enable_tiling(pipeline.vae)
             self._video = pipeline
         return self._video
+
+    def load_decoders(self, workload: Workload, device: torch.device) -> Any:
+        """diffusers' pipeline with the VAE and, if the model has sound, the parts that decode it.
+
+        Raises InvalidRequest as `load_vae`.
+        """
+        pipeline = self.load_vae(workload, device)
+        if self._family.sound_decoder is not None and not self._sounds:
+            add_sound_parts(pipeline, self._checkpoint, self._dtypes(device))
+            self._sounds = True
+        return pipeline
+
+    def _load_connector(self, device: torch.device) -> Any:
+        if self._connector is None:
+            self._connector = load_connector_part(self._checkpoint, self._dtypes(device))
+        return self._connector
 
     def encode(
         self,
@@ -85,6 +104,18 @@ class Components:
                 return self._family.encode_prompt(pipeline, prompts, workload)
             seen = None if prefix or images is None else images.distinct
             return self._family.encode_seen_prompt(pipeline, prompts, seen, workload)
+
+    def connect(self, text: TextCondition, device: torch.device) -> TextCondition:
+        """Embeddings of the text encoder, or those that a call gives, to the transformer's.
+
+        The same for most models. Raises InvalidRequest if the part between them is not whole.
+        """
+        connector = self._family.connector
+        if connector is None:
+            return text
+        part = self._load_connector(device)
+        with self._on(device, part), torch.no_grad():
+            return connector.connect(part, text.to(device, part.dtype))
 
     def _longer(self, workload: Workload, missing: int) -> str:
         """The build that takes the prompt, if the model can have one."""
@@ -125,6 +156,13 @@ class Components:
                 f"{tuple(video.shape[2:])}: leave it out"
             )
         return pipeline.video_processor.postprocess_video(video, output_type=output_type)
+
+    def decode_sound(self, latents: Tensor, workload: Workload, device: torch.device) -> tuple[Tensor, int]:
+        """Packed latents to waveforms (videos, channels, samples), float32, and their samples per second."""
+        decoder, pipeline = self._family.sound_decoder, self.load_decoders(workload, device)
+        assert decoder is not None
+        with self._on(device, *(getattr(pipeline, name) for name in decoder.parts)), torch.no_grad():
+            return decoder.decode(pipeline, latents.to(device)), decoder.sampling_rate(pipeline)
 
     def _dtypes(self, device: torch.device) -> dict[str, torch.dtype]:
         """By part, with a default: float32 on the CPU, else bfloat16 and what the family wants in float32."""

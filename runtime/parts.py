@@ -13,6 +13,7 @@ import torch
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint
+from stg_trt.models.config_file import read_config
 from stg_trt.models.families.base import POOLED
 from stg_trt.models.workload import Workload
 
@@ -36,7 +37,7 @@ def load_text_parts(checkpoint: Checkpoint, dtypes: Mapping[str, torch.dtype], w
         parts[name] = _load_model(checkpoint, name, _indexed_class(checkpoint, name), dtypes)
         width = specs[_EMBEDDINGS[name]].shape[-1]
         assert isinstance(width, int)
-        _check_width(name, parts[name].config.get_text_config().hidden_size, width)
+        _check_width(name, _text_width(checkpoint, parts[name].config), width)
     parts |= {name: _load_processor(checkpoint, name) for name in checkpoint.family.text_image_parts}
     for name in (name for name in parts if name.startswith("tokenizer")):
         encoder = parts.get(name.replace("tokenizer", "text_encoder"))
@@ -57,6 +58,26 @@ def load_vae_part(checkpoint: Checkpoint, dtypes: Mapping[str, torch.dtype], wor
             f"{channels}: the folder mixes two models; download it again"
         )
     return _pipeline(checkpoint, {"vae": vae})
+
+
+def load_connector_part(checkpoint: Checkpoint, dtypes: Mapping[str, torch.dtype]) -> Any:
+    """The part between text encoder and transformer; raises InvalidRequest as `load_text_parts`."""
+    connector = checkpoint.family.connector
+    assert connector is not None
+    checkpoint.check_connector()
+    return _load_model(checkpoint, connector.part, _class_beside_pipeline(checkpoint, connector.part), dtypes)
+
+
+def add_sound_parts(pipeline: Any, checkpoint: Checkpoint, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Adds the parts that decode the sound; raises InvalidRequest as `load_text_parts`."""
+    decoder = checkpoint.family.sound_decoder
+    assert decoder is not None
+    checkpoint.check_sound()
+    pipeline.register_modules(**{
+        name: _load_model(checkpoint, name, _class_beside_pipeline(checkpoint, name), dtypes)
+        for name in decoder.parts
+    })  # fmt: skip
+    decoder.check(pipeline, checkpoint.transformer_config)
 
 
 def add_image_parts(pipeline: Any, checkpoint: Checkpoint, dtypes: Mapping[str, torch.dtype]) -> None:
@@ -99,7 +120,15 @@ def _indexed_class(checkpoint: Checkpoint, name: str) -> Any:
     assert checkpoint.model_index is not None
     entry = checkpoint.model_index[name]
     library, class_name = (str(word) for word in (*entry, "", "")[:2])
-    return _class_of(library, class_name, name)
+    return _class_of(library, class_name, name, "model_index.json")
+
+
+def _class_beside_pipeline(checkpoint: Checkpoint, name: str) -> Any:
+    """The class that a part's configuration names, which diffusers keeps in the module of its pipeline."""
+    assert checkpoint.source is not None
+    config = read_config(checkpoint.source.part(name) / "config.json")
+    module = checkpoint.family.pipeline_type().__module__
+    return _class_of(module, str(config["_class_name"]), name, f"{name}/config.json")
 
 
 def _vae_class(checkpoint: Checkpoint) -> Any:
@@ -107,17 +136,18 @@ def _vae_class(checkpoint: Checkpoint) -> Any:
     if own is not None:
         return own
     assert checkpoint.vae_config is not None
-    return _class_of("diffusers", str(checkpoint.vae_config["_class_name"]), "vae")
+    return _class_of("diffusers", str(checkpoint.vae_config["_class_name"]), "vae", "vae/config.json")
 
 
-def _class_of(library: str, class_name: str, part: str) -> Any:
+def _class_of(library: str, class_name: str, part: str, file: str) -> Any:
+    """A class that `file` names; raises InvalidRequest if the library has no such model."""
     found = None
-    if library in ("transformers", "diffusers"):
+    if library.split(".")[0] in ("transformers", "diffusers"):
         found = getattr(importlib.import_module(library), class_name, None)
     if not hasattr(found, "from_pretrained"):
         raise InvalidRequest(
             f"checkpoint: expected a class of transformers or diffusers for {part}/, got {library} "
-            f"{class_name}: correct model_index.json, or install the version of the library that has it"
+            f"{class_name}: correct {file}, or install the version of the library that has it"
         )
     return found
 
@@ -200,6 +230,12 @@ def _check_vocabulary(part: str, tokenizer: Any, encoder: Any) -> None:
             f"checkpoint: expected words of {part}/ below {known}, which its text encoder knows, got word "
             f"{highest}: the folder mixes two models; download it again"
         )
+
+
+def _text_width(checkpoint: Checkpoint, config: Any) -> int:
+    """Of what a text encoder makes."""
+    connector = checkpoint.family.connector
+    return int(config.get_text_config().hidden_size if connector is None else connector.width(config))
 
 
 def _check_width(part: str, width: int, expected: int) -> None:

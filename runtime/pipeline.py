@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ import torch
 from torch import Tensor
 
 from stg_trt.engines.backends import backend_for
-from stg_trt.engines.manifest import Manifest
 from stg_trt.engines.store import Build, EngineRequest, EngineStore
-from stg_trt.errors import InvalidRequest, NotFinite, OutOfDeviceMemory
+from stg_trt.errors import InvalidRequest, NotFinite
 from stg_trt.guidance.bins import Scale, SkipBlocks, SkipScales
 from stg_trt.guidance.options import GuidanceOptions, choose_options
 from stg_trt.guidance.tables import Guidance
@@ -24,13 +22,14 @@ from stg_trt.models.checkpoint import Checkpoint, published
 from stg_trt.models.custom_steps import CustomSteps, Numbers
 from stg_trt.models.image import ImageCondition, Images
 from stg_trt.system.gpu import this_machine
-from stg_trt.system.units import GIB
 
 from .arguments import ForeignArguments
 from .callbacks import StepCallback, call_back, check_callback
 from .components import Components
 from .device import Device, open_device
+from .device_memory import explain_memory
 from .noise import Generators, listed, starting_noise
+from .output import VideoPipelineOutput
 from .pictures import GivenPictures, Pictures
 from .prompts import Embeddings, Prompts
 from .sampler import SampledStep, Sampler
@@ -43,14 +42,6 @@ _GUIDANCE_OF_DIFFUSERS = ("_guidance_scale", "_guidance_rescale", "_stg_scale", 
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 _LESS_TO_SAMPLE = "fewer frames, a smaller size, fewer videos at once, the segmented layout, or --offload"
 _LESS_TO_DECODE = "fewer frames, a smaller size, or --offload"
-
-
-@dataclass
-class VideoPipelineOutput:
-    """`frames` as diffusers returns them: lists of PIL images, (videos, frames, height, width, 3) in 0..1,
-    (videos, frames, 3, height, width), or latents in the layout of its pipeline."""
-
-    frames: Any
 
 
 class VideoPipeline:
@@ -218,13 +209,16 @@ class VideoPipeline:
         images = request.pictures.read(self.family, request.prompts)
         with self._turns:
             schedule = self._schedule(request, images)
-            if output_type != "latent":  # A VAE that cannot decode is refused before the sampling.
-                self.components.load_vae(schedule.workload, self._device_for(schedule.build).torch_device)
+            if output_type != "latent":  # A part that cannot decode is refused before the sampling.
+                device = self._device_for(schedule.build).torch_device
+                self.components.load_decoders(schedule.workload, device)
             start, image = self._start(schedule, request, images)
-            with _memory_explained(schedule.build.manifest, "GPU memory", _LESS_TO_SAMPLE):
+            with explain_memory(schedule.build.manifest, "GPU memory", _LESS_TO_SAMPLE):
                 result = self._drain(self._steps(schedule, request, start, image, images), start, callback)
             result = self.family.finished(result, schedule.workload, image)
-            return self._output(result, schedule, output_type, generator=request.generator, **decode_options)
+            return self._output(
+                result, None, schedule, output_type, generator=request.generator, **decode_options
+            )
 
     def _schedule(self, request: Request, images: Images | None) -> Schedule:
         schedule = schedule_steps(request, images, self.store, self.family, self.scheduler)
@@ -286,15 +280,23 @@ class VideoPipeline:
         return sampler.steps(noise, cond, uncond, guidance, schedule.solver, rate, request.generator, image)
 
     def _output(
-        self, latents: Tensor, schedule: Schedule, output_type: str, **decode_options: Any
+        self,
+        latents: Tensor,
+        audio_latents: Tensor | None,
+        schedule: Schedule,
+        output_type: str,
+        **decode_options: Any,
     ) -> VideoPipelineOutput:
+        workload = schedule.workload
         if output_type == "latent":
-            return VideoPipelineOutput(self.family.returned(latents, schedule.workload))
+            return VideoPipelineOutput(self.family.returned(latents, workload), audio_latents)
         device = self._device_for(schedule.build).torch_device
         less = _LESS_TO_DECODE if self.components.vae_tiling else f"--vae-tiling, {_LESS_TO_DECODE}"
-        with _memory_explained(schedule.build.manifest, "GPU memory of decoding", less):
-            frames = self.components.decode(latents, schedule.workload, device, output_type, **decode_options)
-        return VideoPipelineOutput(frames)
+        with explain_memory(schedule.build.manifest, "GPU memory of decoding", less):
+            frames = self.components.decode(latents, workload, device, output_type, **decode_options)
+            if audio_latents is None:
+                return VideoPipelineOutput(frames)
+            return VideoPipelineOutput(frames, *self.components.decode_sound(audio_latents, workload, device))
 
     def _drain(self, steps: Iterator[SampledStep], latents: Tensor, callback: StepCallback | None) -> Tensor:
         """Drains the sampler; `interrupt` (settable from the callback) stops after the current step."""
@@ -365,17 +367,3 @@ def _check_finite(steps: list[Tensor]) -> None:
             f"latents: expected finite numbers, got NaN or infinity after step {int(wrong[0]) + 1} of "
             f"{len(steps)}: check the checkpoint's weights and the prompt's embeddings, or use lower scales"
         )
-
-
-@contextmanager
-def _memory_explained(manifest: Manifest, place: str, less: str) -> Iterator[None]:
-    """Re-raises CUDA OOM with the build's memory needs and, as `less`, ways to reduce them."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        activation_bytes = max(record.activation_bytes or 0 for record in manifest.segments)
-        raise OutOfDeviceMemory(
-            f"{place}: expected room for engines of {manifest.engine_bytes / GIB:.1f} GiB, activations of "
-            f"{activation_bytes / GIB:.1f} GiB, the text encoder and the VAE ({manifest.workload}, "
-            f"{manifest.layout}), got {str(error).splitlines()[0]} use {less}"
-        ) from error

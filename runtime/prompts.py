@@ -36,11 +36,14 @@ class Prompt:
     prefix: str = ""
     count: int | None = None
 
-    def padded(self, specs: Mapping[str, TensorSpec], needs_mask: bool) -> TextCondition:
+    def padded(
+        self, specs: Mapping[str, TensorSpec], needs_mask: bool, *, pads_left: bool = False
+    ) -> TextCondition:
         """The embeddings that were given, padded to the engines' text length.
 
         `specs` are those of the engines; prompt_embeds is (rows, text length, width) there. Without
-        `needs_mask`, embeddings given without a mask are all real tokens. Raises InvalidRequest for others.
+        `needs_mask`, embeddings given without a mask are all real tokens. With `pads_left`, padding stands
+        before the real tokens. Raises InvalidRequest for other embeddings.
         """
         embeds, mask = self._embeds_and_mask(needs_mask)
         _, length, width = specs["prompt_embeds"].shape
@@ -64,8 +67,11 @@ class Prompt:
             )
         name = f"{self.prefix}{POOLED}"
         pooled = _checked_pooled(name, self.given.pooled, specs.get(POOLED), len(embeds))
+        if pads_left:
+            _check_pads_left(f"{self.prefix}prompt_attention_mask", mask)
         missing = length - embeds.shape[1]
-        return TextCondition(pad(embeds, (0, 0, 0, missing)), pad(mask.float(), (0, missing)), pooled)
+        room = (missing, 0) if pads_left else (0, missing)
+        return TextCondition(pad(embeds, (0, 0, *room)), pad(mask.float(), room), pooled)
 
     def _embeds_and_mask(self, needs_mask: bool) -> tuple[Tensor, Tensor]:
         embeds = _needed(f"{self.prefix}prompt_embeds", self.given.embeds)
@@ -176,6 +182,15 @@ def _check_beside(prefix: str, given: Embeddings) -> None:
                 f"{prefix}{name}: expected it beside {prefix}prompt_embeds, got it beside a text: give "
                 f"{prefix}prompt_embeds too, or leave it out"
             )
+
+
+def _check_pads_left(name: str, mask: Tensor) -> None:
+    """Raises InvalidRequest for padding after a real token."""
+    if (mask.int().diff(dim=1) < 0).any():
+        raise InvalidRequest(
+            f"{name}: expected padding before the real tokens, as this model's tokenizer pads, got some "
+            "after them: pad on the left"
+        )
 
 
 def _checked_pooled(name: str, pooled: Tensor | None, spec: TensorSpec | None, count: int) -> Tensor | None:

@@ -63,7 +63,12 @@ class TextConditions:
         if not self.family.reads_text:
             return TextCondition.none(prompt.count or 0)
         if prompt.texts is None:
-            text = prompt.padded(self.family.tensors(workload), self.family.has_text_mask)
+            connector = self.family.connector
+            text = prompt.padded(
+                self.family.tensors(workload),
+                self.family.has_text_mask,
+                pads_left=connector is not None and connector.pads_left,
+            )
         else:
             if prompt.prefix and not self.checkpoint.has_text_encoder:
                 raise InvalidRequest(
@@ -71,6 +76,7 @@ class TextConditions:
                     f"{self.checkpoint.name} has no text encoder: give them, or set guidance_scale to 1"
                 )
             text = self.components.encode(prompt.texts, workload, device, prompt.prefix, images)
+        text = self.components.connect(text, device)
         self.family.check_text(text)
         return text
 

@@ -208,10 +208,23 @@ class Checkpoint:
 
     def check_image_part(self, name: str) -> None:
         """Raises InvalidRequest unless a part that sees pictures is there, its files whole and plain."""
-        if self.source is None or name not in (self.model_index or {}) or not self.source.has(name):
+        self._check_given(name, name in (self.model_index or {}), "sees the picture")
+
+    def check_connector(self) -> None:
+        """Raises InvalidRequest unless the part between text encoder and transformer, if any, is whole."""
+        if self.family.connector is not None:
+            self._check_given(self.family.connector.part, True, "makes the transformer's of the embeddings")
+
+    def check_sound(self) -> None:
+        """Raises InvalidRequest unless the parts that decode the sound, if any, are whole."""
+        for name in () if self.family.sound_decoder is None else self.family.sound_decoder.parts:
+            self._check_given(name, True, "decodes the sound")
+
+    def _check_given(self, name: str, indexed: bool, work: str) -> None:
+        if self.source is None or not indexed or not self.source.has(name):
             raise InvalidRequest(
-                f"checkpoint: expected {name}/, which sees the picture, got none in {self.name}: give the "
-                "whole checkpoint"
+                f"checkpoint: expected {name}/, which {work}, got none in {self.name}: give the whole "
+                "checkpoint"
             )
         self._check_part(name)
 

@@ -64,6 +64,36 @@ def test_conditions_are_stacked_and_guided() -> None:
     assert cond.guided(None).guidance is None
 
 
+def test_a_tokenizer_may_pad_on_the_left() -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    for dtype in (torch.int64, torch.bool, torch.float32):
+        prompt = Prompts(None, None, given(mask=mask.to(dtype), pooled=None), NOTHING, 1).cond
+        text = prompt.padded(SPECS, True, pads_left=True)
+        assert text.mask.tolist() == [[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1]]
+        assert not text.embeds[:, 0].any()
+        assert torch.equal(text.embeds[:, 1:], torch.arange(40.0).reshape(2, 5, WIDTH))
+
+
+@pytest.mark.parametrize("prefix", ["", "negative_"])
+def test_padding_on_the_other_side_is_refused(prefix: str) -> None:
+    """Which LTX-2's connectors would read as if it were the text."""
+    wrong = given(mask=torch.tensor([[True] * 3 + [False] * 2] * 2), pooled=None)
+    prompts = Prompts(None, None, given(pooled=None), wrong, 1)
+    prompt = prompts.uncond if prefix else Prompts(None, None, wrong, NOTHING, 1).cond
+    with pytest.raises(
+        InvalidRequest, match=f"^{prefix}prompt_attention_mask: expected padding before .*: pad on the left"
+    ):
+        prompt.padded(SPECS, True, pads_left=True)
+
+
+def test_conditions_of_the_sound_go_along() -> None:
+    text = TextCondition(torch.ones(2, 3, 4), torch.ones(2, 3), audio=torch.arange(12.0).reshape(2, 3, 2))
+    doubled = TextCondition.stacked((text.repeated(2), text)).to("cpu", torch.bfloat16)
+    assert text.audio is not None and doubled.audio is not None
+    assert torch.equal(doubled.audio.float(), text.audio[[0, 0, 1, 1, 0, 1]])
+    assert doubled.embeds.dtype == torch.bfloat16 and doubled.mask.dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("changes", "specs", "message"),
     [

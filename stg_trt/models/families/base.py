@@ -15,8 +15,9 @@ from stg_trt.models.defaults import Defaults
 from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.image import ImageCondition, Images, Places
 from stg_trt.models.segment import Segment, cut
+from stg_trt.models.sound import SoundDecoder
 from stg_trt.models.tensor_spec import ROWS, TensorSpec, index_of
-from stg_trt.models.text import TextCondition
+from stg_trt.models.text import Connector, TextCondition
 from stg_trt.models.workload import Workload
 
 KEEP_ATTENTION = "keep_attention"
@@ -60,7 +61,10 @@ class ModelFamily(ABC):
     starts_from_given_latents: bool = False
     # Parts of a checkpoint with which its text encoder sees the pictures too.
     text_image_parts: tuple[str, ...] = ()
-    # Parts of the pipeline that diffusers' documentation wants in float32 on a GPU too.
+    # What stands between text encoder and transformer, and what makes the sound, if the model has them.
+    connector: ClassVar[Connector | None] = None
+    sound_decoder: ClassVar[SoundDecoder | None] = None
+    # Parts of the pipeline that are to run in float32 on a GPU too.
     float32_components: ClassVar[frozenset[str]] = frozenset()
     decode_options: ClassVar[frozenset[str]] = frozenset()
     # TensorRT plugins that can replace a part of the blocks.

@@ -9,9 +9,7 @@ projected text, its mask, the RoPE tables, and each token's place among a row's 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from dataclasses import replace
-from numbers import Real
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from stg_trt.models.defaults import Defaults
 from stg_trt.models.families.base import load_class, vae_video
 from stg_trt.models.families.clean_frames import Encoder, extra_frames, frame_conditions, image_condition
 from stg_trt.models.families.cross_attention import CrossAttentionDiT, CrossAttentionSegment
+from stg_trt.models.families.decode_timestep import add_decode_noise
 from stg_trt.models.families.dit import State, TextProjection, half_table, rms_norm, rotate
 from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.families.token_timesteps import (
@@ -336,29 +335,12 @@ class LTXVideo(CrossAttentionDiT):
 
     def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:
         """`decode_timestep` and `decode_noise_scale` are LTXPipeline's: one number, or one per video."""
-        from diffusers.utils.torch_utils import randn_tensor
-
         vae = pipeline.vae
         _, frames, height, width = self.latent_shape(workload)
         latents = pipeline._unpack_latents(latents, frames, height, width)
         latents = pipeline._denormalize_latents(
             latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor
         ).to(vae.dtype)
-        conditions: list[Tensor] = []
-        if vae.config.timestep_conditioning:
-            timestep = _per_video(options.get("decode_timestep", 0.0), latents)
-            given = options.get("decode_noise_scale")
-            scale = (timestep if given is None else _per_video(given, latents)).view(-1, 1, 1, 1, 1)
-            # diffusers' own: it also takes a list of generators, and those of another device.
-            noise = randn_tensor(
-                latents.shape, generator=options.get("generator"), device=latents.device, dtype=latents.dtype
-            )
-            latents = (1 - scale) * latents + scale * noise
-            conditions.append(timestep)
-        return vae_video(vae, latents, *conditions)
-
-
-def _per_video(value: float | Sequence[float], latents: Tensor) -> Tensor:
-    """One number for each video, of the latents' dtype and on their device."""
-    values = [value] * len(latents) if isinstance(value, int | float | Real) else [*value]
-    return torch.tensor([float(entry) for entry in values]).to(latents)
+        if not vae.config.timestep_conditioning:
+            return vae_video(vae, latents)
+        return vae_video(vae, *add_decode_noise(latents, options))
