@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,15 +27,17 @@ class Muon(torch.optim.Optimizer):
         super().__init__([*params], {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Update every matrix that has a gradient."""
+        assert closure is None, "a loss is not evaluated again"
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for param in group["params"]:
                 if param.grad is not None:
                     by_shape[param.shape].append(param)
             for shape, params in by_shape.items():
-                updates = orthogonalise(torch.stack([self._averaged(p, group["momentum"]) for p in params]))
+                gradients = [self._averaged(param, group["momentum"]) for param in params]
+                updates = orthogonalise(torch.stack(gradients))
                 # Moonshot's scale: the root mean square of AdamW's updates is about 0.2.
                 size = group["lr"] * 0.2 * max(shape) ** 0.5
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
@@ -42,11 +45,12 @@ class Muon(torch.optim.Optimizer):
 
     def _averaged(self, param: Tensor, momentum: float) -> Tensor:
         """The gradient with Nesterov momentum."""
-        state = self.state[param]
+        gradient, state = param.grad, self.state[param]
+        assert gradient is not None
         if not state:
             state["momentum_buffer"] = torch.zeros_like(param)
-        average = state["momentum_buffer"].lerp_(param.grad, 1 - momentum)
-        return torch.lerp(param.grad, average, momentum)
+        average: Tensor = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+        return torch.lerp(gradient, average, momentum)
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
