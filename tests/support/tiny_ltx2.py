@@ -54,7 +54,7 @@ def save_ltx2(folder: Path, version: str) -> LTX2Pipeline:
         scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULE),
         vae=video_vae(),
         audio_vae=audio_vae(),
-        text_encoder=gemma(len(tokenizer)),
+        text_encoder=tiny_gemma(len(tokenizer)),
         tokenizer=tokenizer,
         connectors=connectors(version),
         transformer=transformer(version),
@@ -70,7 +70,7 @@ def text_pipeline() -> LTX2Pipeline:
     torch.manual_seed(0)
     tokenizer = gemma_tokenizer()
     rest = dict.fromkeys(("scheduler", "vae", "audio_vae", "connectors", "transformer", "vocoder"))
-    return LTX2Pipeline(text_encoder=gemma(len(tokenizer)), tokenizer=tokenizer, **rest)
+    return LTX2Pipeline(text_encoder=tiny_gemma(len(tokenizer)), tokenizer=tokenizer, **rest)
 
 
 def decoding_pipeline(version: str, **vae_options: Any) -> LTX2Pipeline:
@@ -91,18 +91,18 @@ def gemma_tokenizer() -> GemmaTokenizer:
     )
 
 
-def gemma(vocabulary: int) -> Gemma3ForConditionalGeneration:
-    """Two layers, one of which sees a few tokens only."""
+def tiny_gemma(vocabulary: int, layers: int = TEXT_LAYERS) -> Gemma3ForConditionalGeneration:
+    """Layers of which all but the last see a few tokens only."""
     text = Gemma3TextConfig(
         vocab_size=vocabulary,
         hidden_size=TEXT_WIDTH,
         intermediate_size=32,
-        num_hidden_layers=TEXT_LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=8,
         sliding_window=4,
-        layer_types=["sliding_attention", "full_attention"],
+        layer_types=["sliding_attention"] * (layers - 1) + ["full_attention"],
     )
     eyes = SiglipVisionConfig(
         hidden_size=8,
