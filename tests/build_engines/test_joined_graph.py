@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import MutableMapping
 from pathlib import Path
 
 import numpy as np
@@ -9,39 +8,18 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from stg_trt.build_engines.export import PieceGraph, export
-from stg_trt.build_engines.joined_graph import JoinedGraph
-from stg_trt.build_engines.onnx_compiler import TRACED_MAX_ROWS, OnnxCompiler
-from stg_trt.build_engines.piece_key import PieceKey
+from stg_trt.build_engines.onnx_compiler import OnnxCompiler
 from stg_trt.build_engines.pieces import pieces_of
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.segment import Segment
+from tests.support.exported_graph import Graphs, write_graph
 from tests.support.family_cases import HUNYUAN_VIDEO, LTX, FamilyCase
-
-Graphs = MutableMapping[PieceKey, PieceGraph]
 
 
 @pytest.fixture
 def graphs() -> Graphs:
     """Exported so far by any test, for builds too."""
     return OnnxCompiler._graphs
-
-
-def write(case: FamilyCase, segment: Segment, path: Path, graphs: Graphs) -> int:
-    """Writes the segment's graph; the number of kinds of its pieces."""
-    family, workload, transformer = case.family, case.workload, case.checkpoint.load_transformer()
-    kinds = set()
-    joined = JoinedGraph(list(family.inputs(segment, workload)))
-    for piece in pieces_of(segment):
-        module = family.module(transformer, piece, expand_masks=True).eval()
-        inputs = family.inputs(piece, workload)
-        key = PieceKey.of(module, inputs, family.outputs(piece, workload), TRACED_MAX_ROWS)
-        if key not in graphs:
-            graphs[key] = export("seg", module, inputs, opset=23, max_rows=TRACED_MAX_ROWS)
-        kinds.add(key)
-        joined.append(piece.name, graphs[key], module)
-    joined.save(path, family.borders(segment)[1])
-    return len(kinds)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +42,8 @@ def test_a_segment_is_joined_from_kinds_of_pieces(
     case: FamilyCase, segment: Segment, kinds: int, tmp_path: Path, graphs: Graphs
 ) -> None:
     path = tmp_path / "seg.onnx"
-    assert write(case, segment, path, graphs) == kinds
+    pieces = pieces_of(segment)
+    assert len(write_graph(case.checkpoint, case.workload, segment, pieces, path, graphs)) == kinds
     model = onnx.load(path)
     onnx.checker.check_model(model)
     producers = {output: node for node in model.graph.node for output in node.output}
@@ -86,8 +65,9 @@ def test_a_segment_is_joined_from_kinds_of_pieces(
 @pytest.mark.slow(reason="exports a model twice")
 def test_a_graph_is_written_alike_again(tmp_path: Path) -> None:
     """Engines are known by their graph's digest; it has no names of files or lines of this machine."""
+    segment = Segment("mid", 1, 3)
     for name in ("once", "again"):
-        write(LTX, Segment("mid", 1, 3), tmp_path / name, {})
+        write_graph(LTX.checkpoint, LTX.workload, segment, pieces_of(segment), tmp_path / name, {})
     once = (tmp_path / "once").read_bytes()
     assert once == (tmp_path / "again").read_bytes()
     assert b".py" not in once

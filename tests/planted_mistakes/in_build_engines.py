@@ -203,4 +203,11 @@ IN_BUILD_ENGINES = (
         "source is None and source.shape == result.shape",
         (f"{_JOINED}::test_a_segment_is_joined_from_kinds_of_pieces[blocks alone]",),
     ),
+    Mistake(
+        "a segment is built without its last block",
+        "build_engines/pieces.py",
+        "_block(segment, block) for block in segment.blocks if",
+        "_block(segment, block) for block in segment.blocks[:-1] if",
+        ("tests/build_engines/test_whole_export.py::test_joined_pieces_are_the_whole_segment[ltx]",),
+    ),
 )
