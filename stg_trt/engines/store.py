@@ -248,6 +248,11 @@ def _rejects(manifest: Manifest, perturbation: Perturbation) -> str | None:
     if manifest.layout == "twin":
         if perturbation == built:
             return None
+        if perturbation.stream:
+            return (
+                f"its skipped engine perturbs video and sound, the request the {perturbation.stream} alone: "
+                "rebuild with --layout segmented, or give both an STG scale"
+            )
         skipped = f"{built.mode} {list(built.blocks)}"
         return f"its skipped engine is {skipped}, the request is {wanted}: rebuild with it"
     if perturbation.mode not in (built.mode, "stg-r"):
