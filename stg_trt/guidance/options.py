@@ -16,7 +16,7 @@ from stg_trt.models.perturbation import check_mode
 T = TypeVar("T")
 AsVideo = Literal["video"]
 # Options of a model's sound -> the options of its video.
-_SCALES_OF_SOUND = {
+SCALES_OF_SOUND = {
     "audio_guidance_scale": "guidance_scale",
     "audio_stg_scale": "stg_scale",
     "audio_modality_scale": "modality_scale",
@@ -98,14 +98,14 @@ class GuidanceOptions:
     def _sound(self, video: ResolvedGuidance, usual: ResolvedGuidance | None) -> ResolvedGuidance | None:
         """The guidance of the sound: the video's with scales of its own."""
         if usual is None:
-            for name in ("modality_scale", *_SCALES_OF_SOUND):
+            for name in ("modality_scale", *SCALES_OF_SOUND):
                 if getattr(self, name) is not None:
                     raise InvalidRequest(
                         f"{name}: expected none for a model without sound, got {getattr(self, name)}: leave "
                         "it out"
                     )
             return None
-        given = {own: getattr(self, name) for name, own in _SCALES_OF_SOUND.items()}
+        given = {own: getattr(self, name) for name, own in SCALES_OF_SOUND.items()}
         scales = {
             own: getattr(video, own) if value == "video" else _first(value, getattr(usual, own))
             for own, value in given.items()
