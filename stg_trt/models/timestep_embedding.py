@@ -1,7 +1,7 @@
 """The sines and cosines of a timestep, with the frequencies that torch computes.
 
 A compiler that computes the exponentials itself rounds their last bit otherwise, and a timestep of 1000 makes
-6e-5 of angle of that: more than all that follows in the network adds.
+6e-5 of angle of that, or 4e-4 of a guidance of 6000: more than all that follows in the network adds.
 """
 
 from __future__ import annotations

@@ -158,6 +158,8 @@ def test_published_configurations_open() -> None:
         "hunyuan-video": (60, flow_euler),
         "hunyuan-video-i2v": (60, flow_euler),
         "hunyuan-video-i2v-33ch": (60, flow_euler),
+        "ltx-2": (48, flow_euler),
+        "ltx-2.3": (48, flow_euler),
         "ltx-video-13b": (48, flow_euler),
         "ltx-video-2b": (28, flow_euler),
         "mochi-1-preview": (48, flow_euler),
