@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from mimetypes import guess_type
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
@@ -74,8 +75,8 @@ def read_options(
         guidance_scale_2=_scale("guidance_scale_2", guidance_scale_2),
         min_guidance_scale=min_guidance_scale,
         max_guidance_scale=max_guidance_scale,
-        **_sound_scales(sound or []),
     )
+    guidance = replace(guidance, **_sound_scales(sound or []))
     tensors: EmbedsFile = {} if embeds is None else read_embeds(embeds)
     return {
         "guidance": guidance,
@@ -87,7 +88,7 @@ def read_options(
     }
 
 
-def _sound_scales(texts: list[str]) -> dict[str, Scale]:
+def _sound_scales(texts: list[str]) -> dict[str, Any]:
     """NAME=SCALE each, by the names of GuidanceOptions; raises InvalidRequest for other names."""
     from stg_trt.errors import InvalidRequest
     from stg_trt.guidance.options import SCALES_OF_SOUND

@@ -150,7 +150,8 @@ class LTX2(DiT):
 
     def audio_num_frames(self, num_frames: int, frame_rate: float) -> int:
         config = self.config
-        per_second = config["audio_sampling_rate"] / config["audio_hop_length"] / config["audio_scale_factor"]
+        per_second: float = config["audio_sampling_rate"] / config["audio_hop_length"]
+        per_second /= config["audio_scale_factor"]
         return round(num_frames / frame_rate * per_second)
 
     def check(self, workload: Workload) -> None:

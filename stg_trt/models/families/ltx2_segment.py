@@ -171,8 +171,8 @@ class LTX2Segment(DiTSegment):
                 (normed[one] * (1 + tables[one][part][0]) + tables[one][part][1]).to(video.dtype)
                 for one in (stream, other)
             )
-            ropes = (Rope.of(state, f"{one}cross_rope") for one in (stream, other))
-            update = _gated_output(attn, query, self.attention(attn, query, context, *ropes))
+            ropes = [Rope.of(state, f"{one}cross_rope") for one in (stream, other)]
+            update = _gated_output(attn, query, self.attention(attn, query, context, ropes[0], ropes[1]))
             results.append(_kept(update.float() * tables[stream][4], state))
         of_video, of_sound = results
         return video + of_video.to(video.dtype), sound + of_sound.to(sound.dtype)
