@@ -286,7 +286,7 @@ class Checkpoint:
 
     def segment_fingerprint(self, segment: Segment) -> str:
         """Of the weights of a segment: the checkpoint's fingerprint, unless a LoRA changes some of them."""
-        ends: tuple[None, ...] = (None,) if segment.front or segment.back or segment.text else ()
+        ends: tuple[None, ...] = (None,) if segment.has_ends else ()
         loras = self._loras_of(segment.expert)
         own = [lora.of_blocks(self.family, (*ends, *segment.blocks)) for lora in loras]
         merged = [lora.sha256() for lora in own if lora.tensors]
@@ -301,21 +301,23 @@ class Checkpoint:
     def _loras_of(self, expert: int) -> list[LoraWeights]:
         return [weights for weights in self._lora_weights if weights.lora.expert == expert]
 
-    def load_transformer(self, blocks: Iterable[int] | None = None, expert: int = 0) -> Any:
-        """A diffusers transformer in float32 on the CPU; other blocks than `blocks` stay without memory."""
+    def load_transformer(
+        self, blocks: Iterable[int] | None = None, expert: int = 0, *, ends: bool = True
+    ) -> Any:
+        """A diffusers transformer in float32 on the CPU; other blocks than `blocks` stay without memory.
+
+        So do weights of no block unless `ends`.
+        """
         family, part = self.family, self.family.transformers[expert]
-        wanted = set(range(family.num_blocks) if blocks is None else blocks)
+        wanted: set[int | None] = set(range(family.num_blocks) if blocks is None else blocks)
+        wanted |= {None} if ends else set()
         transformer = self._empty_transformer()
         everything = transformer.state_dict()
-        expected = {
-            name: tensor
-            for name, tensor in everything.items()
-            if (block := family.block_of(name)) is None or block in wanted
-        }
+        expected = {name: tensor for name, tensor in everything.items() if family.block_of(name) in wanted}
         weights = self._read(expected, everything, part, part if expert else "")
         transformer.load_state_dict(weights, strict=False, assign=True)
         for lora in self._loras_of(expert):
-            lora.of_blocks(family, (None, *wanted)).merge(transformer)
+            lora.of_blocks(family, wanted).merge(transformer)
         return transformer.eval().requires_grad_(False)
 
     def weight(self, name: str) -> Tensor:
