@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from . import models
 from .clips import FRAME_RATE, LABELS, NUM_FRAMES, SIZE, Array, Label, clips
 from .linear_start import start_linear
+from .muon import Muon
 
 TEXT_LENGTH = 16
 EMPTY_SHARE = 0.1
@@ -196,7 +197,7 @@ def make_optimizers(
     rest = [p for p in transformer.parameters() if id(p) not in in_muon]
     text = [p for p in encoder.parameters() if p.requires_grad]
     return [
-        torch.optim.Muon(matrices, lr=3e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, lr=3e-3, weight_decay=0.01),
         torch.optim.AdamW(
             [{"params": rest, "weight_decay": 0.01}, {"params": text, "weight_decay": 0.0}], lr=1e-3
         ),

@@ -45,3 +45,13 @@ def read_config(path: Path) -> ConfigFile:
 def read_optional_config(path: Path) -> ConfigFile | None:
     """The same; None if there is no such file."""
     return read_config(path) if path.exists() else None
+
+
+def positive_integer(value: Any, name: str, file: str) -> int:
+    """An entry of a configuration file; raises InvalidRequest if it is no positive integer."""
+    if type(value) is not int or value < 1:
+        raise InvalidRequest(
+            f"checkpoint: expected {name} in {file} as a positive integer, got {value!r}: "
+            "download the checkpoint again"
+        )
+    return value

@@ -8,6 +8,7 @@ _CLOCK = "tests/benchmarks/test_clock.py"
 _VERIFY = "tests/benchmarks/test_verify.py"
 _SHAPES = "tests/examples/test_moving_shapes.py"
 _DEMO = "tests/examples/test_demo.py"
+_MUON = "tests/examples/test_muon.py"
 
 IN_BENCHMARKS = (
     Mistake(
@@ -149,6 +150,13 @@ IN_BENCHMARKS = (
         "    hide_padding(encoder)\n",
         "",
         (f"{_SHAPES}::test_padding_changes_nothing_in_an_untrained_text_encoder",),
+    ),
+    Mistake(
+        "steps of the training grow with the smaller size of a matrix",
+        "examples/moving_shapes/muon.py",
+        'size = group["lr"] * 0.2 * max(shape) ** 0.5',
+        'size = group["lr"] * 0.2 * min(shape) ** 0.5',
+        (f"{_MUON}::test_a_few_steps_are_those_of_torch_up_to_bfloat16",),
     ),
     Mistake(
         "another checkpoint is shown with the figures of this one",

@@ -7,6 +7,7 @@ from tests.planted_mistakes.mistake import Mistake
 _FAMILIES = "tests/models/families/test_families.py"
 _CHECKPOINT = "tests/models/test_checkpoint.py"
 _OPEN_SORA = "tests/models/families/test_open_sora.py"
+_LTX2_DECODING = "tests/models/families/test_ltx2_decoding.py"
 _EXPERTS = "tests/runtime/test_experts.py"
 
 IN_MODELS = (
@@ -233,6 +234,13 @@ IN_MODELS = (
         "torch.cat([of_columns, of_rows], -1)",
         "torch.cat([of_rows, of_columns], -1)",
         (f"{_OPEN_SORA}::test_every_step_matches_in_both_layouts[stg_a]",),
+    ),
+    Mistake(
+        "LTX-2 decodes normalised sound",
+        "stg_trt/models/families/ltx2_decoding.py",
+        "pipeline._denormalize_audio_latents(latents, vae.latents_mean, vae.latents_std)",
+        "latents",
+        (f"{_LTX2_DECODING}::test_frames_and_sound_are_those_of_diffusers[2.0]",),
     ),
     Mistake(
         "Open-Sora's frames are scaled as the spatial configuration says",

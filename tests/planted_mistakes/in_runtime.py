@@ -336,6 +336,20 @@ IN_RUNTIME = (
         ("tests/runtime/test_seen_prompts.py::test_a_prompt_makes_the_video_of_diffusers",),
     ),
     Mistake(
+        "the sound starts late by what its encoder puts before it",
+        "runtime/video_file.py",
+        "            samples.pts, samples.time_base = start, Fraction(1, sampling_rate)\n",
+        "",
+        ("tests/runtime/test_video_file.py::test_sound_plays_beside_the_frames",),
+    ),
+    Mistake(
+        "embeddings are padded on the right for every tokenizer",
+        "runtime/prompts.py",
+        "room = (missing, 0) if pads_left else (0, missing)",
+        "room = (0, missing)",
+        ("tests/runtime/test_prompts.py::test_a_tokenizer_may_pad_on_the_left",),
+    ),
+    Mistake(
         "text-to-video keeps the timesteps of the last picture",
         "runtime/sampler.py",
         "in self.family.timestep_tables(self.workload, image).items():",

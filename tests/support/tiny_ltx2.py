@@ -30,8 +30,10 @@ VERSIONS = ("2.0", "2.3")
 TEXT_WIDTH, TEXT_LAYERS = 16, 2
 EMBEDS_WIDTH = TEXT_WIDTH * (TEXT_LAYERS + 1)
 WIDTH, AUDIO_WIDTH = 48, 24
-# Of both latents; the sound's are 2 channels of 4 mel bins.
-CHANNELS, MEL_BINS = 8, 16
+CHANNELS = 8
+# The sound's latents: as many as published, of fewer mel bins.
+SOUND_CHANNELS, MEL_BINS = 8, 8
+AUDIO_CHANNELS = SOUND_CHANNELS * MEL_BINS // 4
 # The text length must be a multiple of it.
 REGISTERS = 4
 # Published 2.0: no guidance of attention by gates, and prompts that the transformer projects.
@@ -54,7 +56,7 @@ def save_ltx2(folder: Path, version: str) -> LTX2Pipeline:
         scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULE),
         vae=video_vae(),
         audio_vae=audio_vae(),
-        text_encoder=gemma(len(tokenizer)),
+        text_encoder=tiny_gemma(len(tokenizer)),
         tokenizer=tokenizer,
         connectors=connectors(version),
         transformer=transformer(version),
@@ -70,7 +72,7 @@ def text_pipeline() -> LTX2Pipeline:
     torch.manual_seed(0)
     tokenizer = gemma_tokenizer()
     rest = dict.fromkeys(("scheduler", "vae", "audio_vae", "connectors", "transformer", "vocoder"))
-    return LTX2Pipeline(text_encoder=gemma(len(tokenizer)), tokenizer=tokenizer, **rest)
+    return LTX2Pipeline(text_encoder=tiny_gemma(len(tokenizer)), tokenizer=tokenizer, **rest)
 
 
 def decoding_pipeline(version: str, **vae_options: Any) -> LTX2Pipeline:
@@ -91,18 +93,18 @@ def gemma_tokenizer() -> GemmaTokenizer:
     )
 
 
-def gemma(vocabulary: int) -> Gemma3ForConditionalGeneration:
-    """Two layers, one of which sees a few tokens only."""
+def tiny_gemma(vocabulary: int, layers: int = TEXT_LAYERS) -> Gemma3ForConditionalGeneration:
+    """Layers of which all but the last see a few tokens only."""
     text = Gemma3TextConfig(
         vocab_size=vocabulary,
         hidden_size=TEXT_WIDTH,
         intermediate_size=32,
-        num_hidden_layers=TEXT_LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=8,
         sliding_window=4,
-        layer_types=["sliding_attention", "full_attention"],
+        layer_types=["sliding_attention"] * (layers - 1) + ["full_attention"],
     )
     eyes = SiglipVisionConfig(
         hidden_size=8,
@@ -153,8 +155,8 @@ def transformer(version: str) -> LTX2VideoTransformer3DModel:
             num_attention_heads=2,
             attention_head_dim=WIDTH // 2,
             cross_attention_dim=WIDTH,
-            audio_in_channels=CHANNELS,
-            audio_out_channels=CHANNELS,
+            audio_in_channels=AUDIO_CHANNELS,
+            audio_out_channels=AUDIO_CHANNELS,
             audio_num_attention_heads=2,
             audio_attention_head_dim=AUDIO_WIDTH // 2,
             audio_cross_attention_dim=AUDIO_WIDTH,
@@ -191,10 +193,10 @@ def video_vae(**options: Any) -> AutoencoderKLLTX2Video:
 def audio_vae() -> AutoencoderKLLTX2Audio:
     """Two channels of a mel spectrogram; 4 steps and 4 bins per latent."""
     vae = AutoencoderKLLTX2Audio(
-        base_channels=CHANNELS,
+        base_channels=AUDIO_CHANNELS,
         ch_mult=(1, 1, 1),
         num_res_blocks=1,
-        latent_channels=CHANNELS * 4 // MEL_BINS,
+        latent_channels=SOUND_CHANNELS,
         resolution=MEL_BINS,
         mel_bins=MEL_BINS,
     )
@@ -241,7 +243,7 @@ def _random(model: Any) -> Any:
 
 def _set_statistics(vae: Any) -> None:
     def spread(start: float, end: float) -> Tensor:
-        return torch.linspace(start, end, CHANNELS)
+        return torch.linspace(start, end, len(vae.latents_mean))
 
     vae.latents_mean.copy_(spread(-0.5, 0.5))
     vae.latents_std.copy_(spread(0.5, 2.0))

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from stg_trt.errors import InvalidRequest
+from stg_trt.models.config_file import positive_integer
 from stg_trt.models.custom_steps import CustomSteps
 from stg_trt.models.defaults import Defaults
 from stg_trt.models.families.segment_module import SegmentModule
@@ -364,16 +364,6 @@ def vae_video(vae: Any, latents: Tensor, *conditions: Tensor) -> Tensor:
     """
     rows = zip(*(tensor.split(1) for tensor in (latents, *conditions)), strict=True)
     return torch.cat([vae.decode(*row, return_dict=False)[0] for row in rows])
-
-
-def positive_integer(value: Any, name: str, file: str) -> int:
-    """An entry of a configuration file; raises InvalidRequest if it is no positive integer."""
-    if type(value) is not int or value < 1:
-        raise InvalidRequest(
-            f"checkpoint: expected {name} in {file} as a positive integer, got {value!r}: "
-            "download the checkpoint again"
-        )
-    return value
 
 
 def keep_attention_spec() -> TensorSpec:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.models.families.base import ModelFamily, keep_attention_spec, positive_integer
+from stg_trt.models.config_file import positive_integer
+from stg_trt.models.families.base import ModelFamily, keep_attention_spec
 from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import ROWS, TensorSpec

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stg_trt.errors import InvalidRequest
+from stg_trt.models.config_file import positive_integer
 from stg_trt.models.defaults import Defaults
-from stg_trt.models.families.base import positive_integer, vae_video
+from stg_trt.models.families.base import vae_video
 from stg_trt.models.families.dit import State, rms_norm, rotate, unpatched
 from stg_trt.models.families.joint_attention import (
     KV,

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
+from stg_trt.models.config_file import positive_integer
 from stg_trt.models.defaults import Defaults
-from stg_trt.models.families.base import positive_integer
 from stg_trt.models.families.unet import SpatioTemporalUNet
 from stg_trt.models.families.unet_segment import FPS, MOTION
 from stg_trt.models.image import ImageCondition, ImageOptions, Images, Places

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
+from stg_trt.models.config_file import positive_integer
 from stg_trt.models.defaults import Defaults
 from stg_trt.models.families.base import (
     CONDITION,
     IMAGE_EMBEDS,
-    positive_integer,
     vae_video,
 )
 from stg_trt.models.families.cross_attention import CrossAttentionDiT

@@ -16,6 +16,7 @@ from torch import Tensor
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.families.ltx2_decoding import SOUND_DECODER, decode_frames, decode_sound
 from tests.support.tiny_ltx2 import (
+    AUDIO_CHANNELS,
     CHANNELS,
     EMBEDS_WIDTH,
     MEL_BINS,
@@ -110,7 +111,7 @@ def test_noise_of_decoding_is_that_of_diffusers(options: Mapping[str, Any]) -> N
 @torch.no_grad()
 def test_videos_are_decoded_one_at_a_time(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     own = pipeline(version)
-    latents, sound = torch.randn(2, 12, CHANNELS), torch.randn(2, 9, CHANNELS)
+    latents, sound = torch.randn(2, 12, CHANNELS), torch.randn(2, 9, AUDIO_CHANNELS)
     parts = []
     for part in (own.vae, own.audio_vae):
         decode = Mock(side_effect=part.decode)
@@ -127,7 +128,7 @@ def test_a_vocoder_in_float32_takes_spectra_of_another_precision() -> None:
     own = decoding_pipeline("2.3")
     own.audio_vae.to(torch.bfloat16)
     with torch.no_grad():
-        assert decode_sound(own, torch.randn(1, 9, CHANNELS)).dtype == torch.float32
+        assert decode_sound(own, torch.randn(1, 9, AUDIO_CHANNELS)).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -148,5 +149,5 @@ def test_parts_of_two_models_are_refused(part: str, entries: dict[str, int], mes
 
 def test_a_sound_of_another_width_is_refused() -> None:
     own, config = decoding_pipeline("2.0"), transformer("2.0").config
-    with pytest.raises(InvalidRequest, match="audio_vae/ with latents per token 128, got 8: the folder"):
+    with pytest.raises(InvalidRequest, match="audio_vae/ with latents per token 128, got 16: the folder"):
         SOUND_DECODER.check(own, {**config, "audio_in_channels": 128})

@@ -16,7 +16,7 @@ from stg_trt.models.families.ltx2_prompts import CONNECTORS, connect, count_toke
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
 from tests.support.family_cases.case import GOLDENS
-from tests.support.tiny_ltx2 import EMBEDS_WIDTH, REGISTERS, gemma, gemma_tokenizer, text_pipeline
+from tests.support.tiny_ltx2 import EMBEDS_WIDTH, REGISTERS, gemma_tokenizer, text_pipeline, tiny_gemma
 
 VERSIONS = ("ltx2", "ltx2_3")
 CASE = "stg_modality_rescale"
@@ -92,4 +92,4 @@ def test_embeddings_are_all_hidden_states_padded_on_the_left() -> None:
 
 
 def test_the_width_is_that_of_all_hidden_states() -> None:
-    assert CONNECTORS.width(gemma(50).config) == EMBEDS_WIDTH
+    assert CONNECTORS.width(tiny_gemma(50).config) == EMBEDS_WIDTH
