@@ -54,7 +54,7 @@ class Reference:
         transformer = self.checkpoint.load_transformer(segment.blocks, segment.expert, ends=segment.has_ends)
         module = self.family.module(transformer, segment, expand_masks=expand_masks).eval()
         assert not any(weight.is_meta for weight in module.parameters()), (
-            "blocks read their own weights alone"
+            f"{type(self.family).__name__}: a block reads a weight of no block that is not in shared_weights"
         )
         self.family.lower_precision(module, getattr(torch, self.workload.dtype))
         # Memory freed in rounding is scattered between what was kept: give it back before the next copy.

@@ -306,14 +306,18 @@ class Checkpoint:
     ) -> Any:
         """A diffusers transformer in float32 on the CPU; other blocks than `blocks` stay without memory.
 
-        So do weights of no block unless `ends`.
+        So do weights of no block, except those that every block reads, unless `ends`.
         """
         family, part = self.family, self.family.transformers[expert]
         wanted: set[int | None] = set(range(family.num_blocks) if blocks is None else blocks)
         wanted |= {None} if ends else set()
         transformer = self._empty_transformer()
         everything = transformer.state_dict()
-        expected = {name: tensor for name, tensor in everything.items() if family.block_of(name) in wanted}
+        expected = {
+            name: tensor
+            for name, tensor in everything.items()
+            if family.block_of(name) in wanted or name in family.shared_weights
+        }
         weights = self._read(expected, everything, part, part if expert else "")
         transformer.load_state_dict(weights, strict=False, assign=True)
         for lora in self._loras_of(expert):

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from stg_trt.build_engines import build, graph_weights
+from stg_trt import build
+from stg_trt.build_engines import graph_weights
 from stg_trt.build_engines.reference import Reference, State
 from stg_trt.build_engines.verify import worst
 from stg_trt.engines.manifest import Verification
