@@ -302,22 +302,17 @@ class Checkpoint:
         return [weights for weights in self._lora_weights if weights.lora.expert == expert]
 
     def load_transformer(
-        self, blocks: Iterable[int] | None = None, expert: int = 0, *, ends: bool = True
+        self, blocks: Iterable[int] | None = None, expert: int = 0, ends: bool = True
     ) -> Any:
         """A diffusers transformer in float32 on the CPU; other blocks than `blocks` stay without memory.
 
         So do weights of no block, except those that every block reads, unless `ends`.
         """
         family, part = self.family, self.family.transformers[expert]
-        wanted: set[int | None] = set(range(family.num_blocks) if blocks is None else blocks)
-        wanted |= {None} if ends else set()
-        transformer = self._empty_transformer()
+        wanted = {*(range(family.num_blocks) if blocks is None else blocks), *([None] if ends else [])}
+        transformer, shared = self._empty_transformer(), family.shared_weights
         everything = transformer.state_dict()
-        expected = {
-            name: tensor
-            for name, tensor in everything.items()
-            if family.block_of(name) in wanted or name in family.shared_weights
-        }
+        expected = {n: w for n, w in everything.items() if n in shared or family.block_of(n) in wanted}
         weights = self._read(expected, everything, part, part if expert else "")
         transformer.load_state_dict(weights, strict=False, assign=True)
         for lora in self._loras_of(expert):
