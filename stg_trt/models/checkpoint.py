@@ -172,9 +172,8 @@ class Checkpoint:
     @property
     def has_text_encoder(self) -> bool:
         """Whether a text encoder and a tokenizer are there, so that a prompt can be embedded."""
-        return (
-            self.source is not None and bool(self.text_parts) and all(map(self.source.has, self.text_parts))
-        )
+        parts = self.text_parts
+        return self.source is not None and bool(parts) and all(map(self.source.has, parts))
 
     @property
     def text_parts(self) -> tuple[str, ...]:
@@ -290,7 +289,7 @@ class Checkpoint:
 
     def segment_fingerprint(self, segment: Segment) -> str:
         """Of the weights of a segment: the checkpoint's fingerprint, unless a LoRA changes some of them."""
-        ends: tuple[None, ...] = (None,) if segment.front or segment.back or segment.text else ()
+        ends: tuple[None, ...] = (None,) if segment.has_ends else ()
         loras = self._loras_of(segment.expert)
         own = [lora.of_blocks(self.family, (*ends, *segment.blocks)) for lora in loras]
         merged = [lora.sha256() for lora in own if lora.tensors]
@@ -305,23 +304,24 @@ class Checkpoint:
     def _loras_of(self, expert: int) -> list[LoraWeights]:
         return [weights for weights in self._lora_weights if weights.lora.expert == expert]
 
-    def load_transformer(self, blocks: Iterable[int] | None = None, expert: int = 0) -> Any:
-        """A diffusers transformer in float32 on the CPU; other blocks than `blocks` stay without memory."""
+    def load_transformer(
+        self, blocks: Iterable[int] | None = None, expert: int = 0, ends: bool = True
+    ) -> Any:
+        """A diffusers transformer in float32 on the CPU; other blocks than `blocks` stay without memory.
+
+        So do weights of no block, except those that every block reads, unless `ends`.
+        """
         from stg_trt.models.timestep_embedding import fix_frequencies
 
         family, part = self.family, self.family.transformers[expert]
-        wanted = set(range(family.num_blocks) if blocks is None else blocks)
-        transformer = self._empty_transformer()
+        wanted = {*(range(family.num_blocks) if blocks is None else blocks), *([None] if ends else [])}
+        transformer, shared = self._empty_transformer(), family.shared_weights
         everything = transformer.state_dict()
-        expected = {
-            name: tensor
-            for name, tensor in everything.items()
-            if (block := family.block_of(name)) is None or block in wanted
-        }
+        expected = {n: w for n, w in everything.items() if n in shared or family.block_of(n) in wanted}
         weights = self._read(expected, everything, part, part if expert else "")
         transformer.load_state_dict(weights, strict=False, assign=True)
         for lora in self._loras_of(expert):
-            lora.of_blocks(family, (None, *wanted)).merge(transformer)
+            lora.of_blocks(family, wanted).merge(transformer)
         fix_frequencies(transformer)
         return transformer.eval().requires_grad_(False)
 

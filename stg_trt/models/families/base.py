@@ -51,6 +51,8 @@ class ModelFamily(ABC):
     takes_true_cfg: ClassVar[bool] = False
     # The entries of the transformer's config.json that count blocks, in the order of their numbers.
     block_counts: ClassVar[tuple[str, ...]] = ("num_layers",)
+    # Weights of no block that every block reads.
+    shared_weights: ClassVar[frozenset[str]] = frozenset()
     # Pictures that a call may give and needs not; whether it may give some for any frame.
     optional_images: tuple[str, ...] = ()
     takes_conditions: bool = False
