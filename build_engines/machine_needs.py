@@ -31,20 +31,20 @@ class MachineNeeds:
 
     def check(self) -> None:
         """Raises InvalidRequest if disk or memory is too small for it."""
-        output, memory = _existing(self.options.output), psutil.virtual_memory()
-        _check(
-            f"disk: expected at least {{}} free in {output} for the engines",
-            self.disk_bytes,
-            shutil.disk_usage(output).free,
-            "free some, choose another --output, or build for fewer targets at once",
-        )
-        _check(
-            "memory: expected at least {} free for the largest block or engine",
-            self.memory_bytes,
-            memory.available + psutil.swap_memory().free,
-            "end other programs, cut the model into smaller engines (--layout segmented, more --stg-blocks), "
-            "or add swap space",
-        )
+        output = _existing(self.options.output)
+        free = shutil.disk_usage(output).free
+        if self.disk_bytes > free:
+            raise InvalidRequest(
+                f"disk: expected at least {_gib(self.disk_bytes)} free in {output} for the engines, got "
+                f"{_gib(free)}: free some, choose another --output, or build for fewer targets at once"
+            )
+        free = psutil.virtual_memory().available + psutil.swap_memory().free
+        if self.memory_bytes > free:
+            raise InvalidRequest(
+                f"memory: expected at least {_gib(self.memory_bytes)} free for the largest block or engine, got "
+                f"{_gib(free)}: end other programs, cut the model into smaller engines (--layout segmented, "
+                "more --stg-blocks), or add swap space"
+            )
 
     @cached_property
     def disk_bytes(self) -> int:
@@ -92,7 +92,5 @@ def _existing(folder: Path) -> Path:
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
-def _check(expected: str, needed: int, free: int, fix: str) -> None:
-    if needed > free:
-        size = f"{needed / GIB:.1f} GiB"
-        raise InvalidRequest(f"{expected.format(size)}, got {free / GIB:.1f} GiB: {fix}")
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB"
