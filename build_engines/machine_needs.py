@@ -41,8 +41,8 @@ class MachineNeeds:
         free = psutil.virtual_memory().available + psutil.swap_memory().free
         if self.memory_bytes > free:
             raise InvalidRequest(
-                f"memory: expected at least {_gib(self.memory_bytes)} free for the largest block or engine, got "
-                f"{_gib(free)}: end other programs, cut the model into smaller engines (--layout segmented, "
+                f"memory: expected at least {_gib(self.memory_bytes)} free for the largest block or engine, "
+                f"got {_gib(free)}: end other programs, cut the model into smaller engines (--layout segmented, "
                 "more --stg-blocks), or add swap space"
             )
 
