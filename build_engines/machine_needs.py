@@ -42,8 +42,8 @@ class MachineNeeds:
         if self.memory_bytes > free:
             raise InvalidRequest(
                 f"memory: expected at least {_gib(self.memory_bytes)} free for the largest block or engine, "
-                f"got {_gib(free)}: end other programs, cut the model into smaller engines (--layout segmented, "
-                "more --stg-blocks), or add swap space"
+                f"got {_gib(free)}: end other programs, cut the model into smaller engines (--layout "
+                "segmented, more --stg-blocks), or add swap space"
             )
 
     @cached_property
