@@ -7,7 +7,12 @@ from torch import Tensor
 
 from stg_trt.errors import GateMissed
 from stg_trt.models.checkpoint import Checkpoint
-from stg_trt.models.families.base import KEEP_ATTENTION, KEEP_LAYER
+from stg_trt.models.families.keep_flags import (
+    KEEP_ATTENTION,
+    KEEP_AUDIO_ATTENTION,
+    KEEP_CROSS,
+    KEEP_LAYER,
+)
 from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import kept_name
@@ -114,12 +119,17 @@ class Reference:
             **constants,
             # Every row reads its own.
             **{name: torch.arange(rows) for name in tensors if kept_name(name)},
-            "latents": torch.randn(tensors["latents"].with_rows(rows), generator=generator),
+            **{
+                stream.latents: torch.randn(tensors[stream.latents].with_rows(rows), generator=generator)
+                for stream in self.family.streams
+            },
             "timestep": torch.full((rows,), timestep),
             # The last row skips its attention, so that both branches of the switch are compared.
             KEEP_ATTENTION: torch.arange(rows) != rows - 1,
+            KEEP_AUDIO_ATTENTION: torch.arange(rows) < rows - 1,
             # And of several rows the first skips the whole layer.
             KEEP_LAYER: torch.arange(1, rows + 1) != rows // 2,
+            KEEP_CROSS: torch.arange(1, rows + 1) != rows // 2,
         }
 
 

@@ -20,7 +20,8 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.models.checkpoint import Checkpoint, published
+from stg_trt.models.checkpoint import Checkpoint
+from stg_trt.models.published import published
 from tests.support.family_cases.case import GOLDENS
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -159,6 +160,8 @@ def test_published_configurations_open() -> None:
         "hunyuan-video": (60, flow_euler),
         "hunyuan-video-i2v": (60, flow_euler),
         "hunyuan-video-i2v-33ch": (60, flow_euler),
+        "ltx-2": (48, flow_euler),
+        "ltx-2.3": (48, flow_euler),
         "ltx-video-13b": (48, flow_euler),
         "ltx-video-2b": (28, flow_euler),
         "mochi-1-preview": (48, flow_euler),
