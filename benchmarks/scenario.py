@@ -84,8 +84,11 @@ class Scenario:
     @property
     def workload(self) -> Workload:
         """The sizes, in the precision that was asked for or the target's first."""
-        text = self.family.defaults.text_length if self.text_length is None else self.text_length
-        return Workload(self.height, self.width, self.num_frames, text, self._place[1])
+        family, usual = self.family, self.family.defaults
+        text = usual.text_length if self.text_length is None else self.text_length
+        sound = family.audio_num_frames(self.num_frames, usual.frame_rate)
+        sizes = self.height, self.width, self.num_frames
+        return Workload(*sizes, text, self._place[1], audio_num_frames=sound)
 
     @property
     def perturbation(self) -> Perturbation:

@@ -120,8 +120,8 @@ def _states(build: Build) -> dict[str, dict[str, Any]]:
 
 
 def _passes(manifest: Manifest, *, distilled: bool) -> dict[str, tuple[Pass, ...]]:
-    """The passes of the guidance states: without STG, with each skip pass, and with all of them."""
-    from stg_trt.models.passes import COND, UNCOND, Pass
+    """The passes of the guidance states: without STG, with each skip pass, with all; with isolation too."""
+    from stg_trt.models.passes import COND, ISOLATION, UNCOND, Pass
     from stg_trt.models.perturbation import Perturbation
 
     skips = [Pass(name, Perturbation(manifest.stg_mode, blocks)) for name, blocks in manifest.skips.items()]
@@ -134,6 +134,8 @@ def _passes(manifest: Manifest, *, distilled: bool) -> dict[str, tuple[Pass, ...
         states |= {f"{prefix}{one.name}": (*guided, one) for one in skips}
     if skips:
         states[f"{prefix}stg"] = (*guided, *skips)
+    if manifest.model.isolates:
+        states[f"{prefix}stg+isolation"] = (*guided, ISOLATION, *skips)
     return states
 
 

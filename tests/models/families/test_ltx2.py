@@ -18,6 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from stg_trt import VideoPipeline, build
+from stg_trt.cli.inspect import describe
+from stg_trt.engines.store import EngineStore
 from stg_trt.errors import EngineRejected, InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.defaults import Defaults
@@ -383,3 +385,13 @@ def test_the_shared_step_at_its_published_size(layers: dict[str, bool], shared: 
 
     ratio = plan_step(segments, passes).flops(flops) / full_plan(segments, passes).flops(flops)
     assert ratio == pytest.approx(shared, rel=0.05)
+
+
+def test_inspect_shows_the_isolation_pass(ltx2_engines: Path) -> None:
+    builds = EngineStore.open(ltx2_engines / "2.3").builds
+    described = describe(next(build for build in builds if build.manifest.layout == "segmented"))
+    states = described["guidance_states"]
+    assert list(states) == ["cond", "cfg", "cfg+stg", "cfg+stg+isolation"]
+    rows = states["cfg+stg+isolation"]["rows"]
+    assert (rows["front"], rows["block_3"], rows["back"]) == (3, 4, 4)
+    assert states["cfg+stg"]["flops"] < states["cfg+stg+isolation"]["flops"]
