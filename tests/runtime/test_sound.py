@@ -109,7 +109,7 @@ def test_prompts_make_the_frames_and_the_sound_of_diffusers(
     assert np.abs(got.frames - expected.frames).max() <= 1e-4 and got.frames.std() > 1e-2
     assert got.audio is not None and got.audio.dtype == torch.float32
     assert got.audio.shape == expected.audio.shape == (2, 2, RATES[version] * 33 // 100)
-    assert (got.audio - expected.audio).abs().max() <= 1e-4 and got.audio.std() > 1e-3
+    assert (got.audio - expected.audio).abs().max() <= 1e-4 and got.audio.std(-1).min() > 1e-2
     assert got.audio_sampling_rate == RATES[version]
 
 
@@ -218,7 +218,7 @@ def test_the_command_line_writes_frames_with_sound(
     played, expected = read[:, : made.audio.shape[2]], made.audio[0].numpy()
     # The codec keeps most of a sound that is much like noise, and keeps it in its place.
     alike = [np.corrcoef(played.flatten(), other.flatten())[0, 1] for other in (expected, expected[:, ::-1])]
-    assert alike[0] > 0.7 and abs(alike[1]) < 0.1
+    assert alike[0] > 0.7 and abs(alike[1]) < 0.3
 
 
 def test_the_command_line_takes_and_writes_the_latents_of_both_streams(
