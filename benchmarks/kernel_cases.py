@@ -13,7 +13,7 @@ from stg_trt.guidance.combine import combine
 from stg_trt.guidance.resolved import ResolvedGuidance
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
-from stg_trt.models.families.base import keep_attention_spec
+from stg_trt.models.families.keep_flags import keep_attention_spec
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.runtime.device import Device
 from stg_trt.runtime.kernels.operations import KernelOperations

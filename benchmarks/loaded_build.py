@@ -42,6 +42,7 @@ class LoadedBuild:
             inputs.solver,
             inputs.frame_rate,
             inputs.generator(),
+            audio_latents=inputs.audio_noise,
         )
         self._earlier = inputs.earlier.to(device.torch_device)
         self.loaded_bytes = 0
@@ -73,16 +74,18 @@ class LoadedBuild:
 
     def reset(self) -> None:
         """Back to before the middle step."""
-        self.state.start(self._inputs.noise)
-        if self.state.history is not None:
-            self.state.history[: len(self._earlier)].copy_(self._earlier)
-        self.state.table.go_to(self._inputs.middle)
+        for stream, noise in zip(self.state.streams, self._inputs.starts, strict=True):
+            stream.start(noise)
+        history = self.state.video.history
+        if history is not None:
+            history[: len(self._earlier)].copy_(self._earlier)
+        self.state.go_to(self._inputs.middle)
 
     def preds(self, step: Step | StepGraph) -> dict[str, Tensor]:
         """One run's predictions for each of its passes; rows that it does not write are NaN."""
         passes = step.plan.passes
         with self._device.scope():
-            pred = self.state.buffers.view("pred", row_groups(passes))
+            pred = self.state.video.pred_rows(row_groups(passes))
             pred.fill_(float("nan"))
             self.reset()
             step.enqueue()

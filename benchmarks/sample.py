@@ -107,6 +107,7 @@ def _steps(loaded: LoadedBuild, inputs: Inputs, guidance: Guidance) -> Iterator[
         inputs.solver,
         inputs.frame_rate,
         inputs.generator(),
+        audio_latents=inputs.audio_noise,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.families.base import ModelFamily
 from stg_trt.models.passes import COND, SKIP, UNCOND, Pass, all_blocks, read_skips
 from stg_trt.models.perturbation import Perturbation, check_blocks
+from stg_trt.models.stream import SOUND
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
 from stg_trt.runtime.device import Device, open_device
@@ -141,7 +142,9 @@ class Scenario:
         scheduler = self.opened.scheduler()
         family.set_timesteps(scheduler, steps or family.defaults.num_inference_steps, workload)
         solver = SolverTable.from_scheduler(scheduler, per_token=family.steps_per_token(scheduler))
-        noise = torch.randn(family.tensors(workload)["latents"].with_rows(1), generator=generator)
+        specs = family.tensors(workload)
+        noise = torch.randn(specs["latents"].with_rows(1), generator=generator)
+        sound = specs.get(SOUND.latents)
         middle = len(solver.timesteps) // 2
         return Inputs(
             noise=noise * solver.noise_scale,
@@ -150,6 +153,7 @@ class Scenario:
             solver=solver,
             frame_rate=family.defaults.frame_rate,
             earlier=torch.randn(middle, *noise.shape, generator=generator),
+            audio_noise=None if sound is None else torch.randn(sound.with_rows(1), generator=generator),
         )
 
     def guidance(self, solver: SolverTable, *, stg: bool | None = None) -> Guidance:
@@ -157,7 +161,9 @@ class Scenario:
         stg = self.stg if stg is None else stg
         skips = {SKIP: self.perturbation.blocks}
         usual = ResolvedGuidance.of_family(self.family.defaults, self.stg_mode, skips)
-        return Guidance.for_steps(solver.noise_levels, usual if stg else replace(usual, stg_scale=0.0))
+        space = self.family.rescale_space
+        given = usual if stg else usual.without_stg
+        return Guidance.for_steps(solver.noise_levels, given, rescale_space=space)
 
     def to_json(self) -> dict[str, Any]:
         """For a result."""
@@ -175,7 +181,7 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Inputs:
-    """One video's request on the CPU: packed noise (1, ...), texts, steps.
+    """One video's request on the CPU: packed noise (1, ...), of its sound too if it has one, texts, steps.
 
     `earlier` are the predictions (steps, 1, ...) before the middle step, for solvers that read them.
     """
@@ -186,6 +192,12 @@ class Inputs:
     solver: SolverTable
     frame_rate: float
     earlier: Tensor
+    audio_noise: Tensor | None = None
+
+    @property
+    def starts(self) -> list[Tensor]:
+        """What the streams start from."""
+        return [self.noise] if self.audio_noise is None else [self.noise, self.audio_noise]
 
     def generator(self) -> torch.Generator:
         """Of the noise that the solver adds; the same for whoever samples."""

@@ -16,11 +16,13 @@ from stg_trt.engines.backends import THIS_GPU, backend_for
 from stg_trt.engines.key import EngineKey, digest, export_version
 from stg_trt.engines.manifest import Manifest, SegmentRecord
 from stg_trt.engines.store import check_file
-from stg_trt.errors import BackendUnavailable, EngineRejected
+from stg_trt.errors import BackendUnavailable, EngineRejected, InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint
+from stg_trt.models.families.base import ModelFamily
 from stg_trt.models.passes import read_skips
 from stg_trt.models.segment import Segment
-from stg_trt.models.workload import Workload
+from stg_trt.models.stream import SOUND
+from stg_trt.models.workload import Workload, chosen_frame_rate
 from stg_trt.system.gpu import GpuIdentity, find_gpu
 
 from .build_folder import fresh_folder, locked_folder
@@ -58,6 +60,7 @@ def build(
     revision: str | None = None,
     lora: Sequence[str | Path] = (),
     condition_frames: int = 0,
+    frame_rate: float | None = None,
     blocks: Sequence[int] | None = None,
     verify_timesteps: int = 3,
     keep_onnx: bool = False,
@@ -71,33 +74,42 @@ def build(
     best that this machine can run. `stg_blocks` are those that a skip pass may perturb, or a mapping of them
     from the names of several passes. `target` may name several, separated by commas; it and `precision`
     default to the backend's, `text_length` to the family's. `condition_frames` is how many latent frames of
-    pictures for later frames a call has. `blocks` shortens each list of blocks, with
-    random weights; `plugins` are our own kernels. An interrupted build's segments are reused.
-    Raises InvalidRequest for options that cannot be used and GateMissed for a segment that fails a check.
+    pictures for later frames a call has; `frame_rate` decides how long the sound of a video is. `blocks`
+    shortens each list of blocks, with random weights; `plugins` are our own kernels. An interrupted build's
+    segments are reused. Raises InvalidRequest for unusable options, GateMissed for a segment that fails.
     """
     opened = Checkpoint.open(
         checkpoint, random_weights=random_weights, variant=variant, revision=revision, lora=lora
     ).shortened(blocks)
-    progress = progress or Silent()
+    family, progress = opened.family, progress or Silent()
     if backend == AUTO:
         backend, target = _choose(target, progress)
     chosen = backend_for(backend)
-    targets = tuple((target or chosen.targets[0].name).split(","))
-    defaults = opened.family.defaults
-    length = defaults.text_length if text_length is None else text_length
+    targets, defaults = tuple((target or chosen.targets[0].name).split(",")), family.defaults
     precision = precision or chosen.target(targets[0]).precisions[0]
     options = BuildOptions(
         checkpoint=opened, output=Path(output),
-        workload=Workload(height, width, num_frames, length, precision, condition_frames),
+        workload=Workload(
+            height, width, num_frames, defaults.text_length if text_length is None else text_length,
+            precision, condition_frames, _audio_num_frames(family, num_frames, frame_rate)),
         skips=read_skips(defaults.stg_blocks if stg_blocks is None else stg_blocks),
-        stg_mode=defaults.stg_mode if stg_mode is None else stg_mode,
-        layout=layout, max_batch=max_batch, backend=chosen, targets=targets,
-        verify_timesteps=verify_timesteps, keep_onnx=keep_onnx, plugins=tuple(sorted(set(plugins))),
-        builder_optimization_level=builder_optimization_level,
+        stg_mode=defaults.stg_mode if stg_mode is None else stg_mode, layout=layout, max_batch=max_batch,
+        backend=chosen, targets=targets, verify_timesteps=verify_timesteps, keep_onnx=keep_onnx,
+        plugins=tuple(sorted(set(plugins))), builder_optimization_level=builder_optimization_level,
     )  # fmt: skip
     opened.check()
     with fresh_folder(options.output):
         return _Builder(options, progress).run()
+
+
+def _audio_num_frames(family: ModelFamily, num_frames: int, frame_rate: float | None) -> int:
+    """Latents of the sound; raises InvalidRequest for a frame rate of a model whose builds have none."""
+    if frame_rate is not None and SOUND not in family.streams:
+        raise InvalidRequest(
+            f"frame_rate: expected none in a build of {family.name}, whose engines run at any, got "
+            f"{frame_rate}: give it to the call"
+        )
+    return family.audio_num_frames(num_frames, chosen_frame_rate(frame_rate, family.defaults.frame_rate))
 
 
 def _choose(target: str | None, progress: Progress) -> tuple[str, str]:

@@ -31,6 +31,10 @@ ConditionFrames = Annotated[
     int, typer.Option(help="Latent frames of pictures for later frames: 1 for a picture, 2 for a video.")
 ]
 
+FrameRate = Annotated[
+    float | None, typer.Option(help="Frames per second, of a model with sound. [default: the family's]")
+]
+
 
 def build(
     checkpoint: Annotated[str, typer.Argument(help="A diffusers folder, a hub id, or a published name.")],
@@ -40,6 +44,7 @@ def build(
     num_frames: Annotated[int, typer.Option(help="Frames of the video.")],
     text_length: Annotated[int | None, typer.Option(help="Text tokens. [default: the family's]")] = None,
     condition_frames: ConditionFrames = 0,
+    frame_rate: FrameRate = None,
     stg_blocks: StgBlocks = None,
     stg_mode: Annotated[str | None, typer.Option(help="stg-a or stg-r. [default: the family's]")] = None,
     layout: Annotated[str, typer.Option(help="segmented or twin.")] = "segmented",
@@ -81,10 +86,10 @@ def build(
     with BuildDisplay() as display:
         folders = build_engines(
             checkpoint, output, height=height, width=width, num_frames=num_frames, text_length=text_length,
-            condition_frames=condition_frames, stg_blocks=perturbed, stg_mode=stg_mode, layout=layout,
-            precision=precision, max_batch=max_batch, backend=backend, target=target,
-            random_weights=random_weights, variant=variant, revision=revision, lora=lora or (), blocks=kept,
-            verify_timesteps=verify_timesteps, keep_onnx=keep_onnx,
+            condition_frames=condition_frames, frame_rate=frame_rate, stg_blocks=perturbed,
+            stg_mode=stg_mode, layout=layout, precision=precision, max_batch=max_batch, backend=backend,
+            target=target, random_weights=random_weights, variant=variant, revision=revision,
+            lora=lora or (), blocks=kept, verify_timesteps=verify_timesteps, keep_onnx=keep_onnx,
             plugins=[name for name in plugins.split(",") if name],
             builder_optimization_level=builder_optimization_level, progress=display,
         )  # fmt: skip

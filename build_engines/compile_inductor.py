@@ -12,7 +12,6 @@ import logging
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -27,7 +26,7 @@ from stg_trt.models.segment import Segment
 from stg_trt.system.stream import Stream, open_stream
 
 from .aoti_package import OPTIONS, attention_kernels, compile_package, fused_attentions
-from .compiler import CPU, Compiled, Compiler, Exported, Job, Tolerance, tolerance_of
+from .compiler import CPU, Compiled, Compiler, Exported, Job, SegmentExport, Tolerance, tolerance_of
 from .inductor_runs import InductorRuns, KernelRefused
 from .options import BuildOptions
 from .piece_key import PieceKey
@@ -95,24 +94,9 @@ class InductorCompiler(Compiler):
         devices = {self._device_name(target) for target in self.options.targets}
         return torch.device("cuda") if devices == {"cuda"} else CPU
 
-    def export(self, job: Job, modules: Iterator[tuple[Segment, SegmentModule]]) -> ExportedChain:
+    def export(self, job: Job) -> ChainExport:
         """One trace for all pieces that differ in weights alone, in this segment and the ones before."""
-        pieces: list[ExportedPiece] = []
-        programs: dict[str, ExportedProgram] = {}
-        weights: dict[str, Tensor] = {}
-        for place, (piece, module) in enumerate(modules):
-            module.masked_keys_multiple = _MASKED_KEYS_MULTIPLE
-            traced = self._traced(job, piece, module)
-            pieces.append(ExportedPiece(piece.name, traced.fingerprint, module.inputs, module.outputs))
-            programs[traced.fingerprint] = traced.program
-            weights |= {f"{place}.{name}": value for name, value in traced.weights_of(module).items()}
-        graphs = "".join(piece.fingerprint for piece in pieces)
-        return ExportedChain(
-            hashlib.sha256(graphs.encode()).hexdigest(),
-            pieces=tuple(pieces),
-            programs=programs,
-            weights=weights,
-        )
+        return ChainExport(self, job)
 
     def compile(self, job: Job, exported: Exported, target: str, finished: ReusableFiles) -> Compiled:
         """The packages that no build has yet, and the weights with the chain in their header.
@@ -163,7 +147,8 @@ class InductorCompiler(Compiler):
     def _attention_kernels(self, target: str) -> tuple[SDPBackend, ...]:
         return self._attention.get(target) or attention_kernels(self._stream(target).torch_device)
 
-    def _traced(self, job: Job, piece: Segment, module: SegmentModule) -> Trace:
+    def trace(self, job: Job, piece: Segment, module: SegmentModule) -> Trace:
+        """What a piece computes; made unless an earlier one has the same key."""
         key = self.piece_key(piece, module, job.rows[2])
         if key in self._traces:
             _log.info("%s: %s has the program of an earlier piece", job.segment.name, piece.name)
@@ -201,3 +186,30 @@ class InductorCompiler(Compiler):
 
     def _device_name(self, target: str) -> str:
         return self.options.backend.target(target).device
+
+
+class ChainExport(SegmentExport):
+    """The chain of a segment while it grows; its packages alone show the engines' numerics."""
+
+    def __init__(self, compiler: InductorCompiler, job: Job) -> None:
+        self._compiler = compiler
+        self._job = job
+        self._pieces: list[ExportedPiece] = []
+        self._programs: dict[str, ExportedProgram] = {}
+        self._weights: dict[str, Tensor] = {}
+
+    def append(self, piece: Segment, module: SegmentModule) -> None:
+        module.masked_keys_multiple = _MASKED_KEYS_MULTIPLE
+        traced, place = self._compiler.trace(self._job, piece, module), len(self._pieces)
+        self._pieces.append(ExportedPiece(piece.name, traced.fingerprint, module.inputs, module.outputs))
+        self._programs[traced.fingerprint] = traced.program
+        self._weights |= {f"{place}.{name}": value for name, value in traced.weights_of(module).items()}
+
+    def finish(self) -> ExportedChain:
+        graphs = "".join(piece.fingerprint for piece in self._pieces)
+        return ExportedChain(
+            hashlib.sha256(graphs.encode()).hexdigest(),
+            pieces=tuple(self._pieces),
+            programs=self._programs,
+            weights=self._weights,
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -23,7 +23,7 @@ Rows = tuple[int, int, int]
 """The rows of a profile: min, opt, max."""
 
 Run = Callable[[dict[str, Tensor]], list[Tensor]]
-"""A segment's outputs, in order, for its inputs by name, on the CPU."""
+"""Outputs of a segment or a piece, in order, for its inputs by name, on the CPU."""
 
 CPU = torch.device("cpu")
 
@@ -74,10 +74,24 @@ class Job:
 
 @dataclass(frozen=True)
 class Exported:
-    """What all targets are compiled from; `runner` loads it, where its numerics are those of the engines."""
+    """What all targets are compiled from."""
 
     sha256: str
-    runner: Callable[[], Run] | None = None
+
+
+class SegmentExport(ABC):
+    """The export of one segment, which grows by its pieces in the order they run."""
+
+    @abstractmethod
+    def append(self, piece: Segment, module: SegmentModule) -> Callable[[], Run] | None:
+        """Adds a piece, its module in the engine's precision; raises GateMissed if its rows froze.
+
+        Loads what was made of it, where its numerics are those of the engines.
+        """
+
+    @abstractmethod
+    def finish(self) -> Exported:
+        """All pieces in one."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +147,8 @@ class Compiler(ABC):
         return CPU
 
     @abstractmethod
-    def export(self, job: Job, modules: Iterator[tuple[Segment, SegmentModule]]) -> Exported:
-        """Once per segment, from its pieces' modules in the engine's precision; GateMissed if rows froze."""
+    def export(self, job: Job) -> SegmentExport:
+        """Begins the export of a segment, which is made once for all targets."""
 
     @abstractmethod
     def compile(self, job: Job, exported: Exported, target: str, finished: ReusableFiles) -> Compiled:

@@ -22,7 +22,7 @@ from .dynamic_rows import traced_with
 from .weights import weights_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PieceGraph:
     """The graph of every piece with the same key: its inputs are those of the module, then its weights."""
 
@@ -58,7 +58,7 @@ def export(
             _WeightsAsInputs(module).eval(),
             (*args, *weights),
             dynamo=True,
-            input_names=[*module.inputs, *(f"weight_{number}" for number in range(len(weights)))],
+            input_names=[*module.inputs, *map(weight_name, range(len(weights)))],
             dynamic_shapes=((*axes, *(None for _ in weights)),),
             opset_version=opset,
             verbose=False,
@@ -69,6 +69,11 @@ def export(
     # Where each operator was called: it would differ from machine to machine.
     ClearMetadataAndDocStringPass()(program.model)
     return PieceGraph(program.model.graph, program.model.ir_version)
+
+
+def weight_name(place: int) -> str:
+    """The input of a piece's graph that is the weight at this place of `weights_of`."""
+    return f"weight_{place}"
 
 
 def _share_norm_scales(graph: ir.Graph) -> None:

@@ -12,11 +12,23 @@ from .plugin_nodes import define
 
 
 def write_float32_graph(path: Path, widened: Path) -> None:
-    """Every bfloat16 type becomes float32, and attention masks are expanded to the query length.
+    """Writes the graph of a file as `widen` makes it."""
+    model = onnx.load(path)
+    widen(model)
+    onnx.save(
+        model,
+        widened,
+        save_as_external_data=True,
+        location=f"{widened.name}.data",
+        size_threshold=1024,
+    )
+
+
+def widen(model: onnx.ModelProto) -> None:
+    """Every bfloat16 type becomes float32, and attention masks are expanded to the query length, in place.
 
     ONNX Runtime's CPU provider has no bfloat16 kernels, and its attention wants full masks.
     """
-    model = onnx.load(path)
     graph = model.graph
     for initializer in graph.initializer:
         if initializer.data_type == TensorProto.BFLOAT16:
@@ -29,13 +41,6 @@ def write_float32_graph(path: Path, widened: Path) -> None:
         _widen_attributes(node)
     _expand_masks(graph)
     define(model)
-    onnx.save(
-        model,
-        widened,
-        save_as_external_data=True,
-        location=f"{widened.name}.data",
-        size_threshold=1024,
-    )
 
 
 def _widen_attributes(node: onnx.NodeProto) -> None:

@@ -12,23 +12,26 @@ from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnus
 from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.segment import engine_outputs
 from stg_trt.models.tensor_spec import TensorSpec
-from stg_trt.system.units import GIB
 
 from .export import PieceGraph
+from .graph_weights import GraphWeights
 from .weights import weights_of
-
-# protobuf refuses messages of 2 GiB; weights above this go to a file beside the graph.
-_EMBEDDED_BYTES = GIB
 
 
 class JoinedGraph:
-    """Grows piece by piece; every tensor that pieces pass on is a value under the tensor's name."""
+    """Grows piece by piece; every tensor that pieces pass on is a value under the tensor's name.
 
-    def __init__(self, inputs: Sequence[TensorSpec]) -> None:
+    It is written to `path`. Large weights go to `path`.data with every piece, so that no more than a piece
+    is in memory.
+    """
+
+    def __init__(self, inputs: Sequence[TensorSpec], path: Path) -> None:
+        self._path = path
+        self._weights = GraphWeights(_data_of(path))
         self._inputs = [_input(spec) for spec in inputs]
         self._values = {str(value.name): value for value in self._inputs}
         self._graph = ir.Graph(self._inputs, [], nodes=[], name="segment", opset_imports={})
-        self._pieces = self._weight_bytes = self._ir_version = 0
+        self._pieces = self._ir_version = 0
 
     def append(self, name: str, piece: PieceGraph, module: SegmentModule) -> None:
         """Adds a piece, with the weights of its module; its values and nodes are named after it."""
@@ -60,9 +63,9 @@ class JoinedGraph:
         self._values |= dict(zip(module.outputs, outputs, strict=True))
 
     def save(
-        self, path: Path, outputs: tuple[str, ...], rewrite: Callable[[ir.Graph], object] = lambda graph: None
+        self, outputs: tuple[str, ...], rewrite: Callable[[ir.Graph], object] = lambda graph: None
     ) -> None:
-        """Writes `path`, and `path`.data where the weights are large; `rewrite` changes the graph before."""
+        """Writes the graph; `rewrite` changes it before."""
         engine_names = engine_outputs(tuple(str(value.name) for value in self._inputs), outputs)
         for name, engine_name in zip(outputs, engine_names, strict=True):
             self._graph.outputs.append(self._output(self._values[name], engine_name))
@@ -71,13 +74,12 @@ class JoinedGraph:
         model = ir.Model(self._graph, ir_version=self._ir_version, producer_name="stg_trt")
         CommonSubexpressionEliminationPass()(model)
         RemoveUnusedNodesPass()(model)
-        beside = self._weight_bytes > _EMBEDDED_BYTES
-        ir.save(model, path, external_data=f"{path.name}.data" if beside else None)
+        ir.save(model, self._path)
 
     def _initializer(self, tensor: ir.TensorProtocol, name: str | None = None) -> ir.Value:
         value = ir.val(name or tensor.name, const_value=tensor)
         self._graph.register_initializer(value)
-        self._weight_bytes += tensor.nbytes
+        self._weights.add(value)
         return value
 
     def _output(self, value: ir.Value, name: str) -> ir.Value:
@@ -93,8 +95,12 @@ class JoinedGraph:
 
 def files_of(path: Path) -> list[Path]:
     """The graph and, where there is one, its weights file."""
-    data = path.with_name(path.name + ".data")
+    data = _data_of(path)
     return [path, data] if data.exists() else [path]
+
+
+def _data_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.data")
 
 
 def _input(spec: TensorSpec) -> ir.Value:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
@@ -19,12 +21,14 @@ from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.segment import Segment
 from stg_trt.system.files import file_sha256
 
-from .compiler import Compiler, Exported, Job, Run
-from .export import PieceGraph, export
-from .float32_graph import write_float32_graph
+from .compiler import Compiler, Exported, Job, Run, SegmentExport
+from .export import PieceGraph, export, weight_name
+from .float32_graph import widen
 from .joined_graph import JoinedGraph, files_of
+from .options import BuildOptions
 from .piece_key import PieceKey
 from .plugin_nodes import qk_norm_rope
+from .weights import weights_of
 
 _log = logging.getLogger(__name__)
 # A graph takes any number of rows; one bound for all segments lets them share their pieces' graphs.
@@ -39,29 +43,26 @@ class ExportedGraph(Exported):
 
 
 class OnnxCompiler(Compiler):
-    """The numerics gate runs ONNX Runtime on the graph that all targets are compiled from."""
+    """The numerics gate runs ONNX Runtime on the graphs of pieces, which the segment's is joined from."""
 
     opset = 23
 
     # Of all builds of this process; without weights, so that keeping them takes little memory.
     _graphs: ClassVar[dict[PieceKey, PieceGraph]] = {}
 
-    def export(self, job: Job, modules: Iterator[tuple[Segment, SegmentModule]]) -> ExportedGraph:
+    def __init__(self, options: BuildOptions) -> None:
+        super().__init__(options)
+        self._sessions: dict[PieceGraph, ort.InferenceSession] = {}
+
+    def export(self, job: Job) -> OnnxExport:
         """Joins the graphs of the segment's pieces, of which equal ones are exported once."""
-        joined = JoinedGraph(job.inputs)
-        for piece, module in modules:
-            if "qk_norm_rope" in self.options.plugins:
-                module.qk_norm_rope = qk_norm_rope
-            joined.append(piece.name, self._graph(job, piece, module), module)
-        path = job.work / f"{job.segment.name}.onnx"
-        joined.save(path, tuple(spec.name for spec in job.outputs), self.rewrite)
-        sha256 = digest({file.name: file_sha256(file) for file in files_of(path)})
-        return ExportedGraph(sha256, lambda: graph_runner(self._runnable(path)), path)
+        return OnnxExport(self, job)
 
     def rewrite(self, graph: ir.Graph) -> None:
-        """Changes a segment's graph, in place, for the backend; the gates see the result."""
+        """Changes a graph, in place, for the backend; the gates see the result."""
 
-    def _graph(self, job: Job, piece: Segment, module: SegmentModule) -> PieceGraph:
+    def graph_of(self, job: Job, piece: Segment, module: SegmentModule) -> PieceGraph:
+        """That of any piece of the kind, which is exported if it is the first."""
         key = self.piece_key(piece, module, max(job.rows[2], TRACED_MAX_ROWS))
         name = job.segment.name
         if key in self._graphs:
@@ -71,24 +72,61 @@ class OnnxCompiler(Compiler):
             self._graphs[key] = export(name, module, key.inputs, opset=self.opset, max_rows=key.max_rows)
         return self._graphs[key]
 
-    def _runnable(self, graph: Path) -> Path:
-        """The graph as ONNX Runtime's CPU provider can run it."""
-        if self.options.workload.precision == "fp32" and not self.options.plugins:
-            return graph
-        widened = graph.with_name(f"{graph.stem}.float32.onnx")
-        write_float32_graph(graph, widened)
-        return widened
+    def runner(self, graph: PieceGraph, module: SegmentModule) -> Run:
+        """The graph of a piece with its weights in float32; pieces of one kind share a session."""
+        if graph not in self._sessions:
+            self._sessions[graph] = open_session(self._runnable(graph))
+        weights = {
+            weight_name(place): tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
+            for place, (_, tensor) in enumerate(weights_of(module))
+        }
+        return session_runner(self._sessions[graph], weights)
+
+    def _runnable(self, piece: PieceGraph) -> onnx.ModelProto:
+        """The graph, rewritten as the segment's is, as ONNX Runtime's CPU provider can run it."""
+        graph = piece.graph.clone()
+        self.rewrite(graph)
+        model = ir.to_proto(ir.Model(graph, ir_version=piece.ir_version))
+        if self.options.workload.precision != "fp32" or self.options.plugins:
+            widen(model)
+        return model
 
 
-def graph_runner(path: Path) -> Run:
-    """A float32 graph in ONNX Runtime on the CPU."""
+class OnnxExport(SegmentExport):
+    """The graph of a segment while it is joined."""
+
+    def __init__(self, compiler: OnnxCompiler, job: Job) -> None:
+        self._compiler = compiler
+        self._job = job
+        self._path = job.work / f"{job.segment.name}.onnx"
+        self._joined = JoinedGraph(job.inputs, self._path)
+
+    def append(self, piece: Segment, module: SegmentModule) -> Callable[[], Run]:
+        if "qk_norm_rope" in self._compiler.options.plugins:
+            module.qk_norm_rope = qk_norm_rope
+        graph = self._compiler.graph_of(self._job, piece, module)
+        self._joined.append(piece.name, graph, module)
+        return lambda: self._compiler.runner(graph, module)
+
+    def finish(self) -> ExportedGraph:
+        self._joined.save(tuple(spec.name for spec in self._job.outputs), self._compiler.rewrite)
+        return ExportedGraph(
+            digest({file.name: file_sha256(file) for file in files_of(self._path)}), self._path
+        )
+
+
+def open_session(model: onnx.ModelProto) -> ort.InferenceSession:
+    """A graph in ONNX Runtime on the CPU, which keeps no memory between its runs."""
     options = session_options()
-    # It would hold a second copy of all weights, in the order that its kernels read them.
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    options.enable_cpu_mem_arena = False
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def session_runner(session: ort.InferenceSession, weights: Mapping[str, np.ndarray]) -> Run:
+    """Calls the session with the inputs, and with these weights, which are inputs of its graph too."""
 
     def run(inputs: dict[str, Tensor]) -> list[Tensor]:
-        feed = {name: tensor.numpy() for name, tensor in inputs.items()}
+        feed = {**weights, **{name: tensor.numpy() for name, tensor in inputs.items()}}
         outputs = run_session(lambda run_options: session.run(None, feed, run_options))
         return [torch.from_numpy(output) for output in outputs]
 

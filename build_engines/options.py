@@ -72,8 +72,11 @@ class BuildOptions:
 
     @property
     def _most_passes(self) -> int:
-        """Uncond, cond, and as many skip passes as were named."""
-        return most_groups(len(self.skips))
+        """Uncond, cond, the isolation pass if there is one, and as many skip passes as were named."""
+        return self._groups(len(self.skips))
+
+    def _groups(self, skips: int) -> int:
+        return most_groups(skips, self.checkpoint.family.isolates)
 
     @property
     def name(self) -> str:
@@ -85,8 +88,8 @@ class BuildOptions:
         """(min, opt, max) rows: opt is what a CFG+STG step of `max_batch` videos runs the segment with."""
         plain = segment.front and (not segment.back or self.layout == "twin")
         left = sum(blocks[0] <= segment.start for blocks in self.skips.values())
-        after = self._most_passes if segment.text or segment.front else most_groups(left)
-        passes = 1 if segment.skipped else 2 if plain else after
+        after = self._most_passes if segment.text or segment.front else self._groups(left)
+        passes = 1 if segment.skipped else self._groups(1) - 1 if plain else after
         return 1, passes * self.max_batch, self._most_passes * self.max_batch
 
     def row_counts(self, segment: Segment) -> tuple[int, ...]:
@@ -95,7 +98,8 @@ class BuildOptions:
         segments = [other for other in self.segments if not other.text]
         per_video = {self._most_passes}
         if not segment.text:
-            per_video = set(row_counts(segments, segment, built, max(1, len(self.skips))))
+            skips, isolates = max(1, len(self.skips)), self.checkpoint.family.isolates
+            per_video = set(row_counts(segments, segment, built, skips, isolates))
         videos = range(1, self.max_batch + 1)
         return tuple(sorted({rows * count for rows in per_video for count in videos}))
 

@@ -7,6 +7,8 @@ from dataclasses import replace
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.segment import Segment
 
+_BLOCK = "block"
+
 
 def pieces_of(segment: Segment) -> tuple[Segment, ...]:
     """Embedding, blocks one by one, head; a block that no row computes is no piece."""
@@ -18,9 +20,14 @@ def pieces_of(segment: Segment) -> tuple[Segment, ...]:
     return (*([embedding] if segment.front else []), *blocks, *([head] if segment.back else []))
 
 
+def label_of(piece: Segment) -> str:
+    """A piece in words: embedding, block 3, head, or the segment that it is."""
+    return f"block {piece.start}" if piece.name == _BLOCK else piece.name
+
+
 def _block(segment: Segment, block: int) -> Segment:
     """One block, perturbed as the segment perturbs it."""
-    piece = Segment("block", block, block + 1, keep_input=segment.keep_input, expert=segment.expert)
+    piece = Segment(_BLOCK, block, block + 1, keep_input=segment.keep_input, expert=segment.expert)
     piece = replace(piece, indexed_before=segment.indexed_before)
     if segment.skipped is None:
         return replace(piece, stg_r_inside=segment.stg_r_inside)

@@ -7,13 +7,19 @@ from torch import Tensor
 
 from stg_trt.errors import GateMissed
 from stg_trt.models.checkpoint import Checkpoint
-from stg_trt.models.families.base import KEEP_ATTENTION, KEEP_LAYER
+from stg_trt.models.families.keep_flags import (
+    KEEP_ATTENTION,
+    KEEP_AUDIO_ATTENTION,
+    KEEP_CROSS,
+    KEEP_LAYER,
+)
 from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import kept_name
 from stg_trt.models.workload import Workload
 
 from .memory import release_growth
+from .pieces import pieces_of
 
 State = dict[str, Tensor]
 
@@ -21,9 +27,9 @@ _CPU = torch.device("cpu")
 
 
 class Reference:
-    """The chain of segments run eagerly, segment by segment, at some timesteps of the schedule.
+    """The chain of segments run eagerly, piece by piece, at some timesteps of the schedule.
 
-    Inputs of a segment are the eager outputs of those before it. Segments whose engines were re-used are
+    Inputs of a piece are the eager outputs of those before it. Segments whose engines were re-used are
     only run when a later segment needs their results.
     """
 
@@ -46,12 +52,15 @@ class Reference:
         self._done: set[Segment] = set()
 
     def module(self, segment: Segment, *, expand_masks: bool) -> SegmentModule:
-        """The segment in float32, with no other weights in memory; its weights are rounded as the engine's.
+        """A segment or piece in float32, with no other weights in memory, and rounded as the engine's.
 
         So the comparison tests the graph, and not the rounding of the weights, which was asked for.
         """
-        transformer = self.checkpoint.load_transformer(segment.blocks, segment.expert)
+        transformer = self.checkpoint.load_transformer(segment.blocks, segment.expert, ends=segment.has_ends)
         module = self.family.module(transformer, segment, expand_masks=expand_masks).eval()
+        assert not any(weight.is_meta for weight in module.parameters()), (
+            f"{type(self.family).__name__}: a block reads a weight of no block that is not in shared_weights"
+        )
         self.family.lower_precision(module, getattr(torch, self.workload.dtype))
         # Memory freed in rounding is scattered between what was kept: give it back before the next copy.
         release_growth()
@@ -63,28 +72,36 @@ class Reference:
             for earlier in self.segments[: self.segments.index(segment)]:
                 # An expert's first segments write anew what those of the one before it have left.
                 if earlier.expert == segment.expert and earlier not in self._done:
-                    self.run(earlier, self.module(earlier, expand_masks=False))
-        names = self.family.borders(segment)[0]
+                    for piece in pieces_of(earlier):
+                        self.run(piece, self.module(piece, expand_masks=False))
+                    self.outputs(earlier)
+        return self._named(self.family.borders(segment)[0])
+
+    def outputs(self, segment: Segment) -> list[State]:
+        """Outputs of a segment, one set per timestep, after its last piece was run."""
+        self._done.add(segment)
+        return self._named(self.family.borders(segment)[1])
+
+    def _named(self, names: tuple[str, ...]) -> list[State]:
         return [{name: state[name] for name in names} for state in self._states]
 
-    def run(self, segment: Segment, module: SegmentModule) -> list[State]:
-        """Eager outputs of a segment, one set per timestep; they and the module are on the CPU afterwards."""
-        outputs = []
+    def run(self, piece: Segment, module: SegmentModule) -> tuple[list[State], list[State]]:
+        """Inputs and eager outputs of the next piece or segment, a set per timestep, on the CPU."""
+        every_input, outputs = self._named(self.family.borders(piece)[0]), []
         try:
             with torch.no_grad():
-                for state, inputs in zip(self._states, self.inputs(segment), strict=True):
+                for state, inputs in zip(self._states, every_input, strict=True):
                     tensors = module.to(self.device)(*(tensor.to(self.device) for tensor in inputs.values()))
                     results = {name: t.to(_CPU) for name, t in zip(module.outputs, tensors, strict=True)}
                     outputs.append(results)
                     state |= results
         except torch.OutOfMemoryError as error:
             raise GateMissed(
-                f"{segment.name}: expected GPU memory for the segment in float32, got none left: free some, "
-                "or use the segmented layout or --verify-timesteps 0"
+                f"{piece.name}: expected GPU memory for the block in float32, got none left: free some, "
+                "or use --verify-timesteps 0"
             ) from error
         module.to(_CPU)
-        self._done.add(segment)
-        return outputs
+        return every_input, outputs
 
     def _schedule(self) -> list[float]:
         scheduler = self.checkpoint.scheduler()
@@ -102,12 +119,17 @@ class Reference:
             **constants,
             # Every row reads its own.
             **{name: torch.arange(rows) for name in tensors if kept_name(name)},
-            "latents": torch.randn(tensors["latents"].with_rows(rows), generator=generator),
+            **{
+                stream.latents: torch.randn(tensors[stream.latents].with_rows(rows), generator=generator)
+                for stream in self.family.streams
+            },
             "timestep": torch.full((rows,), timestep),
             # The last row skips its attention, so that both branches of the switch are compared.
             KEEP_ATTENTION: torch.arange(rows) != rows - 1,
+            KEEP_AUDIO_ATTENTION: torch.arange(rows) < rows - 1,
             # And of several rows the first skips the whole layer.
             KEEP_LAYER: torch.arange(1, rows + 1) != rows // 2,
+            KEEP_CROSS: torch.arange(1, rows + 1) != rows // 2,
         }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,18 +14,17 @@ import torch
 from stg_trt.engines.key import EngineKey, digest
 from stg_trt.engines.manifest import FileRecord, SegmentRecord, Verification
 from stg_trt.errors import GateMissed
-from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.segment import Segment
 from stg_trt.system.files import file_sha256
 
-from .compiler import Compiled, Compiler, Exported, Job, Run
+from .compiler import Compiled, Compiler, Exported, Job, Run, SegmentExport
 from .memory import PeakMemory, release_growth
 from .options import BuildOptions
-from .pieces import pieces_of
+from .pieces import label_of, pieces_of
 from .progress import Progress
 from .reference import Reference, State
 from .reusable_files import ReusableFiles
-from .verify import verify
+from .verify import verify, worst
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +32,8 @@ _log = logging.getLogger(__name__)
 class SegmentBuild:
     """Exports a segment once, when the first target asks for it; then compiles per target.
 
-    Its numerics are verified on what was exported where the engines compute the same, else per target.
+    Its numerics are verified on each piece as it is exported, where the engines compute the same, else on the
+    whole segment per target.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class SegmentBuild:
             verification = self._verification
             if compiled.runner is not None:
                 with self._timed("verify", seconds):
-                    verification = self._verify(compiled.runner)
+                    verification = self._verify(self.segment.name, compiled.runner, *self._states)
         family, workload = self.options.checkpoint.family, self.options.workload
         facts = {**key.facts(), "graph_sha256": exported.sha256}
         return SegmentRecord(
@@ -102,39 +102,40 @@ class SegmentBuild:
     def _export(self) -> Exported:
         seconds = self._shared_seconds
         with PeakMemory() as peak:
+            export = self.compiler.export(self._job)
             with self._timed("reference", seconds):
-                module = self.reference.module(self.segment, expand_masks=self.compiler.expand_masks)
                 inputs = self.reference.inputs(self.segment)
-                self._states = inputs, self.reference.run(self.segment, module)
+            checks = [self._append(piece, export) for piece in pieces_of(self.segment)]
+            self._verification = worst(checks)
+            self._states = inputs, self.reference.outputs(self.segment)
             with self._timed("export", seconds):
-                modules = self._modules(module)
-                # From here on the generator alone holds the module, and gives it up for the next piece.
-                del module
-                exported = self.compiler.export(self._job, modules)
-                modules.close()
-            release_growth()
-            if exported.runner is not None:
-                with self._timed("verify", seconds):
-                    self._verification = self._verify(exported.runner)
+                exported = export.finish()
         release_growth()
         self._shared_peak = peak.bytes
         return exported
 
-    def _modules(self, module: SegmentModule) -> Generator[tuple[Segment, SegmentModule]]:
-        """The segment's pieces with their weights in the engine's precision, one in memory at a time."""
-        dtype = getattr(torch, self.options.workload.dtype)
-        for piece in pieces_of(self.segment):
-            if piece != self.segment:
-                module = self.reference.module(piece, expand_masks=self.compiler.expand_masks)
+    def _append(self, piece: Segment, export: SegmentExport) -> tuple[Verification, ...]:
+        """Exports the next piece, with no other weights in memory; how far it is from eager float32."""
+        seconds = self._shared_seconds
+        release_growth()
+        with self._timed("reference", seconds):
+            module = self.reference.module(piece, expand_masks=self.compiler.expand_masks)
+            inputs, expected = self.reference.run(piece, module)
+        with self._timed("export", seconds):
+            dtype = getattr(torch, self.options.workload.dtype)
             self.options.checkpoint.family.lower_precision(module, dtype)
-            release_growth()
-            yield piece, module
-
-    def _verify(self, runner: Callable[[], Run]) -> tuple[Verification, ...]:
-        timesteps = self.reference.timesteps
-        if not timesteps:
+            load = export.append(piece, module)
+        if load is None:
             return ()
-        return verify(self.segment.name, runner(), timesteps, *self._states, self.compiler.tolerance)
+        with self._timed("verify", seconds):
+            return self._verify(f"{self.segment.name}, {label_of(piece)}", load, inputs, expected)
+
+    def _verify(
+        self, name: str, load: Callable[[], Run], inputs: list[State], expected: list[State]
+    ) -> tuple[Verification, ...]:
+        """How far what is loaded is from eager float32, at each timestep; GateMissed beyond the limit."""
+        timesteps = self.reference.timesteps
+        return verify(name, load(), timesteps, inputs, expected, self.compiler.tolerance) if timesteps else ()
 
     def _check(self, compiled: Compiled) -> None:
         """The gates on the compiled segment."""
@@ -158,8 +159,8 @@ class SegmentBuild:
         self.progress.stage(self.segment, stage)
         start = time.perf_counter()
         yield
-        seconds[stage] = round(time.perf_counter() - start, 3)
-        _log.info("%s: %s took %.1f s", self.segment.name, stage, seconds[stage])
+        seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
+        _log.info("%s: %s has taken %.1f s", self.segment.name, stage, seconds[stage])
 
 
 def _publish(path: Path, folder: Path) -> FileRecord:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -23,7 +23,7 @@ def verify(
     expected: list[dict[str, Tensor]],
     tolerance: Tolerance = FLOAT32,
 ) -> tuple[Verification, ...]:
-    """Compares all outputs at each timestep; raises GateMissed, naming the segment, if they differ."""
+    """Compares all outputs at each timestep; raises GateMissed, naming segment and piece, if they differ."""
     results = []
     for timestep, feed, wanted in zip(timesteps, inputs, expected, strict=True):
         found = distance(wanted.values(), run(feed))
@@ -35,6 +35,13 @@ def verify(
             )
         results.append(Verification(timestep=timestep, **asdict(found)))
     return tuple(results)
+
+
+def worst(checks: Sequence[tuple[Verification, ...]]) -> tuple[Verification, ...]:
+    """Of a segment's pieces: at each timestep, that of the one which is farthest away."""
+    return tuple(
+        max(at_timestep, key=lambda found: found.relative_l2) for at_timestep in zip(*checks, strict=True)
+    )
 
 
 def distance(wanted: Iterable[Tensor], got: Iterable[Tensor]) -> Distance:

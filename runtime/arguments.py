@@ -5,9 +5,13 @@ Sources: diffusers' text-to-video pipelines; the STG pipelines beside arXiv 2411
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any
+
+from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.guidance.bins import Scale, SkipBlocks
@@ -22,6 +26,13 @@ _OURS = {
     "do_rescaling": "rescale",
     "fps": "frame_rate",
 }
+_RARE_SCALES = ("min_guidance_scale", "max_guidance_scale", "guidance_scale_2", "modality_scale")
+_SOUND_SCALES = {
+    "audio_guidance_scale": "audio_guidance_scale",
+    "audio_stg_scale": "audio_stg_scale",
+    "audio_modality_scale": "audio_modality_scale",
+    "audio_guidance_rescale": "audio_rescale",
+}
 # A value that changes nothing is taken, since calls are copied with it.
 _WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
     "return_dict": (True, "read .frames of the answer"),
@@ -30,24 +41,48 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
     "eta": (0.0, "choose a scheduler that adds noise"),
     "prompt_2": (None, "both text encoders read prompt"),
     "negative_prompt_2": (None, "both text encoders read negative_prompt"),
+    "use_cross_timestep": (True, "False is that of no published checkpoint"),
+    "enable_prompt_enhancement": (False, "enhance the prompt before the call"),
 }
+
+
+@dataclass(frozen=True)
+class SoundArguments:
+    """How a run of a model with sound starts.
+
+    `noise_scale` is the share of noise in latents that are given. The model is told a frame rate that is
+    divided by `motion_speed`.
+    """
+
+    latents: Tensor | None = None
+    noise_scale: float = 0.0
+    motion_speed: float = 1.0
+
+    @classmethod
+    def taken_from(cls, rest: dict[str, Any]) -> SoundArguments:
+        """Takes them out of a call's arguments; raises InvalidRequest for what is no number."""
+        return cls(
+            rest.pop("audio_latents", None),
+            _number("noise_scale", rest.pop("noise_scale", 0.0), 0.0, 1.0),
+            _number("motion_speed", rest.pop("motion_speed", 1.0), 1e-6, math.inf),
+        )
 
 
 @dataclass(frozen=True)
 class ForeignArguments:
     """The arguments of a call under names of other pipelines, or for some models; the rest are for decoding.
 
-    `frame_scales` are the CFG scales of the first and the last frame.
+    `scales` are those of single models, by their names in GuidanceOptions.
     """
 
     stg_blocks: SkipBlocks | None
     rescale: Scale | None
-    guidance_scale_2: Scale | None
+    scales: dict[str, Any]
     max_sequence_length: int | None
     callback_tensors: list[str] | None
-    frame_scales: tuple[float | None, float | None]
     frame_rate: float | None
     images: ImageOptions
+    sound: SoundArguments
     decode_options: dict[str, Any]
 
     @classmethod
@@ -78,11 +113,27 @@ class ForeignArguments:
         return cls(
             values["stg_blocks"],
             values["rescale"],
-            rest.pop("guidance_scale_2", None),
+            _scales(rest),
             rest.pop("max_sequence_length", None),
             rest.pop("callback_on_step_end_tensor_inputs", None),
-            (rest.pop("min_guidance_scale", None), rest.pop("max_guidance_scale", None)),
             values["frame_rate"],
             ImageOptions(**{f.name: rest.pop(f.name, None) for f in fields(ImageOptions)}),
+            SoundArguments.taken_from(rest),
             rest,
         )
+
+
+def _scales(rest: dict[str, Any]) -> dict[str, Any]:
+    """The scales of single models, taken out; for None of a sound, diffusers' pipeline takes the video's."""
+    of_sound = {own: rest.pop(name) for name, own in _SOUND_SCALES.items() if name in rest}
+    return {
+        **{name: rest.pop(name) for name in _RARE_SCALES if name in rest},
+        **{own: "video" if scale is None else scale for own, scale in of_sound.items()},
+    }
+
+
+def _number(name: str, value: object, low: float, high: float) -> float:
+    if not isinstance(value, Real) or not low <= float(value) <= high:
+        upper = " on" if high == math.inf else f" to {high:g}"
+        raise InvalidRequest(f"{name}: expected a number from {low:g}{upper}, got {value!r}: correct it")
+    return float(value)

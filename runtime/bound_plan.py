@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from stg_trt.engines.engine import Context, Engine
-from stg_trt.models.families.base import KEEP_ATTENTION, KEEP_LAYER
-from stg_trt.models.passes import COND, Pass
+from stg_trt.models.families.keep_flags import KEEP_ATTENTION, KEEP_AUDIO_ATTENTION, KEEP_CROSS, KEEP_LAYER
+from stg_trt.models.passes import COND, ISOLATION, Pass
 from stg_trt.models.plan import SegmentRun, StepPlan
 from stg_trt.models.segment import Segment, engine_outputs
 from stg_trt.models.tensor_spec import index_of, kept_name
@@ -19,6 +19,7 @@ from .operations import Operation
 from .state import StepBuffers
 
 Names = tuple[str, ...]
+_STREAM_OF_FLAG = {KEEP_ATTENTION: "video", KEEP_AUDIO_ATTENTION: "audio"}
 
 
 class BoundPlan:
@@ -91,8 +92,11 @@ class BoundPlan:
         self._copy(to_aligned)
 
     def _input(self, name: str, run: SegmentRun, inputs: Names) -> Tensor:
-        if name == KEEP_ATTENTION:
-            return self._buffers.flags([one not in run.perturbed for one in run.passes])
+        if name in _STREAM_OF_FLAG:
+            stream = _STREAM_OF_FLAG[name]
+            return self._buffers.flags([not _skips_attention(one, run, stream) for one in run.passes])
+        if name == KEEP_CROSS:
+            return self._buffers.flags([one != ISOLATION for one in run.passes])
         if name == KEEP_LAYER:
             return self._buffers.flags([one not in run.reduced for one in run.passes])
         if (kept := kept_name(name)) is not None:
@@ -110,6 +114,13 @@ class BoundPlan:
             return
         self.written += [destination for destination, _ in differing]
         self._operations.append(self._device.named("copy_rows", self._device.operations.copy_rows(differing)))
+
+
+def _skips_attention(one: Pass, run: SegmentRun, stream: str) -> bool:
+    """Whether the pass's rows skip the attention of a stream."""
+    if one not in run.perturbed or one.perturbation is None:
+        return False
+    return one.perturbation.stream in ("", stream)
 
 
 def _is_read(name: str, following: Sequence[tuple[Names, Names]]) -> bool:

@@ -1,8 +1,11 @@
-"""`callback_on_step_end` as in diffusers: it may replace or edit the latents, and stop the run."""
+"""`callback_on_step_end` as in diffusers: it may replace or edit the latents, and stop the run.
+
+A model with sound has `audio_latents` beside the `latents`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,16 +18,17 @@ if TYPE_CHECKING:
     from .sampler import SampledStep
 
 StepCallback = Callable[["VideoPipeline", int, float, dict[str, Tensor]], Mapping[str, Any] | None]
-_OFFERED = ("latents",)
 
 
-def check_callback(callback: StepCallback | None, wanted: list[str] | None) -> None:
-    """Raises InvalidRequest if a callback wants other tensors than the latents.
+def check_callback(
+    callback: StepCallback | None, wanted: list[str] | None, offered: Sequence[str] = ("latents",)
+) -> None:
+    """Raises InvalidRequest if a callback wants other tensors than the latents that are `offered`.
 
     `wanted` is callback_on_step_end_tensor_inputs; diffusers' own callbacks name theirs in `tensor_inputs`.
     """
     names = [*(wanted or ()), *getattr(callback, "tensor_inputs", ())]
-    others = sorted(set(names) - set(_OFFERED))
+    others = sorted(set(names) - set(offered))
     if others:
         raise InvalidRequest(
             f"callback_on_step_end: expected it to work on latents alone, got one that wants "
@@ -35,37 +39,37 @@ def check_callback(callback: StepCallback | None, wanted: list[str] | None) -> N
 
 def call_back(pipeline: VideoPipeline, callback: StepCallback, step: SampledStep) -> None:
     """Calls it after a step; latents that it returns or has edited in place are those of the next step."""
-    offered = step.latents
-    shape = offered.shape
-    answer = callback(pipeline, step.index, step.timestep, {"latents": offered})
-    step.latents = _checked(offered if answer is None else _latents_of(answer, offered), shape)
+    offered = step.of_streams
+    shapes = {name: latents.shape for name, latents in offered.items()}
+    answer = callback(pipeline, step.index, step.timestep, dict(offered))
+    given = offered if answer is None else _latents_of(answer, offered)
+    step.replace({name: _checked(latents, name, shapes[name]) for name, latents in given.items()})
 
 
-def _latents_of(answer: object, offered: Tensor) -> Tensor:
+def _latents_of(answer: object, offered: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     if not isinstance(answer, Mapping):
         raise InvalidRequest(
             f"callback_on_step_end: expected a dict or None in return, got {type(answer).__name__}: return "
             'the dict that it was given, or {"latents": latents}'
         )
-    unknown = sorted(str(name) for name in answer.keys() - set(_OFFERED))
+    unknown = sorted(str(name) for name in answer.keys() - offered.keys())
     if unknown:
         raise InvalidRequest(
-            f"callback_on_step_end: expected only latents in return, got {', '.join(unknown)}: return "
-            '{"latents": latents}'
+            f"callback_on_step_end: expected only {', '.join(offered)} in return, got {', '.join(unknown)}: "
+            'return {"latents": latents}'
         )
-    latents = answer.get("latents", offered)
+    return {name: answer.get(name, latents) for name, latents in offered.items()}
+
+
+def _checked(latents: object, name: str, shape: torch.Size) -> Tensor:
     if not isinstance(latents, Tensor):
         raise InvalidRequest(
-            f"callback_on_step_end: expected latents as a tensor in return, got {type(latents).__name__}: "
+            f"callback_on_step_end: expected {name} as a tensor in return, got {type(latents).__name__}: "
             "return the tensor that it was given, or one like it"
         )
-    return latents
-
-
-def _checked(latents: Tensor, shape: torch.Size) -> Tensor:
     if latents.shape != shape or not latents.is_floating_point():
         raise InvalidRequest(
-            f"callback_on_step_end: expected latents {tuple(shape)} in return, got {latents.dtype} "
+            f"callback_on_step_end: expected {name} {tuple(shape)} in return, got {latents.dtype} "
             f"{tuple(latents.shape)}: keep their shape, which is that of output_type='latent'"
         )
     return latents

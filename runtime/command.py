@@ -33,6 +33,9 @@ FrameRate = Annotated[float | None, typer.Option("--frame-rate", "--fps", help="
 SkipBlocks = Annotated[
     list[str] | None, typer.Option(help="As 14,19; or NAME=15 for each pass. [default: the engines']")
 ]
+SoundScales = Annotated[
+    list[str] | None, typer.Option(help="modality_scale=3, audio_guidance_scale=7 and the like; repeat it.")
+]
 Conditions = Annotated[
     list[str] | None,
     typer.Option(help="FILE@FRAME:STRENGTH, a picture or video from a frame on, as end.png@120:0.9."),
@@ -64,6 +67,7 @@ def generate(
     stg_scale: SkipScale = None,
     stg_mode: Annotated[str | None, typer.Option(help="stg-a or stg-r. [default: the engines']")] = None,
     stg_blocks: SkipBlocks = None,
+    sound: SoundScales = None,
     rescale: Annotated[str | None, typer.Option(help="0 (off) to 1; a number, or one per step.")] = None,
     preset: Annotated[str | None, typer.Option(help="Published per-step tables by name.")] = None,
     use_dynamic_cfg: Annotated[bool, typer.Option("--use-dynamic-cfg", help="CogVideoX's.")] = False,
@@ -89,15 +93,14 @@ def generate(
         max_guidance_scale=max_guidance_scale, rescale=rescale, motion_bucket_id=motion_bucket_id,
         noise_aug_strength=noise_aug_strength, decode_chunk_size=decode_chunk_size, stg_mode=stg_mode,
         timesteps=timesteps, sigmas=sigmas, stg_scale=stg_scale, preset=preset, condition=condition,
+        height=height, width=width, num_frames=num_frames, image=image,
+        frame_rate=frame_rate, num_inference_steps=num_inference_steps, prompt=prompt or None, sound=sound,
+        negative_prompt=negative_prompt, last_image=last_image, num_videos_per_prompt=num_videos_per_prompt,
     )  # fmt: skip
     pipeline = _open_pipeline(opened, _open_engines(engines, request, opened), request, offload, vae_tiling)
     with _progress_bar() as advance:
-        made = pipeline(
-            prompt=prompt or None, negative_prompt=negative_prompt, image=image, last_image=last_image,
-            height=height, width=width, num_frames=num_frames, frame_rate=frame_rate,
-            num_inference_steps=num_inference_steps, generator=_generator(seed), callback_on_step_end=advance,
-            num_videos_per_prompt=num_videos_per_prompt, output_type=_output_type(output), **options,
-        )  # fmt: skip
+        options |= {"callback_on_step_end": advance, "output_type": _output_type(output)}
+        made = pipeline(generator=_generator(seed), **options)
     print(*_save(made, output, frame_rate or pipeline.family.defaults.frame_rate), sep="\n")
 
 
@@ -128,7 +131,8 @@ def _open_checkpoint(
     checkpoint: str, variant: str | None, revision: str | None, lora: list[str], encodes: bool, output: Path
 ) -> Checkpoint:
     """Raises InvalidRequest unless the call's parts are there, their files whole, and the output possible."""
-    from stg_trt.models.checkpoint import Checkpoint, published
+    from stg_trt.models.checkpoint import Checkpoint
+    from stg_trt.models.published import published
 
     _check_output(output)  # Checks without models come first: importing diffusers takes seconds.
     opened = Checkpoint.open(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from mimetypes import guess_type
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
@@ -51,11 +52,12 @@ def read_options(
     timesteps: str | None,
     sigmas: str | None,
     condition: list[str] | None = None,
-    **numbers: float | None,
+    sound: list[str] | None = None,
+    **others: object,
 ) -> dict[str, Any]:
-    """Guidance, steps, tensors and numbers of a call, by the names of the pipeline's arguments.
+    """Guidance, steps, tensors and all else of a call, by the names of the pipeline's arguments.
 
-    `numbers` are options of single models, which are passed on if they were given. Raises InvalidRequest for
+    `others` are passed on as they are, if they were given. Raises InvalidRequest for
     what are no numbers, names of nothing, and a file that is not one of `--embeds`.
     """
     from stg_trt.guidance.options import GuidanceOptions
@@ -75,6 +77,7 @@ def read_options(
         min_guidance_scale=min_guidance_scale,
         max_guidance_scale=max_guidance_scale,
     )
+    guidance = replace(guidance, **_sound_scales(sound or []))
     tensors: EmbedsFile = {} if embeds is None else read_embeds(embeds)
     return {
         "guidance": guidance,
@@ -82,8 +85,24 @@ def read_options(
         "sigmas": read_numbers("sigmas", sigmas),
         "conditions": read_conditions(condition),
         **tensors,
-        **{name: number for name, number in numbers.items() if number is not None},
+        **{name: value for name, value in others.items() if value is not None},
     }
+
+
+def _sound_scales(texts: list[str]) -> dict[str, Any]:
+    """NAME=SCALE each, by the names of GuidanceOptions; raises InvalidRequest for other names."""
+    from stg_trt.errors import InvalidRequest
+    from stg_trt.guidance.options import SCALES_OF_SOUND
+
+    names = ("modality_scale", *SCALES_OF_SOUND)
+    pairs = [text.partition("=") for text in texts]
+    for name, _, value in pairs:
+        if name not in names:
+            raise InvalidRequest(
+                f"sound: expected NAME=SCALE with one of {', '.join(names)}, got {name}={value}: write "
+                "audio_guidance_scale=7"
+            )
+    return {name: _one_or_more(name, value) for name, _, value in pairs}
 
 
 def _scale(name: str, text: str | None) -> Scale | None:

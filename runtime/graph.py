@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .device import Device, Graph
-from .state import Snapshot, StepState
+from .state import RunState, Snapshot
 from .step import Step
 
 _log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ class StepGraph:
     The memory it was captured on belongs to `state`, which lives as long as the graph.
     """
 
-    def __init__(self, step: Step, state: StepState, device: Device) -> None:
+    def __init__(self, step: Step, state: RunState, device: Device) -> None:
         self.plan = step.plan
         self._graph = _captured(step, state, device)
         replay = step.enqueue if self._graph is None else self._graph.replay
@@ -44,28 +45,28 @@ class StepGraph:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """A step's results: predictions (rows, ...), the change of the latents (videos, ...), the next step."""
+    """A step's results: every stream's predictions (rows, ...) and change of its latents (videos, ...), and
+    its next step."""
 
-    pred: Tensor
-    change: Tensor
-    counter: Tensor
+    values: tuple[Tensor, ...]
+    counters: Tensor
 
     @classmethod
-    def of(cls, step: Step, state: StepState, start: Snapshot) -> _Outcome:
-        pred = state.buffers.view("pred", step.key.groups)
-        change = state.latents - start.latents
-        return cls(pred.to(torch.float32, copy=True), change, state.table.counter.clone())
+    def of(cls, step: Step, state: RunState, start: Sequence[Snapshot]) -> _Outcome:
+        # Predictions too: a schedule may scale them down so far that the latents hardly show them.
+        preds = [stream.pred_rows(step.key.groups).to(torch.float32, copy=True) for stream in state.streams]
+        changes = [stream.latents - old.latents for stream, old in zip(state.streams, start, strict=True)]
+        return cls((*preds, *changes), torch.cat([stream.table.counter for stream in state.streams]))
 
     def distance(self, expected: _Outcome) -> float:
         """The largest relative difference of a row; inf for another next step, NaN if rows are NaN."""
-        if not torch.equal(self.counter, expected.counter):
+        if not torch.equal(self.counters, expected.counters):
             return math.inf
-        # Predictions too: a schedule may scale them down so far that the latents hardly show them.
-        pairs = ((self.pred, expected.pred), (self.change, expected.change))
+        pairs = zip(self.values, expected.values, strict=True)
         return float(torch.stack([_relative(got, wanted) for got, wanted in pairs]).max())
 
 
-def _captured(step: Step, state: StepState, device: Device) -> Graph | None:
+def _captured(step: Step, state: RunState, device: Device) -> Graph | None:
     """The step's graph; None, with a warning, if no captured graph equals the plain step."""
     start = state.snapshot()
     for _ in range(_WARMUPS):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from stg_trt.guidance.combine import combine
+from stg_trt.guidance.combine import NoisyLatents, combine
 
 from .state import StepState
 from .step_key import StepKey
@@ -16,7 +16,7 @@ from .step_key import StepKey
 def fan_out_rows(state: StepState, groups: range) -> None:
     """latents -> scaled, cast and replicated to each row group, with the step's timestep."""
     scaled = state.latents * state.table.now("input_scale")
-    for rows in state.buffers.view("latents", groups).split(len(scaled)):
+    for rows in state.input_rows(groups).split(len(scaled)):
         rows.copy_(scaled)
     timestep = state.buffers.view("timestep", groups)
     timestep.copy_(state.table.now("timestep").expand_as(timestep))
@@ -25,12 +25,14 @@ def fan_out_rows(state: StepState, groups: range) -> None:
 def guided_step(state: StepState, key: StepKey) -> None:
     """Sums the passes' predictions, steps the solver and advances the counter; all in float32."""
     table = state.table
+    in_x0 = key.rescaled and key.rescale_space == "x0"
     pred = combine(
-        state.buffers.view("pred", key.groups).unflatten(0, (len(key.passes), -1)),
+        state.pred_rows(key.groups).unflatten(0, (len(key.passes), -1)),
         table.weights_now(key.groups),
         key.cond,
         rescale=table.now("rescale") if key.rescaled else 0.0,
         zero_star=key.zero_star,
+        noisy=NoisyLatents(state.latents, table.now("noise_level")) if in_x0 else None,
     )
     if state.history is not None:
         state.history.index_copy_(0, table.counter, pred.unsqueeze(0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
+from stg_trt.models.stream import SOUND
 
 if TYPE_CHECKING:
     from stg_trt.guidance.solver import SolverTable
@@ -44,17 +45,78 @@ def draw_for(solver: SolverTable, steps: int, shape: Sequence[int], generator: G
 
 
 def starting_noise(
-    family: ModelFamily, workload: Workload, videos: int, generator: Generators | None, given: Tensor | None
+    family: ModelFamily,
+    workload: Workload,
+    videos: int,
+    generator: Generators | None,
+    given: Tensor | None,
+    noise_scale: float = 0.0,
 ) -> Tensor:
-    """Packed float32 noise of the videos: given, or drawn as diffusers draws it; raises InvalidRequest."""
+    """Packed float32 noise of the videos: given, or drawn as diffusers draws it; raises InvalidRequest.
+
+    `noise_scale` is the share of noise in latents that are given, of a model with sound.
+    """
     shape = (videos, *family.noise_shape(workload))
     packed = family.tensors(replace(workload, condition_frames=0))["latents"].with_rows(videos)
-    latents = draw(shape, generator) if given is None else given
-    if tuple(latents.shape) not in (packed, shape):
+    if SOUND in family.streams:
+        return _of_sound("latents", shape, packed, family.pack, generator, given, noise_scale)
+    if noise_scale:
         raise InvalidRequest(
-            f"latents: expected {packed} or {shape} for {workload}, got {tuple(latents.shape)}: "
-            "pass latents of the size the engines were built for"
+            f"noise_scale: expected 0 for {family.name}, which takes latents as they are, got {noise_scale}: "
+            "leave it out"
+        )
+    latents = draw(shape, generator) if given is None else given
+    _check("latents", latents, (packed, shape))
+    return (family.pack(latents) if tuple(latents.shape) == shape else latents).float()
+
+
+def starting_sound(
+    family: ModelFamily,
+    workload: Workload,
+    videos: int,
+    generator: Generators | None,
+    given: Tensor | None,
+    noise_scale: float = 0.0,
+) -> Tensor | None:
+    """The same of the videos' sound, drawn after the video's noise; None for a model without sound."""
+    if SOUND not in family.streams:
+        if given is not None:
+            raise InvalidRequest(
+                f"audio_latents: expected none for {family.name}, which makes no sound, got "
+                f"{tuple(given.shape)}: leave them out"
+            )
+        return None
+    shape = (videos, *family.audio_noise_shape(workload))
+    packed = family.tensors(workload)[SOUND.latents].with_rows(videos)
+    return _of_sound("audio_latents", shape, packed, family.pack_audio, generator, given, noise_scale)
+
+
+def _of_sound(
+    name: str,
+    shape: tuple[int, ...],
+    packed: tuple[int, ...],
+    pack: Callable[[Tensor], Tensor],
+    generator: Generators | None,
+    given: Tensor | None,
+    noise_scale: float,
+) -> Tensor:
+    """Noise, or given latents with a share of it, which diffusers draws in any case.
+
+    Only packed ones: those that are not, diffusers takes for latents of the VAE, and normalises them.
+    """
+    if given is None:
+        return pack(draw(shape, generator)).float()
+    _check(name, given, (packed,))
+    return torch.lerp(given.float(), draw(packed, generator), noise_scale)
+
+
+def _check(name: str, latents: Tensor, shapes: Sequence[Sequence[int]]) -> None:
+    """Raises InvalidRequest unless the latents have one of the shapes and are finite."""
+    if tuple(latents.shape) not in shapes:
+        expected = " or ".join(str(tuple(shape)) for shape in shapes)
+        raise InvalidRequest(
+            f"{name}: expected {expected} for these engines, got {tuple(latents.shape)}: pass latents of the "
+            "size that the engines were built for"
         )
     if not latents.isfinite().all():
-        raise InvalidRequest("latents: expected finite numbers, got NaN or infinity: check their source")
-    return (family.pack(latents) if tuple(latents.shape) == shape else latents).float()
+        raise InvalidRequest(f"{name}: expected finite numbers, got NaN or infinity: check their source")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,9 +17,10 @@ from stg_trt.errors import InvalidRequest, NotFinite
 from stg_trt.guidance.bins import Scale, SkipBlocks, SkipScales
 from stg_trt.guidance.options import GuidanceOptions, choose_options
 from stg_trt.guidance.tables import Guidance
-from stg_trt.models.checkpoint import Checkpoint, published
+from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.custom_steps import CustomSteps, Numbers
 from stg_trt.models.image import ImageCondition, Images
+from stg_trt.models.published import published
 from stg_trt.system.gpu import this_machine
 
 from .arguments import ForeignArguments
@@ -28,7 +28,7 @@ from .callbacks import StepCallback, call_back, check_callback
 from .components import Components
 from .device import Device, open_device
 from .device_memory import explain_memory
-from .noise import Generators, listed, starting_noise
+from .noise import Generators, listed, starting_noise, starting_sound
 from .output import VideoPipelineOutput
 from .pictures import GivenPictures, Pictures
 from .prompts import Embeddings, Prompts
@@ -185,7 +185,7 @@ class VideoPipeline:
         foreign = ForeignArguments.read(options, stg_blocks, rescale, frame_rate)
         guided = choose_options(guidance, GuidanceOptions(
             guidance_scale, stg_scale, foreign.rescale, stg_mode, foreign.stg_blocks, stg_range, preset,
-            cfg_zero_star, use_dynamic_cfg, true_cfg_scale, *foreign.frame_scales, foreign.guidance_scale_2,
+            cfg_zero_star, use_dynamic_cfg, true_cfg_scale, **foreign.scales,
         ))  # fmt: skip
         cond = Embeddings(prompt_embeds, prompt_attention_mask, pooled_prompt_embeds)
         uncond = Embeddings(
@@ -197,13 +197,13 @@ class VideoPipeline:
         return self._generate(Request(
             replace(self._request, height=height, width=width, num_frames=num_frames, videos=prompts.videos),
             prompts, pictures, guided, num_inference_steps, foreign.frame_rate, listed(generator), latents,
-            foreign.max_sequence_length, CustomSteps.read(timesteps, sigmas),
+            foreign.max_sequence_length, CustomSteps.read(timesteps, sigmas), foreign.sound,
         ), output_type, callback_on_step_end, foreign)  # fmt: skip
 
     def _generate(
         self, request: Request, output_type: str, callback: StepCallback | None, foreign: ForeignArguments
     ) -> VideoPipelineOutput:
-        check_callback(callback, foreign.callback_tensors)
+        check_callback(callback, foreign.callback_tensors, [one.latents for one in self.family.streams])
         decode_options = foreign.decode_options
         self._check_options(output_type, foreign, request.prompts.videos)
         images = request.pictures.read(self.family, request.prompts)
@@ -212,13 +212,11 @@ class VideoPipeline:
             if output_type != "latent":  # A part that cannot decode is refused before the sampling.
                 device = self._device_for(schedule.build).torch_device
                 self.components.load_decoders(schedule.workload, device)
-            start, image = self._start(schedule, request, images)
+            starts, image = self._start(schedule, request, images)
             with explain_memory(schedule.build.manifest, "GPU memory", _LESS_TO_SAMPLE):
-                result = self._drain(self._steps(schedule, request, start, image, images), start, callback)
-            result = self.family.finished(result, schedule.workload, image)
-            return self._output(
-                result, None, schedule, output_type, generator=request.generator, **decode_options
-            )
+                result = self._drain(self._steps(schedule, request, starts, image, images), starts, callback)
+            result["latents"] = self.family.finished(result["latents"], schedule.workload, image)
+            return self._output(result, schedule, output_type, generator=request.generator, **decode_options)
 
     def _schedule(self, request: Request, images: Images | None) -> Schedule:
         schedule = schedule_steps(request, images, self.store, self.family, self.scheduler)
@@ -233,19 +231,25 @@ class VideoPipeline:
 
     def _start(
         self, schedule: Schedule, request: Request, images: Images | None
-    ) -> tuple[Tensor, ImageCondition | None]:
-        """What a run starts from, and what the pictures add to it, which both draw from the generator."""
+    ) -> tuple[dict[str, Tensor], ImageCondition | None]:
+        """What a run's streams start from, and what pictures add, which both draw from the generator."""
         image = None
         if not self.family.draws_noise_first:
             image = self._image(schedule, request, images)
         videos, given = request.prompts.videos, request.latents
-        noise = starting_noise(self.family, schedule.workload, videos, request.generator, given)
+        share = request.sound.noise_scale
+        noise = starting_noise(self.family, schedule.workload, videos, request.generator, given, share)
         if self.family.draws_noise_first:
             image = self._image(schedule, request, images)
         start = noise * schedule.solver.noise_scale
-        if given is not None and self.family.starts_from_given_latents:
-            return start, image
-        return self.family.start(start, image), image
+        if given is None or not self.family.starts_from_given_latents:
+            start = self.family.start(start, image)
+        sound = starting_sound(
+            self.family, schedule.workload, videos, request.generator, request.sound.latents, share
+        )
+        if sound is None:
+            return {"latents": start}, image
+        return {"latents": start, "audio_latents": sound * schedule.solver.noise_scale}, image
 
     def _image(self, schedule: Schedule, request: Request, images: Images | None) -> ImageCondition | None:
         """What the call's pictures add; None without any."""
@@ -265,7 +269,7 @@ class VideoPipeline:
         self,
         schedule: Schedule,
         request: Request,
-        noise: Tensor,
+        starts: dict[str, Tensor],
         image: ImageCondition | None,
         images: Images | None,
     ) -> Iterator[SampledStep]:
@@ -273,21 +277,15 @@ class VideoPipeline:
         place = images, schedule.workload, self._device_for(schedule.build).torch_device
         cond = self._texts.cond(prompts, *place)
         uncond = self._texts.uncond(prompts, cond, *place) if guidance.needs_uncond else None
-        rate = self.family.defaults.frame_rate if request.frame_rate is None else request.frame_rate
-        if not 0 < rate < math.inf:
-            raise InvalidRequest(f"frame_rate: expected frames per second above 0, got {rate}: use 25")
-        sampler = self._sampler(schedule.build)
-        return sampler.steps(noise, cond, uncond, guidance, schedule.solver, rate, request.generator, image)
+        return self._sampler(schedule.build).steps(
+            starts["latents"], cond, uncond, guidance, schedule.solver, schedule.frame_rate,
+            request.generator, image, starts.get("audio_latents"),
+        )  # fmt: skip
 
     def _output(
-        self,
-        latents: Tensor,
-        audio_latents: Tensor | None,
-        schedule: Schedule,
-        output_type: str,
-        **decode_options: Any,
+        self, result: dict[str, Tensor], schedule: Schedule, output_type: str, **decode_options: Any
     ) -> VideoPipelineOutput:
-        workload = schedule.workload
+        latents, audio_latents, workload = result["latents"], result.get("audio_latents"), schedule.workload
         if output_type == "latent":
             return VideoPipelineOutput(self.family.returned(latents, workload), audio_latents)
         device = self._device_for(schedule.build).torch_device
@@ -298,7 +296,9 @@ class VideoPipeline:
                 return VideoPipelineOutput(frames)
             return VideoPipelineOutput(frames, *self.components.decode_sound(audio_latents, workload, device))
 
-    def _drain(self, steps: Iterator[SampledStep], latents: Tensor, callback: StepCallback | None) -> Tensor:
+    def _drain(
+        self, steps: Iterator[SampledStep], starts: dict[str, Tensor], callback: StepCallback | None
+    ) -> dict[str, Tensor]:
         """Drains the sampler; `interrupt` (settable from the callback) stops after the current step."""
         self.interrupt = False
         step = None
@@ -310,7 +310,7 @@ class VideoPipeline:
             if self.interrupt:
                 break
         _check_finite(finite)
-        return latents if step is None else step.latents
+        return starts if step is None else step.of_streams
 
     def _device_for(self, build: Build) -> Device:
         """One device for all builds of a kind, so that graphs share memory."""

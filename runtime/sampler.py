@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -25,7 +25,7 @@ from .bound_plan import BoundPlan
 from .device import Device
 from .graph import StepGraph
 from .noise import Generators, draw_for
-from .state import RunSize, StepBuffers, StepState, find_ping_pong, find_unforked
+from .state import RunSize, RunState, StepBuffers, StepState, find_ping_pong, find_unforked
 from .step import Step
 from .step_key import StepKey, first_steps
 
@@ -34,14 +34,14 @@ _MIN_STEPS = 64
 
 
 class SampledStep:
-    """A step that was taken; `latents` may be replaced before the next is asked for.
+    """A step that was taken; the latents of its streams may be replaced before the next is asked for.
 
     `finite` is a bool of shape () on the device, which nothing waits for. With `continued`, later steps go
     on from the history of the solver, and other latents are refused with InvalidRequest.
     """
 
     def __init__(
-        self, index: int, timestep: float, plan: StepPlan, state: StepState, finite: Tensor, continued: bool
+        self, index: int, timestep: float, plan: StepPlan, state: RunState, finite: Tensor, continued: bool
     ) -> None:
         self.finite = finite
         self.index = index
@@ -52,18 +52,25 @@ class SampledStep:
 
     @property
     def latents(self) -> Tensor:
-        """A copy of the latents after the step, packed float32."""
-        return self._state.latents.clone()
+        """A copy of the video's latents after the step, packed float32."""
+        return self._state.video.latents.clone()
 
-    @latents.setter
-    def latents(self, latents: Tensor) -> None:
-        # Compared only if it decides: comparing waits for the device.
-        if self._continued and not _same(latents, self._state.latents):
-            raise InvalidRequest(
-                "callback_on_step_end: expected a single-step solver (flow Euler, DDIM) to replace latents, "
-                "got one that continues from its history: return no latents or change scheduler"
-            )
-        self._state.latents.copy_(latents)
+    @property
+    def of_streams(self) -> dict[str, Tensor]:
+        """Copies of the latents of every stream, under their names in calls."""
+        return {state.stream.latents: state.latents.clone() for state in self._state.streams}
+
+    def replace(self, latents: Mapping[str, Tensor]) -> None:
+        """Goes on from other latents, of every stream; raises InvalidRequest if that cannot be."""
+        for state in self._state.streams:
+            replacement = latents[state.stream.latents]
+            # Compared only if it decides: comparing waits for the device.
+            if self._continued and not _same(replacement, state.latents):
+                raise InvalidRequest(
+                    "callback_on_step_end: expected a single-step solver (flow Euler, DDIM) to replace "
+                    "latents, got one that continues from its history: return no latents or change scheduler"
+                )
+            state.latents.copy_(replacement)
 
 
 class Sampler:
@@ -78,9 +85,9 @@ class Sampler:
         self.segments: tuple[Segment, ...] = tuple(one for one in segments if not one.text)
         self._text_segments = [one for one in segments if one.text]
         self._engines = engines
-        self._groups = most_groups(len(manifest.skips))
+        self._groups = most_groups(len(manifest.skips), family.isolates)
         self._device = device
-        self._state: StepState | None = None
+        self._state: RunState | None = None
         self._texts: list[Context] = []
         self._bound: dict[StepKey, Step | StepGraph] = {}
 
@@ -94,11 +101,12 @@ class Sampler:
         frame_rate: float,
         generator: Generators | None = None,
         image: ImageCondition | None = None,
+        audio_latents: Tensor | None = None,
     ) -> Iterator[SampledStep]:
         """Yields every step of `guidance`, from packed noise (videos, ...) times `solver.noise_scale`.
 
-        A solver that adds noise draws it from `generator`. Raises InvalidRequest if guidance is on and
-        `uncond` is None.
+        `audio_latents` are the same of a sound. A solver that adds noise draws it from `generator`. Raises
+        InvalidRequest if guidance is on and `uncond` is None.
         """
         steps = range(len(guidance.cfg_scale))
         for i in steps:
@@ -107,16 +115,18 @@ class Sampler:
                     f"negative_prompt_embeds: expected embeddings for guidance_scale {guidance.cfg_scale[i]} "
                     f"at step {i}, got none: give them or set guidance_scale to 1"
                 )
-        state = self.prepare(latents, cond, uncond, guidance, solver, frame_rate, generator, image)
+        state = self.prepare(
+            latents, cond, uncond, guidance, solver, frame_rate, generator, image, audio_latents
+        )
         clean = image.clean.mode if image is not None and image.clean is not None else None
         self._bind_all(guidance, solver, state, clean)
         for i in steps:
             with self._device.scope():
-                if clean == "noised" and state.clean is not None:
-                    state.clean.draw(generator, solver.timesteps[i])
+                if clean == "noised" and state.video.clean is not None:
+                    state.video.clean.draw(generator, solver.timesteps[i])
                 step = self.step(StepKey.of(guidance, solver, i, clean), state)
                 step.enqueue()
-                finite = state.latents.isfinite().all()
+                finite = torch.stack([stream.latents.isfinite().all() for stream in state.streams]).all()
             continued = any(pair is None for pair in solver.single_step[i + 1 :])
             yield SampledStep(i, solver.timesteps[i], step.plan, state, finite, continued)
 
@@ -130,19 +140,22 @@ class Sampler:
         frame_rate: float,
         generator: Generators | None = None,
         image: ImageCondition | None = None,
-    ) -> StepState:
+        audio_latents: Tensor | None = None,
+    ) -> RunState:
         """Writes a run's start, tables and constants into the static memory, as `steps` does."""
         with self._device.scope():
+            starts = [latents] if audio_latents is None else [latents, audio_latents]
             size = RunSize.of(latents, guidance, solver)
-            state = self._state_for(size, latents.shape)
-            state.table.load(guidance, solver)
-            state.start(latents)
+            state = self._state_for(size, [start.shape for start in starts])
+            state.load(guidance, solver)
+            for stream, start in zip(state.streams, starts, strict=True):
+                stream.start(start)
+                if not size.single_step:
+                    stream.add_noise(draw_for(solver, guidance.num_steps, start.shape, generator))
             if image is not None and image.clean is not None:
-                state.hold(image.clean, single_step=size.single_step)
+                state.video.hold(image.clean, single_step=size.single_step)
             rows = (uncond or cond, *[cond] * (state.buffers.groups - 1))
             text = TextCondition.stacked(rows).guided(guidance.embedded)
-            if not size.single_step:
-                state.add_noise(draw_for(solver, len(guidance.cfg_scale), latents.shape, generator))
             self._write_position_tables(state, frame_rate, () if image is None else image.placed)
             self._write_image(state.buffers, image)
             for name, tensor in self.family.timestep_tables(self.workload, image).items():
@@ -150,7 +163,7 @@ class Sampler:
             self._write_text(state.buffers, text)
         return state
 
-    def step(self, key: StepKey, state: StepState) -> Step | StepGraph:
+    def step(self, key: StepKey, state: RunState) -> Step | StepGraph:
         """The step of a guidance state; bound when first asked for, and captured if the device can."""
         if key not in self._bound:
             _log.info("binding %s", key.name)
@@ -162,17 +175,17 @@ class Sampler:
         return self._bound[key]
 
     def _bind_all(
-        self, guidance: Guidance, solver: SolverTable, state: StepState, clean: CleanMode | None
+        self, guidance: Guidance, solver: SolverTable, state: RunState, clean: CleanMode | None
     ) -> None:
         """Every guidance state of a run before its first step, each on the values of the first it serves."""
         with self._device.scope():
             for key, first in first_steps(guidance, solver, clean).items():
                 if key not in self._bound:
-                    state.table.go_to(first)
+                    state.go_to(first)
                     self.step(key, state)
-            state.table.go_to(0)
+            state.go_to(0)
 
-    def _state_for(self, size: RunSize, latents_shape: torch.Size) -> StepState:
+    def _state_for(self, size: RunSize, shapes: Sequence[torch.Size]) -> RunState:
         """The static memory, reallocated only when it must grow; the old memory is freed first."""
         if self._state is None or not self._state.fits(size):
             _log.info("new static memory for %d videos and %d steps", size.videos, size.steps)
@@ -181,7 +194,10 @@ class Sampler:
             buffers = self._buffers_for(size)
             self._texts = [self._bound_text(segment, buffers) for segment in self._text_segments]
             roomy = replace(size, steps=max(size.steps, _MIN_STEPS))
-            self._state = StepState.allocate(buffers, latents_shape, roomy)
+            self._state = RunState(buffers, tuple(
+                StepState.allocate(buffers, shape, roomy, stream)
+                for shape, stream in zip(shapes, self.family.streams, strict=True)
+            ))  # fmt: skip
         return self._state
 
     def _buffers_for(self, size: RunSize) -> StepBuffers:
@@ -206,7 +222,7 @@ class Sampler:
             context.bind(name, buffers.view(name, turn=segment.expert))
         return context
 
-    def _write_position_tables(self, state: StepState, frame_rate: float, placed: Places) -> None:
+    def _write_position_tables(self, state: RunState, frame_rate: float, placed: Places) -> None:
         """Computes and copies the tables, tens of megabytes, unless the last run had the same ones."""
         if state.positions == (frame_rate, placed):
             return

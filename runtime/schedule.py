@@ -21,8 +21,9 @@ from stg_trt.models.defaults import Defaults
 from stg_trt.models.families.base import ModelFamily
 from stg_trt.models.image import Images
 from stg_trt.models.perturbation import check_blocks
-from stg_trt.models.workload import Workload
+from stg_trt.models.workload import Workload, chosen_frame_rate
 
+from .arguments import SoundArguments
 from .noise import Generators
 from .pictures import GivenPictures
 from .prompts import Prompts
@@ -45,8 +46,9 @@ class Request:
     frame_rate: float | None
     generator: Generators | None
     latents: Tensor | None
-    max_sequence_length: int | None = None
-    steps: CustomSteps | None = None
+    max_sequence_length: int | None
+    steps: CustomSteps | None
+    sound: SoundArguments
 
 
 @dataclass(frozen=True)
@@ -100,11 +102,15 @@ class _Steps:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The build that a call runs, and its steps; a preset may leave out the last ones of the solver."""
+    """The build that a call runs, and its steps; a preset may leave out the last ones of the solver.
+
+    `frame_rate` is what the model is told.
+    """
 
     build: Build
     guidance: Guidance
     solver: SolverTable
+    frame_rate: float
 
     @property
     def workload(self) -> Workload:
@@ -146,8 +152,14 @@ def schedule_steps(
     experts = family.experts(solver.timesteps[:taken], scheduler.config.num_train_timesteps)
     _, frames, *_ = family.latent_shape(workload)
     guidance = Guidance.for_steps(
-        solver.noise_levels[:taken], options, solver.timesteps[:taken], frames, experts
+        solver.noise_levels[:taken],
+        options,
+        solver.timesteps[:taken],
+        frames,
+        experts,
+        family.rescale_space,
     )
+    rate = chosen_frame_rate(request.frame_rate, family.defaults.frame_rate)
     for perturbation in guidance.perturbations:
         check_blocks(perturbation.blocks, family.num_blocks)
     # The steps belong to the sizes of this build; what they perturb may need another one.
@@ -157,12 +169,13 @@ def schedule_steps(
         width=workload.width,
         num_frames=workload.num_frames,
         condition_frames=0 if images is None else family.condition_frames(images, workload),
+        audio_num_frames=family.audio_num_frames(workload.num_frames, rate),
         perturbations=guidance.perturbations,
         skips=guidance.most_skips,
     )
     if fitting.rejects(build.manifest) is not None:
         build = store.find(fitting)
-    return Schedule(build, guidance, solver)
+    return Schedule(build, guidance, solver, rate / request.sound.motion_speed)
 
 
 def _check_second_scale(options: ResolvedGuidance, family: ModelFamily) -> None:

@@ -1,4 +1,4 @@
-"""A run's static memory: rows at the engines' borders, latents, history, and the table of per-step values.
+"""A run's static memory: rows at the engines' borders, and each stream's latents, history and step table.
 
 All of it is allocated here, before the first step, at addresses that engines and captured graphs keep.
 """
@@ -16,6 +16,7 @@ from stg_trt.guidance.tables import Guidance
 from stg_trt.models.image import CleanLatents, Places
 from stg_trt.models.passes import most_groups
 from stg_trt.models.segment import Segment
+from stg_trt.models.stream import VIDEO, Stream
 from stg_trt.models.tensor_spec import TensorSpec, index_of
 from stg_trt.runtime.table import StepTable
 
@@ -119,14 +120,14 @@ class RunSize:
         """The size of a run from latents (videos, ...)."""
         steps = len(guidance.cfg_scale)
         noises = len(solver.used_draws(steps))
-        groups = most_groups(guidance.most_skips)
+        groups = most_groups(guidance.most_skips, guidance.isolates)
         single_step = None not in solver.single_step
         return cls(len(latents), steps, single_step, noises, groups, guidance.frames)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run between two steps: latents (videos, ...), the next step, and the predictions so far."""
+    """A stream between two steps: latents (videos, ...), the next step, and the predictions so far."""
 
     latents: Tensor
     counter: Tensor
@@ -135,12 +136,11 @@ class Snapshot:
 
 @dataclass
 class StepState:
-    """Static memory of a run: rows at the engines' borders, latents in float32, and the step table.
+    """Static memory of a stream: its latents in float32, its step table, and the engines' rows that it uses.
 
     `history` holds every prediction so far and the noise that the solver adds, as the table says; it is
-    None for solvers that need only the last prediction. `positions` are the frame rate and the places of the
-    position tables in the buffers, None before they are written; `clean` is the memory of latents that are
-    given, None before a run that has some.
+    None for solvers that need only the last prediction. `clean` is the memory of latents that are given, None
+    before a run that has some.
     """
 
     buffers: StepBuffers
@@ -148,19 +148,30 @@ class StepState:
     latents: Tensor
     initial: Tensor
     history: Tensor | None
-    positions: tuple[float, Places] | None = None
+    stream: Stream = VIDEO
     clean: CleanMemory | None = None
 
     @classmethod
-    def allocate(cls, buffers: StepBuffers, latents_shape: Sequence[int], size: RunSize) -> StepState:
+    def allocate(
+        cls, buffers: StepBuffers, latents_shape: Sequence[int], size: RunSize, stream: Stream = VIDEO
+    ) -> StepState:
         """For runs of a size or less, whose latents (videos, ...) have a shape; on the buffers' device."""
-        device = buffers.view("latents").device
+        device = buffers.view(stream.latents).device
         table = StepTable(size.steps, buffers.groups, device, size.noises, size.frames)
 
         def zeros(*leading: int) -> Tensor:
             return torch.zeros(*leading, *latents_shape, device=device)
 
-        return cls(buffers, table, zeros(), zeros(), None if size.single_step else zeros(table.slots))
+        history = None if size.single_step else zeros(table.slots)
+        return cls(buffers, table, zeros(), zeros(), history, stream)
+
+    def input_rows(self, groups: range) -> Tensor:
+        """The rows of its latents at the engines' border."""
+        return self.buffers.view(self.stream.latents, groups)
+
+    def pred_rows(self, groups: range) -> Tensor:
+        """The rows of its predictions."""
+        return self.buffers.view(self.stream.pred, groups)
 
     def fits(self, size: RunSize) -> bool:
         """Whether this memory is large enough for a run."""
@@ -208,3 +219,44 @@ class StepState:
         """The history without the noise, which no step changes."""
         assert self.history is not None
         return self.history[: self.table.capacity]
+
+
+@dataclass
+class RunState:
+    """Static memory of a run: the engines' rows, and a state for each of the model's streams.
+
+    `positions` are the frame rate and the places of the position tables in the buffers, None before they are
+    written.
+    """
+
+    buffers: StepBuffers
+    streams: tuple[StepState, ...]
+    positions: tuple[float, Places] | None = None
+
+    @property
+    def video(self) -> StepState:
+        """The first stream, whose counter says for all which step is next."""
+        return self.streams[0]
+
+    def fits(self, size: RunSize) -> bool:
+        """Whether this memory is large enough for a run."""
+        return all(state.fits(size) for state in self.streams)
+
+    def load(self, guidance: Guidance, solver: SolverTable) -> None:
+        """Writes every stream's tables of a run."""
+        for state, own in zip(self.streams, guidance.streams, strict=True):
+            state.table.load(own, solver)
+
+    def go_to(self, step: int) -> None:
+        """Makes `step` the next one of every stream."""
+        for state in self.streams:
+            state.table.go_to(step)
+
+    def snapshot(self) -> tuple[Snapshot, ...]:
+        """Of every stream."""
+        return tuple(state.snapshot() for state in self.streams)
+
+    def restore(self, saved: Sequence[Snapshot]) -> None:
+        """Back to a snapshot."""
+        for state, of_stream in zip(self.streams, saved, strict=True):
+            state.restore(of_stream)

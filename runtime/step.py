@@ -7,28 +7,33 @@ import torch
 from .bound_plan import BoundPlan
 from .clean_latents import clean_latents
 from .device import Device
-from .state import StepState
+from .state import RunState
 from .step_key import StepKey
 
 
 class Step:
     """Every run takes the step that the table's counter points at, and moves it on."""
 
-    def __init__(self, key: StepKey, bound: BoundPlan, state: StepState, device: Device) -> None:
+    def __init__(self, key: StepKey, bound: BoundPlan, state: RunState, device: Device) -> None:
         self.key = key
         self.plan = bound.plan
         self._stream = device.stream
         self._written = (
-            state.buffers.view("latents", key.groups),
+            *(stream.input_rows(key.groups) for stream in state.streams),
             state.buffers.view("timestep", key.groups),
             *bound.written,
         )
-        fan_out = device.named("fan_out", device.operations.fan_out_rows(state, key.groups))
-        guided_step = device.named("guided_step", device.operations.guided_step(state, key))
-        self._operations = [fan_out, bound.enqueue, guided_step]
+        operations = device.operations
+        fan_out = [
+            device.named("fan_out", operations.fan_out_rows(stream, key.groups)) for stream in state.streams
+        ]
+        guided_step = [
+            device.named("guided_step", operations.guided_step(stream, key)) for stream in state.streams
+        ]
+        self._operations = [*fan_out, bound.enqueue, *guided_step]
         if key.clean is not None:
-            before, between, after = clean_latents(state, key.clean)
-            self._operations = [before, fan_out, between, bound.enqueue, guided_step, after]
+            before, between, after = clean_latents(state.video, key.clean)
+            self._operations = [before, *fan_out, between, bound.enqueue, *guided_step, after]
 
     def enqueue(self) -> None:
         """One step, in the order of the stream."""

@@ -8,6 +8,7 @@ from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.image import CleanMode
 from stg_trt.models.passes import COND, UNCOND, Pass, row_groups
+from stg_trt.models.stream import RescaleSpace
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class StepKey:
     cfg_zero_star: bool
     clean: CleanMode | None = None
     expert: int = 0
+    rescale_space: RescaleSpace = "prediction"
 
     @property
     def groups(self) -> range:
@@ -50,11 +52,12 @@ class StepKey:
         passes = guidance.passes(step)
         return cls(
             passes,
-            guidance.rescale[step] != 0,
+            any(stream.rescale[step] != 0 for stream in (guidance, *guidance.others)),
             solver.single_step[step] is not None,
             guidance.cfg_zero_star and UNCOND in passes,
             clean,
             guidance.expert(step),
+            guidance.rescale_space,
         )
 
 

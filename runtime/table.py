@@ -11,7 +11,7 @@ from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.passes import row_groups
 
-_SCALARS = ("timestep", "input_scale", "rescale", "latents_factor", "pred_factor")
+_SCALARS = ("timestep", "input_scale", "rescale", "noise_level", "latents_factor", "pred_factor")
 
 
 class StepTable:
@@ -44,6 +44,7 @@ class StepTable:
             solver.timesteps[:steps],
             solver.input_scale[:steps],
             guidance.rescale,
+            solver.noise_levels[:steps],
             [a for a, _ in pairs],
             [b for _, b in pairs],
         )

@@ -60,6 +60,7 @@ SLOW_FIXTURES = {
     "inductor_engines": "compiles packages with AOTInductor",
     "whole_engines": "builds the engines of a whole pipeline",
     "golden_engines": "builds the engines of every family",
+    "ltx2_engines": "builds the engines of LTX-2",
     "open_sora_engines": "builds the engines of Open-Sora",
     "library": "compiles the kernels with nvcc",
     "tiny_wan": "exports the graphs of Wan",

@@ -16,7 +16,8 @@ from types import FunctionType, ModuleType
 import pytest
 
 from stg_trt.models import families
-from stg_trt.models.checkpoint import Checkpoint, published
+from stg_trt.models.checkpoint import Checkpoint
+from stg_trt.models.published import published
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ("build_engines", "runtime", "benchmarks")

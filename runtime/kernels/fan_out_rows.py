@@ -35,7 +35,7 @@ class FanOutRowsKernel:
 
     def __init__(self, kernels: Kernels, state: StepState, groups: range) -> None:
         self._kernels = kernels
-        self._rows = state.buffers.view("latents", groups)
+        self._rows = state.input_rows(groups)
         self._timestep = state.buffers.view("timestep", groups)
         self._tables = state.table.device_values("input_scale", "timestep")
         assert self._timestep.dtype == torch.float32, "the kernel writes float32 timesteps"

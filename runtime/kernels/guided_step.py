@@ -56,7 +56,7 @@ class GuidedStepKernel:
         device = state.latents.device
         videos, length = len(state.latents), state.latents[0].numel()
         self._tables = state.table.device_values(*_TABLES)
-        self._preds = state.buffers.view("pred", key.groups)
+        self._preds = state.pred_rows(key.groups)
         weights = state.table.weights
         self._finished = torch.zeros(1, dtype=torch.int32, device=device)
         self._workspace = torch.empty(kernels.workspace_bytes(videos), dtype=torch.uint8, device=device)

@@ -37,6 +37,7 @@ class EngineRequest:
     width: int | None = None
     num_frames: int | None = None
     condition_frames: int | None = None
+    audio_num_frames: int | None = None
     videos: int = 1
     perturbations: frozenset[Perturbation] = field(default_factory=frozenset)
     skips: int = 0
@@ -76,6 +77,11 @@ class EngineRequest:
             if wanted is not None and wanted != built:
                 flag = name.replace("_", "-")
                 return f"built for {name} {built}, the request is {wanted}: rebuild with --{flag} {wanted}"
+        if self.audio_num_frames not in (None, workload.audio_num_frames):
+            return (
+                f"built for {workload.audio_num_frames} latents of sound, the request's frame rate makes "
+                f"{self.audio_num_frames}: rebuild with --frame-rate as the request has it"
+            )
         if self.videos > manifest.max_batch:
             return (
                 f"built for at most {manifest.max_batch} videos at once, the request is {self.videos}: "
@@ -242,6 +248,11 @@ def _rejects(manifest: Manifest, perturbation: Perturbation) -> str | None:
     if manifest.layout == "twin":
         if perturbation == built:
             return None
+        if perturbation.stream:
+            return (
+                f"its skipped engine perturbs video and sound, the request the {perturbation.stream} alone: "
+                "rebuild with --layout segmented, or give both an STG scale"
+            )
         skipped = f"{built.mode} {list(built.blocks)}"
         return f"its skipped engine is {skipped}, the request is {wanted}: rebuild with it"
     if perturbation.mode not in (built.mode, "stg-r"):

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NoisyLatents:
+    """Latents (videos, ...) that are clean latents x0 and noise, x = (1 - sigma)*x0 + sigma*noise.
+
+    `sigma` is a number, or a tensor (1,) on the device. A model that predicts the velocity noise - x0 means
+    x0 = x - sigma*v.
+    """
+
+    latents: Tensor
+    sigma: float | Tensor
 
 
 def combine(
@@ -13,13 +27,15 @@ def combine(
     *,
     rescale: float | Tensor = 0.0,
     zero_star: int | None = None,
+    noisy: NoisyLatents | None = None,
 ) -> Tensor:
     """sum_k weights_k * preds_k, rescaled: (passes, videos, ...) to (videos, ...) in float32 or above.
 
     `weights` (passes,) or (passes, frames) add up to 1; those for frames belong to the first dimension of a
     video. It is computed as cond + sum_k weights_k * (pred_k - cond), which is exact where predictions are
     equal, so the weight of `cond`, an index, is not read. `rescale` is a number, or a tensor (1,) on the
-    device, which the host never reads. `zero_star` is the index of uncond for CFG-Zero*.
+    device, which the host never reads. `zero_star` is the index of uncond for CFG-Zero*. With `noisy`
+    latents, what is rescaled are the clean latents that the predictions mean, as velocities.
     """
     preds = _float32(preds)
     of_cond = pred = preds[cond]
@@ -30,8 +46,17 @@ def combine(
             other = _project(of_cond, other)
         pred = pred + _per_frame(weights[k], pred) * (other - of_cond)
     if isinstance(rescale, Tensor) or rescale != 0:
+        if noisy is not None:
+            return _rescaled_x0(of_cond, pred, rescale, noisy)
         pred = pred * (rescale * _std(of_cond) / _std(pred) + (1 - rescale))
     return pred
+
+
+def _rescaled_x0(of_cond: Tensor, pred: Tensor, rescale: float | Tensor, noisy: NoisyLatents) -> Tensor:
+    """x0 = x - sigma*v times a factor f, as a velocity again: f*v + (1 - f)*x/sigma."""
+    x, sigma = noisy.latents, noisy.sigma
+    change = rescale * (_std(x - sigma * of_cond) / _std(x - sigma * pred) - 1)
+    return pred + change * (pred - x / sigma)
 
 
 def _per_frame(weight: Tensor, pred: Tensor) -> Tensor:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from numbers import Real
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.guidance.bins import Scale, SkipBlocks, SkipScales
@@ -14,6 +14,14 @@ from stg_trt.guidance.resolved import ResolvedGuidance
 from stg_trt.models.perturbation import check_mode
 
 T = TypeVar("T")
+AsVideo = Literal["video"]
+# Options of a model's sound -> the options of its video.
+SCALES_OF_SOUND = {
+    "audio_guidance_scale": "guidance_scale",
+    "audio_stg_scale": "stg_scale",
+    "audio_modality_scale": "modality_scale",
+    "audio_rescale": "rescale",
+}
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,9 @@ class GuidanceOptions:
     steps are known. For a model that takes a guidance as an input, `guidance_scale` is that one and
     `true_cfg_scale` CFG, as in their diffusers pipelines. A model whose CFG rises over the frames takes
     `min_guidance_scale` and `max_guidance_scale` instead. Where two experts take turns, `guidance_scale_2` is
-    that of the second one's steps, by default `guidance_scale`.
+    that of the second one's steps, by default `guidance_scale`. A model with sound takes `modality_scale`,
+    which pulls away from streams that do not see each other, and the scales of its sound: `video` is that of
+    the video.
     """
 
     guidance_scale: Scale | None = None
@@ -42,6 +52,11 @@ class GuidanceOptions:
     min_guidance_scale: float | None = None
     max_guidance_scale: float | None = None
     guidance_scale_2: Scale | None = None
+    modality_scale: Scale | None = None
+    audio_guidance_scale: Scale | AsVideo | None = None
+    audio_stg_scale: SkipScales | AsVideo | None = None
+    audio_modality_scale: Scale | AsVideo | None = None
+    audio_rescale: Scale | AsVideo | None = None
 
     def __post_init__(self) -> None:
         if self.stg_mode is not None:
@@ -64,7 +79,7 @@ class GuidanceOptions:
         lowest = fallback.min_guidance_scale
         self._check_frame_scales(rises=lowest is not None)
         cfg_scale = self.max_guidance_scale if lowest is not None else self._cfg_scale(takes_true_cfg)
-        return ResolvedGuidance(
+        video = ResolvedGuidance(
             guidance_scale=_first(cfg_scale, lower.guidance_scale),
             stg_scale=_first(self.stg_scale, lower.stg_scale),
             rescale=_first(self.rescale, lower.rescale),
@@ -76,7 +91,26 @@ class GuidanceOptions:
             embedded_guidance=self._embedded_guidance() if takes_true_cfg else None,
             min_guidance_scale=_first(self.min_guidance_scale, lowest),
             guidance_scale_2=self.guidance_scale_2,
+            modality_scale=_first(self.modality_scale, fallback.modality_scale),
         )
+        return replace(video, sound=self._sound(video, fallback.sound))
+
+    def _sound(self, video: ResolvedGuidance, usual: ResolvedGuidance | None) -> ResolvedGuidance | None:
+        """The guidance of the sound: the video's with scales of its own."""
+        if usual is None:
+            for name in ("modality_scale", *SCALES_OF_SOUND):
+                if getattr(self, name) is not None:
+                    raise InvalidRequest(
+                        f"{name}: expected none for a model without sound, got {getattr(self, name)}: leave "
+                        "it out"
+                    )
+            return None
+        given = {own: getattr(self, name) for name, own in SCALES_OF_SOUND.items()}
+        scales = {
+            own: getattr(video, own) if value == "video" else _first(value, getattr(usual, own))
+            for own, value in given.items()
+        }
+        return replace(video, guidance_scale_2=None, **scales)
 
     def _check_frame_scales(self, *, rises: bool) -> None:
         """Raises InvalidRequest for CFG scales that the model does not have, and for more than a number."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from stg_trt.guidance.bins import Scale, SkipBlocks, SkipScales
@@ -18,7 +18,8 @@ class ResolvedGuidance:
 
     STG is off outside the steps [start, stop) of `stg_range`. `embedded_guidance` is None for the default of
     the family, `guidance_scale_2` for `guidance_scale`. With a `min_guidance_scale`, CFG rises from it in the
-    first frame to `guidance_scale`, one number, in the last.
+    first frame to `guidance_scale`, one number, in the last. `modality_scale` is that of the isolation pass,
+    off at 1. `sound` is the guidance of the sound of a model that has some.
     """
 
     guidance_scale: Scale = 1.0
@@ -32,10 +33,13 @@ class ResolvedGuidance:
     embedded_guidance: float | None = None
     min_guidance_scale: float | None = None
     guidance_scale_2: Scale | None = None
+    modality_scale: Scale = 1.0
+    sound: ResolvedGuidance | None = None
 
     @classmethod
     def of_family(cls, defaults: Defaults, mode: str, skips: SkipBlocksByName) -> ResolvedGuidance:
         """A family's scales, on engines that were built for these skip passes; without one, STG is off."""
+        sound = defaults.sound
         return cls(
             guidance_scale=defaults.guidance_scale,
             stg_scale=defaults.stg_scale if skips else 0.0,
@@ -43,7 +47,15 @@ class ResolvedGuidance:
             stg_mode=mode,
             stg_blocks=skips or (),
             min_guidance_scale=defaults.min_guidance_scale,
+            modality_scale=defaults.modality_scale,
+            sound=None if sound is None else cls.of_family(sound, mode, skips),
         )
+
+    @property
+    def without_stg(self) -> ResolvedGuidance:
+        """The same without skip passes."""
+        sound = None if self.sound is None else self.sound.without_stg
+        return replace(self, stg_scale=0.0, sound=sound)
 
 
 OFF = ResolvedGuidance()

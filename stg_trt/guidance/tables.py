@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 
 from stg_trt.errors import InvalidRequest
@@ -12,8 +12,9 @@ from stg_trt.guidance.bins import Scale
 from stg_trt.guidance.per_step import check_length, check_values, per_step
 from stg_trt.guidance.resolved import OFF, ResolvedGuidance
 from stg_trt.guidance.skips import SkipSchedule
-from stg_trt.models.passes import COND, UNCOND, Pass, in_order
+from stg_trt.models.passes import COND, ISOLATION, UNCOND, Pass, in_order
 from stg_trt.models.perturbation import Perturbation
+from stg_trt.models.stream import RescaleSpace
 
 
 def dynamic_cfg(scale: float, timesteps: Sequence[float]) -> list[float]:
@@ -31,6 +32,9 @@ def dynamic_cfg(scale: float, timesteps: Sequence[float]) -> list[float]:
 class Guidance:
     """CFG scale, rescale and skip passes of every step; off is cfg 1, rescale 0, no skip passes.
 
+    A model that denoises several streams has a Guidance for each, named `stream`, with that of the `others`:
+    a step computes a pass if any stream wants it. `isolation` are the scales of the isolation pass, one per
+    step; none if it is never on.
     `embedded` is the guidance input of a distilled model on all steps; None is its family's default.
     `cfg_frames` are the CFG scales of a video's frames, on every step with CFG; none if `cfg_scale` is that
     of all. `experts` are the numbers of the transformers that predict, one per step; none if there is one.
@@ -43,6 +47,10 @@ class Guidance:
     embedded: float | None = None
     cfg_frames: tuple[float, ...] = ()
     experts: tuple[int, ...] = ()
+    isolation: tuple[float, ...] = ()
+    rescale_space: RescaleSpace = "prediction"
+    stream: str = ""
+    others: tuple[Guidance, ...] = ()
 
     def __post_init__(self) -> None:
         check_length("rescale", len(self.rescale), self.num_steps)
@@ -50,6 +58,7 @@ class Guidance:
             check_length("stg_scale", len(skip.scale), self.num_steps)
         check_values("guidance_scale", self.cfg_scale, -math.inf, math.inf)
         check_values("rescale", self.rescale, 0, 1)
+        check_values("modality_scale", self.isolation, -math.inf, math.inf)
         check_values("min_guidance_scale", self.cfg_frames[:1], -math.inf, math.inf)
         if self.embedded is not None and not math.isfinite(self.embedded):
             raise InvalidRequest(
@@ -64,6 +73,7 @@ class Guidance:
         timesteps: Sequence[float] = (),
         frames: int = 1,
         experts: Sequence[int] = (),
+        rescale_space: RescaleSpace = "prediction",
     ) -> Guidance:
         """Tables for the steps at `sigmas` (in 0..1 if bins read them).
 
@@ -71,6 +81,11 @@ class Guidance:
         scale that rises over them. Raises InvalidRequest for lists of the wrong length, values out of range,
         and STG without blocks.
         """
+        if given.sound is not None:
+            rest = (timesteps, frames, experts, rescale_space)
+            video = cls.for_steps(sigmas, replace(given, sound=None), *rest)
+            sound = replace(cls.for_steps(sigmas, given.sound, *rest), stream="audio")
+            return replace(video, stream="video", others=(sound,))
         cfg = _swinging(given.guidance_scale, timesteps) if given.use_dynamic_cfg else given.guidance_scale
         # As diffusers' pipelines decide it: at 1 and below, there is no CFG.
         cfg_scale = tuple(max(scale, 1.0) for scale in per_step("guidance_scale", cfg, sigmas))
@@ -82,6 +97,8 @@ class Guidance:
             embedded=given.embedded_guidance,
             cfg_frames=_rising(given, frames),
             experts=tuple(experts),
+            isolation=_isolation(given.modality_scale, sigmas),
+            rescale_space=rescale_space,
         )
 
     @property
@@ -104,6 +121,11 @@ class Guidance:
         return any(UNCOND in self.passes(step) for step in range(self.num_steps))
 
     @property
+    def isolates(self) -> bool:
+        """Whether any step computes the isolation pass."""
+        return any(ISOLATION in self.passes(step) for step in range(self.num_steps))
+
+    @property
     def perturbations(self) -> frozenset[Perturbation]:
         """All that the steps perturb."""
         every = (one.perturbation for step in range(self.num_steps) for one in self.passes(step))
@@ -114,20 +136,46 @@ class Guidance:
         """The most skip passes that a step computes."""
         return max(sum(one.is_skip for one in self.passes(step)) for step in range(self.num_steps))
 
+    @property
+    def streams(self) -> tuple[Guidance, ...]:
+        """The guidance of every stream, this one first; each knows the others."""
+        alone = [replace(one, others=()) for one in (self, *self.others)]
+        return tuple(replace(one, others=(*alone[:i], *alone[i + 1 :])) for i, one in enumerate(alone))
+
     def passes(self, step: int) -> tuple[Pass, ...]:
         """The passes that the step computes, in the order of their rows."""
-        plain = (COND,) if self.cfg_scale[step] == 1 else (UNCOND, COND)
-        return in_order((*plain, *(skip.at(step) for skip in self.skips if skip.is_on(step))))
+        every = (self, *self.others)
+        plain = {COND}
+        if any(one.cfg_scale[step] != 1 for one in every):
+            plain.add(UNCOND)
+        if any(one._isolation_scale(step) != 1 for one in every):
+            plain.add(ISOLATION)
+        return in_order((*plain, *self._skip_passes(step)))
+
+    def _skip_passes(self, step: int) -> tuple[Pass, ...]:
+        """A skip pass perturbs the streams that it guides, and no others."""
+        wanted: dict[Pass, list[str]] = {}
+        for one in (self, *self.others):
+            for skip in one.skips:
+                if skip.is_on(step):
+                    wanted.setdefault(skip.at(step), []).append(one.stream)
+        every = 1 + len(self.others)
+        return tuple(
+            skip if len(streams) == every else skip.of_stream(streams[0]) for skip, streams in wanted.items()
+        )
+
+    def _isolation_scale(self, step: int) -> float:
+        return self.isolation[step] if self.isolation else 1.0
 
     def weights(self, step: int, frame: int = 0) -> tuple[float, ...]:
         """The weights of the step's passes in the sum of a frame, which add up to 1."""
         cfg = self.cfg_scale[step]
         if cfg != 1 and self.cfg_frames:
             cfg = self.cfg_frames[frame]
-        skips = {skip.at(step): skip.scale[step] for skip in self.skips if skip.is_on(step)}
-        weights = {UNCOND: 1 - cfg, COND: cfg + sum(skips.values())}
-        weights |= {one: -scale for one, scale in skips.items()}
-        return tuple(weights[one] for one in self.passes(step))
+        isolation = self._isolation_scale(step) - 1
+        skips = {skip.name: skip.scale[step] for skip in self.skips if skip.is_on(step)}
+        plain = {UNCOND: 1 - cfg, ISOLATION: -isolation, COND: cfg + sum(skips.values()) + isolation}
+        return tuple(-skips.get(one.name, 0.0) if one.is_skip else plain[one] for one in self.passes(step))
 
 
 def _of_experts(
@@ -146,6 +194,12 @@ def _of_experts(
         return first
     triples = zip(first, seconds, experts, strict=True)
     return tuple(own if expert else scale for scale, own, expert in triples)
+
+
+def _isolation(scale: Scale, sigmas: Sequence[float]) -> tuple[float, ...]:
+    """As diffusers decides it: at 1 and below, there is no isolation pass."""
+    scales = tuple(max(one, 1.0) for one in per_step("modality_scale", scale, sigmas))
+    return scales if any(one != 1 for one in scales) else ()
 
 
 def _swinging(scale: Scale, timesteps: Sequence[float]) -> list[float]:

@@ -8,7 +8,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from stg_trt.models import quantization
 from stg_trt.models.config_file import read_config, read_optional_config
 from stg_trt.models.families import family_for, stand_in_for
 from stg_trt.models.lora import AppliedLora, Lora, LoraWeights, parse_loras
+from stg_trt.models.published import published, published_data
 from stg_trt.models.random_weights import random_weights as draw_weights
 from stg_trt.models.single_file import ConvertedWeights
 from stg_trt.models.source import Source
@@ -34,12 +34,6 @@ _NOTES = ("_diffusers_version", "_name_or_path")
 _SETTINGS = ("expand_timesteps",)
 
 
-def published() -> tuple[str, ...]:
-    """Names of the model configurations that ship with the package."""
-    entries = (resources.files("stg_trt") / "published").iterdir()
-    return tuple(sorted(e.name.removesuffix(".json") for e in entries if e.name.endswith(".json")))
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """Where the configuration and the weights come from; `source` is None for random weights."""
@@ -52,6 +46,7 @@ class Checkpoint:
     model_index: dict[str, Any] | None = None
     lora: tuple[Lora, ...] = ()
     image_encoder_config: dict[str, Any] | None = None
+    connectors_config: dict[str, Any] | None = None
 
     @classmethod
     def open(
@@ -80,13 +75,21 @@ class Checkpoint:
         scheduler = _config_or(source.folder / "scheduler" / "scheduler_config.json", others)
         vae = read_optional_config(source.folder / "vae" / "config.json")
         index = read_optional_config(source.folder / "model_index.json") or others.get("model_index")
-        eyes = read_optional_config(source.folder / "image_encoder" / "config.json")
+        opened = cls(
+            source.name,
+            None if random_weights else source,
+            transformer,
+            vae,
+            scheduler,
+            index,
+            image_encoder_config=read_optional_config(source.folder / "image_encoder" / "config.json"),
+            connectors_config=read_optional_config(source.folder / "connectors" / "config.json"),
+        )
         if random_weights:
             _check_no_lora(lora)
-            return cls(source.name, None, transformer, vae, scheduler, index, image_encoder_config=eyes)
+            return opened
         quantization.check_config(transformer, source.folder / source.denoiser / "config.json")
         source.check_transformer(source.denoiser)
-        opened = cls(source.name, source, transformer, vae, scheduler, index, image_encoder_config=eyes)
         if lora and not opened.family.takes_lora:
             raise InvalidRequest(
                 f"lora: expected none for {opened.family.name}, of whose layers diffusers merges none, got "
@@ -130,6 +133,7 @@ class Checkpoint:
             self.model_index,
             self.origin,
             self.image_encoder_config,
+            self.connectors_config,
         )
 
     @property
@@ -168,9 +172,8 @@ class Checkpoint:
     @property
     def has_text_encoder(self) -> bool:
         """Whether a text encoder and a tokenizer are there, so that a prompt can be embedded."""
-        return (
-            self.source is not None and bool(self.text_parts) and all(map(self.source.has, self.text_parts))
-        )
+        parts = self.text_parts
+        return self.source is not None and bool(parts) and all(map(self.source.has, parts))
 
     @property
     def text_parts(self) -> tuple[str, ...]:
@@ -286,7 +289,7 @@ class Checkpoint:
 
     def segment_fingerprint(self, segment: Segment) -> str:
         """Of the weights of a segment: the checkpoint's fingerprint, unless a LoRA changes some of them."""
-        ends: tuple[None, ...] = (None,) if segment.front or segment.back or segment.text else ()
+        ends: tuple[None, ...] = (None,) if segment.has_ends else ()
         loras = self._loras_of(segment.expert)
         own = [lora.of_blocks(self.family, (*ends, *segment.blocks)) for lora in loras]
         merged = [lora.sha256() for lora in own if lora.tensors]
@@ -301,21 +304,25 @@ class Checkpoint:
     def _loras_of(self, expert: int) -> list[LoraWeights]:
         return [weights for weights in self._lora_weights if weights.lora.expert == expert]
 
-    def load_transformer(self, blocks: Iterable[int] | None = None, expert: int = 0) -> Any:
-        """A diffusers transformer in float32 on the CPU; other blocks than `blocks` stay without memory."""
+    def load_transformer(
+        self, blocks: Iterable[int] | None = None, expert: int = 0, ends: bool = True
+    ) -> Any:
+        """A diffusers transformer in float32 on the CPU; other blocks than `blocks` stay without memory.
+
+        So do weights of no block, except those that every block reads, unless `ends`.
+        """
+        from stg_trt.models.timestep_embedding import fix_frequencies
+
         family, part = self.family, self.family.transformers[expert]
-        wanted = set(range(family.num_blocks) if blocks is None else blocks)
-        transformer = self._empty_transformer()
+        wanted = {*(range(family.num_blocks) if blocks is None else blocks), *([None] if ends else [])}
+        transformer, shared = self._empty_transformer(), family.shared_weights
         everything = transformer.state_dict()
-        expected = {
-            name: tensor
-            for name, tensor in everything.items()
-            if (block := family.block_of(name)) is None or block in wanted
-        }
+        expected = {n: w for n, w in everything.items() if n in shared or family.block_of(n) in wanted}
         weights = self._read(expected, everything, part, part if expert else "")
         transformer.load_state_dict(weights, strict=False, assign=True)
         for lora in self._loras_of(expert):
-            lora.of_blocks(family, (None, *wanted)).merge(transformer)
+            lora.of_blocks(family, wanted).merge(transformer)
+        fix_frequencies(transformer)
         return transformer.eval().requires_grad_(False)
 
     def weight(self, name: str) -> Tensor:
@@ -377,21 +384,15 @@ def _open_published(name: str, random_weights: bool) -> Checkpoint:
             f"checkpoint: expected a folder with weights, got the configuration {name}: "
             "give a diffusers folder or add --random-weights"
         )
-    data = _published_data(name)
+    data = published_data(name)
     transformer, vae, scheduler = data["transformer"], data["vae"], data["scheduler"]
     return Checkpoint(name, None, transformer, vae, scheduler, data.get("model_index"))
-
-
-def _published_data(name: str) -> dict[str, Any]:
-    file = resources.files("stg_trt") / "published" / f"{name}.json"
-    data: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    return data
 
 
 def _stand_in(transformer: Mapping[str, Any]) -> dict[str, Any]:
     """The shipped configuration whose other parts a folder of this transformer may leave out."""
     name = stand_in_for(transformer)
-    return _published_data(name) if name is not None else {}
+    return published_data(name) if name is not None else {}
 
 
 def _config_or(path: Path, others: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from stg_trt.models.passes import SkipBlocksByName
 class Defaults:
     """A family's published sampling defaults (diffusers block numbering); `steps` of a distilled model.
 
-    With a `min_guidance_scale`, CFG rises over a video's frames, from it to `guidance_scale`.
+    With a `min_guidance_scale`, CFG rises over a video's frames, from it to `guidance_scale`. The scales in
+    `sound` are those of a model's sound.
     """
 
     stg_mode: str
@@ -26,3 +27,5 @@ class Defaults:
     embedded_guidance: float | None = None
     steps: CustomSteps | None = None
     min_guidance_scale: float | None = None
+    modality_scale: float = 1.0
+    sound: Defaults | None = None

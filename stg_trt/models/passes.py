@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from stg_trt.errors import InvalidRequest
@@ -16,7 +16,7 @@ SkipBlocksByName = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Pass:
-    """One row per video. A skip pass has a perturbation; uncond and cond have none."""
+    """One row per video. A skip pass has a perturbation; uncond, cond and isolation have none."""
 
     name: str
     perturbation: Perturbation | None = None
@@ -29,48 +29,58 @@ class Pass:
         """Whether the pass is perturbed, and computes what cond computes up to its first perturbed block."""
         return self.perturbation is not None
 
+    def of_stream(self, stream: str) -> Pass:
+        """The same skip pass, which perturbs one stream alone."""
+        assert self.perturbation is not None
+        return replace(self, perturbation=self.perturbation.of_stream(stream))
+
     def perturbs(self, block: int) -> bool:
         """Whether the pass perturbs a block."""
         return self.perturbation is not None and block in self.perturbation.blocks
 
 
 UNCOND, COND = Pass("uncond"), Pass("cond")
+ISOLATION = Pass("isolation")
+"""The prompt's prediction by streams that do not see each other; no block of it is shared."""
 SKIP = "skip"
 """The name of a skip pass that was given none."""
 
 
 def in_order(passes: Iterable[Pass]) -> tuple[Pass, ...]:
-    """Uncond, cond, then the skip passes as they leave the shared prefix, the earliest first.
+    """Uncond, isolation, cond, then the skip passes as they leave the shared prefix, the earliest first.
 
     In this order the passes that a segment computes are neighbours, so their rows are one slice.
     """
 
     def place(one: Pass) -> tuple[int, int]:
         if one.perturbation is None:
-            return (0, (UNCOND, COND).index(one))
+            return (0, (UNCOND, ISOLATION, COND).index(one))
         return (1, min(one.perturbation.blocks))
 
     return tuple(sorted(passes, key=place))
 
 
 def row_groups(passes: Sequence[Pass]) -> range:
-    """Where a step's passes have their rows in every buffer, a group each; the second group is cond's."""
-    first = 1 - passes.index(COND)
+    """Where a step's passes have their rows in every buffer, a group each.
+
+    The first group is uncond's, whether it is computed or not; the others all have the prompt.
+    """
+    first = 0 if UNCOND in passes else 1
     return range(first, first + len(passes))
 
 
-def most_groups(skips: int) -> int:
+def most_groups(skips: int, isolates: bool = False) -> int:
     """Row groups of steps with up to so many skip passes; engines and memory have room for one at least."""
-    return 2 + max(1, skips)
+    return 2 + isolates + max(1, skips)
 
 
 def check_pass_names(names: Iterable[str]) -> None:
     """Raises InvalidRequest for a skip pass without a name of its own."""
     for name in names:
-        if not name.isidentifier() or name in (UNCOND.name, COND.name):
+        if not name.isidentifier() or name in (UNCOND.name, ISOLATION.name, COND.name):
             raise InvalidRequest(
                 f"stg_blocks: expected names of skip passes such as spatial and temporal, got {name!r}: "
-                "use letters, other than uncond and cond"
+                "use letters, other than uncond, isolation and cond"
             )
 
 

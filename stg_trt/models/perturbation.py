@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal, overload
 
 from stg_trt.errors import InvalidRequest
@@ -13,14 +13,23 @@ MODES: tuple[Mode, ...] = ("stg-a", "stg-r")
 
 @dataclass(frozen=True)
 class Perturbation:
-    """stg-r skips the blocks; stg-a skips their self-attention (arXiv 2411.18664, section 3.2)."""
+    """stg-r skips the blocks; stg-a skips their self-attention (arXiv 2411.18664, section 3.2).
+
+    Of a model that denoises several streams, `stream` is the only one whose attention is skipped; empty for
+    that of all.
+    """
 
     mode: str
     blocks: tuple[int, ...]
+    stream: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
         check_mode(self.mode)
         object.__setattr__(self, "blocks", tuple(sorted(set(self.blocks))))
+
+    def of_stream(self, stream: str) -> Perturbation:
+        """The same of one stream; stg-r skips whole blocks, with all streams in them."""
+        return self if self.mode == "stg-r" else replace(self, stream=stream)
 
 
 def check_mode(mode: str) -> None:

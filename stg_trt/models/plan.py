@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
 
-from stg_trt.models.passes import COND, SKIP, UNCOND, Pass, in_order, row_groups
+from stg_trt.models.passes import COND, ISOLATION, SKIP, UNCOND, Pass, in_order, row_groups
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.segment import Segment, blocks_of_expert
 
@@ -61,11 +61,16 @@ def plan_step(segments: Sequence[Segment], passes: Sequence[Pass], expert: int =
 
 
 def row_counts(
-    segments: Sequence[Segment], segment: Segment, built: Perturbation, skips: int = 1
+    segments: Sequence[Segment],
+    segment: Segment,
+    built: Perturbation,
+    skips: int = 1,
+    isolates: bool = False,
 ) -> frozenset[int]:
     """The rows per video that a step can run a segment with: up to `skips` passes, any part of `built`.
 
     One block per pass shows them all: before it a skip pass is the cond pass, after it both are computed.
+    `isolates`: the model has an isolation pass.
     """
     if any(other.skipped for other in segments):
         parts = [built] if built.blocks else []
@@ -77,9 +82,10 @@ def row_counts(
         for several in combinations_with_replacement(parts, count)
     )
     plans = (
-        plan_step(segments, (*plain, *skip), segment.expert)
+        plan_step(segments, (*uncond, *isolation, COND, *skip), segment.expert)
         for skip in chosen
-        for plain in ((COND,), (UNCOND, COND))
+        for uncond in ((), (UNCOND,))
+        for isolation in ((), (ISOLATION,))[: 1 + isolates]
     )
     return frozenset(len(run.passes) for plan in plans for run in plan.runs if run.segment == segment)
 

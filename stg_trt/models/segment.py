@@ -42,6 +42,11 @@ class Segment:
         """The block numbers."""
         return range(self.start, self.stop)
 
+    @property
+    def has_ends(self) -> bool:
+        """Whether it reads weights that belong to no block."""
+        return self.front or self.back or self.text
+
     def of_expert(self, expert: int) -> Segment:
         """The same segment of another transformer, named after its folder in the checkpoint."""
         return replace(self, name=f"transformer_{expert + 1}_{self.name}", expert=expert) if expert else self

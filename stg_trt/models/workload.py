@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from stg_trt.errors import InvalidRequest
@@ -9,11 +10,20 @@ from stg_trt.errors import InvalidRequest
 _PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 
 
+def chosen_frame_rate(given: float | None, usual: float) -> float:
+    """Frames per second: those that were given, or the usual ones; raises InvalidRequest for none above 0."""
+    rate = usual if given is None else given
+    if not 0 < rate < math.inf:
+        raise InvalidRequest(f"frame_rate: expected frames per second above 0, got {rate}: use {usual:g}")
+    return rate
+
+
 @dataclass(frozen=True)
 class Workload:
     """Pixels, frames, text tokens, and the precision of weights and activations.
 
     `condition_frames` are the latent frames of pictures for later frames: tokens beside the video's.
+    `audio_num_frames` are latents in time of the sound.
     """
 
     height: int
@@ -22,6 +32,7 @@ class Workload:
     text_length: int
     precision: str = "fp32"
     condition_frames: int = 0
+    audio_num_frames: int = 0
 
     def __post_init__(self) -> None:
         if self.precision not in _PRECISIONS:
@@ -45,4 +56,5 @@ class Workload:
 
     def __str__(self) -> str:
         beside = f"+{self.condition_frames}" if self.condition_frames else ""
-        return f"{self.width}x{self.height}x{self.num_frames}{beside}"
+        sound = f"a{self.audio_num_frames}" if self.audio_num_frames else ""
+        return f"{self.width}x{self.height}x{self.num_frames}{beside}{sound}"

@@ -23,7 +23,7 @@ def test_a_step_starts_from_a_history(engines: Path, wan_scenario: Scenario) -> 
     for _ in range(2):
         work.reset()
         work.run()
-    found = loaded.state.latents
+    found = loaded.state.video.latents
 
     model, preds = wan_scenario.opened.load_transformer(), [*inputs.earlier]
     with perturbed_skip_row(wan_scenario, model):

@@ -241,7 +241,9 @@ def test_the_next_attention_kernel_takes_the_place_of_one_that_refuses(
     specs = tuple(family.inputs(segment, LTX.workload)), tuple(family.outputs(segment, LTX.workload))
     job = Job(segment, *specs, (1, 3, 6), tmp_path, lambda phase: None)
     module = family.module(LTX.checkpoint.load_transformer(segment.blocks), segment, expand_masks=False)
-    exported = compiler.export(job, iter([(segment, module)]))
+    export = compiler.export(job)
+    export.append(segment, module)
+    exported = export.finish()
     nothing = ReusableFiles(tmp_path, segmented.manifest.model_copy(update={"segments": ()}))
     with pytest.warns(UserWarning, match="no plan; compiling it again without FLASH_ATTENTION, .*CUDNN_ATT"):
         compiled = compiler.compile(job, exported, "cpu", nothing)

@@ -296,7 +296,7 @@ def test_a_slow_attention_misses_its_gate(
     message: str,
 ) -> None:
     monkeypatch.setattr(SegmentModule, "attend", attend)
-    monkeypatch.setattr(OnnxCompiler, "_graph", with_new_blocks(OnnxCompiler._graph))
+    monkeypatch.setattr(OnnxCompiler, "graph_of", with_new_blocks(OnnxCompiler.graph_of))
     with pytest.raises(GateMissed, match=message):
         one_block()
 

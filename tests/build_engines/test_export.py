@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stg_trt.build_engines import joined_graph
+from stg_trt.build_engines import graph_weights
 from stg_trt.build_engines.joined_graph import files_of
 from stg_trt.engines.store import EngineRequest, EngineStore
 from stg_trt.errors import GateMissed
@@ -46,7 +46,7 @@ def run(path: Path, feed: dict[str, Tensor]) -> list[np.ndarray]:
 def test_a_graph_runs_at_any_number_of_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedded_bytes: int
 ) -> None:
-    monkeypatch.setattr(joined_graph, "_EMBEDDED_BYTES", embedded_bytes)
+    monkeypatch.setattr(graph_weights, "_EMBEDDED_BYTES", embedded_bytes)
     path, module = tmp_path / "affine.onnx", Affine().eval()
     export_alone(module, (X, TABLE), path)
     assert len(files_of(path)) == (2 if embedded_bytes == 0 else 1)

@@ -20,7 +20,7 @@ from stg_trt.build_engines.aoti_package import attention_kernels, compile_packag
 from stg_trt.build_engines.compiler import tolerance_of
 from stg_trt.build_engines.trace import Trace, trace
 from stg_trt.build_engines.weights import weights_of
-from stg_trt.models.families.base import KEEP_ATTENTION
+from stg_trt.models.families.keep_flags import KEEP_ATTENTION
 from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.segment import Segment

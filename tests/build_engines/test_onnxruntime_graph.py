@@ -24,7 +24,7 @@ BLOCK = Segment("block", 1, 2)
 ROTATIONS = [(LTX, 2), (WAN, 2), (HUNYUAN_VIDEO, 2), (COGVIDEOX["5b"], 2), (COGVIDEOX["2b"], 0), (MOCHI, 0)]
 
 
-def joined(case: FamilyCase) -> JoinedGraph:
+def joined(case: FamilyCase, path: Path) -> JoinedGraph:
     family, workload = case.family, case.workload
     inputs = family.inputs(BLOCK, workload)
     module = family.module(case.checkpoint.load_transformer(BLOCK.blocks), BLOCK, expand_masks=True).eval()
@@ -32,7 +32,7 @@ def joined(case: FamilyCase) -> JoinedGraph:
     graphs = OnnxCompiler._graphs
     if key not in graphs:
         graphs[key] = export("block", module, inputs, opset=23, max_rows=TRACED_MAX_ROWS)
-    graph = JoinedGraph(list(inputs))
+    graph = JoinedGraph(inputs, path)
     graph.append("block", graphs[key], module)
     return graph
 
@@ -42,8 +42,8 @@ def joined(case: FamilyCase) -> JoinedGraph:
 def test_rotations_become_one_operator(case: FamilyCase, count: int, tmp_path: Path) -> None:
     outputs, found = case.family.borders(BLOCK)[1], []
     paths = tmp_path / "as_exported.onnx", tmp_path / "fused.onnx"
-    joined(case).save(paths[0], outputs)
-    joined(case).save(paths[1], outputs, lambda graph: found.append(fuse_rotations(graph)))
+    joined(case, paths[0]).save(outputs)
+    joined(case, paths[1]).save(outputs, lambda graph: found.append(fuse_rotations(graph)))
     kinds = [node.op_type for node in onnx.load(paths[1]).graph.node]
     assert found == [count] and kinds.count("RotaryEmbedding") == count
     sessions = [ort.InferenceSession(path, providers=["CPUExecutionProvider"]) for path in paths]
@@ -96,7 +96,7 @@ def rotation(line: str = "", other: str = "") -> ir.Graph:
 def test_norms_without_a_weight_share_one_scale(tmp_path: Path) -> None:
     """The exporter makes ones of the size of all hidden states for each, in every run."""
     path = tmp_path / "block.onnx"
-    joined(LTX).save(path, LTX.family.borders(BLOCK)[1])
+    joined(LTX, path).save(LTX.family.borders(BLOCK)[1])
     graph = onnx.load(path).graph
     assert "ConstantOfShape" not in {node.op_type for node in graph.node}
     sizes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}

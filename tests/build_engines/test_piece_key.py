@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,11 @@ def export(compiler: InductorCompiler, segment: Segment, folder: Path) -> Export
     family = checkpoint.family
     borders = tuple(family.inputs(segment, workload)), tuple(family.outputs(segment, workload))
 
-    def modules() -> Iterator[tuple[Segment, SegmentModule]]:
-        for piece in pieces_of(segment):
-            yield piece, family.module(checkpoint.load_transformer(piece.blocks), piece, expand_masks=False)
-
-    return compiler.export(Job(segment, *borders, (1, 3, 6), folder, lambda phase: None), modules())
+    export = compiler.export(Job(segment, *borders, (1, 3, 6), folder, lambda phase: None))
+    for piece in pieces_of(segment):
+        transformer = checkpoint.load_transformer(piece.blocks, ends=piece.has_ends)
+        export.append(piece, family.module(transformer, piece, expand_masks=False))
+    return export.finish()
 
 
 @pytest.mark.parametrize(("case", "kinds"), KINDS, ids=str)

@@ -98,6 +98,15 @@ def test_joined_pieces_are_the_whole_segment(case: Case, tmp_path: Path) -> None
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_block_needs_the_weights_of_no_other_piece(case: Case) -> None:
+    """Nor those of embedding and head, but for what the family says that its blocks share."""
+    for piece in pieces_of(case.segment):
+        transformer = case.checkpoint.load_transformer(piece.blocks, ends=piece.has_ends)
+        module = case.checkpoint.family.module(transformer, piece, expand_masks=True)
+        assert not [name for name, weight in module.named_parameters() if weight.is_meta]
+
+
 def scaled(axis: int = -1, factor: float = 2.0, source: str = "x") -> ir.Graph:
     """softmax(x), copied, times a factor."""
     x = ir.Value(name=source, shape=ir.Shape([2]), type=ir.TensorType(ir.DataType.FLOAT))

@@ -16,11 +16,12 @@ from stg_trt.build_engines.command import build as build_command
 from stg_trt.build_engines.verify_command import verify as verify_command
 from stg_trt.cli.inspect import inspect as inspect_command
 from stg_trt.cli.main import _application
-from stg_trt.models.checkpoint import Checkpoint, published
+from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.families.base import ModelFamily
 from stg_trt.models.passes import COND, Pass, all_blocks, read_skips
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.plan import full_plan, plan_step
+from stg_trt.models.published import published
 from stg_trt.models.workload import Workload
 from stg_trt.runtime.command import generate as generate_command
 from tests.docs.pages import ROOT, table, text
@@ -35,6 +36,8 @@ FAMILIES = {
     "Wan 2.2": "wan2.2-t2v-a14b",
     "Wan 2.2 TI2V": "wan2.2-ti2v-5b",
     "Open-Sora": "open-sora-1.2",
+    "LTX-2": "ltx-2",
+    "LTX-2.3": "ltx-2.3",
     "Stable Video Diffusion": "svd-xt",
 }
 MESSAGES = {error.__name__ for error in errors.StgTrtError.__subclasses__()} | {"warnings.warn"}
@@ -155,7 +158,8 @@ def test_costs_are_those_of_the_plans(row: dict[str, str]) -> None:
     """FLOPs of a step with the family's STG over one without, shared and in full; the README's too."""
     of = family(row["configuration"].strip("`"))
     width, height, frames = map(int, row["size"].split("x"))
-    workload = Workload(height, width, frames, of.defaults.text_length, "bf16")
+    sound = of.audio_num_frames(frames, of.defaults.frame_rate)
+    workload = Workload(height, width, frames, of.defaults.text_length, "bf16", audio_num_frames=sound)
     of.check(workload)
     mode, skips = of.defaults.stg_mode, read_skips(of.defaults.stg_blocks)
     segments = of.segments("segmented", mode, all_blocks(skips))

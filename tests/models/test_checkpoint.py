@@ -20,7 +20,8 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.models.checkpoint import Checkpoint, published
+from stg_trt.models.checkpoint import Checkpoint
+from stg_trt.models.published import published
 from tests.support.family_cases.case import GOLDENS
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -77,13 +78,15 @@ def test_half_precision_weights_are_loaded_as_float32(folder: Path) -> None:
         assert torch.equal(tensor, stored[name].float()) and tensor.dtype == torch.float32
 
 
+@pytest.mark.parametrize("ends", [False, True])
 @pytest.mark.parametrize("random_weights", [False, True])
-def test_only_the_asked_blocks_take_memory(ltx_checkpoint: Path, random_weights: bool) -> None:
-    model = Checkpoint.open(ltx_checkpoint, random_weights=random_weights).load_transformer([1, 3])
+def test_only_the_asked_blocks_take_memory(ltx_checkpoint: Path, random_weights: bool, ends: bool) -> None:
+    checkpoint = Checkpoint.open(ltx_checkpoint, random_weights=random_weights)
+    model = checkpoint.load_transformer([1, 3], ends=ends)
     for number, block in enumerate(model.transformer_blocks):
         assert {p.is_meta for p in block.parameters()} == {number not in (1, 3)}
     others = [p for name, p in model.named_parameters() if not name.startswith("transformer_blocks")]
-    assert not any(p.is_meta for p in others)
+    assert {p.is_meta for p in others} == {not ends}
 
 
 def test_random_weights_are_seeded_by_name(ltx_checkpoint: Path) -> None:
@@ -157,6 +160,8 @@ def test_published_configurations_open() -> None:
         "hunyuan-video": (60, flow_euler),
         "hunyuan-video-i2v": (60, flow_euler),
         "hunyuan-video-i2v-33ch": (60, flow_euler),
+        "ltx-2": (48, flow_euler),
+        "ltx-2.3": (48, flow_euler),
         "ltx-video-13b": (48, flow_euler),
         "ltx-video-2b": (28, flow_euler),
         "mochi-1-preview": (48, flow_euler),

@@ -210,4 +210,34 @@ IN_BUILD_ENGINES = (
         "_block(segment, block) for block in segment.blocks[:-1] if",
         ("tests/build_engines/test_whole_export.py::test_joined_pieces_are_the_whole_segment[ltx]",),
     ),
+    Mistake(
+        "weights do not begin with a page of their file",
+        "build_engines/graph_weights.py",
+        "file.write(bytes(-file.tell() % _ALIGNMENT))",
+        "file.write(bytes(file.tell() % _ALIGNMENT))",
+        ("tests/build_engines/test_graph_weights.py::test_every_weight_is_what_it_was[5000]",),
+    ),
+    Mistake(
+        "a block is loaded with embedding and head",
+        "stg_trt/models/checkpoint.py",
+        "*([None] if ends else [])",
+        "None",
+        ("tests/models/test_checkpoint.py::test_only_the_asked_blocks_take_memory[False-False]",),
+    ),
+    Mistake(
+        "the nearest piece of a segment is recorded",
+        "build_engines/verify.py",
+        "        max(at_timestep, key=lambda found: found.relative_l2) for",
+        "        min(at_timestep, key=lambda found: found.relative_l2) for",
+        ("tests/build_engines/test_segment_build.py::test_of_all_pieces_the_farthest_is_recorded",),
+    ),
+    Mistake(
+        "what all blocks read is loaded with embedding and head alone",
+        "stg_trt/models/checkpoint.py",
+        "if n in shared or family.block_of(n) in wanted",
+        "if family.block_of(n) in wanted",
+        (
+            "tests/build_engines/test_whole_export.py::test_a_block_needs_the_weights_of_no_other_piece[mochi]",
+        ),
+    ),
 )

@@ -140,8 +140,8 @@ IN_MODELS = (
     Mistake(
         "the videos of a prompt do not lie next to each other",
         "stg_trt/models/text.py",
-        "self.embeds.repeat_interleave(times, 0)",
-        "torch.cat([self.embeds] * times)",
+        "lambda tensor: tensor.repeat_interleave(times, 0)",
+        "lambda tensor: torch.cat([tensor] * times)",
         ("tests/runtime/test_prompts.py::test_embeddings_are_padded_and_repeated",),
     ),
     Mistake(

@@ -23,7 +23,7 @@ IN_RUNTIME = (
     Mistake(
         "the conditional rows skip their attention",
         "runtime/bound_plan.py",
-        "[one not in run.perturbed for one in run.passes]",
+        "[not _skips_attention(one, run, stream) for one in run.passes]",
         "[one != COND for one in run.passes]",
         (f"{_FAMILIES}::test_one_cut_serves_every_subset_of_its_blocks",),
     ),
@@ -177,8 +177,8 @@ IN_RUNTIME = (
     Mistake(
         "padding is a real token",
         "runtime/prompts.py",
-        "pad(mask.float(), (0, missing))",
-        "pad(mask.float(), (0, missing), value=1.0)",
+        "pad(mask.float(), room)",
+        "pad(mask.float(), room, value=1.0)",
         ("tests/runtime/test_prompts.py::test_embeddings_are_padded_and_repeated",),
     ),
     Mistake(
@@ -240,8 +240,8 @@ IN_RUNTIME = (
     Mistake(
         "what a callback edits in place is lost",
         "runtime/callbacks.py",
-        "    step.latents = _checked(",
-        "    _checked(",
+        "    step.replace({name: _checked(",
+        "    print({name: _checked(",
         (f"{_CALLS}::test_a_callback_edits_in_place",),
     ),
     Mistake(

@@ -104,17 +104,17 @@ def test_the_stand_in_punishes_what_a_gpu_would(gpu: SimulatedGpu, device: Simul
 
 def test_replay_and_plain_run_are_compared_in_all_that_a_step_leaves() -> None:
     pred, change, counter = torch.randn(3, 4, 5), 1e-3 * torch.randn(1, 4, 5), torch.tensor([1])
-    plain = _Outcome(pred, change, counter)
-    assert _Outcome(pred, change, counter).distance(plain) == 0
-    assert _Outcome(pred * 1.01, change, counter).distance(plain) == pytest.approx(0.01, rel=1e-3)
-    assert _Outcome(pred, change * 1.01, counter).distance(plain) == pytest.approx(0.01, rel=1e-3)
+    plain = _Outcome((pred, change), counter)
+    assert _Outcome((pred, change), counter).distance(plain) == 0
+    assert _Outcome((pred * 1.01, change), counter).distance(plain) == pytest.approx(0.01, rel=1e-3)
+    assert _Outcome((pred, change * 1.01), counter).distance(plain) == pytest.approx(0.01, rel=1e-3)
     small = pred * torch.tensor([1.0, 1e-3, 1.0])[:, None, None]
     off = small * torch.tensor([1.0, 1.5, 1.0])[:, None, None]
-    assert _Outcome(off, change, counter).distance(_Outcome(small, change, counter)) == pytest.approx(0.5)
-    assert _Outcome(pred, change, counter + 1).distance(plain) == math.inf
+    assert _Outcome((off, change), counter).distance(_Outcome((small, change), counter)) == pytest.approx(0.5)
+    assert _Outcome((pred, change), counter + 1).distance(plain) == math.inf
     lost = pred.clone()
     lost[1, 2, 3] = math.nan
-    assert math.isnan(_Outcome(lost, change, counter).distance(plain))
+    assert math.isnan(_Outcome((lost, change), counter).distance(plain))
 
 
 @torch.no_grad()
@@ -125,7 +125,7 @@ def test_every_state_of_a_run_is_captured_before_its_first_step(
 
     def noted(work: Callable[[], None]) -> SimulatedGraph:
         assert sampler._state is not None
-        captured_at.append(int(sampler._state.table.counter))
+        captured_at.append(int(sampler._state.video.table.counter))
         return capture(work)
 
     monkeypatch.setattr(device, "capture", noted)

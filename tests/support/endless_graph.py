@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from unittest import mock
 
 import onnx
 from onnx import TensorProto, helper
 
+from stg_trt.build_engines.export import PieceGraph
+from stg_trt.build_engines.onnx_compiler import OnnxCompiler
 from stg_trt.cli.main import main
 
 NEVER = 1 << 50
@@ -56,11 +57,12 @@ def loop_after(model: onnx.ModelProto, switch: str, *, below: float) -> None:
 def stg_trt_with_an_endless_gate() -> None:
     """`stg-trt` whose gate runs graphs that have been given a loop without end."""
 
-    def endless(compiler: object, graph: Path) -> Path:
-        model = onnx.load(graph)
-        loop_after(model, model.graph.input[0].name, below=math.inf)
-        onnx.save(model, graph)
-        return graph
+    runnable = OnnxCompiler._runnable
 
-    with mock.patch("stg_trt.build_engines.onnx_compiler.OnnxCompiler._runnable", endless):
+    def endless(compiler: OnnxCompiler, piece: PieceGraph) -> onnx.ModelProto:
+        model = runnable(compiler, piece)
+        loop_after(model, model.graph.input[0].name, below=math.inf)
+        return model
+
+    with mock.patch.object(OnnxCompiler, "_runnable", endless):
         main()

@@ -22,9 +22,9 @@ def export_alone(
     module: SegmentModule, inputs: Sequence[TensorSpec], path: Path, *, opset: int = 23, max_rows: int = 6
 ) -> None:
     """Writes the graph of a segment of one piece."""
-    graph = JoinedGraph(inputs)
+    graph = JoinedGraph(inputs, path)
     graph.append("alone", export(path.stem, module, inputs, opset=opset, max_rows=max_rows), module)
-    graph.save(path, module.outputs)
+    graph.save(module.outputs)
 
 
 def write_graph(
@@ -37,7 +37,7 @@ def write_graph(
 ) -> set[PieceKey]:
     """Writes the segment's graph, joined from those of `pieces`; the kinds of them. `graphs` are exported."""
     family, transformer, kinds = checkpoint.family, checkpoint.load_transformer(), set()
-    joined = JoinedGraph(family.inputs(segment, workload))
+    joined = JoinedGraph(family.inputs(segment, workload), path)
     for piece in pieces:
         module = family.module(transformer, piece, expand_masks=True).eval()
         inputs, outputs = family.inputs(piece, workload), family.outputs(piece, workload)
@@ -46,5 +46,5 @@ def write_graph(
             graphs[key] = export("seg", module, inputs, opset=23, max_rows=TRACED_MAX_ROWS)
         kinds.add(key)
         joined.append(piece.name, graphs[key], module)
-    joined.save(path, family.borders(segment)[1])
+    joined.save(family.borders(segment)[1])
     return kinds

@@ -7,7 +7,7 @@ import torch
 from stg_trt.guidance.resolved import ResolvedGuidance
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
-from stg_trt.models.families.base import keep_attention_spec
+from stg_trt.models.families.keep_flags import keep_attention_spec
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.runtime.state import RunSize, StepBuffers, StepState
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _FAMILIES = {
     "CogVideoXTransformer3DModel": ("cogvideox", "CogVideoX"),
     "HunyuanVideoTransformer3DModel": ("hunyuan_video", "HunyuanVideo"),
+    "LTX2VideoTransformer3DModel": ("ltx2", "LTX2"),
     "LTXVideoTransformer3DModel": ("ltx_video", "LTXVideo"),
     "MochiTransformer3DModel": ("mochi", "Mochi"),
     "STDiT3": ("open_sora", "OpenSora"),
@@ -79,6 +80,7 @@ def family_for(
     model_index: dict[str, Any] | None = None,
     origin: str = "",
     image_encoder_config: dict[str, Any] | None = None,
+    connectors_config: dict[str, Any] | None = None,
 ) -> ModelFamily:
     """The family of a transformer's config.json; raises InvalidRequest for an unknown class.
 
@@ -87,4 +89,4 @@ def family_for(
     check_class(config)
     module, name = _FAMILIES[class_name_of(config)]
     family: type[ModelFamily] = getattr(importlib.import_module(f"stg_trt.models.families.{module}"), name)
-    return family(config, vae_config, model_index, origin, image_encoder_config)
+    return family(config, vae_config, model_index, origin, image_encoder_config, connectors_config)

@@ -16,12 +16,11 @@ from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.image import ImageCondition, Images, Places
 from stg_trt.models.segment import Segment, cut
 from stg_trt.models.sound import SoundDecoder
-from stg_trt.models.tensor_spec import ROWS, TensorSpec, index_of
+from stg_trt.models.stream import VIDEO, RescaleSpace, Stream
+from stg_trt.models.tensor_spec import TensorSpec, index_of
 from stg_trt.models.text import Connector, TextCondition
 from stg_trt.models.workload import Workload
 
-KEEP_ATTENTION = "keep_attention"
-KEEP_LAYER = "keep_layer"
 CONDITION = "condition"
 IMAGE_EMBEDS = "image_embeds"
 POOLED = "pooled_prompt_embeds"
@@ -36,7 +35,7 @@ class ModelFamily(ABC):
     export_version: ClassVar[int]
     pipeline_class: str
     defaults: Defaults
-    has_text_segment: ClassVar[bool]
+    has_text_segment: bool
     # False if diffusers' pipeline takes embeddings without a mask; their padding is zeros.
     has_text_mask: ClassVar[bool] = True
     # False if there is no prompt: the pictures say what is made.
@@ -52,6 +51,8 @@ class ModelFamily(ABC):
     takes_true_cfg: ClassVar[bool] = False
     # The entries of the transformer's config.json that count blocks, in the order of their numbers.
     block_counts: ClassVar[tuple[str, ...]] = ("num_layers",)
+    # Weights of no block that every block reads.
+    shared_weights: ClassVar[frozenset[str]] = frozenset()
     # Pictures that a call may give and needs not; whether it may give some for any frame.
     optional_images: tuple[str, ...] = ()
     takes_conditions: bool = False
@@ -67,6 +68,10 @@ class ModelFamily(ABC):
     # Parts of the pipeline that are to run in float32 on a GPU too.
     float32_components: ClassVar[frozenset[str]] = frozenset()
     decode_options: ClassVar[frozenset[str]] = frozenset()
+    # What it denoises side by side; whether a pass hides them from each other; what its pipeline rescales.
+    streams: ClassVar[tuple[Stream, ...]] = (VIDEO,)
+    isolates: ClassVar[bool] = False
+    rescale_space: ClassVar[RescaleSpace] = "prediction"
     # TensorRT plugins that can replace a part of the blocks.
     plugins: ClassVar[frozenset[str]] = frozenset()
 
@@ -77,6 +82,7 @@ class ModelFamily(ABC):
         model_index: Mapping[str, Any] | None = None,
         origin: str = "",
         image_encoder_config: Mapping[str, Any] | None = None,
+        connectors_config: Mapping[str, Any] | None = None,
     ) -> None:
         # Not copied: a checkpoint's configuration says which file lacks an entry.
         self.config = config
@@ -84,6 +90,7 @@ class ModelFamily(ABC):
         self.model_index = model_index or {}
         self.origin = origin
         self.image_encoder_config = image_encoder_config
+        self.connectors_config = connectors_config
 
     def network_class(self) -> Any:
         """The class of the whole network: diffusers', unless the family has its own."""
@@ -305,6 +312,18 @@ class ModelFamily(ABC):
         """(videos, *noise_shape) to the layout the transformer takes."""
         return latents
 
+    def audio_num_frames(self, num_frames: int, frame_rate: float) -> int:
+        """Latents in time of the sound of a video; 0 without sound."""
+        return 0
+
+    def audio_noise_shape(self, workload: Workload) -> tuple[int, ...]:
+        """The shape in which diffusers' pipeline draws the noise of a video's sound."""
+        raise TypeError(f"{type(self).__name__} does not define audio_noise_shape")
+
+    def pack_audio(self, latents: Tensor) -> Tensor:
+        """(videos, *audio_noise_shape) to the layout the transformer takes."""
+        raise TypeError(f"{type(self).__name__} does not define pack_audio")
+
     def check_decode_options(self, options: Mapping[str, Any]) -> None:
         """Raises InvalidRequest, before anything is sampled, for options of `decode` that cannot be used."""
         return
@@ -364,16 +383,6 @@ def vae_video(vae: Any, latents: Tensor, *conditions: Tensor) -> Tensor:
     """
     rows = zip(*(tensor.split(1) for tensor in (latents, *conditions)), strict=True)
     return torch.cat([vae.decode(*row, return_dict=False)[0] for row in rows])
-
-
-def keep_attention_spec() -> TensorSpec:
-    """False for the rows whose self-attention is skipped."""
-    return TensorSpec(KEEP_ATTENTION, "bool", (ROWS,))
-
-
-def keep_layer_spec() -> TensorSpec:
-    """False for the rows whose self-attention layer returns its input."""
-    return TensorSpec(KEEP_LAYER, "bool", (ROWS,))
 
 
 def load_class(name: str) -> Any:

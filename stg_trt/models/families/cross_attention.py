@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from stg_trt.models.families.base import KEEP_ATTENTION
 from stg_trt.models.families.dit import DiT, DiTSegment, State, rms_norm
+from stg_trt.models.families.keep_flags import KEEP_ATTENTION
 from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
@@ -164,16 +164,3 @@ class CrossAttentionSegment(DiTSegment):
             attended = attended + self.heads(attn, query, seen, attn.add_v_proj(image), scale=scale)
         out: Tensor = attn.to_out[0](attended)
         return out
-
-    def heads(
-        self,
-        attn: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        bias: Tensor | None = None,
-        scale: float | None = None,
-    ) -> Tensor:
-        """Splits (rows, tokens, channels) into heads, attends and joins them again."""
-        split = [x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value)]
-        return self.attend(split[0], split[1], split[2], bias, scale).transpose(1, 2).flatten(2)

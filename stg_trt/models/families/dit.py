@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.config_file import positive_integer
-from stg_trt.models.families.base import ModelFamily, keep_attention_spec
+from stg_trt.models.families.base import ModelFamily
+from stg_trt.models.families.keep_flags import keep_attention_spec
 from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
@@ -213,6 +214,19 @@ class DiTSegment(SegmentModule):
     def head(self, state: State) -> Tensor:
         """The prediction, one entry per token."""
         raise TypeError(f"{type(self).__name__} does not define head")
+
+    def heads(
+        self,
+        attn: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Splits (rows, tokens, channels) into heads, attends and joins them again."""
+        split = [x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value)]
+        return self.attend(split[0], split[1], split[2], bias, scale).transpose(1, 2).flatten(2)
 
     def unpatch(self, pred: Tensor, grid: tuple[int, ...]) -> Tensor:
         """One entry per token to the layout of the latents; unchanged if tokens are latents."""

@@ -45,28 +45,21 @@ from stg_trt.models.workload import Workload
 class HunyuanVideoSegment(DoubleSingleSegment):
     """The refiner of the text, double and single blocks; modulation and norms in float32."""
 
-    frequencies: Tensor
-
     def take_embedding(self, transformer: Any) -> None:
         self.x_embedder, self.context_embedder = transformer.x_embedder, transformer.context_embedder
         self.time_text_embed = transformer.time_text_embed
-        # Made here: an engine's own exponential, a bit off, would turn the guidance by up to 4e-4 rad.
-        half = transformer.time_text_embed.time_proj.num_channels // 2
-        steps = torch.arange(half, dtype=torch.float32, device=self.x_embedder.proj.weight.device)
-        exponents = -math.log(10000) * steps / half
-        self.register_buffer("frequencies", exponents.exp(), persistent=False)
 
     def take_head(self, transformer: Any) -> None:
         self.norm_out, self.proj_out = transformer.norm_out, transformer.proj_out
 
     def embed(self, state: State) -> State:
-        embedder, waves = self.time_text_embed, self.waves(state["timestep"])
+        embedder, waves = self.time_text_embed, self.time_text_embed.time_proj(state["timestep"])
         temb = embedder.timestep_embedder(waves)
         if "guidance" in state:
-            temb = temb + embedder.guidance_embedder(self.waves(state["guidance"]))
+            temb = temb + embedder.guidance_embedder(embedder.time_proj(state["guidance"]))
         temb = temb + embedder.text_embedder(state[POOLED])
         if embedder.image_condition_type == "token_replace":
-            clean = embedder.timestep_embedder(self.waves(torch.zeros_like(state["timestep"])))
+            clean = embedder.timestep_embedder(embedder.time_proj(torch.zeros_like(state["timestep"])))
             temb = torch.stack([temb, clean + embedder.text_embedder(state[POOLED])], 1)
         latents = state["latents"]
         if CONDITION in state:
@@ -75,11 +68,6 @@ class HunyuanVideoSegment(DoubleSingleSegment):
         if "prompt_embeds" in state:
             embedded["encoder_hidden_states"] = self.refined(state, waves)
         return embedded
-
-    def waves(self, values: Tensor) -> Tensor:
-        """Cosines and sines (rows, channels) of a timestep or guidance (rows,)."""
-        angles = values[:, None] * self.frequencies
-        return torch.cat([angles.cos(), angles.sin()], 1)
 
     def refined(self, state: State, waves: Tensor) -> Tensor:
         """The text after self-attention layers of its own, modulated by the timestep's waves."""

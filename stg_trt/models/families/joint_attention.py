@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stg_trt.models.families.base import KEEP_ATTENTION
 from stg_trt.models.families.dit import DiT, DiTSegment, State, gated, rms_norm, rotate
+from stg_trt.models.families.keep_flags import KEEP_ATTENTION
 from stg_trt.models.segment import Segment
 from stg_trt.models.workload import Workload
 

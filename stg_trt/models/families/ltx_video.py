@@ -24,6 +24,7 @@ from stg_trt.models.families.cross_attention import CrossAttentionDiT, CrossAtte
 from stg_trt.models.families.decode_timestep import add_decode_noise
 from stg_trt.models.families.dit import State, TextProjection, half_table, rms_norm, rotate
 from stg_trt.models.families.segment_module import SegmentModule
+from stg_trt.models.families.token_shift import TokenShift, set_even_sigmas
 from stg_trt.models.families.token_timesteps import (
     TIMESTEP_INDEX,
     TIMESTEP_LIMITS,
@@ -39,6 +40,7 @@ from stg_trt.models.workload import Workload
 
 _CONDITION_OPTIONS = frozenset({"image_cond_noise_scale", "video", "frame_index", "strength"})
 _IMAGE_PIPELINE, _CONDITION_PIPELINE = "LTXImageToVideoPipeline", "LTXConditionPipeline"
+_SHIFT = TokenShift(256, 4096, 0.5, 1.15)
 # Lightricks' configs/ltxv-13b-0.9.8-distilled.yaml, first_pass, in training steps.
 _DISTILLED = CustomSteps("timesteps", (1000.0, 993.7, 987.5, 981.2, 975.0, 909.4, 725.0))
 
@@ -280,23 +282,18 @@ class LTXVideo(CrossAttentionDiT):
         return {"video_coords": places}
 
     def set_timesteps(self, scheduler: Any, num_inference_steps: int, workload: Workload) -> None:
-        import numpy as np
         from diffusers.pipelines.ltx.pipeline_ltx_condition import linear_quadratic_schedule
 
-        takes = inspect.signature(scheduler.set_timesteps).parameters.keys()
-        wanted = {"timesteps"} if self._conditioned else {"sigmas", "mu"}
-        if not wanted <= takes:
-            # The pipeline's own timesteps need these; any other scheduler makes its own.
-            scheduler.set_timesteps(num_inference_steps)
-            return
-        if self._conditioned:
+        if not self._conditioned:
+            set_even_sigmas(scheduler, num_inference_steps, self.shift(scheduler, workload))
+        elif "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
             sigmas = linear_quadratic_schedule(num_inference_steps).numpy()
             own = {"timesteps": 1000 * sigmas} if self.steps_per_token(scheduler) else {}
             # The sigmas are those that the scheduler makes of the timesteps; given too, it does not warn.
             scheduler.set_timesteps(sigmas=sigmas, **own)
-            return
-        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        scheduler.set_timesteps(sigmas=sigmas, **self.shift(scheduler, workload))
+        else:
+            # The pipeline's own timesteps need these; any other scheduler makes its own.
+            scheduler.set_timesteps(num_inference_steps)
 
     def takes_timesteps(self, scheduler: Any) -> bool:
         return self.steps_per_token(scheduler)
@@ -306,19 +303,7 @@ class LTXVideo(CrossAttentionDiT):
         return self._conditioned and "per_token_timesteps" in inspect.signature(scheduler.step).parameters
 
     def shift(self, scheduler: Any, workload: Workload) -> dict[str, float]:
-        from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
-
-        if self._conditioned or "mu" not in inspect.signature(scheduler.set_timesteps).parameters:
-            return {}
-        config = scheduler.config
-        mu = calculate_shift(
-            self.tokens(workload),
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
-        return {"mu": mu}
+        return {} if self._conditioned else _SHIFT.of(scheduler, self.tokens(workload))
 
     def encode_prompt(self, pipeline: Any, prompts: list[str], workload: Workload) -> TextCondition:
         embeds, mask, _, _ = pipeline.encode_prompt(

@@ -182,6 +182,7 @@ class Mochi(JointAttentionDiT):
     text_borders = (("prompt_embeds", "text_mask"), ("text", "pooled_text"))
     # Timestep MLP, frequencies, and the norms of queries and keys: the others have no weights.
     float32_islands = r"timestep_embedder\.|pos_frequencies|norm_(added_)?[qk]\."
+    shared_weights = frozenset({"pos_frequencies"})
     segment_class = MochiSegment
     defaults = Defaults(
         stg_mode="stg-r",

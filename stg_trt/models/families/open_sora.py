@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.defaults import Defaults
 from stg_trt.models.families import class_name_of
-from stg_trt.models.families.base import KEEP_ATTENTION
 from stg_trt.models.families.cross_attention import CrossAttentionDiT
 from stg_trt.models.families.dit import DiTSegment, State, TextProjection, unpatched
+from stg_trt.models.families.keep_flags import KEEP_ATTENTION
 from stg_trt.models.families.open_sora_network import (
     TIMESTEP_CHANNELS,
     Block,

@@ -17,12 +17,10 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from stg_trt.models.families.base import (
-    CONDITION,
-    IMAGE_EMBEDS,
+from stg_trt.models.families.base import CONDITION, IMAGE_EMBEDS, ModelFamily
+from stg_trt.models.families.keep_flags import (
     KEEP_ATTENTION,
     KEEP_LAYER,
-    ModelFamily,
     keep_attention_spec,
     keep_layer_spec,
 )

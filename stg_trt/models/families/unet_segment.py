@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stg_trt.models.families.base import CONDITION, IMAGE_EMBEDS, KEEP_ATTENTION, KEEP_LAYER
+from stg_trt.models.families.base import CONDITION, IMAGE_EMBEDS
+from stg_trt.models.families.keep_flags import KEEP_ATTENTION, KEEP_LAYER
 from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.families.unet_layers import Kind, Layer, hidden_of, residual_of, skip_of, tokens_of
 from stg_trt.models.families.unet_modules import (
