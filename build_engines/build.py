@@ -27,6 +27,7 @@ from stg_trt.system.gpu import GpuIdentity, find_gpu
 
 from .build_folder import fresh_folder, locked_folder
 from .compilers import compiler_for
+from .machine_needs import MachineNeeds
 from .options import BuildOptions
 from .progress import Progress, Silent
 from .reference import Reference
@@ -147,6 +148,8 @@ class _Builder:
     def _build(self, folders: dict[str, Path]) -> None:
         options = self.options
         manifest = {target: self._resume(folder, target) for target, folder in folders.items()}
+        missing = {segment: self._missing(segment, folders, manifest) for segment in options.segments}
+        MachineNeeds(options, {segment: len(keys) for segment, keys in missing.items() if keys}).check()
         self.progress.start(options.name, options.segments)
         reference = Reference(
             options.checkpoint,
@@ -156,20 +159,19 @@ class _Builder:
             2 if self._row_flops() < _TWO_ROW_FLOPS else 1,
             self.compiler.reference_device(),
         )
-        for segment in options.segments:
-            missing = self._missing(segment, folders, manifest)
-            if not missing:
+        for segment, keys in missing.items():
+            if not keys:
                 record = manifest[options.targets[0]].record(segment.name)
                 assert record is not None
                 _log.info("%s: already built", segment.name)
                 self.progress.finish(segment, record, reused=True)
                 continue
-            work = folders[next(iter(missing))] / "work"
+            work = folders[next(iter(keys))] / "work"
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
             try:
                 stages = SegmentBuild(options, self.compiler, segment, reference, work, self.progress)
-                for target, key in missing.items():
+                for target, key in keys.items():
                     record = stages.compile(key, ReusableFiles(folders[target], manifest[target]))
                     manifest[target] = _with(manifest[target], record)
                     manifests.save(manifest[target], folders[target])

@@ -240,4 +240,20 @@ IN_BUILD_ENGINES = (
             "tests/build_engines/test_whole_export.py::test_a_block_needs_the_weights_of_no_other_piece[mochi]",
         ),
     ),
+    Mistake(
+        "an engine needs disk for one target alone",
+        "build_engines/machine_needs.py",
+        "self._engine_bytes(segment) * targets for",
+        "self._engine_bytes(segment) for",
+        (
+            "tests/build_engines/test_machine_needs.py::test_engines_take_the_disk_and_the_largest_of_them_the_memory",
+        ),
+    ),
+    Mistake(
+        "finished segments need disk again",
+        "build_engines/build.py",
+        "for segment, keys in missing.items() if keys}).check()",
+        "for segment, keys in missing.items()}).check()",
+        ("tests/build_engines/test_machine_needs.py::test_only_what_is_missing_counts",),
+    ),
 )
