@@ -132,7 +132,7 @@ def test_embeddings_of_a_call_are_those_before_the_connectors(
 ) -> None:
     """Given without their padding, two videos of one prompt."""
     own = of_diffusers(checkpoint(version))
-    given = {}
+    given: dict[str, Any] = {}
     with torch.no_grad():
         for prefix, prompt in (("", PROMPTS[0]), ("negative_", "blurred")):
             embeds, mask = own._get_gemma_prompt_embeds(prompt, max_sequence_length=TEXT_LENGTH)
