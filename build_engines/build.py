@@ -173,7 +173,7 @@ class _Builder:
                 stages = SegmentBuild(options, self.compiler, segment, reference, work, self.progress)
                 for target, key in keys.items():
                     record = stages.compile(key, ReusableFiles(folders[target], manifest[target]))
-                    manifest[target] = _with(manifest[target], record)
+                    manifest[target] = _with(manifest[target], record, options.segments)
                     manifests.save(manifest[target], folders[target])
                     self.progress.finish(segment, record, reused=False)
             finally:
@@ -198,7 +198,7 @@ class _Builder:
             if found is None:
                 missing[target] = key
             else:
-                manifest[target] = _with(manifest[target], found)
+                manifest[target] = _with(manifest[target], found, self.options.segments)
                 manifests.save(manifest[target], folder)
         return missing
 
@@ -288,10 +288,12 @@ def _compiled_on(target: str, backend: str) -> GpuIdentity | None:
     return gpu.identity
 
 
-def _with(manifest: Manifest, record: SegmentRecord) -> Manifest:
-    """The manifest with a finished segment, in the order of the build."""
-    others = tuple(r for r in manifest.segments if r.segment.name != record.segment.name)
-    return manifest.model_copy(update={"segments": (*others, record)})
+def _with(manifest: Manifest, record: SegmentRecord, order: Sequence[Segment]) -> Manifest:
+    """The manifest with a finished segment, in the order that the segments run in."""
+    names = [segment.name for segment in order]
+    others = (other for other in manifest.segments if other.segment.name != record.segment.name)
+    records = sorted((*others, record), key=lambda finished: names.index(finished.segment.name))
+    return manifest.model_copy(update={"segments": tuple(records)})
 
 
 def _keep(work: Path, kept: Path) -> None:

@@ -76,17 +76,18 @@ def print_summary(folder: Path, manifest: Manifest) -> None:
     """One row per segment of a finished build."""
     print(folder)
     table = Table()
-    for column in ("segment", "seconds", "peak GiB", "MB", "attentions", "relative L2"):
-        table.add_column(column, justify="left" if column == "segment" else "right")
+    for column in ("segment", "seconds", "peak GiB", "MB", "attentions", "relative L2", "farthest"):
+        table.add_column(column, justify="left" if column in ("segment", "farthest") else "right")
     for record in manifest.segments:
         fused = "?" if record.fused_attentions is None else record.fused_attentions
-        worst = max((v.relative_l2 for v in record.verification), default=None)
+        farthest = max(record.verification, key=lambda found: found.relative_l2, default=None)
         table.add_row(
             record.segment.name,
             f"{sum(record.seconds.values()):.1f}",
             f"{record.peak_bytes / GIB:.1f}",
             f"{record.engine_bytes / 1e6:.1f}",
             f"{fused}/{record.attentions}",
-            "not verified" if worst is None else f"{worst:.1e}",
+            "not verified" if farthest is None else f"{farthest.relative_l2:.1e}",
+            "" if farthest is None else farthest.piece or "whole segment",
         )
     Console().print(table)

@@ -105,7 +105,7 @@ class SegmentBuild:
             export = self.compiler.export(self._job)
             with self._timed("reference", seconds):
                 inputs = self.reference.inputs(self.segment)
-            checks = [self._append(piece, export) for piece in pieces_of(self.segment)]
+            checks = {label_of(piece): self._append(piece, export) for piece in pieces_of(self.segment)}
             self._verification = worst(checks)
             self._states = inputs, self.reference.outputs(self.segment)
             with self._timed("export", seconds):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
 import numpy as np
@@ -37,10 +37,11 @@ def verify(
     return tuple(results)
 
 
-def worst(checks: Sequence[tuple[Verification, ...]]) -> tuple[Verification, ...]:
-    """Of a segment's pieces: at each timestep, that of the one which is farthest away."""
+def worst(checks: Mapping[str, tuple[Verification, ...]]) -> tuple[Verification, ...]:
+    """Of a segment's pieces by name: at each timestep, that of the one which is farthest away."""
+    named = [[check.model_copy(update={"piece": piece}) for check in checks[piece]] for piece in checks]
     return tuple(
-        max(at_timestep, key=lambda found: found.relative_l2) for at_timestep in zip(*checks, strict=True)
+        max(at_timestep, key=lambda found: found.relative_l2) for at_timestep in zip(*named, strict=True)
     )
 
 

@@ -31,6 +31,7 @@ _SOUND_SCALES = {
     "audio_guidance_scale": "audio_guidance_scale",
     "audio_stg_scale": "audio_stg_scale",
     "audio_modality_scale": "audio_modality_scale",
+    "audio_rescale": "audio_rescale",
     "audio_guidance_rescale": "audio_rescale",
 }
 # A value that changes nothing is taken, since calls are copied with it.
@@ -125,6 +126,10 @@ class ForeignArguments:
 
 def _scales(rest: dict[str, Any]) -> dict[str, Any]:
     """The scales of single models, taken out; for None of a sound, diffusers' pipeline takes the video's."""
+    if {"audio_rescale", "audio_guidance_rescale"} <= rest.keys():
+        raise InvalidRequest(
+            "audio_guidance_rescale: expected audio_rescale under one name, got two: leave one of them out"
+        )
     of_sound = {own: rest.pop(name) for name, own in _SOUND_SCALES.items() if name in rest}
     return {
         **{name: rest.pop(name) for name in _RARE_SCALES if name in rest},

@@ -40,12 +40,17 @@ class FileRecord(_Record):
 
 
 class Verification(_Record):
-    """How far a segment's graph is from eager float32 at one timestep."""
+    """How far a segment's graph is from eager float32 at one timestep.
+
+    `piece` is the one that is farthest of those that were compared, such as block 3; None if the segment was
+    compared as a whole.
+    """
 
     timestep: float
     cosine: float
     relative_l2: float
     max_abs: float
+    piece: str | None = None
 
 
 class SegmentRecord(_Record):

@@ -12,8 +12,10 @@ import pytest
 
 from stg_trt import build
 from stg_trt.build_engines import graph_weights
+from stg_trt.build_engines.display import print_summary
 from stg_trt.build_engines.reference import Reference, State
 from stg_trt.build_engines.verify import worst
+from stg_trt.engines import manifest as manifests
 from stg_trt.engines.manifest import Verification
 from stg_trt.errors import GateMissed
 from stg_trt.models.families.segment_module import SegmentModule
@@ -51,6 +53,22 @@ def test_one_piece_is_in_memory_at_a_time(build_ltx: Build, monkeypatch: pytest.
     assert alive == [0] * (1 + 1 + 5 + 1)
 
 
+def test_the_table_says_what_is_farthest(
+    build_ltx: Build, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    (folder,) = build_ltx()
+    manifest = manifests.load(folder)
+    (normal,) = manifest.segments[1].verification
+    assert normal.piece in {"embedding", "head", *(f"block {number}" for number in range(5))}
+    print_summary(folder, manifest)
+    assert normal.piece in capsys.readouterr().out
+    whole = normal.model_copy(update={"piece": None})
+    segment = manifest.segments[1].model_copy(update={"verification": (whole,)})
+    print_summary(folder, manifest.model_copy(update={"segments": (segment,)}))
+    assert "whole segment" in capsys.readouterr().out
+
+
 def test_a_wrong_block_is_named(build_ltx: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Reference.run
 
@@ -70,5 +88,6 @@ def test_a_wrong_block_is_named(build_ltx: Build, monkeypatch: pytest.MonkeyPatc
 def test_of_all_pieces_the_farthest_is_recorded() -> None:
     near, far = (Verification(timestep=1.0, cosine=1, relative_l2=error, max_abs=0) for error in (1e-7, 1e-5))
     other = Verification(timestep=0.5, cosine=1, relative_l2=1e-6, max_abs=0)
-    assert worst([(near, other), (far, other)]) == (far, other)
-    assert worst([(), ()]) == ()
+    found = worst({"embedding": (near, other), "block 7": (far, near), "head": (near, near)})
+    assert [(check.relative_l2, check.piece) for check in found] == [(1e-5, "block 7"), (1e-6, "embedding")]
+    assert worst({"embedding": (), "head": ()}) == ()

@@ -256,4 +256,11 @@ IN_BUILD_ENGINES = (
         "for segment, keys in missing.items()}).check()",
         ("tests/build_engines/test_machine_needs.py::test_only_what_is_missing_counts",),
     ),
+    Mistake(
+        "segments that another build has come before the others",
+        "build_engines/build.py",
+        "sorted((*others, record), key=lambda finished: names.index(finished.segment.name))",
+        "(*others, record)",
+        ("tests/benchmarks/test_build.py::test_records_every_mode_and_fills_the_table",),
+    ),
 )

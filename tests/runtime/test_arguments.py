@@ -18,6 +18,7 @@ from stg_trt.engines.store import EngineStore
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.runtime import pipeline as pipeline_module
+from stg_trt.runtime.arguments import ForeignArguments
 from stg_trt.runtime.command import generate
 
 OPTIONS: dict[str, Any] = {
@@ -34,9 +35,14 @@ OPTIONS: dict[str, Any] = {
     "guidance_scale_2": 7.0,
     "min_guidance_scale": 1.5,
     "max_guidance_scale": 2.5,
+    "modality_scale": 3.5,
+    "audio_guidance_scale": 4.5,
+    "audio_stg_scale": 0.5,
+    "audio_modality_scale": 5.5,
+    "audio_rescale": 0.25,
 }
 # Of single families, so among the options.
-OF_FEW = ("guidance_scale_2", "min_guidance_scale", "max_guidance_scale")
+OF_FEW = ("guidance_scale_2", "min_guidance_scale", "max_guidance_scale", "modality_scale", "audio_")
 
 
 class Taken(Exception):
@@ -46,7 +52,7 @@ class Taken(Exception):
 def test_every_option_is_an_argument_of_the_same_type() -> None:
     arguments = inspect.signature(VideoPipeline.__call__).parameters
     assert OPTIONS.keys() == {field.name for field in fields(GuidanceOptions)}
-    for field in (field for field in fields(GuidanceOptions) if field.name not in OF_FEW):
+    for field in (field for field in fields(GuidanceOptions) if not field.name.startswith(OF_FEW)):
         assert (
             arguments[field.name].annotation == field.type and arguments[field.name].default == field.default
         )
@@ -111,3 +117,10 @@ def test_the_command_line_makes_the_same_options(
     assert load_file(output)["latents"].equal(again)
     with pytest.raises(InvalidRequest, match="timesteps: expected a scheduler that steps between them"):
         generate(str(ltx_checkpoint), ltx_engines, output, embeds=embeds, timesteps="1000,500")
+
+
+def test_the_rescale_of_a_sound_has_two_names_and_takes_one() -> None:
+    read = ForeignArguments.read({"audio_guidance_rescale": 0.5, "audio_stg_scale": None}, None, None, None)
+    assert read.scales == {"audio_rescale": 0.5, "audio_stg_scale": "video"}
+    with pytest.raises(InvalidRequest, match="audio_guidance_rescale: expected audio_rescale under one name"):
+        ForeignArguments.read({"audio_guidance_rescale": 0.5, "audio_rescale": 0.5}, None, None, None)
