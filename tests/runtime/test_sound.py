@@ -197,6 +197,22 @@ def test_parts_have_their_dtypes_on_a_gpu(checkpoint: Folder) -> None:
     assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float32]
 
 
+def test_parts_come_and_go(checkpoint: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With offload, each is moved to the device for its work, and back."""
+    components = Components(Checkpoint.open(checkpoint("2.0")), dtype=None, offload=True)
+    workload = Workload(**SIZES, text_length=TEXT_LENGTH, audio_num_frames=9)
+    moved: list[str] = []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda part, place: moved.append(type(part).__name__))
+    components.connect(components.encode(PROMPTS, workload, CPU), CPU)
+    waveforms, rate = components.decode_sound(noise()["audio_latents"], workload, CPU)
+    assert moved == [
+        *["Gemma3ForConditionalGeneration"] * 2,
+        *["LTX2TextConnectors"] * 2,
+        *["AutoencoderKLLTX2Audio", "LTX2Vocoder"] * 2,
+    ]
+    assert waveforms.shape == (2, 2, 7920) and rate == RATES["2.0"]
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_command_line_writes_frames_with_sound(
     checkpoint: Folder, opened: Open, tmp_path: Path, version: str
