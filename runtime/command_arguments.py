@@ -27,6 +27,7 @@ class EmbedsFile(TypedDict, total=False):
     negative_prompt_attention_mask: Tensor
     negative_pooled_prompt_embeds: Tensor
     latents: Tensor
+    audio_latents: Tensor
     image_embeddings: Tensor
     image_latents: Tensor
 

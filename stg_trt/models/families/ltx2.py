@@ -94,6 +94,8 @@ class LTX2(DiT):
     rescale_space = "x0"
     connector = CONNECTORS
     sound_decoder = SOUND_DECODER
+    # As Lightricks runs it: its long stack of convolutions adds up what bfloat16 rounds.
+    float32_components = frozenset({"vocoder"})
     decode_options = frozenset({"decode_timestep", "decode_noise_scale"})
     blocks_name = "transformer_blocks"
     # Timestep MLPs, modulation tables and norms, which are applied in float32.

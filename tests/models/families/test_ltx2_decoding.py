@@ -83,8 +83,8 @@ def test_frames_and_sound_are_those_of_diffusers(version: str) -> None:
     sound = decode_sound(own, audio_latents)
     assert np.abs(frames - expected.frames).max() <= 1e-5 and frames.std() > 1e-2
     assert sound.dtype == torch.float32 and sound.shape == expected.audio.shape
-    assert (sound - expected.audio).abs().max() <= 1e-5 and sound.std() > 1e-3
-    assert (sound[0] - sound[1]).abs().max() > 1e-3
+    assert (sound - expected.audio).abs().max() <= 1e-5 and sound.std(-1).min() > 1e-2
+    assert (sound[0] - sound[1]).std() > 2e-3
     assert SOUND_DECODER.sampling_rate(own) == RATES[version]
 
 
