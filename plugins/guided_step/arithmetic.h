@@ -67,6 +67,14 @@ STG_BOTH float rescale_factor(Moments cond, Moments pred, float rescale) {
   return fmaf(rescale, sqrtf(cond.m2 / pred.m2) - 1.0f, 1.0f);
 }
 
+// The clean latents that a velocity means: x0 = x - noise_level*v.
+STG_BOTH float clean_latents(float latents, float pred, float noise_level) { return fmaf(-noise_level, pred, latents); }
+
+// The velocity that means `factor` times the clean latents: factor*v + (1 - factor)*x/noise_level.
+STG_BOTH float rescaled_velocity(float pred, float latents, float noise_level, float factor) {
+  return fmaf(factor - 1.0f, pred - latents / noise_level, pred);
+}
+
 // x' = latents_factor*x + pred_factor*pred
 STG_BOTH float single_step(float latents, float pred, StepScalars s) {
   return fmaf(s.latents_factor, latents, s.pred_factor * pred);

@@ -67,6 +67,20 @@ __device__ __forceinline__ void guided(const StgGuidedStep& p, int64_t step, flo
   }
 }
 
+// Velocities become the clean latents that they mean, if these are rescaled.
+template <bool kAligned>
+__device__ __forceinline__ void to_rescaled_space(const StgGuidedStep& p, int64_t step, int64_t i, float (&cond)[kVector],
+                                                  float (&pred)[kVector]) {
+  if (p.noise_level == nullptr) return;
+  float latents[kVector];
+  stg::load<kAligned>(p.latents + blockIdx.y * p.length + i, p.length - i, latents);
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) {
+    cond[k] = stg::clean_latents(latents[k], cond[k], p.noise_level[step]);
+    pred[k] = stg::clean_latents(latents[k], pred[k], p.noise_level[step]);
+  }
+}
+
 __device__ __forceinline__ Moments moments_of_valid(const float (&values)[kVector], int64_t left) {
   if (left >= kVector) return stg::moments_of(values);
   Moments sum = stg::no_moments();
@@ -167,6 +181,7 @@ __global__ void __launch_bounds__(kThreads) moments_kernel(StgGuidedStep p) {
        i += stride) {
     float cond[kVector], pred[kVector];
     guided<T, kAligned>(p, step, scale, i, cond, pred);
+    to_rescaled_space<kAligned>(p, step, i, cond, pred);
     of_cond = stg::merge(of_cond, moments_of_valid(cond, p.length - i));
     of_pred = stg::merge(of_pred, moments_of_valid(pred, p.length - i));
   }
@@ -216,14 +231,16 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(StgGuidedStep p) {
   for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kVector; i < p.length;
        i += stride) {
     const int64_t at = video + i, left = p.length - i;
-    float cond[kVector], pred[kVector], next[kVector];
+    float cond[kVector], pred[kVector], next[kVector], latents[kVector];
     guided<T, kAligned>(p, step, scale, i, cond, pred);
+    const bool of_clean = p.rescaled && p.noise_level != nullptr;
+    if (of_clean || p.single_step) stg::load<kAligned>(p.latents + at, left, latents);
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) pred[k] *= factor;
+    for (int k = 0; k < kVector; ++k) {
+      pred[k] = of_clean ? stg::rescaled_velocity(pred[k], latents[k], p.noise_level[step], factor) : pred[k] * factor;
+    }
     if (p.history != nullptr) store<kAligned>(p.history + step * p.videos * p.length + at, left, pred);
     if (p.single_step) {
-      float latents[kVector];
-      stg::load<kAligned>(p.latents + at, left, latents);
 #pragma unroll
       for (int k = 0; k < kVector; ++k) next[k] = stg::single_step(latents[k], pred[k], s);
     } else {

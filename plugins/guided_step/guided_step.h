@@ -11,6 +11,7 @@ struct StgGuidedStep {
   // and cond's is not read. The weights of the next step are `weights_stride` further.
   const float* weights;
   const float* rescale;
+  const float* noise_level;  // null: predictions are rescaled; else velocities, as the clean latents that they mean
   const float* latents_factor;
   const float* pred_factor;
   // Unless single_step: predictions so far, then the noise that is added, (slots, videos, length), of which

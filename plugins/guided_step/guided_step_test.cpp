@@ -19,6 +19,7 @@ struct Case {
   bool uncond, rescaled, single_step, cfg_zero_star;
   int64_t shift;  // values from an aligned address
   int64_t frames = 1;
+  bool of_clean = false;  // what is rescaled are the clean latents that velocities mean
 
   int64_t size() const { return videos * length; }
   int cond() const { return uncond ? 1 : 0; }
@@ -28,6 +29,7 @@ struct Case {
 struct Tables {
   std::vector<float> weights;  // (steps, passes, frames); the one of cond stays a NaN
   std::vector<float> rescale{0.7f, 0.0f, 1.0f, NAN};
+  std::vector<float> noise_level{0.9f, 0.6f, 0.3f, NAN};
   std::vector<float> latents_factor{1.0f, 0.9f, 1.1f, NAN};
   std::vector<float> pred_factor{-0.05f, -0.3f, 0.2f, NAN};
   std::vector<float> initial_factor{0.8f, 0.5f, 0.3f, NAN};
@@ -85,6 +87,7 @@ struct State {
     p.preds = preds.data() + c.shift;
     p.latents = latents.data() + c.shift;
     p.weights = tables.weights.data(), p.rescale = tables.rescale.data();
+    p.noise_level = c.of_clean ? tables.noise_level.data() : nullptr;
     p.latents_factor = tables.latents_factor.data(), p.pred_factor = tables.pred_factor.data();
     p.history = history.data() + c.shift, p.initial = initial.data() + c.shift;
     p.initial_factor = tables.initial_factor.data(), p.history_factors = tables.history_factors.data();
@@ -148,9 +151,18 @@ class Reference {
       pred[i] += of_cond * cond[i];
     }
     for (size_t at = 0; rescale != 0 && at < pred.size(); at += c_.length) {
-      const double of_cond = standard_deviation(&cond[at], c_.length);
-      const double factor = rescale * of_cond / standard_deviation(&pred[at], c_.length) + (1 - rescale);
-      for (int64_t i = 0; i < c_.length; ++i) pred[at + i] *= factor;
+      const double level = c_.of_clean ? start_.tables.noise_level[step] : 0.0;
+      std::vector<double> of_cond(c_.length), of_pred(c_.length);
+      for (int64_t i = 0; i < c_.length; ++i) {
+        of_cond[i] = c_.of_clean ? latents[at + i] - level * cond[at + i] : cond[at + i];
+        of_pred[i] = c_.of_clean ? latents[at + i] - level * pred[at + i] : pred[at + i];
+      }
+      const double ratio = standard_deviation(of_cond.data(), c_.length) / standard_deviation(of_pred.data(), c_.length);
+      const double factor = rescale * ratio + (1 - rescale);
+      for (int64_t i = 0; i < c_.length; ++i) {
+        pred[at + i] *= factor;
+        if (c_.of_clean) pred[at + i] += (1 - factor) * latents[at + i] / level;
+      }
     }
     return pred;
   }
@@ -270,7 +282,7 @@ int main() {
       // From 1 to 5 passes. The spread of a few values around 100 is lost in rounding.
       const int passes = (a ? 2 : 1) + static_cast<int>(b ? 1 + length % 3 : 0);
       const Case c{1 + (length + options) % 3, length, a == b && length > 7 ? 100.0f : 0.0f, passes, a, rescaled, a != d, zero_star,
-                   d ? 1 : 0, length % 7 == 0 ? 7 : length % 6 == 0 ? 6 : 1};
+                   d ? 1 : 0, length % 7 == 0 ? 7 : length % 6 == 0 ? 6 : 1, rescaled && (options + length / 2) % 2 == 0};
       stg_test::set_order(stg_test::kOrders[(length + options) % 3]);
       check<float>(checks, c, kSteps);
       if (b != d) check<__nv_bfloat16>(checks, c, kSteps);

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..state import StepState
     from ..step_key import StepKey
 
-_TABLES = ("rescale", "latents_factor", "pred_factor", "initial_factor", "history_factors")
+_TABLES = ("rescale", "noise_level", "latents_factor", "pred_factor", "initial_factor", "history_factors")
 
 
 class GuidedStepParameters(ctypes.Structure):
@@ -24,6 +24,7 @@ class GuidedStepParameters(ctypes.Structure):
         ("latents", ctypes.c_void_p),
         ("weights", ctypes.c_void_p),
         ("rescale", ctypes.c_void_p),
+        ("noise_level", ctypes.c_void_p),
         ("latents_factor", ctypes.c_void_p),
         ("pred_factor", ctypes.c_void_p),
         ("history", ctypes.c_void_p),
@@ -55,7 +56,8 @@ class GuidedStepKernel:
         self._kernels = kernels
         device = state.latents.device
         videos, length = len(state.latents), state.latents[0].numel()
-        self._tables = state.table.device_values(*_TABLES)
+        of_prediction = () if key.rescale_space == "x0" else ("noise_level",)
+        self._tables = state.table.device_values(*(name for name in _TABLES if name not in of_prediction))
         self._preds = state.pred_rows(key.groups)
         weights = state.table.weights
         self._finished = torch.zeros(1, dtype=torch.int32, device=device)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from stg_trt.guidance.combine import combine
+from stg_trt.models.stream import RescaleSpace
 from stg_trt.runtime.guided_step import guided_step
 from stg_trt.runtime.kernels.guided_step import GuidedStepKernel
 from stg_trt.runtime.step_key import StepKey
@@ -28,9 +29,10 @@ def check_every_step(
     *,
     rescaled: bool = True,
     cfg_zero_star: bool = False,
+    rescale_space: RescaleSpace = "prediction",
 ) -> None:
     guidance, solver = tables(name, passes)
-    guidance = replace(guidance, cfg_zero_star=cfg_zero_star)
+    guidance = replace(guidance, cfg_zero_star=cfg_zero_star, rescale_space=rescale_space)
     keys = [replace(StepKey.of(guidance, solver, step), rescaled=rescaled) for step in range(STEPS)]
     assert all(tuple(one.name for one in key.passes) == passes for key in keys)
     # A group more than there are passes, which nobody may read.
@@ -75,6 +77,15 @@ def test_cfg_zero_star_equals_the_reference(
     machine: Machine, passes: tuple[str, ...], dtype: str, length: int, name: str, rescaled: bool
 ) -> None:
     check_every_step(machine, passes, dtype, 2, length, name, rescaled=rescaled, cfg_zero_star=True)
+
+
+@pytest.mark.parametrize("rescaled", [False, True])
+@pytest.mark.parametrize(("dtype", "length"), [("float32", 7), ("bfloat16", 4096)])
+@pytest.mark.parametrize("name", ["euler", "unipc"])
+def test_a_rescale_of_clean_latents_equals_the_reference(
+    machine: Machine, dtype: str, length: int, name: str, rescaled: bool
+) -> None:
+    check_every_step(machine, PASSES, dtype, 2, length, name, rescaled=rescaled, rescale_space="x0")
 
 
 def test_cfg_zero_star_of_a_ragged_half_precision_equals_the_reference(machine: Machine) -> None:
