@@ -25,12 +25,12 @@ class DiffusersModel:
     """One family's transformer, in diffusers unless `source` says otherwise.
 
     `arguments` are those that its pipeline passes besides latents and timestep, for the rows of a text and a
-    frame rate. `attention` is the name of the blocks' self-attention; `skipping` turns its processor into one
-    that skips it in the last row (stg-a).
+    frame rate. `attentions` are the names of the blocks' self-attentions; `skipping` turns a processor of
+    theirs into one that skips it in the last row (stg-a).
     """
 
     arguments: Callable[[Any, TextCondition, Workload, float], dict[str, Any]]
-    attention: str
+    attentions: tuple[str, ...]
     skipping: Callable[[Any], Any]
     source: str = "diffusers"
 
@@ -56,6 +56,30 @@ class ValuesOnlyInSkipRow:
         attended = self.stock(attn, hidden_states[:-1], *others, **options)
         values = attn.to_out[0](attn.to_v(hidden_states[-1:]))
         return torch.cat([attended, values])
+
+
+class GatedValuesInSkipRow:
+    """The same for an attention whose heads may have gates; the rotary tables have a row each."""
+
+    def __init__(self, stock: Any) -> None:
+        self.stock = stock
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        *others: Any,
+        perturbation_mask: Any = None,
+        all_perturbed: Any = None,
+    ) -> Tensor:
+        plain = _chosen_rows(others, len(hidden_states), _ALL_BUT_LAST)
+        attended = self.stock(attn, hidden_states[:-1], *plain)
+        skipped = hidden_states[-1:]
+        values = attn.to_v(skipped)
+        if attn.to_gate_logits is not None:
+            gates = 2 * torch.sigmoid(attn.to_gate_logits(skipped))
+            values = (values.unflatten(2, (attn.heads, -1)) * gates[..., None]).flatten(2)
+        return torch.cat([attended, attn.to_out[0](values)])
 
 
 class ProjectedValuesInSkipRow:
@@ -151,6 +175,22 @@ def _ltx_video_arguments(
     }
 
 
+def _ltx2_arguments(
+    family: Any, text: TextCondition, workload: Workload, frame_rate: float
+) -> dict[str, Any]:
+    _, frames, height, width = family.latent_shape(workload)
+    return {
+        "encoder_hidden_states": text.embeds,
+        "audio_encoder_hidden_states": text.audio,
+        "num_frames": frames,
+        "height": height,
+        "width": width,
+        "fps": frame_rate,
+        "audio_num_frames": workload.audio_num_frames,
+        "use_cross_timestep": True,
+    }
+
+
 def _wan_arguments(family: Any, text: TextCondition, workload: Workload, frame_rate: float) -> dict[str, Any]:
     # Its pipeline pads with zeros and passes no mask.
     return {"encoder_hidden_states": text.embeds * text.mask[:, :, None].to(text.embeds)}
@@ -196,13 +236,14 @@ def _open_sora_arguments(
 
 
 _MODELS = {
-    "hunyuan-video": DiffusersModel(_hunyuan_video_arguments, "attn", VideoSeesTextInSkipRow),
-    "cogvideox": DiffusersModel(_cogvideox_arguments, "attn1", TextFirstInSkipRow),
-    "ltx-video": DiffusersModel(_ltx_video_arguments, "attn1", ValuesOnlyInSkipRow),
+    "hunyuan-video": DiffusersModel(_hunyuan_video_arguments, ("attn",), VideoSeesTextInSkipRow),
+    "cogvideox": DiffusersModel(_cogvideox_arguments, ("attn1",), TextFirstInSkipRow),
+    "ltx-2": DiffusersModel(_ltx2_arguments, ("attn1", "audio_attn1"), GatedValuesInSkipRow),
+    "ltx-video": DiffusersModel(_ltx_video_arguments, ("attn1",), ValuesOnlyInSkipRow),
     "open-sora": DiffusersModel(
-        _open_sora_arguments, "attn", ProjectedValuesInSkipRow, source="our own module, uncut"
+        _open_sora_arguments, ("attn",), ProjectedValuesInSkipRow, source="our own module, uncut"
     ),
-    "mochi": DiffusersModel(_mochi_arguments, "attn1", VideoSeesTextInSkipRow),
-    "wan2.1": DiffusersModel(_wan_arguments, "attn1", ValuesOnlyInSkipRow),
-    "wan2.2": DiffusersModel(_wan_arguments, "attn1", ValuesOnlyInSkipRow),
+    "mochi": DiffusersModel(_mochi_arguments, ("attn1",), VideoSeesTextInSkipRow),
+    "wan2.1": DiffusersModel(_wan_arguments, ("attn1",), ValuesOnlyInSkipRow),
+    "wan2.2": DiffusersModel(_wan_arguments, ("attn1",), ValuesOnlyInSkipRow),
 }

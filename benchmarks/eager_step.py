@@ -33,29 +33,31 @@ def perturbed_skip_row(scenario: Scenario, model: Any) -> Iterator[None]:
     known, perturbation = diffusers_model(scenario.family), scenario.perturbation
     every = [block for name in _BLOCK_LISTS for block in getattr(model, name, ())]
     blocks = [every[block] for block in perturbation.blocks]
-    attentions = [getattr(block, known.attention) for block in blocks]
+    attentions = [getattr(block, name) for block in blocks for name in known.attentions]
     processors = [attention.processor for attention in attentions]
     try:
-        for block, attention in zip(blocks, attentions, strict=True):
-            if perturbation.mode == "stg-r":
-                block.forward = _keeping_skip_row(block.forward)
-            else:
-                attention.processor = known.skipping(attention.processor)
+        for block in blocks if perturbation.mode == "stg-r" else ():
+            block.forward = _keeping_skip_row(block.forward)
+        for attention in attentions if perturbation.mode == "stg-a" else ():
+            attention.processor = known.skipping(attention.processor)
         yield
     finally:
-        for block, attention, processor in zip(blocks, attentions, processors, strict=True):
+        for block in blocks:
             vars(block).pop("forward", None)
+        for attention, processor in zip(attentions, processors, strict=True):
             attention.processor = processor
 
 
 def _keeping_skip_row(forward: Forward) -> Forward:
     """stg-r: the block runs for all rows, then the last row of every stream is put back as it was."""
 
-    def run(hidden_states: Tensor, encoder_hidden_states: Tensor, *others: Any, **options: Any) -> Any:
-        after = forward(hidden_states, encoder_hidden_states, *others, **options)
+    def run(hidden_states: Tensor, *others: Any, **options: Any) -> Any:
+        after = forward(hidden_states, *others, **options)
         if isinstance(after, Tensor):
             return torch.cat([after[:-1], hidden_states[-1:]])
-        streams = zip(after, (hidden_states, encoder_hidden_states), strict=True)
+        # A sound, by its name, or the text, which is also the first after the video.
+        named = options.get("audio_hidden_states", options.get("encoder_hidden_states"))
+        streams = zip(after, (hidden_states, others[0] if named is None else named), strict=True)
         return tuple(torch.cat([new[:-1], old[-1:]]) for new, old in streams)
 
     return run
@@ -93,16 +95,23 @@ class EagerStep:
         text = TextCondition.stacked(texts).to(device, dtype)
         family, workload = scenario.family, scenario.workload
         self._arguments = diffusers_model(family).arguments(family, text, workload, inputs.frame_rate)
+        if inputs.audio_noise is not None:
+            sound = inputs.audio_noise.expand(len(texts), -1, -1)
+            self._arguments["audio_hidden_states"] = sound.to(device, dtype)
 
     @torch.no_grad()
     def preds(self, latents: Tensor, step: int) -> Tensor:
-        """Predictions of a step, one row per pass, from its latents (1, ...) in float32."""
+        """Predictions of a video's step, one row per pass, from its latents (1, ...) in float32.
+
+        A sound stays what it starts from.
+        """
         scaled = latents * self._solver.input_scale[step]
         rows = scaled.expand(len(self._passes), *latents.shape[1:]).to(self._dtype)
         timestep = self._timesteps[step].expand(len(rows))
-        pred: Tensor = self._model(
-            hidden_states=rows, timestep=timestep, **self._arguments, return_dict=False
-        )[0]
+        arguments = self._arguments
+        if "audio_hidden_states" in arguments:
+            arguments = {**arguments, "sigma": timestep}
+        pred: Tensor = self._model(hidden_states=rows, timestep=timestep, **arguments, return_dict=False)[0]
         return pred
 
     def step(self, latents: Tensor, step: int, preds: list[Tensor]) -> Tensor:

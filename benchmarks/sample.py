@@ -18,8 +18,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from stg_trt.errors import InvalidRequest
 from stg_trt.guidance.skips import SkipSchedule
 from stg_trt.guidance.tables import Guidance
+from stg_trt.models.stream import SOUND
 from stg_trt.runtime.device import Device
 from stg_trt.runtime.sampler import SampledStep
 from stg_trt.runtime.step_key import StepKey
@@ -56,6 +58,11 @@ class SampleBenchmark:
         """Builds, verifies the first steps, times, prints a table and writes the JSON."""
         scenario = self.scenario
         scenario.check()
+        if SOUND in scenario.family.streams:
+            raise InvalidRequest(
+                f"checkpoint: expected a model without sound, got {scenario.family.name}, whose eager loop "
+                "this benchmark does not have: use stg-trt bench step"
+            )
         facts = {"layout": self.layout, "rounds": self.rounds}
         results = record.Record(output, "sample", **scenario.to_json(), **facts)
         device, inputs = scenario.device(), scenario.inputs(self.steps)

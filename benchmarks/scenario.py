@@ -160,12 +160,15 @@ class Scenario:
         )
 
     def guidance(self, solver: SolverTable, *, stg: bool | None = None) -> Guidance:
-        """The family's scales on every step, with or without the skip pass; by default the scenario's."""
+        """The family's scales on every step, with or without the skip pass; by default the scenario's.
+
+        An isolation pass, which few families have, is left out.
+        """
         stg = self.stg if stg is None else stg
         skips = {SKIP: self.perturbation.blocks}
         usual = ResolvedGuidance.of_family(self.family.defaults, self.stg_mode, skips)
         space = self.family.rescale_space
-        given = usual if stg else usual.without_stg
+        given = (usual if stg else usual.without_stg).without_isolation
         return Guidance.for_steps(solver.noise_levels, given, rescale_space=space)
 
     def to_json(self) -> dict[str, Any]:

@@ -57,6 +57,12 @@ class ResolvedGuidance:
         sound = None if self.sound is None else self.sound.without_stg
         return replace(self, stg_scale=0.0, sound=sound)
 
+    @property
+    def without_isolation(self) -> ResolvedGuidance:
+        """The same without the isolation pass."""
+        sound = None if self.sound is None else self.sound.without_isolation
+        return replace(self, modality_scale=1.0, sound=sound)
+
 
 OFF = ResolvedGuidance()
 """No guidance: one pass per step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -44,6 +45,25 @@ def test_rows_equal_passes_of_their_own(case: FamilyCase, mode: str, blocks: tup
     assert (preds[-1] - preds[-2]).abs().max() > 1e-3
     restored = eager.preds(inputs.noise, 1)
     torch.testing.assert_close(restored[-1], restored[-2], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("version", ["ltx2", "ltx2_3"])
+@torch.no_grad()
+def test_rows_of_a_video_with_sound(version: str) -> None:
+    """As diffusers perturbs both streams itself, once its configuration says that it may."""
+    scenario = Scenario(str(GOLDENS / version), 128, 160, 17, 8, "stg-a", (3,), "onnxruntime")
+    model, inputs = scenario.opened.load_transformer(), scenario.inputs(4)
+    eager = EagerStep(scenario, model, inputs, torch.float32, "cpu")
+    with perturbed_skip_row(scenario, model):
+        preds = eager.preds(inputs.noise, 1)
+    config = {**scenario.opened.transformer_config, "perturbed_attn": True}
+    native = type(model).from_config(config)
+    native.load_state_dict(model.state_dict())
+    mask = torch.tensor([1.0, 1.0, 0.0])
+    perturbed_model = partial(native, spatio_temporal_guidance_blocks=[3], perturbation_mask=mask)
+    expected = EagerStep(scenario, perturbed_model, inputs, torch.float32, "cpu").preds(inputs.noise, 1)
+    torch.testing.assert_close(preds, expected, rtol=0, atol=1e-5)
+    assert (preds[-1] - preds[-2]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(("mode", "blocks"), [("stg-a", (2, 3)), ("stg-r", (4,))])
