@@ -15,7 +15,7 @@ import torch
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.segment import Segment
-from stg_trt.system.units import GIB
+from stg_trt.system.units import GIB, MIB
 
 from .options import BuildOptions
 
@@ -35,14 +35,14 @@ class MachineNeeds:
         free = shutil.disk_usage(output).free
         if self.disk_bytes > free:
             raise InvalidRequest(
-                f"disk: expected at least {_gib(self.disk_bytes)} free in {output} for the engines, got "
-                f"{_gib(free)}: free some, choose another --output, or build for fewer targets at once"
+                f"disk: expected at least {_shown(self.disk_bytes)} free in {output} for the engines, got "
+                f"{_shown(free)}: free some, choose another --output, or build for fewer targets at once"
             )
         free = psutil.virtual_memory().available + psutil.swap_memory().free
         if self.memory_bytes > free:
             raise InvalidRequest(
-                f"memory: expected at least {_gib(self.memory_bytes)} free for the largest block or engine, "
-                f"got {_gib(free)}: end other programs, cut the model into smaller engines (--layout "
+                f"memory: expected at least {_shown(self.memory_bytes)} free for the largest block or engine, "
+                f"got {_shown(free)}: end other programs, cut the model into smaller engines (--layout "
                 "segmented, more --stg-blocks), or add swap space"
             )
 
@@ -92,5 +92,6 @@ def _existing(folder: Path) -> Path:
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
-def _gib(size: int) -> str:
-    return f"{size / GIB:.1f} GiB"
+def _shown(size: int) -> str:
+    """In GiB, or in MiB where that would be 0.0."""
+    return f"{size / GIB:.1f} GiB" if size >= 0.05 * GIB else f"{size / MIB:.1f} MiB"

@@ -1,4 +1,4 @@
 """Units of displayed sizes."""
 
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 """Bytes."""

@@ -21,7 +21,7 @@ from stg_trt.system.gpu import Gpu, Machine
 
 MANIFEST = Manifest(
     stg_trt_version=stg_trt.__version__,
-    export_version="1.2",
+    export_version="2.2",
     versions={},
     backend="onnxruntime",
     target="cpu",
@@ -116,7 +116,7 @@ def test_the_release_that_built_it_does_not_count(tmp_path: Path, add: Callable[
     [
         (
             {"export_version": "0.9"},
-            r"built with export version 0\.9 of ltx-video, this one makes 1\.\d+: build the engines again",
+            r"built with export version 0\.9 of ltx-video, this one makes 2\.\d+: build the engines again",
         ),
         (
             {"transformer_config": {"_class_name": "NewTransformer"}, "family": "new"},
