@@ -41,9 +41,9 @@ class MachineNeeds:
         free = psutil.virtual_memory().available + psutil.swap_memory().free
         if self.memory_bytes > free:
             raise InvalidRequest(
-                f"memory: expected at least {_shown(self.memory_bytes)} free for the largest block or engine, "
-                f"got {_shown(free)}: end other programs, cut the model into smaller engines (--layout "
-                "segmented, more --stg-blocks), or add swap space"
+                f"memory: expected at least {_shown(self.memory_bytes)} free for the largest block or "
+                f"engine, got {_shown(free)}: end other programs, cut the model into smaller engines "
+                "(--layout segmented, more --stg-blocks), or add swap space"
             )
 
     @cached_property
