@@ -59,6 +59,13 @@ class SoundArguments:
     noise_scale: float = 0.0
     motion_speed: float = 1.0
 
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The names, in calls, of those that a model without sound has no use for."""
+        latents = () if self.latents is None else ("audio_latents",)
+        numbers = {"noise_scale": self.noise_scale != 0, "motion_speed": self.motion_speed != 1}
+        return (*latents, *(name for name, is_given in numbers.items() if is_given))
+
     @classmethod
     def taken_from(cls, rest: dict[str, Any]) -> SoundArguments:
         """Takes them out of a call's arguments; raises InvalidRequest for what is no number."""

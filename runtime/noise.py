@@ -60,11 +60,6 @@ def starting_noise(
     packed = family.tensors(replace(workload, condition_frames=0))["latents"].with_rows(videos)
     if SOUND in family.streams:
         return _of_sound("latents", shape, packed, family.pack, generator, given, noise_scale)
-    if noise_scale:
-        raise InvalidRequest(
-            f"noise_scale: expected 0 for {family.name}, which takes latents as they are, got {noise_scale}: "
-            "leave it out"
-        )
     latents = draw(shape, generator) if given is None else given
     _check("latents", latents, (packed, shape))
     return (family.pack(latents) if tuple(latents.shape) == shape else latents).float()
@@ -80,11 +75,6 @@ def starting_sound(
 ) -> Tensor | None:
     """The same of the videos' sound, drawn after the video's noise; None for a model without sound."""
     if SOUND not in family.streams:
-        if given is not None:
-            raise InvalidRequest(
-                f"audio_latents: expected none for {family.name}, which makes no sound, got "
-                f"{tuple(given.shape)}: leave them out"
-            )
         return None
     shape = (videos, *family.audio_noise_shape(workload))
     packed = family.tensors(workload)[SOUND.latents].with_rows(videos)

@@ -21,6 +21,7 @@ from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.custom_steps import CustomSteps, Numbers
 from stg_trt.models.image import ImageCondition, Images
 from stg_trt.models.published import published
+from stg_trt.models.stream import SOUND
 from stg_trt.system.gpu import this_machine
 
 from .arguments import ForeignArguments
@@ -346,6 +347,7 @@ class VideoPipeline:
             )
         unknown = foreign.decode_options.keys() - self.family.decode_options
         unknown |= {*foreign.images.given} - self.family.image_options
+        unknown |= set() if SOUND in self.family.streams else {*foreign.sound.given}
         if unknown:
             raise InvalidRequest(
                 f"arguments: expected those of VideoPipeline, got {', '.join(sorted(unknown))}: "

@@ -261,6 +261,9 @@ def test_a_tuple_of_generators(pipeline: VideoPipeline, given: dict[str, Any]) -
             "decode_timestep: expected one number or 1, got 2: give",
         ),
         ({"stg_scal": 1.0}, "arguments: expected those of VideoPipeline, got stg_scal: check the spelling"),
+        ({"motion_speed": 0.5}, "arguments: expected those of VideoPipeline, got motion_speed"),
+        ({"noise_scale": 0.5}, "arguments: expected those of VideoPipeline, got noise_scale"),
+        ({"audio_latents": torch.zeros(1)}, "arguments: expected those of VideoPipeline, got audio_latents"),
     ],
 )
 def test_what_is_refused(
