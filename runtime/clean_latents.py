@@ -7,19 +7,21 @@ a picture's run.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.families.token_timesteps import TRAIN_TIMESTEPS
-from stg_trt.models.image import CleanLatents, CleanMode
+from stg_trt.models.image import CleanLatents
 
 from .noise import Generators, draw
 
 if TYPE_CHECKING:
     from .operations import Operation
     from .state import StepState
+    from .step_key import StepKey
 
 # As diffusers compares strengths and noise levels.
 _EPSILON = 1e-6
@@ -52,8 +54,18 @@ class CleanMemory:
         self.noise.copy_(self._noise_scale * noise * (timestep / TRAIN_TIMESTEPS) ** 2)
 
 
-def clean_latents(state: StepState, mode: CleanMode) -> tuple[Operation, Operation, Operation]:
-    """What a step does before the row fan-out, between it and the engines, and after the solver."""
+@dataclass(frozen=True)
+class CleanOperations:
+    """What a step does for latents that are given, beside what it does for all."""
+
+    before_fan_out: Operation
+    before_engines: Operation
+    after_engines: Operation
+    after_solver: Operation
+
+
+def clean_latents(state: StepState, key: StepKey) -> CleanOperations:
+    """The operations of a step that treats its given latents as `key.clean` says."""
     memory = state.clean
     assert memory is not None
 
@@ -72,6 +84,10 @@ def clean_latents(state: StepState, mode: CleanMode) -> tuple[Operation, Operati
         memory.kept.copy_(state.latents)
         state.latents.copy_(torch.where(memory.strength > 0, memory.replacement, state.latents))
 
+    def still(stream: int) -> None:
+        # Their clean latents x0 = x - sigma*v are what they are now, which counts in the deviation of x0.
+        state.pred_rows(key.groups).masked_fill_(memory.stays, 0)
+
     def put_all_back(stream: int) -> None:
         state.latents.copy_(memory.kept)
 
@@ -79,9 +95,10 @@ def clean_latents(state: StepState, mode: CleanMode) -> tuple[Operation, Operati
         # The solver has moved them with the others.
         state.latents.copy_(torch.where(memory.stays, memory.kept, state.latents))
 
-    if mode == "replaced":
-        return replace, put_all_back, _nothing
-    return add_noise if mode == "noised" else note, _nothing, put_back
+    if key.clean == "replaced":
+        return CleanOperations(replace, put_all_back, _nothing, _nothing)
+    first = add_noise if key.clean == "noised" else note
+    return CleanOperations(first, _nothing, still if key.rescales_x0 else _nothing, put_back)
 
 
 def _nothing(stream: int) -> None:

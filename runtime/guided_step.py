@@ -25,14 +25,13 @@ def fan_out_rows(state: StepState, groups: range) -> None:
 def guided_step(state: StepState, key: StepKey) -> None:
     """Sums the passes' predictions, steps the solver and advances the counter; all in float32."""
     table = state.table
-    in_x0 = key.rescaled and key.rescale_space == "x0"
     pred = combine(
         state.pred_rows(key.groups).unflatten(0, (len(key.passes), -1)),
         table.weights_now(key.groups),
         key.cond,
         rescale=table.now("rescale") if key.rescaled else 0.0,
         zero_star=key.zero_star,
-        noisy=NoisyLatents(state.latents, table.now("noise_level")) if in_x0 else None,
+        noisy=NoisyLatents(state.latents, table.now("noise_level")) if key.rescales_x0 else None,
     )
     if state.history is not None:
         state.history.index_copy_(0, table.counter, pred.unsqueeze(0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,60 +44,55 @@ def draw_for(solver: SolverTable, steps: int, shape: Sequence[int], generator: G
     return noise
 
 
-def starting_noise(
-    family: ModelFamily,
-    workload: Workload,
-    videos: int,
-    generator: Generators | None,
-    given: Tensor | None,
-    noise_scale: float = 0.0,
-) -> Tensor:
-    """Packed float32 noise of the videos: given, or drawn as diffusers draws it; raises InvalidRequest.
+@dataclass(frozen=True)
+class NoiseSource:
+    """Where a stream's noise comes from: latents that are given, or a generator.
 
-    `noise_scale` is the share of noise in latents that are given, of a model with sound.
+    `share` is the share of drawn noise in given latents of a model with sound.
     """
+
+    generator: Generators | None
+    given: Tensor | None = None
+    share: float = 0.0
+
+
+def starting_noise(family: ModelFamily, workload: Workload, videos: int, source: NoiseSource) -> Tensor:
+    """Packed float32 noise of the videos: given, or drawn as diffusers draws it; raises InvalidRequest."""
     shape = (videos, *family.noise_shape(workload))
     packed = family.tensors(replace(workload, condition_frames=0))["latents"].with_rows(videos)
     if SOUND in family.streams:
-        return _of_sound("latents", shape, packed, family.pack, generator, given, noise_scale)
-    latents = draw(shape, generator) if given is None else given
+        return _beside_sound("latents", shape, packed, family.pack, source)
+    latents = draw(shape, source.generator) if source.given is None else source.given
     _check("latents", latents, (packed, shape))
     return (family.pack(latents) if tuple(latents.shape) == shape else latents).float()
 
 
 def starting_sound(
-    family: ModelFamily,
-    workload: Workload,
-    videos: int,
-    generator: Generators | None,
-    given: Tensor | None,
-    noise_scale: float = 0.0,
+    family: ModelFamily, workload: Workload, videos: int, source: NoiseSource
 ) -> Tensor | None:
     """The same of the videos' sound, drawn after the video's noise; None for a model without sound."""
     if SOUND not in family.streams:
         return None
     shape = (videos, *family.audio_noise_shape(workload))
     packed = family.tensors(workload)[SOUND.latents].with_rows(videos)
-    return _of_sound("audio_latents", shape, packed, family.pack_audio, generator, given, noise_scale)
+    return _beside_sound("audio_latents", shape, packed, family.pack_audio, source)
 
 
-def _of_sound(
+def _beside_sound(
     name: str,
     shape: tuple[int, ...],
     packed: tuple[int, ...],
     pack: Callable[[Tensor], Tensor],
-    generator: Generators | None,
-    given: Tensor | None,
-    noise_scale: float,
+    source: NoiseSource,
 ) -> Tensor:
-    """Noise, or given latents with a share of it, which diffusers draws in any case.
+    """Noise, or given latents with a share of it, which diffusers draws even if the share is 0.
 
     Only packed ones: those that are not, diffusers takes for latents of the VAE, and normalises them.
     """
-    if given is None:
-        return pack(draw(shape, generator)).float()
-    _check(name, given, (packed,))
-    return torch.lerp(given.float(), draw(packed, generator), noise_scale)
+    if source.given is None:
+        return pack(draw(shape, source.generator)).float()
+    _check(name, source.given, (packed,))
+    return torch.lerp(source.given.float(), draw(packed, source.generator), source.share)
 
 
 def _check(name: str, latents: Tensor, shapes: Sequence[Sequence[int]]) -> None:

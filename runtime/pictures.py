@@ -66,6 +66,7 @@ class GivenPictures:
                 f"{family.pipeline_class}, got some: use one whose pipeline has it"
             )
         if not given:
+            _check_beside_nothing(self.options)
             return None
         read = {name: _read(name, value, prompts.count) for name, value in given.items()}
         each = 1
@@ -137,6 +138,8 @@ def _short_form(image: Pictures | None, options: ImageOptions) -> list[FrameCond
 
 
 def _check_beside_nothing(options: ImageOptions) -> None:
+    if "image_crf" in options.given:
+        raise InvalidRequest("image_crf: expected it beside image, got it without: add the picture")
     for name in ("frame_index", "strength"):
         if name in options.given:
             raise InvalidRequest(

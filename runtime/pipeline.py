@@ -29,7 +29,7 @@ from .callbacks import StepCallback, call_back, check_callback
 from .components import Components
 from .device import Device, open_device
 from .device_memory import explain_memory
-from .noise import Generators, listed, starting_noise, starting_sound
+from .noise import Generators, NoiseSource, listed, starting_noise, starting_sound
 from .output import VideoPipelineOutput
 from .pictures import GivenPictures, Pictures
 from .prompts import Embeddings, Prompts
@@ -237,17 +237,18 @@ class VideoPipeline:
         image = None
         if not self.family.draws_noise_first:
             image = self._image(schedule, request, images)
-        videos, given = request.prompts.videos, request.latents
-        share = request.sound.noise_scale
-        noise = starting_noise(self.family, schedule.workload, videos, request.generator, given, share)
+        place = self.family, schedule.workload, request.prompts.videos
+        given, share = request.latents, request.sound.noise_scale
+        noise = starting_noise(*place, NoiseSource(request.generator, given, share))
         if self.family.draws_noise_first:
             image = self._image(schedule, request, images)
         start = noise * schedule.solver.noise_scale
         if given is None or not self.family.starts_from_given_latents:
             start = self.family.start(start, image)
-        sound = starting_sound(
-            self.family, schedule.workload, videos, request.generator, request.sound.latents, share
-        )
+        elif share and image is not None and image.clean is not None:
+            # Clean latents that are given get no share of the noise.
+            start = torch.where(image.clean.strength > 0, given.float(), start)
+        sound = starting_sound(*place, NoiseSource(request.generator, request.sound.latents, share))
         if sound is None:
             return {"latents": start}, image
         return {"latents": start, "audio_latents": sound * schedule.solver.noise_scale}, image

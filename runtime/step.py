@@ -32,8 +32,10 @@ class Step:
         ]
         self._operations = [*fan_out, bound.enqueue, *guided_step]
         if key.clean is not None:
-            before, between, after = clean_latents(state.video, key.clean)
-            self._operations = [before, *fan_out, between, bound.enqueue, *guided_step, after]
+            clean = clean_latents(state.video, key)
+            before = clean.before_fan_out, *fan_out, clean.before_engines
+            after = clean.after_engines, *guided_step, clean.after_solver
+            self._operations = [*before, bound.enqueue, *after]
 
     def enqueue(self) -> None:
         """One step, in the order of the stream."""

@@ -29,6 +29,11 @@ class StepKey:
         return row_groups(self.passes)
 
     @property
+    def rescales_x0(self) -> bool:
+        """Whether it rescales the clean latents that its prediction means."""
+        return self.rescaled and self.rescale_space == "x0"
+
+    @property
     def cond(self) -> int:
         """The index of cond among the passes."""
         return self.passes.index(COND)

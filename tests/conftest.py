@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,6 +25,7 @@ from stg_trt import VideoPipeline, build
 from stg_trt.system import kept_hashes
 from tests.support.cli import keep_one_block
 from tests.support.family_cases import CASES, LTX, FamilyCase, Sizes
+from tests.support.golden_builds import build_goldens, build_ltx2, build_open_sora, build_svd
 from tests.support.shared_graphs import share_graphs
 from tests.support.whole_pipelines import TEXT_LENGTH
 
@@ -62,6 +62,7 @@ SLOW_FIXTURES = {
     "golden_engines": "builds the engines of every family",
     "ltx2_engines": "builds the engines of LTX-2",
     "open_sora_engines": "builds the engines of Open-Sora",
+    "svd_engines": "builds the engines of a UNet",
     "library": "compiles the kernels with nvcc",
     "tiny_wan": "exports the graphs of Wan",
 }
@@ -255,13 +256,22 @@ def inductor_engines(built_once: BuiltOnce) -> Path:
     return built_once("inductor-engines", lambda folder: build_goldens(LTX, folder, **compiled))
 
 
-def build_goldens(case: FamilyCase, root: Path, **options: Any) -> Path:
-    """All the layouts that a family's goldens need, for two videos."""
-    shared = {**case.sizes, "max_batch": 2, **options}
-    build(case.goldens, root, **shared, stg_blocks=case.cut_at, stg_mode="stg-a")
-    for mode, blocks in case.twins:
-        build(case.goldens, root, **shared, stg_blocks=blocks, stg_mode=mode, layout="twin")
-    return root
+@pytest.fixture(scope="session")
+def ltx2_engines(built_once: BuiltOnce) -> Path:
+    """Of LTX-2.0's and 2.3's goldens, in a folder each; both layouts, 2 videos."""
+    return built_once("ltx2-engines", build_ltx2)
+
+
+@pytest.fixture(scope="session")
+def open_sora_engines(built_once: BuiltOnce) -> Path:
+    """Segmented stg-a engines that can perturb blocks 2 to 5, and a twin of either mode; 2 videos."""
+    return built_once("open-sora-engines", build_open_sora)
+
+
+@pytest.fixture(scope="session")
+def svd_engines(built_once: BuiltOnce) -> Path:
+    """Segmented stg-a engines that can perturb what SVD_BLOCKS has, and a stg-r twin; 2 videos."""
+    return built_once("svd-engines", build_svd)
 
 
 @pytest.fixture(scope="session")

@@ -56,6 +56,7 @@ class ImageOptions:
     strength: float | Sequence[float] | None = None
     motion_bucket_id: float | None = None
     noise_aug_strength: float | None = None
+    image_crf: int | None = None
 
     @property
     def given(self) -> tuple[str, ...]:
@@ -152,3 +153,8 @@ def posterior_samples(vae: Any, pixels: Tensor, videos: int, generator: Any) -> 
     posteriors *= videos if len(posteriors) == 1 else 1
     pairs = zip(posteriors, generators, strict=True)
     return torch.cat([posterior.sample(generator=own) for posterior, own in pairs])
+
+
+def posterior_means(vae: Any, pixels: Tensor) -> Tensor:
+    """The mean (pictures, ...) of the VAE's posterior of each picture."""
+    return torch.cat([vae.encode(one).latent_dist.mode() for one in pixels.split(1)])

@@ -16,8 +16,11 @@ import torch
 from stg_trt.build_engines.weights import weights_of
 from stg_trt.engines.key import export_version
 from stg_trt.engines.store import Build, EngineStore
+from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.segment import Segment
 from tests.support.family_cases import CASES, FamilyCase
+from tests.support.golden_builds import LTX2, OPEN_SORA
+from tests.support.tiny_svd import SVD
 
 RECORD = Path(__file__).with_name("export_versions.json")
 EXPORTERS = ("torch", "onnxscript", "onnx-ir")
@@ -25,10 +28,10 @@ EXPORTERS = ("torch", "onnxscript", "onnx-ir")
 _FEW = 16
 
 
-def digest_of(case: FamilyCase, engines: Path) -> str:
+def digest_of(checkpoint: Checkpoint, engines: Path) -> str:
     """Of all graphs of the goldens, and of the weights that stay float32."""
     lines = [line for build in EngineStore.open(engines).builds for line in lines_of(build)]
-    return hashlib.sha256("\n".join([*lines, *precisions(case)]).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join([*lines, *precisions(checkpoint)]).encode()).hexdigest()[:16]
 
 
 def lines_of(build: Build) -> Iterator[str]:
@@ -57,11 +60,11 @@ def constant(tensor: ir.TensorProtocol | None) -> str:
     return f"{tensor.dtype} {tensor.shape} {values}"
 
 
-def precisions(case: FamilyCase) -> list[str]:
+def precisions(checkpoint: Checkpoint) -> list[str]:
     """The dtype of every weight of a model in bfloat16."""
-    family = case.family
+    family = checkpoint.family
     whole = Segment("normal", 0, family.num_blocks, front=True, back=True)
-    module = family.module(case.checkpoint.load_transformer(), whole, expand_masks=True)
+    module = family.module(checkpoint.load_transformer(), whole, expand_masks=True)
     family.lower_precision(module, torch.bfloat16)
     return [f"{name} {weight.dtype}" for name, weight in weights_of(module)]
 
@@ -70,11 +73,28 @@ def precisions(case: FamilyCase) -> list[str]:
 def test_other_graphs_have_another_export_version(
     golden_engines: Callable[[FamilyCase], Path], case: FamilyCase
 ) -> None:
+    assert_recorded(str(case), case.checkpoint, golden_engines(case))
+
+
+@pytest.mark.parametrize("version", LTX2)
+def test_other_graphs_of_ltx2(ltx2_engines: Path, version: str) -> None:
+    assert_recorded(LTX2[version].name, Checkpoint.open(LTX2[version]), ltx2_engines / version)
+
+
+def test_other_graphs_of_open_sora(open_sora_engines: Path) -> None:
+    assert_recorded("open_sora", Checkpoint.open(OPEN_SORA), open_sora_engines)
+
+
+def test_other_graphs_of_svd(svd_engines: Path) -> None:
+    assert_recorded("svd", Checkpoint.open(SVD), svd_engines)
+
+
+def assert_recorded(name: str, checkpoint: Checkpoint, engines: Path) -> None:
     recorded: dict[str, Any] = json.loads(RECORD.read_text())
     if recorded["made_with"] != (here := {name: version(name).split("+")[0] for name in EXPORTERS}):
         pytest.skip(f"the graphs of {recorded['made_with']} are recorded, these are of {here}")
-    now = {"export_version": export_version(case.family), "digest": digest_of(case, golden_engines(case))}
-    assert recorded["graphs"].get(str(case)) == now, (
+    now = {"export_version": export_version(checkpoint.family), "digest": digest_of(checkpoint, engines)}
+    assert recorded["graphs"].get(name) == now, (
         "the graphs are others than those of the recorded export version: raise export_version of the family "
         "(or SHARED_EXPORT_VERSION), so that engines are built again, and record both in export_versions.json"
     )

@@ -70,6 +70,13 @@ def of_open_sora() -> Case:
     return Case("open_sora", Checkpoint.open(GOLDENS / "open_sora"), sizes, segment)
 
 
+def of_ltx2() -> Case:
+    """Two streams, with gates and a modulated prompt."""
+    segment = Segment("normal", 1, 3, front=True, back=True, keep_input=True)
+    sizes = Workload(128, 160, 17, 8, audio_num_frames=18)
+    return Case("ltx2", Checkpoint.open(GOLDENS / "ltx2_3"), sizes, segment)
+
+
 SVD_BLOCKS = 8
 PLACES = {
     # Their last block is of a kind of its own.
@@ -80,6 +87,7 @@ PLACES = {
 CASES = [
     *(of_family(case, PLACES.get(case, 1)) for case in (LTX, WAN, MOCHI, HUNYUAN_VIDEO, *COGVIDEOX.values())),
     of_open_sora(),
+    of_ltx2(),
     of_svd(0),
     of_svd(-1),
 ]

@@ -10,6 +10,7 @@ _TENSORRT = "tests/engines/test_tensorrt.py"
 _CALLS = "tests/runtime/test_calls_of_diffusers.py"
 _STEPS = "tests/runtime/test_steps_of_a_call.py"
 _CLEAN = "tests/runtime/test_clean_latents.py"
+_SOUND = "tests/runtime/test_sound.py"
 _LIBRARY = "tests/plugins/test_shared_library.py"
 
 IN_RUNTIME = (
@@ -296,9 +297,30 @@ IN_RUNTIME = (
     Mistake(
         "a step moves the picture's latents",
         "runtime/clean_latents.py",
-        "else note, _nothing, put_back",
-        "else note, _nothing, _nothing",
+        "else _nothing, put_back)",
+        "else _nothing, _nothing)",
         (f"{_CLEAN}::test_every_step_of_the_goldens",),
+    ),
+    Mistake(
+        "what clean tokens predict counts in the rescale of clean latents",
+        "runtime/clean_latents.py",
+        "still if key.rescales_x0 else _nothing",
+        "_nothing",
+        (f"{_SOUND}::test_a_picture_is_the_first_frame",),
+    ),
+    Mistake(
+        "noise is mixed into clean latents that are given",
+        "runtime/pipeline.py",
+        "        elif share and image is not None",
+        "        elif False and image is not None",
+        (f"{_SOUND}::test_latents_that_are_given_hold_the_first_frame",),
+    ),
+    Mistake(
+        "a picture is encoded as it is",
+        "stg_trt/models/families/ltx2_pictures.py",
+        "    if crf == 0:",
+        "    if True:",
+        (f"{_SOUND}::test_a_picture_is_the_first_frame",),
     ),
     Mistake(
         "weak conditions are kept to the end",

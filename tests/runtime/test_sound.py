@@ -1,9 +1,10 @@
-"""LTX-2 from prompts to frames and sound, as diffusers' LTX2Pipeline on whole tiny checkpoints."""
+"""LTX-2 from prompts and pictures to frames and sound, as diffusers' pipelines on whole tiny checkpoints."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import av
 import numpy as np
 import pytest
 import torch
-from diffusers import LTX2Pipeline
+from diffusers import LTX2ImageToVideoPipeline, LTX2Pipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from stg_trt import VideoPipeline, build
 from stg_trt.errors import InvalidRequest
@@ -22,6 +25,7 @@ from stg_trt.models.workload import Workload
 from stg_trt.runtime.components import Components
 from tests.conftest import BuiltOnce
 from tests.support.cli import invoke
+from tests.support.compared_calls import noisy_picture
 from tests.support.tiny_ltx2 import (
     AUDIO_CHANNELS,
     CHANNELS,
@@ -90,6 +94,44 @@ def call(**changes: Any) -> dict[str, Any]:
         "output_type": "np",
         **changes,
     }
+
+
+def picture(seed: int = 0) -> Image.Image:
+    """Of another size and shape than the video."""
+    return noisy_picture(90, 110, seed)
+
+
+def animated(**changes: Any) -> dict[str, Any]:
+    """A call with a picture, of one video."""
+    return call(**{"image": picture(), "prompt": PROMPTS[0], "negative_prompt": "blurred"} | changes)
+
+
+@contextmanager
+def as_lightricks(transformer: Any) -> Iterator[None]:
+    """Makes diffusers' model treat clean tokens as Lightricks' code does, which trained it.
+
+    The video's attention to the sound is shifted and scaled by each token's own timestep, and the clean
+    latents that the prediction of a clean token means are the latents that it has.
+    """
+    timesteps: list[Tensor] = []
+
+    def keep(module: Any, arguments: Any, options: dict[str, Any]) -> None:
+        timesteps[:] = [options["timestep"]]
+
+    def per_token(module: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return timesteps[0].flatten(), *arguments[1:]
+
+    def still(module: Any, arguments: Any, preds: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return torch.where(timesteps[0][:, :, None] == 0, 0.0, preds[0]), preds[1]
+
+    hooks = (
+        transformer.register_forward_pre_hook(keep, with_kwargs=True),
+        transformer.av_cross_attn_video_scale_shift.register_forward_pre_hook(per_token),
+        transformer.register_forward_hook(still),
+    )
+    yield
+    for hook in hooks:
+        hook.remove()
 
 
 def noise(videos: int = 2) -> dict[str, Any]:
@@ -251,3 +293,93 @@ def test_the_command_line_takes_and_writes_the_latents_of_both_streams(
     assert made.audio is not None
     assert (written["latents"] - made.frames).abs().max() <= 1e-5
     assert (written["audio_latents"] - made.audio).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_picture_is_the_first_frame(checkpoint: Folder, opened: Open, version: str) -> None:
+    """From a file to frames and sound, by all four passes, as diffusers with Lightricks' clean tokens."""
+    own = LTX2ImageToVideoPipeline.from_pipe(of_diffusers(checkpoint(version)))
+    with as_lightricks(own.transformer):
+        expected = own(**animated())
+    got = opened(version)(**animated())
+    assert np.abs(got.frames - expected.frames).max() <= 1e-4 and got.frames.std() > 1e-2
+    assert got.audio is not None and (got.audio - expected.audio).abs().max() <= 1e-4
+    without = opened(version)(**animated(image=None))
+    assert np.abs(got.frames - without.frames).max() > 1e-2
+
+
+def test_the_picture_is_compressed_as_the_models_frames_were(checkpoint: Folder, opened: Open) -> None:
+    own = LTX2ImageToVideoPipeline.from_pipe(of_diffusers(checkpoint("2.0")))
+    kept = animated(image_crf=0, num_inference_steps=2)
+    with as_lightricks(own.transformer):
+        expected = own(**kept).frames
+    got = opened("2.0")(**kept | {"generator": torch.Generator().manual_seed(7)}).frames
+    assert np.abs(got - expected).max() <= 1e-4
+    first = [
+        opened("2.0")(**animated(image_crf=crf, num_inference_steps=2, output_type="latent")).frames[:, :6]
+        for crf in (0, 33, None)
+    ]
+    assert torch.equal(first[1], first[2]) and (first[0] - first[1]).abs().max() > 1e-2
+
+
+def test_latents_that_are_given_hold_the_first_frame(opened: Open) -> None:
+    """Whatever the picture; noise is mixed into the other frames and the sound, as in diffusers."""
+    start, options = noise(1), {"output_type": "latent", "audio_guidance_rescale": 0.0}
+    seeded = torch.Generator().manual_seed(7)
+    drawn = {name: torch.randn(tensor.shape, generator=seeded) for name, tensor in start.items()}
+    mixed = {name: torch.lerp(start[name], drawn[name], 0.5) for name in start}
+    mixed["latents"][:, :6] = start["latents"][:, :6]
+    expected = opened("2.3")(**animated(**mixed, **options))
+    got = opened("2.3")(**animated(**start, **options, noise_scale=0.5))
+    assert torch.equal(got.frames[:, :6], start["latents"][:, :6])
+    assert (got.frames - expected.frames).abs().max() <= 1e-5
+    assert got.audio is not None and expected.audio is not None
+    assert (got.audio - expected.audio).abs().max() <= 1e-5
+
+
+def test_two_pictures_are_each_alone(opened: Open) -> None:
+    pictures = [picture(i) for i in range(2)]
+    pipeline, options = opened("2.3"), {"output_type": "latent", "negative_prompt": "blurred"}
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    both = pipeline(**call(image=pictures, **options, generator=generators))
+    for row, generator in enumerate(torch.Generator().manual_seed(i) for i in range(2)):
+        one = {"image": pictures[row], "prompt": PROMPTS[row], "generator": generator}
+        alone = pipeline(**call(**one, **options))
+        assert (alone.frames[0] - both.frames[row]).abs().max() <= 1e-5
+        assert alone.audio is not None and both.audio is not None
+        assert (alone.audio[0] - both.audio[row]).abs().max() <= 1e-5
+    assert (both.frames[0] - both.frames[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_crf": 52}, "image_crf: expected a whole number from 0 to 51, got 52: use 33, or 0 to keep"),
+        ({"image_crf": 1.5}, "image_crf: expected a whole number from 0 to 51, got 1.5: use 33"),
+        ({"image": None, "image_crf": 20}, "image_crf: expected it beside image, got it without: add the"),
+        (
+            {"image": np.zeros((64, 96, 3), np.float32)},
+            "image: expected a path, a PIL image or an array of uint8, which H.264 compresses as the model",
+        ),
+        ({"conditions": [{"image": picture()}]}, "conditions: expected none for this ltx-2 checkpoint"),
+        ({"last_image": picture()}, "last_image: expected none, for which this ltx-2 checkpoint was not"),
+        ({"strength": 0.5}, "arguments: expected those of VideoPipeline, got strength"),
+    ],
+)
+def test_pictures_that_it_does_not_take(opened: Open, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        opened("2.3")(**animated(**changes))
+    assert str(refused.value).startswith(message) and "\n" not in str(refused.value)
+
+
+def test_the_command_line_takes_a_picture(checkpoint: Folder, opened: Open, tmp_path: Path) -> None:
+    picture().save(tmp_path / "start.png")
+    made = opened("2.0")(
+        prompt=PROMPTS[0], image=tmp_path / "start.png", num_inference_steps=2,
+        generator=torch.Generator().manual_seed(0), output_type="latent",
+    )  # fmt: skip
+    options = ("--engines", opened("2.0").store.root, "--prompt", PROMPTS[0], "--num-inference-steps=2")
+    files = ("--image", tmp_path / "start.png", "--output", tmp_path / "x.safetensors")
+    result = invoke("generate", checkpoint("2.0"), *options, *files)
+    assert result.returncode == 0, result.stderr
+    assert (load_file(tmp_path / "x.safetensors")["latents"] - made.frames).abs().max() <= 1e-5

@@ -22,14 +22,12 @@ from stg_trt.models.perturbation import Perturbation
 from stg_trt.runtime.command import generate
 from tests.conftest import BuiltOnce
 from tests.support.eager_svd import Call, distance, sample
+from tests.support.golden_builds import SVD_SIZES as SIZES
 from tests.support.tiny_svd import SVD, diffusers_pipeline, save_svd
 
 pytestmark = pytest.mark.slow(reason="builds the engines of a UNet")
 
-SIZES: dict[str, Any] = {"height": 64, "width": 64, "num_frames": 4}
 STEPS = 3
-# In the encoder, and in the first attention module of the decoder.
-BUILT = {"spatial": [0, 4], "temporal": [5]}
 Open = Callable[[str], VideoPipeline]
 
 
@@ -44,25 +42,15 @@ def golden() -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def engines(built_once: BuiltOnce) -> Path:
-    def fill(folder: Path) -> None:
-        shared: dict[str, Any] = {**SIZES, "max_batch": 2, "verify_timesteps": 1}
-        build(SVD, folder, **shared, stg_blocks=BUILT)
-        build(SVD, folder, **shared, stg_blocks=[5], stg_mode="stg-r", layout="twin")
-
-    return built_once("svd-engines", fill)
-
-
-@pytest.fixture(scope="module")
 def checkpoint(built_once: BuiltOnce) -> Path:
     """Of the goldens' UNet, which its engines are for too."""
     return built_once("svd-checkpoint", save_svd)
 
 
 @pytest.fixture(scope="module")
-def opened(engines: Path, checkpoint: Path) -> Open:
+def opened(svd_engines: Path, checkpoint: Path) -> Open:
     """The pipeline in a layout."""
-    return cache(lambda layout: VideoPipeline.from_pretrained(checkpoint, engines, layout=layout))
+    return cache(lambda layout: VideoPipeline.from_pretrained(checkpoint, svd_engines, layout=layout))
 
 
 @pytest.fixture(scope="module")
@@ -292,12 +280,12 @@ def test_a_lora_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_command_line_makes_the_same_call(
-    opened: Open, engines: Path, checkpoint: Path, tmp_path: Path
+    opened: Open, svd_engines: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     image, output = tmp_path / "picture.png", tmp_path / "x.safetensors"
     picture().save(image)
     generate(
-        str(checkpoint), engines, output, image=image, seed=3, num_inference_steps=2, frame_rate=9.0,
+        str(checkpoint), svd_engines, output, image=image, seed=3, num_inference_steps=2, frame_rate=9.0,
         motion_bucket_id=30, noise_aug_strength=0.1, min_guidance_scale=1.5, max_guidance_scale=2.0,
         stg_scale=["spatial=1", "temporal=0.5"], layout="segmented",
     )  # fmt: skip
@@ -308,4 +296,4 @@ def test_the_command_line_makes_the_same_call(
     ).frames  # fmt: skip
     assert load_file(output)["latents"].equal(again)
     with pytest.raises(InvalidRequest, match="prompt: expected none for a model that makes its video from a"):
-        generate(str(checkpoint), engines, output, image=image, prompt=["a fox"])
+        generate(str(checkpoint), svd_engines, output, image=image, prompt=["a fox"])

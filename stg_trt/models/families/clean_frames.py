@@ -20,6 +20,7 @@ from stg_trt.models.image import (
     ImageCondition,
     Images,
     Start,
+    posterior_means,
     posterior_samples,
 )
 from stg_trt.models.workload import Workload
@@ -32,7 +33,8 @@ PREFIX_FRAMES = 2
 class Encoder:
     """The VAE of a diffusers pipeline for one call; what it draws, all videos share or each draws its own.
 
-    `pipeline_class` is the diffusers class that knows how latents are normalised and packed.
+    `pipeline_class` is the diffusers class that knows how latents are normalised and packed. Without `draws`
+    they are the means of the VAE's posteriors.
     """
 
     pipeline: Any
@@ -40,16 +42,30 @@ class Encoder:
     workload: Workload
     videos: int
     generator: Any
+    draws: bool = True
+
+    def pixels(self, pictures: Sequence[Any]) -> Tensor:
+        """Pictures (pictures, 3, height, width) of the video's size, as the pipeline prepares them."""
+        size = (self.workload.height, self.workload.width)
+        pixels: Tensor = self.pipeline.video_processor.preprocess([*pictures], *size)
+        return pixels
 
     def latents(self, pixels: Tensor) -> Tensor:
-        """Normalised samples (1 or videos, channels, frames, height, width) of pixels in the same layout.
+        """Normalised latents (1 or videos, channels, frames, height, width) of pixels in the same layout.
 
         As diffusers draws them: a single generator draws one for each picture, and a list one per video.
         """
         vae = self.pipeline.vae
+        pixels = pixels.to(vae.device, vae.dtype)
         samples = self.videos if isinstance(self.generator, list) else len(pixels)
-        drawn = posterior_samples(vae, pixels.to(vae.device, vae.dtype), samples, self.generator).float()
-        normalized: Tensor = self.pipeline_class._normalize_latents(drawn, vae.latents_mean, vae.latents_std)
+        found = (
+            posterior_samples(vae, pixels, samples, self.generator)
+            if self.draws
+            else posterior_means(vae, pixels)
+        )
+        normalized: Tensor = self.pipeline_class._normalize_latents(
+            found.float(), vae.latents_mean, vae.latents_std
+        )
         return normalized.cpu()
 
     def noise(self, shape: Sequence[int]) -> Tensor:
@@ -70,8 +86,7 @@ class Encoder:
                 f"frame_index: expected 0 to {workload.num_frames - 1}, the frames it has, got {first}: "
                 "choose one of them"
             )
-        processor, size = self.pipeline.video_processor, (workload.height, workload.width)
-        pictures = processor.preprocess([*condition.pictures], *size)
+        pictures = self.pixels(condition.pictures)
         fitting = min(len(pictures), workload.num_frames - first)
         kept: Tensor = pictures[: (fitting - 1) // temporal * temporal + 1]
         return kept.transpose(0, 1)[None].contiguous()
@@ -110,10 +125,8 @@ class _Canvas:
         self.strength[:, :, frames] = strength
 
 
-def image_condition(encoder: Encoder, images: Images, shape: Sequence[int]) -> ImageCondition:
-    """A picture as the first frame of latents (channels, frames, height, width)."""
-    size = (encoder.workload.height, encoder.workload.width)
-    pixels = encoder.pipeline.video_processor.preprocess([*images.image], *size)
+def first_frame(encoder: Encoder, pixels: Tensor, shape: Sequence[int]) -> ImageCondition:
+    """Pixels (1 or videos, 3, height, width) as the first of latents (channels, frames, height, width)."""
     canvas = _Canvas.empty(encoder.videos, shape)
     canvas.paint(encoder.latents(pixels[:, :, None]), 0, 1.0)
     return _condition(encoder, canvas, shape, 0.0)

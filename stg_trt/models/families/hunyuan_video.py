@@ -35,7 +35,7 @@ from stg_trt.models.families.joint_attention import (
     projected,
 )
 from stg_trt.models.families.token_timesteps import TIMESTEP_INDEX
-from stg_trt.models.image import ImageCondition, Images, Places
+from stg_trt.models.image import ImageCondition, Images, Places, posterior_means
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.models.text import TextCondition
@@ -299,7 +299,7 @@ class HunyuanVideo(JointAttentionDiT):
         """The most likely latents of the first frame; nothing is drawn."""
         vae, size = pipeline.vae, (workload.height, workload.width)
         pixels = pipeline.video_processor.preprocess([*images.image], *size).to(vae.device, vae.dtype)
-        first = torch.cat([vae.encode(one[:, :, None]).latent_dist.mode() for one in pixels.split(1)])
+        first = posterior_means(vae, pixels[:, :, None])
         scaled = (first.float() * vae.config.scaling_factor).cpu()
         return mixed_first_frame(scaled, self.latent_shape(workload), videos, replaces=self.replaces)
 

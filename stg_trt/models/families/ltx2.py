@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.models.custom_steps import CustomSteps
-from stg_trt.models.defaults import Defaults
 from stg_trt.models.families.base import load_class
 from stg_trt.models.families.dit import DiT
 from stg_trt.models.families.keep_flags import (
@@ -30,6 +28,8 @@ from stg_trt.models.families.keep_flags import (
 )
 from stg_trt.models.families.ltx2_costs import Costs, StreamCosts, segment_flops
 from stg_trt.models.families.ltx2_decoding import SOUND_DECODER, decode_frames
+from stg_trt.models.families.ltx2_defaults import DEFAULTS, of_blocks, unguided
+from stg_trt.models.families.ltx2_pictures import IMAGE_OPTIONS, encode_picture
 from stg_trt.models.families.ltx2_prompts import CONNECTORS, count_tokens, encode_prompt
 from stg_trt.models.families.ltx2_segment import SOUND, STREAMS, VIDEO, LTX2Segment, TextProjections
 from stg_trt.models.families.segment_module import SegmentModule
@@ -40,7 +40,7 @@ from stg_trt.models.families.token_timesteps import (
     timestep_tables,
     token_timestep_specs,
 )
-from stg_trt.models.image import ImageCondition, Places
+from stg_trt.models.image import CleanLatents, ImageCondition, Images, Places
 from stg_trt.models.segment import Segment
 from stg_trt.models.stream import SOUND as SOUND_STREAM
 from stg_trt.models.stream import VIDEO as VIDEO_STREAM
@@ -50,8 +50,6 @@ from stg_trt.models.workload import Workload
 
 _PIPELINE = "LTX2Pipeline"
 _SHIFT = TokenShift(1024, 4096, 0.95, 2.05)
-# Lightricks' distilled schedule, DISTILLED_SIGMA_VALUES of diffusers' pipelines/ltx2/utils.py.
-_DISTILLED = CustomSteps("sigmas", (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875))
 # Gemma 3 12B: the embedding and 48 layers.
 _TEXT_LAYERS = 49
 # The step's timestep, and that of clean tokens.
@@ -60,17 +58,6 @@ _TIMESTEP_PLACES = 2
 _PROMPTS = {VIDEO: "prompt_video", SOUND: "prompt_audio"}
 _ROPE = tuple(f"{stream}rope_{part}" for stream in STREAMS for part in ("cos", "sin"))
 _CROSS_ROPE = tuple(f"{stream}cross_rope_{part}" for stream in STREAMS for part in ("cos", "sin"))
-_DEFAULTS = Defaults(
-    stg_mode="stg-a",
-    stg_blocks=(28,),
-    stg_scale=1.0,
-    guidance_scale=3.0,
-    rescale=0.7,
-    num_inference_steps=30,
-    frame_rate=24.0,
-    text_length=1024,
-    modality_scale=3.0,
-)
 
 
 @dataclass(frozen=True)
@@ -90,6 +77,9 @@ class LTX2(DiT):
     export_version = 1
     pipeline_class = _PIPELINE
     streams = (VIDEO_STREAM, SOUND_STREAM)
+    optional_images = ("image",)
+    image_options = IMAGE_OPTIONS
+    starts_from_given_latents = True
     isolates = True
     rescale_space = "x0"
     connector = CONNECTORS
@@ -103,7 +93,7 @@ class LTX2(DiT):
     segment_class = LTX2Segment
     patch = (1, 1, 1)
     timestep_channels = 256
-    defaults = replace(_DEFAULTS, sound=replace(_DEFAULTS, guidance_scale=7.0))
+    defaults = DEFAULTS
 
     def __init__(self, config: Mapping[str, Any], *others: Any) -> None:
         super().__init__(config, *others)
@@ -111,9 +101,9 @@ class LTX2(DiT):
         self.has_text_segment = bool(config.get("use_prompt_embeddings", True))
         self._modulates_text = bool(config.get("cross_attn_mod"))
         if not self._modulates_text:
-            self.defaults = _of_blocks(self.defaults, (29,))
+            self.defaults = of_blocks(self.defaults, (29,))
         if "distilled" in self.origin.lower():
-            self.defaults = _unguided(self.defaults)
+            self.defaults = unguided(self.defaults)
 
     @property
     def feed_forward_width(self) -> int:
@@ -286,6 +276,17 @@ class LTX2(DiT):
         strengths = torch.zeros(self.tokens(workload)) if clean is None else clean.strength.flatten()
         return timestep_tables(strengths, _TIMESTEP_PLACES)
 
+    def random_image(self, workload: Workload, rows: int, generator: torch.Generator) -> ImageCondition:
+        """The first frame clean, so that both kinds of timesteps are compared."""
+        strength = torch.zeros(self.tokens(workload), 1)
+        strength[: self.tokens(workload) // self.grid(workload)[0]] = 1
+        return ImageCondition(clean=CleanLatents(strength))
+
+    def encode_images(
+        self, pipeline: Any, images: Images, workload: Workload, videos: int, generator: Any
+    ) -> ImageCondition:
+        return encode_picture(pipeline, images, workload, self.latent_shape(workload), videos)
+
     def text_inputs(self, text: TextCondition, workload: Workload) -> dict[str, Tensor]:
         assert text.audio is not None
         names = _PROMPTS if self.has_text_segment else {VIDEO: "text", SOUND: "audio_text"}
@@ -367,26 +368,6 @@ def _named(name: str, tables: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     """Cosines and sines (1, heads, tokens, channels / 2) as (tokens, all channels / 2)."""
     cos, sin = (table[0].transpose(0, 1).flatten(1).contiguous() for table in tables)
     return {f"{name}_cos": cos, f"{name}_sin": sin}
-
-
-def _of_blocks(defaults: Defaults, blocks: tuple[int, ...]) -> Defaults:
-    assert defaults.sound is not None
-    return replace(defaults, stg_blocks=blocks, sound=replace(defaults.sound, stg_blocks=blocks))
-
-
-def _unguided(defaults: Defaults) -> Defaults:
-    """Those of a distilled model: its steps, one pass each."""
-    off = replace(
-        defaults,
-        guidance_scale=1.0,
-        stg_scale=0.0,
-        modality_scale=1.0,
-        rescale=0.0,
-        num_inference_steps=len(_DISTILLED.values),
-        steps=_DISTILLED,
-        sound=None,
-    )
-    return replace(off, sound=off)
 
 
 def _check_entry(name: str, value: object, published: object) -> None:

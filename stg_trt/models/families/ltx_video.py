@@ -19,7 +19,7 @@ from stg_trt.errors import InvalidRequest
 from stg_trt.models.custom_steps import CustomSteps
 from stg_trt.models.defaults import Defaults
 from stg_trt.models.families.base import load_class, vae_video
-from stg_trt.models.families.clean_frames import Encoder, extra_frames, frame_conditions, image_condition
+from stg_trt.models.families.clean_frames import Encoder, extra_frames, first_frame, frame_conditions
 from stg_trt.models.families.cross_attention import CrossAttentionDiT, CrossAttentionSegment
 from stg_trt.models.families.decode_timestep import add_decode_noise
 from stg_trt.models.families.dit import State, TextProjection, half_table, rms_norm, rotate
@@ -252,7 +252,7 @@ class LTXVideo(CrossAttentionDiT):
         temporal, _ = self.compression
         if self._conditioned:
             return frame_conditions(encoder, images, self.latent_shape(workload), temporal)
-        return image_condition(encoder, images, self.latent_shape(workload))
+        return first_frame(encoder, encoder.pixels(images.image), self.latent_shape(workload))
 
     def text_inputs(self, text: TextCondition, workload: Workload) -> dict[str, Tensor]:
         bias = (1 - text.mask.float()) * -10000.0

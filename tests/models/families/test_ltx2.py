@@ -31,18 +31,16 @@ from stg_trt.models.plan import full_plan, plan_step
 from stg_trt.models.segment import LAYOUTS, Segment
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
-from tests.conftest import BuiltOnce
-from tests.support.family_cases.case import GOLDENS
+from tests.support.golden_builds import LTX2 as FOLDERS
+from tests.support.golden_builds import LTX2_BLOCK as BLOCK
+from tests.support.golden_builds import LTX2_SIZES as SIZES
 
-FOLDERS = {"2.0": GOLDENS / "ltx2", "2.3": GOLDENS / "ltx2_3"}
 CASES = [
     ("2.0", "cfg"),
     ("2.0", "stg_modality_rescale"),
     ("2.3", "stg"),
     ("2.3", "stg_modality_rescale"),
 ]
-BLOCK = 3
-SIZES: dict[str, Any] = {"height": 128, "width": 160, "num_frames": 17, "text_length": 8}
 WORKLOAD = Workload(**SIZES, audio_num_frames=18)
 STREAMS = {"latents": "", "audio_latents": "audio_"}
 Open = Callable[[str, str], VideoPipeline]
@@ -57,24 +55,6 @@ def given(version: str, case: str) -> dict[str, Any]:
     taken = ("latents", "audio_latents", "prompt_embeds", "prompt_attention_mask")
     names = (*taken, "negative_prompt_embeds", "negative_prompt_attention_mask")
     return {**options, **{name: tensors[name] for name in names}, "output_type": "latent"}
-
-
-@pytest.fixture(scope="module")
-def ltx2_engines(built_once: BuiltOnce) -> Path:
-    def fill(folder: Path) -> None:
-        for version, checkpoint in FOLDERS.items():
-            for layout in LAYOUTS:
-                build(
-                    checkpoint,
-                    folder / version,
-                    **SIZES,
-                    stg_blocks=[BLOCK],
-                    layout=layout,
-                    max_batch=2,
-                    verify_timesteps=1,
-                )
-
-    return built_once("ltx2-engines", fill)
 
 
 @pytest.fixture(scope="module")

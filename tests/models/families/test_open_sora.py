@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import T5Config, T5EncoderModel
 
-from stg_trt import VideoPipeline, build
+from stg_trt import VideoPipeline
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.families import family_for
@@ -30,10 +30,10 @@ from stg_trt.models.workload import Workload
 from tests.conftest import BuiltOnce
 from tests.support.family_cases.case import GOLDENS
 from tests.support.family_cases.tiny_text import make_text_encoder, make_tokenizer
+from tests.support.golden_builds import OPEN_SORA
+from tests.support.golden_builds import OPEN_SORA_SIZES as SIZES
 
-OPEN_SORA = GOLDENS / "open_sora"
 VAE = GOLDENS / "open_sora_vae"
-SIZES: dict[str, Any] = {"height": 64, "width": 96, "num_frames": 34, "text_length": 12}
 WORKLOAD = Workload(**SIZES)
 Open = Callable[[str], VideoPipeline]
 
@@ -62,17 +62,6 @@ def checkpoint(built_once: BuiltOnce) -> Path:
         make_tokenizer().save_pretrained(folder / "tokenizer")
 
     return built_once("open-sora-checkpoint", fill)
-
-
-@pytest.fixture(scope="module")
-def open_sora_engines(built_once: BuiltOnce) -> Path:
-    def fill(folder: Path) -> None:
-        shared: dict[str, Any] = {**SIZES, "max_batch": 2, "verify_timesteps": 1}
-        build(OPEN_SORA, folder, **shared, stg_blocks=[2, 3, 4, 5], stg_mode="stg-a")
-        build(OPEN_SORA, folder, **shared, stg_blocks=[2, 3], stg_mode="stg-a", layout="twin")
-        build(OPEN_SORA, folder, **shared, stg_blocks=[4, 5], stg_mode="stg-r", layout="twin")
-
-    return built_once("open-sora-engines", fill)
 
 
 @pytest.fixture(scope="module")
