@@ -142,7 +142,7 @@ def test_every_step_of_the_goldens(opened: Open, folder: str, case: str, layout:
 
 
 CONDITIONS: dict[str, list[LTXVideoCondition]] = {
-    "a weak picture": [LTXVideoCondition(image=picture(), strength=0.5)],
+    "a weak picture": [LTXVideoCondition(image=picture(), strength=0.2)],
     "first and last": [
         LTXVideoCondition(image=picture()),
         LTXVideoCondition(image=picture("image_2.png"), frame_index=16, strength=0.7),
