@@ -12,7 +12,7 @@ from pathlib import Path
 import stg_trt
 from stg_trt.engines import manifest as manifests
 from stg_trt.engines.auto_backend import AUTO, choose_backend
-from stg_trt.engines.backends import THIS_GPU, backend_for
+from stg_trt.engines.backends import THIS_GPU, Backend, backend_for
 from stg_trt.engines.key import EngineKey, digest, export_version
 from stg_trt.engines.manifest import Manifest, SegmentRecord
 from stg_trt.engines.store import check_file
@@ -67,6 +67,7 @@ def build(
     keep_onnx: bool = False,
     plugins: Sequence[str] = (),
     builder_optimization_level: int | None = None,
+    max_segment_gib: float | None = None,
     progress: Progress | None = None,
 ) -> list[Path]:
     """Builds engines below `output` and returns the build folders, one per target.
@@ -76,17 +77,16 @@ def build(
     from the names of several passes. `target` may name several, separated by commas; it and `precision`
     default to the backend's, `text_length` to the family's. `condition_frames` is how many latent frames of
     pictures for later frames a call has; `frame_rate` decides how long the sound of a video is. `blocks`
-    shortens each list of blocks, with random weights; `plugins` are our own kernels. An interrupted build's
-    segments are reused. Raises InvalidRequest for unusable options, GateMissed for a segment that fails.
+    shortens each list of blocks, with random weights; `plugins` are our own kernels. Engines have weights of
+    at most `max_segment_gib`, by default what this machine can compile. An interrupted build's segments are
+    reused. Raises InvalidRequest for unusable options, GateMissed for a segment that fails.
     """
     opened = Checkpoint.open(
         checkpoint, random_weights=random_weights, variant=variant, revision=revision, lora=lora
     ).shortened(blocks)
     family, progress = opened.family, progress or Silent()
-    if backend == AUTO:
-        backend, target = _choose(target, progress)
-    chosen = backend_for(backend)
-    targets, defaults = tuple((target or chosen.targets[0].name).split(",")), family.defaults
+    chosen, targets = _choose(backend, target, progress)
+    defaults = family.defaults
     precision = precision or chosen.target(targets[0]).precisions[0]
     options = BuildOptions(
         checkpoint=opened, output=Path(output),
@@ -97,6 +97,7 @@ def build(
         stg_mode=defaults.stg_mode if stg_mode is None else stg_mode, layout=layout, max_batch=max_batch,
         backend=chosen, targets=targets, verify_timesteps=verify_timesteps, keep_onnx=keep_onnx,
         plugins=tuple(sorted(set(plugins))), builder_optimization_level=builder_optimization_level,
+        max_segment_gib=max_segment_gib,
     )  # fmt: skip
     opened.check()
     with fresh_folder(options.output):
@@ -113,11 +114,14 @@ def _audio_num_frames(family: ModelFamily, num_frames: int, frame_rate: float | 
     return family.audio_num_frames(num_frames, chosen_frame_rate(frame_rate, family.defaults.frame_rate))
 
 
-def _choose(target: str | None, progress: Progress) -> tuple[str, str]:
-    """The best backend for this machine, which is printed, and its target unless one was given."""
-    choice = choose_backend(find_gpu())
-    progress.choose(str(choice))
-    return choice.backend, target or choice.target
+def _choose(backend: str, target: str | None, progress: Progress) -> tuple[Backend, tuple[str, ...]]:
+    """The backend and its targets; for auto, the best for this machine, which is printed."""
+    if backend == AUTO:
+        choice = choose_backend(find_gpu())
+        progress.choose(str(choice))
+        backend, target = choice.backend, target or choice.target
+    chosen = backend_for(backend)
+    return chosen, tuple((target or chosen.targets[0].name).split(","))
 
 
 class _Builder:

@@ -27,6 +27,9 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the
 OptimizationLevel = Annotated[
     int | None, typer.Option(help="TensorRT's, 0 to 5: build longer, run faster. [default: its own, 3]")
 ]
+SegmentSize = Annotated[
+    float | None, typer.Option(help="Most weights of an engine. [default: what this machine can compile]")
+]
 ConditionFrames = Annotated[
     int, typer.Option(help="Latent frames of pictures for later frames: 1 for a picture, 2 for a video.")
 ]
@@ -67,6 +70,7 @@ def build(
     keep_onnx: Annotated[bool, typer.Option("--keep-onnx", help="Keep the exported graphs.")] = False,
     plugins: Plugins = "",
     builder_optimization_level: OptimizationLevel = None,
+    max_segment_gib: SegmentSize = None,
 ) -> None:
     """Build verified engines from a checkpoint."""
     from stg_trt.models.checkpoint import Checkpoint
@@ -91,7 +95,8 @@ def build(
             target=target, random_weights=random_weights, variant=variant, revision=revision,
             lora=lora or (), blocks=kept, verify_timesteps=verify_timesteps, keep_onnx=keep_onnx,
             plugins=[name for name in plugins.split(",") if name],
-            builder_optimization_level=builder_optimization_level, progress=display,
+            builder_optimization_level=builder_optimization_level, max_segment_gib=max_segment_gib,
+            progress=display,
         )  # fmt: skip
     _print(folders)
 

@@ -134,12 +134,15 @@ def build_engine(
         )
     config = _configured(trt, builder, recipe)
     config.progress_monitor = _monitor(trt, cancel, on_progress)
-    plan = builder.build_serialized_network(network, config)
-    if cancel.is_set():
-        raise Cancelled
-    if plan is None:
-        raise _why_not_compiled(recipe, log.errors)
-    recipe.engine.write_bytes(memoryview(plan))
+    try:
+        is_built = _stream_plan(trt, builder, network, config, recipe.engine)
+        if cancel.is_set():
+            raise Cancelled
+        if not is_built:
+            raise _why_not_compiled(recipe, log.errors)
+    except BaseException:
+        recipe.engine.unlink(missing_ok=True)
+        raise
     if recipe.timing_cache is not None:
         save_timings(config, recipe.timing_cache)
     return _activation_bytes(heard)
@@ -201,6 +204,34 @@ def _activation_bytes(log: Sequence[str]) -> int | None:
     """What the builder only tells its log."""
     found = [match for message in log if (match := _ACTIVATION.search(message))]
     return int(found[-1][1]) if found else None
+
+
+def _stream_plan(trt: Any, builder: Any, network: Any, config: Any, path: Path) -> bool:
+    """Builds into a file: in memory the plan would be a second copy of the weights. False if it fails."""
+
+    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+        """`error` is what stopped it: exceptions may not pass through the builder."""
+
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+            self.error: OSError | None = None
+
+        def write(self, data: bytes) -> int:
+            left = memoryview(data)
+            try:
+                while left:
+                    left = left[file.write(left) :]
+            except OSError as error:
+                self.error = error
+            return len(data) - len(left)
+
+    # Unbuffered, so that a full disk shows while the writer can say so.
+    with path.open("wb", buffering=0) as file:
+        writer = Writer()
+        is_built = bool(builder.build_serialized_network_to_stream(network, config, writer))
+    if writer.error is not None:
+        raise writer.error
+    return is_built
 
 
 def _monitor(trt: Any, cancel: threading.Event, on_progress: Callable[[str], None]) -> Any:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import psutil
-import torch
-
 from stg_trt.errors import InvalidRequest
-from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.segment import Segment
+from stg_trt.system.machine_memory import available_bytes
 from stg_trt.system.units import GIB, MIB
 
 from .options import BuildOptions
@@ -38,12 +34,12 @@ class MachineNeeds:
                 f"disk: expected at least {_shown(self.disk_bytes)} free in {output} for the engines, got "
                 f"{_shown(free)}: free some, choose another --output, or build for fewer targets at once"
             )
-        free = psutil.virtual_memory().available + psutil.swap_memory().free
+        free = available_bytes()
         if self.memory_bytes > free:
             raise InvalidRequest(
                 f"memory: expected at least {_shown(self.memory_bytes)} free for the largest block or "
                 f"engine, got {_shown(free)}: end other programs, cut the model into smaller engines "
-                "(--layout segmented, more --stg-blocks), or add swap space"
+                "(--layout segmented, --max-segment-gib), or add swap space"
             )
 
     @cached_property
@@ -59,32 +55,15 @@ class MachineNeeds:
         """
         blocks = {block for segment in self.targets for block in segment.blocks}
         # One and the same in fp32.
-        copies = {_FLOAT32_BYTES, self._weight_bytes}
-        block_bytes = max((self._values[block] * sum(copies) for block in blocks), default=0)
+        copies = {_FLOAT32_BYTES, self.options.weight_bytes}
+        block_bytes = max((self.options.block_values[block] * sum(copies) for block in blocks), default=0)
         if self.options.backend.name == "onnxruntime":
             return block_bytes
         return max(block_bytes, max(map(self._engine_bytes, self.targets), default=0))
 
     def _engine_bytes(self, segment: Segment) -> int:
         """Without embedding and head, which are small."""
-        return self._weight_bytes * sum(self._values[block] for block in segment.blocks)
-
-    @property
-    def _weight_bytes(self) -> int:
-        dtype: torch.dtype = getattr(torch, self.options.workload.dtype)
-        return dtype.itemsize
-
-    @cached_property
-    def _values(self) -> Counter[int | None]:
-        return values_by_block(self.options.checkpoint)
-
-
-def values_by_block(checkpoint: Checkpoint) -> Counter[int | None]:
-    """How many values the weights of each block have; None is for those of no block."""
-    counted: Counter[int | None] = Counter()
-    for name, weight in checkpoint.load_transformer((), ends=False).state_dict().items():
-        counted[checkpoint.family.block_of(name)] += weight.numel()
-    return counted
+        return self.options.weight_bytes * sum(self.options.block_values[block] for block in segment.blocks)
 
 
 def _existing(folder: Path) -> Path:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+
+import torch
 
 from stg_trt.engines.backends import Backend, check_target
 from stg_trt.errors import InvalidRequest
@@ -13,6 +18,9 @@ from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.plan import row_counts
 from stg_trt.models.segment import TEXT, Segment, check_layout
 from stg_trt.models.workload import Workload
+from stg_trt.system.units import GIB
+
+from .segment_size import check_limit, fitting_bytes, split
 
 _PLUGIN_BACKENDS = ("tensorrt", "tensorrt-rtx")
 _OPTIMIZATION_LEVELS = range(6)
@@ -35,6 +43,7 @@ class BuildOptions:
     keep_onnx: bool
     plugins: tuple[str, ...] = ()
     builder_optimization_level: int | None = None
+    max_segment_gib: float | None = None
 
     def __post_init__(self) -> None:
         check_layout(self.layout)
@@ -54,16 +63,47 @@ class BuildOptions:
         self._check_plugins()
         self._check_level()
         self.checkpoint.family.check(self.workload)
+        self._check_segment_size()
         assert self.segments
 
-    @property
+    @cached_property
     def segments(self) -> tuple[Segment, ...]:
-        """In the order they run, expert by expert; the projection of the text first."""
+        """In the order they run, expert by expert; the projection of the text first.
+
+        Runs of blocks that are larger than an engine may be are several segments.
+        """
         family = self.checkpoint.family
         blocks = family.segments(self.layout, self.stg_mode, self.stg_blocks)
+        if self._can_split:
+            limit = fitting_bytes() if self.max_segment_gib is None else int(self.max_segment_gib * GIB)
+            blocks = split(blocks, self.block_bytes, limit)
         segments = (TEXT, *blocks) if family.has_text_segment else blocks
         experts = range(len(family.transformers))
         return tuple(segment.of_expert(expert) for expert in experts for segment in segments)
+
+    @cached_property
+    def block_values(self) -> Counter[int | None]:
+        """How many values the weights of each block have; None is for those of no block."""
+        counted: Counter[int | None] = Counter()
+        for name, weight in self.checkpoint.load_transformer((), ends=False).state_dict().items():
+            counted[self.checkpoint.family.block_of(name)] += weight.numel()
+        return counted
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of a weight in the engines, those of the few that stay float32 aside."""
+        dtype: torch.dtype = getattr(torch, self.workload.dtype)
+        return dtype.itemsize
+
+    @property
+    def block_bytes(self) -> dict[int | None, int]:
+        """Of the weights of each block in the engines."""
+        return {block: values * self.weight_bytes for block, values in self.block_values.items()}
+
+    @property
+    def _can_split(self) -> bool:
+        # The engines of a twin are whole models.
+        return self.layout == "segmented" and self.checkpoint.family.splits_runs
 
     @property
     def stg_blocks(self) -> tuple[int, ...]:
@@ -102,6 +142,21 @@ class BuildOptions:
             per_video = set(row_counts(segments, segment, built, skips, isolates))
         videos = range(1, self.max_batch + 1)
         return tuple(sorted({rows * count for rows in per_video for count in videos}))
+
+    def _check_segment_size(self) -> None:
+        """Raises InvalidRequest for a limit that is none, or that these engines cannot keep."""
+        gib = self.max_segment_gib
+        if gib is None:
+            return
+        if not 0 < gib < math.inf:
+            raise InvalidRequest(f"max_segment_gib: expected a number above 0, got {gib:g}: such as 4")
+        if not self._can_split:
+            raise InvalidRequest(
+                f"max_segment_gib: expected a transformer in the segmented layout, got "
+                f"{self.checkpoint.family.name} in the {self.layout} layout, whose engines are not split: "
+                "leave it out"
+            )
+        check_limit(gib, self.block_bytes)
 
     def _check_level(self) -> None:
         """Raises InvalidRequest for a level that TensorRT does not have, or that changes nothing."""

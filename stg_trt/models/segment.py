@@ -47,6 +47,12 @@ class Segment:
         """Whether it reads weights that belong to no block."""
         return self.front or self.back or self.text
 
+    def part(self, start: int, stop: int) -> Segment:
+        """Some of its blocks; the first part has its embedding, the last one its head."""
+        name = f"{self.name.partition('_')[0]}_{start}_{stop - 1}"
+        front, back = self.front and start == self.start, self.back and stop == self.stop
+        return replace(self, name=name, start=start, stop=stop, front=front, back=back)
+
     def of_expert(self, expert: int) -> Segment:
         """The same segment of another transformer, named after its folder in the checkpoint."""
         return replace(self, name=f"transformer_{expert + 1}_{self.name}", expert=expert) if expert else self

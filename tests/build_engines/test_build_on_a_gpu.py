@@ -146,13 +146,13 @@ def test_the_optimization_level_reaches_the_builder(
             "tensorrt 11.0.0: expected a GPU that it can use, got no CUDA-capable device is detected: check",
         ),
         (
-            "build_serialized_network",
+            "build_serialized_network_to_stream",
             "[virtualMemoryBuffer.cpp::resizePhysical] Error Code 2: OutOfMemory (Requested 9 bytes.)",
             OutOfDeviceMemory,
             "back: expected enough free GPU memory to try tensorrt's kernels in, got .*OutOfMemory .*: free",
         ),
         (
-            "build_serialized_network",
+            "build_serialized_network_to_stream",
             "Could not find any implementation for node Attention",
             GateMissed,
             "back: tensorrt cannot compile it: Could not find any implementation for node Attention: look",

@@ -364,6 +364,14 @@ def test_an_interrupt_stops_the_compiler_at_once(recipe: Recipe) -> None:
     assert [path.name for path in recipe.graph.parent.iterdir()] == ["normal.onnx"]
 
 
+def test_a_disk_that_fills_up_stops_the_compiler(recipe: Recipe) -> None:
+    """The builder writes while it builds: what is half written goes."""
+    recipe.engine.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        compile_tensorrt(recipe, 6, lambda phase: None)
+    assert [path.name for path in recipe.graph.parent.iterdir()] == ["normal.onnx"]
+
+
 def test_a_graph_that_cannot_be_read_is_named(recipe: Recipe) -> None:
     recipe.graph.write_bytes(b"not a graph")
     with pytest.raises(GateMissed, match="normal: tensorrt-rtx cannot read the graph: "):

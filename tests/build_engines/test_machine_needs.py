@@ -12,7 +12,7 @@ import pytest
 
 from stg_trt import build
 from stg_trt.build_engines.build import Reference
-from stg_trt.build_engines.machine_needs import MachineNeeds, values_by_block
+from stg_trt.build_engines.machine_needs import MachineNeeds
 from stg_trt.build_engines.options import BuildOptions
 from stg_trt.engines.backends import backend_for
 from stg_trt.errors import InvalidRequest
@@ -23,15 +23,32 @@ from stg_trt.system.units import GIB
 from tests.support.family_cases import CASES, LTX, FamilyCase
 
 Disk = namedtuple("Disk", "free")
-Memory = namedtuple("Memory", "available")
+Memory = namedtuple("Memory", "available total")
 Swap = namedtuple("Swap", "free")
 
 
 def has(monkeypatch: pytest.MonkeyPatch, disk: int = 1 << 50, memory: int = 1 << 50, swap: int = 0) -> None:
     """The machine has these bytes free."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(disk))
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(memory))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(memory, memory))
     monkeypatch.setattr(psutil, "swap_memory", lambda: Swap(swap))
+
+
+def options_of(case: FamilyCase) -> BuildOptions:
+    """A build of a family's goldens, uncut."""
+    return BuildOptions(
+        checkpoint=case.checkpoint,
+        output=Path("engines"),
+        workload=case.workload,
+        skips={},
+        stg_mode="stg-a",
+        layout="segmented",
+        max_batch=1,
+        backend=backend_for("onnxruntime"),
+        targets=("cpu",),
+        verify_timesteps=1,
+        keep_onnx=False,
+    )
 
 
 def needs(backend: str, precision: str, output: Path = Path("engines"), **targets: int) -> MachineNeeds:
@@ -54,14 +71,14 @@ def needs(backend: str, precision: str, output: Path = Path("engines"), **target
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_weight_is_counted_once(case: FamilyCase) -> None:
-    counted = values_by_block(case.checkpoint)
+    counted = options_of(case).block_values
     whole = case.checkpoint.load_transformer()
     assert counted.total() == sum(weight.numel() for weight in whole.state_dict().values())
     assert {*counted} <= {None, *range(case.family.num_blocks)} and len(counted) > case.family.num_blocks
 
 
 def test_engines_take_the_disk_and_the_largest_of_them_the_memory() -> None:
-    block = values_by_block(needs("tensorrt-rtx", "bf16").options.checkpoint)[0]
+    block = needs("tensorrt-rtx", "bf16").options.block_values[0]
     whole = needs("tensorrt-rtx", "bf16", text=1, front=1, block_19=1, back=1)
     assert whole.disk_bytes == 2 * 30 * block and whole.memory_bytes == 2 * 19 * block
     # An engine for each target, compiled one by one.

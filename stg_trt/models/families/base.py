@@ -45,6 +45,8 @@ class ModelFamily(ABC):
     null_text: ClassVar[str | None] = None
     # Where the model's configuration lies in a checkpoint.
     config_file: ClassVar[str] = "transformer/config.json"
+    # Whether a run of blocks may be several engines.
+    splits_runs: ClassVar[bool] = True
     # Arguments of a call that say how its pictures are seen, see ImageOptions.
     image_options: frozenset[str] = frozenset()
     # Whether the pipeline in diffusers calls CFG true_cfg_scale, and an input of the model guidance_scale.

@@ -51,6 +51,7 @@ class SpatioTemporalUNet(ModelFamily):
     config_file: ClassVar[str] = "unet/config.json"
     transformers = ("unet",)
     block_counts = ("layers_per_block",)
+    splits_runs = False
 
     @cached_property
     def unet(self) -> UNetLayers:
