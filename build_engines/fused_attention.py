@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 # A plan of TensorRT-RTX names each fused attention once as this whole word; its variants carry suffixes.
-_PLAN_WORD = re.compile(rb"(?<![\w.])_gemm_mha_v2(?![\w.])")
+_PLAN_WORD = b"_gemm_mha_v2"
+_IN_WORD = re.compile(rb"[\w.]")
 # TensorRT's inspector names kernels: _gemm_mha_v2_myl0_172, __mye8037_gemm_mha_v2, _gemm_mha_v2_0x<hash>.
 _KERNEL = re.compile(r"(?i)(gemm_)?mha|fmha|sdpa|attention")
 # These are named after the tensors that they copy, which may be an attention's.
@@ -20,7 +21,21 @@ _COPIES = ("Reformat", "NoOp", "Constant")
 def count_in_plan(path: Path) -> int:
     """Fused attentions in a plan of TensorRT-RTX with one profile; without a GPU no inspector can read it."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-        return len(_PLAN_WORD.findall(plan))
+        return sum(_is_whole_word(plan, place) for place in _places(plan))
+
+
+def _places(plan: mmap.mmap) -> Iterator[int]:
+    """Where the word begins: a search of bytes, since a regular expression takes far longer than the build."""
+    place = plan.find(_PLAN_WORD)
+    while place >= 0:
+        yield place
+        place = plan.find(_PLAN_WORD, place + len(_PLAN_WORD))
+
+
+def _is_whole_word(plan: mmap.mmap, place: int) -> bool:
+    end = place + len(_PLAN_WORD)
+    around = plan[max(0, place - 1) : place], plan[end : end + 1]
+    return not any(_IN_WORD.match(byte) for byte in around)
 
 
 def count_in_layers(information: str, wanted: int, profiles: int) -> int | None:
