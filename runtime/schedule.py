@@ -136,7 +136,12 @@ def schedule_steps(
     steps = _Steps.of(request, family.defaults)
     steps.set_on(scheduler, family, workload)
     _log.info("%s: %s", type(scheduler).__name__, steps)
-    solver = SolverTable.from_scheduler(scheduler, per_token=family.steps_per_token(scheduler))
+    try:
+        solver = SolverTable.from_scheduler(scheduler, per_token=family.steps_per_token(scheduler))
+    except (AssertionError, IndexError) as error:  # UniPC, asked for as many steps as it was trained with.
+        raise InvalidRequest(
+            f"scheduler: expected steps that {type(scheduler).__name__} can take, got {steps}: use fewer"
+        ) from error
     taken = len(solver.timesteps) - steps.drop_last
     options = request.guidance.resolve(
         ResolvedGuidance.of_family(family.defaults, build.manifest.stg_mode, build.manifest.skips),

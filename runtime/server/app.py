@@ -89,12 +89,12 @@ def _add_reading(app: FastAPI, service: Service) -> None:
         order: Literal["asc", "desc"] = "desc",
     ) -> Response:
         page = service.page(after, limit, newest_first=order == "desc")
-        ids = [job.id for job in page.jobs] or [None]
+        ids = [job.id for job in page.jobs]
         return JSONResponse({
             "object": "list",
             "data": [service.json(job) for job in page.jobs],
-            "first_id": ids[0],
-            "last_id": ids[-1],
+            "first_id": ids[0] if ids else None,
+            "last_id": ids[-1] if ids else None,
             "has_more": page.has_more,
         })  # fmt: skip
 

@@ -78,14 +78,16 @@ def serve(
 
 def _run(settings: ServerSettings, sources: list[ModelSource], host: str, port: int) -> None:
     from ..command import quiet_libraries
+    from .data_folder import DataFolder
     from .process import is_local, listen, serve_until_told, url_of
     from .served_model import ServedModel, ServedModels
     from .service import Service
 
-    with listen(host, port) as listening:
+    # Quick checks come first: opening the models takes seconds.
+    with listen(host, port) as listening, DataFolder(settings.data) as folder:
         quiet_libraries()
         models = ServedModels([ServedModel.open(source) for source in sources])
-        service = Service(settings, models)
+        service = Service(settings, models, folder)
         if not settings.api_keys and not is_local(host):
             print("stg-trt: no --api-key: whoever reaches this port may use it", file=sys.stderr)
         print(f"Serving {', '.join(model.name for model in models)} on {url_of(listening)}", flush=True)

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Collection
 from pathlib import Path
+from types import TracebackType
 from typing import Literal
 
 from filelock import FileLock, Timeout
@@ -21,7 +22,10 @@ _ID = re.compile(r"video_[0-9a-f]{32}")
 
 
 class DataFolder:
-    """Held by one process. Names of files are made of ids that the server has drawn, and of nothing else."""
+    """Held by one process, until the block that it opens has ended.
+
+    Names of files are made of ids that the server has drawn, and of nothing else.
+    """
 
     def __init__(self, root: Path) -> None:
         try:
@@ -48,8 +52,12 @@ class DataFolder:
         """Of the jobs."""
         return self._root / "jobs.sqlite3"
 
-    def release(self) -> None:
-        """Another process may use the folder then."""
+    def __enter__(self) -> DataFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._held.release()
 
     def result(self, id: str, variant: Variant) -> Path:

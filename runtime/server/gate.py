@@ -27,7 +27,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], max_upload_bytes: int, metrics: Metrics) -> None:
         self._app = app
-        self._keys = [_digest(key) for key in keys]
+        self._keys = [_digest(key.encode()) for key in keys]
         # Base64 in a JSON body is a third longer than the picture.
         self._max_body_bytes = max_upload_bytes * 4 // 3 + _BESIDE_UPLOAD_BYTES
         self._metrics = metrics
@@ -70,7 +70,8 @@ class Gate:
         if not self._keys or path in _OPEN:
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = _digest(key.strip())
+        # Names and values of headers are bytes, of which Latin-1 keeps each.
+        given = _digest(key.strip().encode("latin-1"))
         known = [hmac.compare_digest(given, one) for one in self._keys]
         if scheme.lower() != "bearer" or not any(known):
             raise Refusal(
@@ -117,5 +118,5 @@ def _internal_error(request_id: str) -> JSONResponse:
     return JSONResponse(Refusal(500, message, code="internal_error").body, 500)
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

@@ -26,24 +26,30 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        shared = {"registry": self._registry}
+        registry = self._registry
         self._finished = Counter(
-            "stg_trt_videos", "Videos that ended, by what became of them.", ("model", "outcome"), **shared
+            "stg_trt_videos",
+            "Videos that ended, by what became of them.",
+            ("model", "outcome"),
+            registry=registry,
         )
         self._steps = Histogram(
-            "stg_trt_step_seconds", "Denoising steps.", ("model",), buckets=_STEP_S, **shared
+            "stg_trt_step_seconds", "Denoising steps.", ("model",), buckets=_STEP_S, registry=registry
         )
         self._videos = Histogram(
             "stg_trt_video_seconds", "Completed videos, from text to file.", ("model",), buckets=_VIDEO_S,
-            **shared,
+            registry=registry,
         )  # fmt: skip
         self._answers = Counter(
-            "stg_trt_http_requests", "Requests by route and status.", ("method", "route", "status"), **shared
+            "stg_trt_http_requests",
+            "Requests by route and status.",
+            ("method", "route", "status"),
+            registry=registry,
         )
-        self._queued = Gauge("stg_trt_videos_queued", "Videos that wait.", **shared)
-        self._running = Gauge("stg_trt_videos_running", "Videos being made.", **shared)
-        self._bytes = Gauge("stg_trt_result_bytes", "Bytes of all results on disk.", **shared)
-        self._ready = Gauge("stg_trt_ready", "1 after the warm-up videos.", **shared)
+        self._queued = Gauge("stg_trt_videos_queued", "Videos that wait.", registry=registry)
+        self._running = Gauge("stg_trt_videos_running", "Videos being made.", registry=registry)
+        self._bytes = Gauge("stg_trt_result_bytes", "Bytes of all results on disk.", registry=registry)
+        self._ready = Gauge("stg_trt_ready", "1 after the warm-up videos.", registry=registry)
         self._lock = threading.Lock()
         self._last_step_s: float | None = None
         self._last_video_s: float | None = None

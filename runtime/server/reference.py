@@ -9,7 +9,7 @@ import warnings
 
 from PIL import Image, ImageOps
 
-from .refusal import Refusal, invalid
+from .refusal import invalid
 
 FIELD = "input_reference"
 _FORMATS = ("PNG", "JPEG", "WEBP")
@@ -25,14 +25,12 @@ def decode_picture(data: bytes) -> Image.Image:
             with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
                 # The header alone has been read so far.
                 if picture.width * picture.height > _MAX_PIXELS:
-                    raise invalid(
-                        FIELD,
-                        f"expected at most {_MAX_PIXELS} pixels, got {picture.width}x{picture.height}: make "
-                        "it smaller, as the video is",
-                    )
+                    raise Image.DecompressionBombError
                 return ImageOps.exif_transpose(picture).convert("RGB")
-    except Refusal:
-        raise
+    except Image.DecompressionBombError as error:
+        raise invalid(
+            FIELD, f"expected at most {_MAX_PIXELS} pixels, got more: make it smaller, as the video is"
+        ) from error
     except Exception as error:  # Decoders raise what they like for broken files.
         raise invalid(
             FIELD, f"expected a PNG, JPEG or WebP picture, got {len(data)} bytes of none: check the file"

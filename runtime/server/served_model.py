@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from PIL import Image
@@ -271,8 +272,20 @@ def _joined(stores: Sequence[EngineStore]) -> EngineStore:
     return replace(stores[0], builds=builds, unreadable=unreadable)
 
 
-def _rare(request: ResolvedRequest) -> dict[str, float]:
+class _RareArguments(TypedDict, total=False):
     """Arguments of single families, of which a call may have those alone that are given."""
-    names = ("motion_bucket_id", "noise_aug_strength", "decode_chunk_size")
-    values = {name: getattr(request, name) for name in names}
-    return {name: value for name, value in values.items() if value is not None}
+
+    motion_bucket_id: float
+    noise_aug_strength: float
+    decode_chunk_size: int
+
+
+def _rare(request: ResolvedRequest) -> _RareArguments:
+    arguments: _RareArguments = {}
+    if request.motion_bucket_id is not None:
+        arguments["motion_bucket_id"] = request.motion_bucket_id
+    if request.noise_aug_strength is not None:
+        arguments["noise_aug_strength"] = request.noise_aug_strength
+    if request.decode_chunk_size is not None:
+        arguments["decode_chunk_size"] = request.decode_chunk_size
+    return arguments

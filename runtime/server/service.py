@@ -21,28 +21,24 @@ from .worker import Worker
 
 
 class Service:
-    """Holds the data folder from `start` to `stop`; its methods may be called from any thread."""
+    """Works from `start` to `stop`; its methods may be called from any thread. `folder` is its caller's."""
 
-    def __init__(self, settings: ServerSettings, models: ServedModels) -> None:
+    def __init__(self, settings: ServerSettings, models: ServedModels, folder: DataFolder) -> None:
         self.settings = settings
         self.models = models
         self.board = StepsBoard()
         self.metrics = Metrics()
         self.draining = False
         self.closed = False
-        self._folder = DataFolder(settings.data)
-        try:
-            self._store = JobStore(self._folder.database, settings.expire_s)
-        except BaseException:
-            self._folder.release()
-            raise
-        self.worker = Worker(models, self._store, self._folder, self.board, self.metrics)
+        self.folder = folder
+        self._store = JobStore(folder.database, settings.expire_s)
+        self.worker = Worker(models, self._store, folder, self.board, self.metrics)
 
     def start(self) -> None:
         """Takes up the jobs that an earlier process left."""
         self._store.recover()
         self.expire()
-        self._folder.sweep(self._store.ids(waiting=False), self._store.ids(waiting=True))
+        self.folder.sweep(self._store.ids(waiting=False), self._store.ids(waiting=True))
         self.worker.start()
 
     def drain(self, wait_s: float) -> None:
@@ -61,7 +57,6 @@ class Service:
         if self.worker.is_alive():
             self.worker.join()
         self._store.close()
-        self._folder.release()
 
     @property
     def ready(self) -> bool:
@@ -87,12 +82,12 @@ class Service:
         id = f"video_{secrets.token_hex(16)}"
         try:
             if picture is not None:
-                self._folder.save_reference(id, picture)
+                self.folder.save_reference(id, picture)
             job = self._store.add(
                 id, resolved, picture is not None, self.settings.max_queue, self.metrics.retry_after_s
             )
         except BaseException:
-            self._folder.remove_reference(id)
+            self.folder.remove_reference(id)
             raise
         self.worker.wake()
         return job
@@ -119,7 +114,7 @@ class Service:
         if self._store.cancel(id):
             self.worker.interrupt(id)
             if job.status == "queued":
-                self._folder.remove_reference(id)
+                self.folder.remove_reference(id)
                 self.metrics.count_video(job.request.model, "cancelled", 0)
             self.board.wake()
         return self.get(id)
@@ -128,22 +123,17 @@ class Service:
         """Cancels the job first, if it has not ended; then its files are gone."""
         self.cancel(id)
         self._store.delete(id)
-        self._folder.remove(id)
+        self.folder.remove(id)
         self.board.wake()
 
     def expire(self) -> None:
         """Removes results whose time is over."""
         for id in self._store.delete_expired():
-            self._folder.remove(id)
+            self.folder.remove(id)
 
     def json(self, job: Job) -> VideoJson:
         """A job as the API shows it now."""
         return job.json(self.board.progress(job.id))
-
-    @property
-    def folder(self) -> DataFolder:
-        """Where the files are."""
-        return self._folder
 
     @property
     def levels(self) -> Levels:

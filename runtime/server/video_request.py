@@ -19,7 +19,8 @@ PerStep = Number | list[Number]
 PerPass = PerStep | dict[str, PerStep]
 Blocks = list[int] | dict[str, list[int]]
 
-_MAX_STEPS = 1000
+# The table of a solver takes time that grows with their square.
+_MAX_STEPS = 250
 # A form has texts alone: those of these fields may be lists, or mappings from the names of skip passes.
 _LISTS = (
     "guidance_scale",
@@ -44,19 +45,19 @@ class VideoRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    prompt: str = Field("", max_length=32_000)
-    negative_prompt: str | None = Field(None, max_length=32_000)
-    model: str | None = Field(None, max_length=200)
-    seconds: float | None = Field(None, gt=0, le=3600)
-    size: str | None = Field(None, pattern=r"^[1-9]\d{0,4}x[1-9]\d{0,4}$")
+    prompt: str = Field(default="", max_length=32_000)
+    negative_prompt: str | None = Field(default=None, max_length=32_000)
+    model: str | None = Field(default=None, max_length=200)
+    seconds: float | None = Field(default=None, gt=0, le=3600)
+    size: str | None = Field(default=None, pattern=r"^[1-9]\d{0,4}x[1-9]\d{0,4}$")
     width: Pixels | None = None
     height: Pixels | None = None
     num_frames: Pixels | None = None
-    fps: float | None = Field(None, gt=0, le=1000)
-    seed: int | None = Field(None, ge=0, le=2**63 - 1)
-    num_inference_steps: int | None = Field(None, ge=1, le=_MAX_STEPS)
-    timesteps: list[Number] | None = Field(None, max_length=_MAX_STEPS)
-    sigmas: list[Number] | None = Field(None, max_length=_MAX_STEPS)
+    fps: float | None = Field(default=None, gt=0, le=1000)
+    seed: int | None = Field(default=None, ge=0, le=2**63 - 1)
+    num_inference_steps: int | None = Field(default=None, ge=1, le=_MAX_STEPS)
+    timesteps: list[Number] | None = Field(default=None, max_length=_MAX_STEPS)
+    sigmas: list[Number] | None = Field(default=None, max_length=_MAX_STEPS)
     guidance_scale: PerStep | None = None
     guidance_scale_2: PerStep | None = None
     true_cfg_scale: PerStep | None = None
@@ -77,7 +78,7 @@ class VideoRequest(BaseModel):
     audio_rescale: PerStep | None = None
     motion_bucket_id: Number | None = None
     noise_aug_strength: Number | None = None
-    decode_chunk_size: int | None = Field(None, ge=1, le=1 << 16)
+    decode_chunk_size: int | None = Field(default=None, ge=1, le=1 << 16)
 
     @property
     def guidance(self) -> GuidanceOptions:
