@@ -39,12 +39,19 @@ class Refusal(Exception):
         """The JSON of the answer."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, kind)
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        param = None if self.param is None else _encodable(self.param)
+        error = {"message": _encodable(self.message), "type": kind, "param": param, "code": self.code}
         return {"error": error}
+
+
+def _encodable(text: str) -> str:
+    """Without halves of surrogate pairs, which JSON can hold and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def invalid(param: str, message: str, code: str = "invalid_value") -> Refusal:
     """A field that cannot be used; the message begins with its name."""
+    param = param[:80]
     return Refusal(400, f"{param}: {message}", code=code, param=param)
 
 

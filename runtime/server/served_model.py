@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from stg_trt.engines.store import EngineRequest, EngineStore
+from stg_trt.guidance.solver import noise_level
 from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.custom_steps import CustomSteps
 from stg_trt.models.published import published
@@ -25,7 +26,7 @@ from ..output import VideoPipelineOutput
 from ..pictures import GivenPictures
 from ..pipeline import VideoPipeline
 from ..prompts import Embeddings, Prompts
-from ..schedule import Request, Schedule, schedule_steps
+from ..schedule import Request, schedule_steps
 from .refusal import Refusal, invalid
 from .steps_board import StepTaken
 from .video_request import ResolvedRequest, VideoRequest
@@ -140,8 +141,8 @@ class ServedModel:
         """Whether the size that a request names is built."""
         return bool(self._of_pixels(request))
 
-    def check(self, request: ResolvedRequest, picture: Image.Image | None) -> Schedule:
-        """The steps of a request; raises StgTrtError for what the pipeline would refuse before them."""
+    def check(self, request: ResolvedRequest, picture: Image.Image | None) -> None:
+        """Raises StgTrtError for what the pipeline would refuse before the first step, long texts apart."""
         foreign = ForeignArguments.read(_rare(request), None, None, request.fps)
         pictures = GivenPictures(picture)
         reads_text = self.family.reads_text
@@ -162,7 +163,7 @@ class ServedModel:
             None, steps, foreign.sound,
         )  # fmt: skip
         with self._checking:
-            return schedule_steps(call, images, self.pipeline.store, self.family, self._scheduler)
+            schedule_steps(call, images, self.pipeline.store, self.family, self._scheduler)
 
     def generate(
         self, request: ResolvedRequest, picture: Image.Image | None, on_step: Callable[[StepTaken], None]
@@ -171,14 +172,14 @@ class ServedModel:
 
         Same arguments, same frames: they are those of `stg-trt generate` with this seed.
         """
-        levels = self.check(request, picture).solver.noise_levels
         last = time.perf_counter()
 
         def step_ended(pipe: VideoPipeline, index: int, timestep: float, tensors: dict[str, Tensor]) -> None:
             nonlocal last
             now = time.perf_counter()
             seconds, last = now - last, now
-            on_step(StepTaken(index + 1, pipe.num_timesteps, levels[index], seconds))
+            level = noise_level(pipe.scheduler, float(timestep))
+            on_step(StepTaken(index + 1, pipe.num_timesteps, level, seconds))
 
         return self.pipeline(
             prompt=[request.prompt] if self.family.reads_text else None,

@@ -191,13 +191,14 @@ def fields_of_form(items: Iterable[tuple[str, str]]) -> dict[str, object]:
     for key, text in items:
         name, bracket, inner = key.partition("[")
         inner = inner.removesuffix("]")
-        kept = fields.setdefault(name, ({} if inner else []) if bracket else text)
-        if not bracket and kept is text:
+        if not bracket and name not in fields:
+            fields[name] = text
             continue
-        if bracket and not inner and isinstance(kept, list):
-            kept.append(text)
-        elif bracket and inner and isinstance(kept, dict) and inner not in kept:
-            kept[inner] = text
+        entries = fields.setdefault(name, {} if inner else [])
+        if bracket and isinstance(entries, list) and not inner:
+            entries.append(text)
+        elif bracket and isinstance(entries, dict) and inner and inner not in entries:
+            entries[inner] = text
         else:
             raise invalid(name, "expected it once, got it twice: leave one out")
     return fields

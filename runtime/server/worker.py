@@ -7,7 +7,6 @@ import gc
 import logging
 import threading
 import time
-import warnings
 
 import torch
 
@@ -154,11 +153,9 @@ class Worker(threading.Thread):
             self._metrics.count_step(job.request.model, step.seconds)
             self._check_stopped()
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            made = model.generate(job.request, picture, on_step)
-            self._check_stopped()
-            size, sha256 = write_files(made, job.request.fps, self._folder, job.id)
+        made = model.generate(job.request, picture, on_step)
+        self._check_stopped()
+        size, sha256 = write_files(made, job.request.fps, self._folder, job.id)
         peak = torch.cuda.max_memory_allocated() / MIB if gpu else None
         return Result(size, sha256, time.perf_counter() - start, peak)
 

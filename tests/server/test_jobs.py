@@ -17,9 +17,9 @@ GIVEN = {"prompt": PROMPT, "num_inference_steps": ENDLESS}
 
 
 @pytest.fixture
-def small(models: ServedModels) -> ServedModels:
-    """The quicker of the two models."""
-    return ServedModels([models.get("small")])
+def wide(models: ServedModels) -> ServedModels:
+    """One of the two models, whose solver's table is made at once."""
+    return ServedModels([models.get("wide")])
 
 
 def test_cancel_ends_a_run(server: Running) -> None:
@@ -67,8 +67,8 @@ def test_delete_ends_a_run_and_leaves_no_file(server: Running) -> None:
     assert other in kept and id not in kept
 
 
-def test_a_full_queue(small: ServedModels, tmp_path: Path) -> None:
-    with running(small, tmp_path, max_queue=2) as server:
+def test_a_full_queue(wide: ServedModels, tmp_path: Path) -> None:
+    with running(wide, tmp_path, max_queue=2) as server:
         first = server.create(**GIVEN)
         wait_for(lambda: server.steps(first) >= 1)
         waiting = [server.create() for _ in range(2)]
@@ -85,8 +85,8 @@ def test_a_full_queue(small: ServedModels, tmp_path: Path) -> None:
         assert server.video(waiting[0])["error"]["code"] == "cancelled"
 
 
-def test_quota_and_expiry(small: ServedModels, tmp_path: Path) -> None:
-    with running(small, tmp_path, quota_bytes=1, expire_s=2) as server:
+def test_quota_and_expiry(wide: ServedModels, tmp_path: Path) -> None:
+    with running(wide, tmp_path, quota_bytes=1, expire_s=2) as server:
         id = server.create()
         assert server.finished(id)["expires_at"] == server.video(id)["completed_at"] + 2
         assert "delete videos or wait" in refused(
@@ -128,13 +128,13 @@ def test_errors_of_a_run(
 
 
 def test_nan_is_no_video(server: Running) -> None:
-    video = server.finished(server.create(model="small", guidance_scale=3e38, stg_scale=3e38))
+    video = server.finished(server.create(guidance_scale=3e38, stg_scale=3e38))
     assert video["error"]["code"] == "not_finite" and "got NaN or infinity" in video["error"]["message"]
     assert server.finished(server.create(model="small"))["status"] == "completed"
 
 
-def test_keys(small: ServedModels, tmp_path: Path) -> None:
-    with running(small, tmp_path, ready=False, api_keys=("first", "sec\u00f6nd")) as server:
+def test_keys(wide: ServedModels, tmp_path: Path) -> None:
+    with running(wide, tmp_path, ready=False, api_keys=("first", "sec\u00f6nd")) as server:
         for header in ({}, {"authorization": "Bearer third"}, {"authorization": "first"},
                        {"authorization": "Bearer "}, {"authorization": "Basic first"}):  # fmt: skip
             for path in ("/v1/videos", "/v1/models", "/metrics", "/v1/nothing"):
@@ -147,7 +147,7 @@ def test_keys(small: ServedModels, tmp_path: Path) -> None:
         assert server.http.get("/health/live").status_code == 200
 
 
-def test_ready_only_after_a_warm_up(small: ServedModels, tmp_path: Path, monkeypatch: Any) -> None:
+def test_ready_only_after_a_warm_up(wide: ServedModels, tmp_path: Path, monkeypatch: Any) -> None:
     generate = ServedModel.generate
     may_go_on: list[bool] = []
 
@@ -156,7 +156,7 @@ def test_ready_only_after_a_warm_up(small: ServedModels, tmp_path: Path, monkeyp
         return generate(*arguments)
 
     monkeypatch.setattr(ServedModel, "generate", waits)
-    with running(small, tmp_path, ready=False) as server:
+    with running(wide, tmp_path, ready=False) as server:
         assert server.http.get("/health/ready").status_code == 503
         assert server.http.get("/health/live").status_code == 200
         early = server.create()
@@ -167,21 +167,21 @@ def test_ready_only_after_a_warm_up(small: ServedModels, tmp_path: Path, monkeyp
 
 
 def test_a_warm_up_that_fails_ends_the_worker(
-    small: ServedModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wide: ServedModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*arguments: object) -> None:
         raise OutOfDeviceMemory("GPU memory: expected room")
 
     monkeypatch.setattr(ServedModel, "generate", fails)
-    with running(small, tmp_path, ready=False) as server:
+    with running(wide, tmp_path, ready=False) as server:
         wait_for(server.service.worker.ended.is_set)
         assert isinstance(server.service.worker.failure, OutOfDeviceMemory)
         assert server.http.get("/health/ready").status_code == 503
         wait_for(lambda: server.http.get("/health/live").status_code == 503)
 
 
-def test_a_drained_job_waits_for_the_next_start(small: ServedModels, tmp_path: Path) -> None:
-    with running(small, tmp_path) as server:
+def test_a_drained_job_waits_for_the_next_start(wide: ServedModels, tmp_path: Path) -> None:
+    with running(wide, tmp_path) as server:
         id = server.create(**GIVEN)
         wait_for(lambda: server.steps(id) >= 1)
         start = time.monotonic()
@@ -190,14 +190,14 @@ def test_a_drained_job_waits_for_the_next_start(small: ServedModels, tmp_path: P
         refused(server.http.post("/v1/videos", json=GIVEN), 503, "shutting_down")
         assert server.http.get("/health/ready").json() == {"status": "draining"}
         wait_for(lambda: server.video(id)["status"] == "queued")
-    with running(small, tmp_path) as server:
+    with running(wide, tmp_path) as server:
         wait_for(lambda: server.steps(id) >= 1)
         assert server.service.get(id).attempts == 1
         server.http.delete(f"/v1/videos/{id}")
 
 
-def test_sync_ends_with_the_server(small: ServedModels, tmp_path: Path) -> None:
-    with running(small, tmp_path) as server:
+def test_sync_ends_with_the_server(wide: ServedModels, tmp_path: Path) -> None:
+    with running(wide, tmp_path) as server:
         blocking = server.create(**GIVEN)
         wait_for(lambda: server.steps(blocking) >= 1)
         server.service.drain(0)

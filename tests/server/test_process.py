@@ -44,7 +44,7 @@ def served(source: ModelSource, data: Path) -> Iterator[tuple[subprocess.Popen[s
 
 
 def test_jobs_survive_a_kill_and_a_server_ends_when_told(sources: list[ModelSource], tmp_path: Path) -> None:
-    source, data, output = sources[1], tmp_path / "data", tmp_path / "video.mp4"
+    source, data, output = sources[0], tmp_path / "data", tmp_path / "video.mp4"
     given = {"prompt": PROMPT, "num_inference_steps": STEPS}
     with served(source, data) as (process, client):
         made = [client.post("/v1/videos", json={**given, "seed": seed}).json()["id"] for seed in (1, 2)]

@@ -106,6 +106,15 @@ def test_broken_bodies(server: Running, content: str | bytes, kind: str, code: s
     assert refused(answer, 400, code).startswith("body: expected")
 
 
+def test_half_a_character(server: Running) -> None:
+    """JSON can name it, but no answer can hold it."""
+    json_type = {"content-type": "application/json"}
+    name = server.http.post("/v1/videos", content=r'{"prompt": "a", "\ud800": 1}', headers=json_type)
+    assert "got an unknown name" in refused(name, 400, "invalid_value", "?")
+    text = server.http.post("/v1/videos", content=r'{"prompt": "\ud800"}', headers=json_type)
+    refused(text, 400, "invalid_value", "prompt")
+
+
 def test_broken_forms(server: Running) -> None:
     twice = server.http.post("/v1/videos", data={"prompt": [PROMPT, "two"]})
     assert "expected it once, got it twice" in refused(twice, 400, "invalid_value", "prompt")
