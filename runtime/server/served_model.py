@@ -144,7 +144,7 @@ class ServedModel:
     def check(self, request: ResolvedRequest, picture: Image.Image | None) -> None:
         """Raises StgTrtError for what the pipeline would refuse before the first step, long texts apart."""
         foreign = ForeignArguments.read(_rare(request), None, None, request.fps)
-        pictures = GivenPictures(picture)
+        pictures = GivenPictures(picture, options=foreign.images)
         reads_text = self.family.reads_text
         prompts = Prompts(
             request.prompt if reads_text else None,
@@ -278,6 +278,7 @@ class _RareArguments(TypedDict, total=False):
 
     motion_bucket_id: float
     noise_aug_strength: float
+    image_crf: int
     decode_chunk_size: int
 
 
@@ -287,6 +288,8 @@ def _rare(request: ResolvedRequest) -> _RareArguments:
         arguments["motion_bucket_id"] = request.motion_bucket_id
     if request.noise_aug_strength is not None:
         arguments["noise_aug_strength"] = request.noise_aug_strength
+    if request.image_crf is not None:
+        arguments["image_crf"] = request.image_crf
     if request.decode_chunk_size is not None:
         arguments["decode_chunk_size"] = request.decode_chunk_size
     return arguments

@@ -78,6 +78,7 @@ class VideoRequest(BaseModel):
     audio_rescale: PerStep | None = None
     motion_bucket_id: Number | None = None
     noise_aug_strength: Number | None = None
+    image_crf: int | None = Field(default=None, ge=0, le=51)
     decode_chunk_size: int | None = Field(default=None, ge=1, le=1 << 16)
 
     @property
@@ -150,7 +151,8 @@ def read_fields(fields: Mapping[str, object]) -> VideoRequest:
 def _refusal(error: ValidationError) -> Refusal:
     """The first problem, under the name of its field."""
     first = error.errors(include_url=False, include_context=False)[0]
-    name = str(first["loc"][0])
+    # A name that is no text has no place of its own.
+    name = str(first["loc"][0]) if first["loc"] else "body"
     if first["type"] == "extra_forbidden":
         known = ", ".join((*VideoRequest.model_fields, "input_reference", "extra_params"))
         return invalid(name, f"expected one of {known}, got an unknown name: check the spelling")

@@ -159,7 +159,7 @@ def _remaining(solver: Any) -> tuple[int, Tensor]:
 
 def noise_level(scheduler: Any, timestep: float) -> float:
     """A timestep as a part of the training steps, 1 for noise; inverted sigmas count them up from noise."""
-    part = timestep / scheduler.config.num_train_timesteps
+    part: float = timestep / scheduler.config.num_train_timesteps
     return 1 - part if scheduler.config.get("invert_sigmas") else part
 
 
