@@ -33,6 +33,7 @@ from .video_request import ResolvedRequest, VideoRequest
 
 _NO_EMBEDDINGS = Embeddings(None, None, None)
 _WARM_UP_STEPS = 2
+_MOST_CHECKED = 1000
 # Whole numbers up to here are the same in JavaScript.
 _SEEDS = 1 << 53
 
@@ -84,6 +85,7 @@ class ServedModel:
         # The pipeline's scheduler belongs to the video that is being made.
         self._scheduler = pipeline.checkpoint.scheduler()
         self._checking = threading.Lock()
+        self._checked: set[str] = set()
 
     @classmethod
     def open(cls, source: ModelSource) -> ServedModel:
@@ -162,8 +164,16 @@ class ServedModel:
             sizes, prompts, pictures, request.guidance, request.num_inference_steps, request.fps, None, None,
             None, steps, foreign.sound,
         )  # fmt: skip
+        # A solver's table takes up to a second, and most requests of a server differ in their texts alone.
+        texts = {"prompt", "negative_prompt", "seed"}
+        same = f"{request.model_dump_json(exclude=texts)} {images is None} {request.negative_prompt is None}"
         with self._checking:
+            if same in self._checked:
+                return
+            if len(self._checked) >= _MOST_CHECKED:
+                self._checked.clear()
             schedule_steps(call, images, self.pipeline.store, self.family, self._scheduler)
+            self._checked.add(same)
 
     def generate(
         self, request: ResolvedRequest, picture: Image.Image | None, on_step: Callable[[StepTaken], None]

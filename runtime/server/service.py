@@ -61,7 +61,7 @@ class Service:
     @property
     def ready(self) -> bool:
         """Whether new jobs are made without loading anything first."""
-        return self.worker.ready.is_set() and not self.draining
+        return self.worker.ready.is_set() and not self.worker.ended.is_set() and not self.draining
 
     def create(self, request: VideoRequest, picture: Image.Image | None) -> Job:
         """A new job; raises Refusal for one that cannot be made, or not now."""

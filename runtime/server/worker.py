@@ -34,8 +34,8 @@ class JobStopped(Exception):
 class Worker(threading.Thread):
     """Claims jobs until it is told to stop; no job's error ends it.
 
-    `failure` is what went wrong in a warm-up video, after which it has ended; `ended` is set then, and when
-    it has stopped.
+    `failure` is the exception to that: what went wrong in a warm-up video, or what leaves the GPU unusable to
+    this process. `ended` is set then, and when it has stopped.
     """
 
     def __init__(
@@ -127,6 +127,11 @@ class Worker(threading.Thread):
             if self._release and self._store.release(job):
                 outcome = "released"
         except Exception as error:
+            if _leaves_no_gpu(error):
+                # Whoever starts the server again gives the job its second attempt.
+                outcome, self.failure = "interrupted", error
+                self._stopping.set()
+                return
             outcome, message = _failure(error)
             _log.warning("%s: %s", job.id, message, exc_info=outcome == "internal_error")
             if not self._store.fail(job, outcome, message):
@@ -167,7 +172,7 @@ class Worker(threading.Thread):
         """A job that is over needs its picture no more; one that has no video, no files."""
         if outcome == "completed":
             self._folder.remove_reference(job.id)
-        elif outcome != "released":
+        elif outcome not in ("released", "interrupted"):
             self._folder.remove(job.id)
 
     def _warm_up(self, model: ServedModel) -> None:
@@ -198,6 +203,11 @@ def _failure(error: Exception) -> tuple[str, str]:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "disk_full", "The server has no free disk space for the video."
     return "internal_error", "The server could not make this video because of an error of its own."
+
+
+def _leaves_no_gpu(error: Exception) -> bool:
+    """CUDA says the same of every later call, such as after an illegal memory access."""
+    return "CUDA error: " in str(error) and not is_out_of_memory(error)
 
 
 def _free_memory(error: Exception) -> None:

@@ -127,6 +127,24 @@ def test_errors_of_a_run(
     refused(answer, 404, "video_failed", "id")
 
 
+def test_a_gpu_that_is_lost_ends_the_worker(
+    wide: ServedModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def decode(*arguments: object, **options: object) -> None:
+        raise error
+
+    with running(wide, tmp_path) as server, monkeypatch.context() as patched:
+        patched.setattr(wide.get("wide").pipeline.components, "decode", decode)
+        id = server.create()
+        wait_for(server.service.worker.ended.is_set)
+        assert server.service.worker.failure is error and not server.service.ready
+        assert server.video(id)["status"] == "in_progress"
+    with running(wide, tmp_path) as server:
+        assert server.finished(id)["status"] == "completed"
+
+
 def test_nan_is_no_video(server: Running) -> None:
     video = server.finished(server.create(guidance_scale=3e38, stg_scale=3e38))
     assert video["error"]["code"] == "not_finite" and "got NaN or infinity" in video["error"]["message"]

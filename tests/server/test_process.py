@@ -18,7 +18,7 @@ import pytest
 
 from stg_trt.runtime.server import command
 from stg_trt.runtime.server.served_model import ModelSource
-from tests.server.running import PROMPT, wait_for
+from tests.server.running import ENDLESS, PROMPT, wait_for
 from tests.support.cli import ROOT, assert_one_line_error, invoke, start
 
 KEY = {"authorization": "Bearer secret"}
@@ -43,6 +43,13 @@ def served(source: ModelSource, data: Path) -> Iterator[tuple[subprocess.Popen[s
         process.communicate()
 
 
+def newest(client: httpx2.Client) -> dict[str, Any]:
+    """The job that was created last."""
+    (video,) = client.get("/v1/videos", params={"limit": 1}).json()["data"]
+    assert isinstance(video, dict)
+    return video
+
+
 def test_jobs_survive_a_kill_and_a_server_ends_when_told(sources: list[ModelSource], tmp_path: Path) -> None:
     source, data, output = sources[0], tmp_path / "data", tmp_path / "video.mp4"
     given = {"prompt": PROMPT, "num_inference_steps": STEPS}
@@ -55,6 +62,10 @@ def test_jobs_survive_a_kill_and_a_server_ends_when_told(sources: list[ModelSour
         for id in made:
             wait_for(lambda id=id: client.get(f"/v1/videos/{id}").json()["status"] == "completed")  # type: ignore[misc]
         got = [client.get(f"/v1/videos/{id}/content").content for id in made]
+        with pytest.raises(httpx2.ReadTimeout):
+            client.post("/v1/videos/sync", json={**given, "num_inference_steps": ENDLESS}, timeout=1)
+        wait_for(lambda: newest(client)["status"] == "failed")
+        assert newest(client)["error"]["code"] == "cancelled"
         last = client.post("/v1/videos", json={**given, "seed": 3}).json()["id"]
         wait_for(lambda: client.get(f"/v1/videos/{last}").json()["status"] == "in_progress")
         process.send_signal(signal.SIGTERM)
@@ -93,6 +104,15 @@ def test_what_cannot_be_served(sources: list[ModelSource], tmp_path: Path, ltx_c
             data = () if "--data" in arguments else ("--data", tmp_path / "data")
             port_of_its_own = () if any("--port" in str(one) for one in arguments) else ("--port=0",)
             assert_one_line_error(invoke("serve", *arguments, *data, *port_of_its_own), pattern)
+
+
+def test_which_engines_and_names_a_checkpoint_gets() -> None:
+    a, b = Path("a"), Path("b")
+    assert command._paired(["x"], [a, b]) == [(a, b)]
+    assert command._paired(["x", "y"], [a]) == [(a,), (a,)]
+    assert command._paired(["x", "y"], [a, b]) == [(a,), (b,)]
+    assert command._names(["owner/name-1.3B", "tests/server"], []) == ["name-1.3B", "server"]
+    assert command._names(["x", "x"], ["one", "two"]) == ["one", "two"]
 
 
 def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
