@@ -43,7 +43,7 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     settings = service.settings
     app.add_middleware(
-        Gate, keys=settings.api_keys, max_upload_bytes=settings.max_upload_bytes, metrics=service.metrics
+        Gate, keys=settings.api_key, max_upload_bytes=settings.max_upload_bytes, metrics=service.metrics
     )
     for kind, answer in ((Refusal, _refuse), (RequestValidationError, _invalid), (HTTPException, _unknown)):
         app.add_exception_handler(kind, answer)

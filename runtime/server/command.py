@@ -58,12 +58,12 @@ def serve(
 
     settings = ServerSettings(
         data=data,
-        api_keys=tuple(api_key or ()),
+        api_key=tuple(api_key or ()),
         max_queue=max_queue,
-        max_upload_bytes=int(max_upload_mib * (1 << 20)),
-        expire_s=expire_hours * 3600,
-        quota_bytes=int(quota_gib * (1 << 30)),
-        drain_s=drain_seconds,
+        max_upload_mib=max_upload_mib,
+        expire_hours=expire_hours,
+        quota_gib=quota_gib,
+        drain_seconds=drain_seconds,
     )
     folders, names = _paired(checkpoints, engines), _names(checkpoints, model_name or [])
     options = {"variant": variant, "revision": revision, "layout": layout, "backend": backend}
@@ -88,7 +88,7 @@ def _run(settings: ServerSettings, sources: list[ModelSource], host: str, port: 
         quiet_libraries()
         models = ServedModels([ServedModel.open(source) for source in sources])
         service = Service(settings, models, folder)
-        if not settings.api_keys and not is_local(host):
+        if not settings.api_key and not is_local(host):
             print("stg-trt: no --api-key: whoever reaches this port may use it", file=sys.stderr)
         print(f"Serving {', '.join(model.name for model in models)} on {url_of(listening)}", flush=True)
         serve_until_told(service, listening)

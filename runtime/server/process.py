@@ -64,7 +64,7 @@ class _Server(uvicorn.Server):
         """Called by a signal; uvicorn's own would raise it again once the server has ended."""
         self._signals += 1
         patient = self._signals == 1 and sig == signal.SIGTERM
-        wait_s = self._service.settings.drain_s if patient else 0
+        wait_s = self._service.settings.drain_seconds if patient else 0
         # A handler must not wait for locks that its own thread may hold.
         threading.Thread(target=self._drain, args=(wait_s,), daemon=True).start()
 

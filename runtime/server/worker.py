@@ -95,8 +95,12 @@ class Worker(threading.Thread):
                 self._stopped.set()
 
     def _work(self) -> None:
+        unwritten = False
         while not self._stopping.is_set():
             try:
+                if unwritten:
+                    self._store.recover()
+                    unwritten = False
                 job = self._store.claim()
                 if job is None:
                     self._wake.wait(_IDLE_S)
@@ -105,6 +109,7 @@ class Worker(threading.Thread):
                     self._run(job)
             except Exception:  # The database, such as on a full disk: the next round may succeed.
                 _log.exception("the queue of videos")
+                unwritten = True
                 time.sleep(_IDLE_S)
 
     def _run(self, job: Job) -> None:
@@ -132,10 +137,10 @@ class Worker(threading.Thread):
                 outcome, self.failure = "interrupted", error
                 self._stopping.set()
                 return
-            outcome, message = _failure(error)
-            _log.warning("%s: %s", job.id, message, exc_info=outcome == "internal_error")
-            if not self._store.fail(job, outcome, message):
-                outcome = "cancelled"
+            code, message = _failure(error)
+            _log.warning("%s: %s", job.id, message, exc_info=code == "internal_error")
+            outcome = "interrupted"  # Unless it can be written down.
+            outcome = code if self._store.fail(job, code, message) else "cancelled"
             _free_memory(error)
         finally:
             with self._lock:

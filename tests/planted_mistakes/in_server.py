@@ -42,8 +42,8 @@ IN_SERVER = (
     Mistake(
         "a cancelled run goes on to its end",
         "runtime/server/worker.py",
-        "            self._metrics.count_step(job.request.model, step.seconds)\n            self._check_stopped()\n",
-        "            self._metrics.count_step(job.request.model, step.seconds)\n",
+        "step.seconds)\n            self._check_stopped()\n",
+        "step.seconds)\n",
         (f"{_JOBS}::test_the_step_after_a_cancel_is_the_last",),
     ),
     Mistake(

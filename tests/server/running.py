@@ -18,12 +18,14 @@ from stg_trt.runtime.server.data_folder import DataFolder
 from stg_trt.runtime.server.served_model import ServedModels
 from stg_trt.runtime.server.service import Service
 from stg_trt.runtime.server.settings import ServerSettings
+from stg_trt.runtime.server.steps_board import StepTaken
 
 # Some words of the tiny checkpoints' tokenizers.
 PROMPT = "a red circle moving left"
 STEPS = 3
-# Steps of a job that does not end by itself within a test.
+# Steps of a job that does not end by itself within a test: each of them takes a twentieth of a second.
 ENDLESS = 200
+_STEP_S = 0.05
 WAIT_S = 120.0
 
 
@@ -68,6 +70,13 @@ def running(models: ServedModels, folder: Path, *, ready: bool = True, **setting
     """A server that has made its warm-up videos, unless `ready` is False; it ends with the block."""
     with DataFolder(folder) as held:
         service = Service(ServerSettings(folder, **settings), models, held)
+        add = service.board.add
+
+        def add_slowly(step: StepTaken) -> None:
+            add(step)
+            time.sleep(_STEP_S if step.steps == ENDLESS else 0)
+
+        service.board.add = add_slowly  # type: ignore[method-assign]
         service.start()
         try:
             with TestClient(create_app(service)) as client:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import base64
+import sqlite3
+import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import httpx2
 import pytest
+import uvicorn
 
 from stg_trt.errors import InvalidRequest, OutOfDeviceMemory
+from stg_trt.runtime.server.app import create_app
 from stg_trt.runtime.server.data_folder import DataFolder
+from stg_trt.runtime.server.process import listen, url_of
 from stg_trt.runtime.server.served_model import ModelSource, ServedModel, ServedModels
-from tests.server.running import ENDLESS, PROMPT, Running, refused, running, wait_for
+from tests.server.running import ENDLESS, PROMPT, Running, png, refused, running, wait_for
 
 GIVEN = {"prompt": PROMPT, "num_inference_steps": ENDLESS}
 
@@ -86,7 +94,7 @@ def test_a_full_queue(wide: ServedModels, tmp_path: Path) -> None:
 
 
 def test_quota_and_expiry(wide: ServedModels, tmp_path: Path) -> None:
-    with running(wide, tmp_path, quota_bytes=1, expire_s=2) as server:
+    with running(wide, tmp_path, quota_gib=1e-9, expire_hours=2 / 3600) as server:
         id = server.create()
         assert server.finished(id)["expires_at"] == server.video(id)["completed_at"] + 2
         assert "delete videos or wait" in refused(
@@ -127,6 +135,20 @@ def test_errors_of_a_run(
     refused(answer, 404, "video_failed", "id")
 
 
+def test_a_result_that_cannot_be_written_down(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job, with its picture, is taken up again when the database can be written."""
+    full = sqlite3.OperationalError("database or disk is full")
+    with monkeypatch.context() as patched:
+        for name in ("complete", "fail", "recover"):
+            patched.setattr(server.service._store, name, mock.Mock(side_effect=full))
+        url = f"data:image/png;base64,{base64.b64encode(png(160, 128)).decode()}"
+        id = server.create(input_reference=url)
+        wait_for(lambda: server.service._store.recover.called)  # type: ignore[attr-defined]
+        assert server.video(id)["status"] == "in_progress"
+    assert server.finished(id)["status"] == "completed"
+    assert server.service.get(id).attempts == 2
+
+
 def test_a_gpu_that_is_lost_ends_the_worker(
     wide: ServedModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,7 +174,7 @@ def test_nan_is_no_video(server: Running) -> None:
 
 
 def test_keys(wide: ServedModels, tmp_path: Path) -> None:
-    with running(wide, tmp_path, ready=False, api_keys=("first", "sec\u00f6nd")) as server:
+    with running(wide, tmp_path, ready=False, api_key=("first", "sec\u00f6nd")) as server:
         for header in ({}, {"authorization": "Bearer third"}, {"authorization": "first"},
                        {"authorization": "Bearer "}, {"authorization": "Basic first"}):  # fmt: skip
             for path in ("/v1/videos", "/v1/models", "/metrics", "/v1/nothing"):
@@ -221,6 +243,21 @@ def test_sync_ends_with_the_server(wide: ServedModels, tmp_path: Path) -> None:
         server.service.drain(0)
         events = server.http.get(f"/v1/videos/{blocking}/events")
         assert "event: step" in events.text and "event: completed" not in events.text
+
+
+def test_a_client_that_leaves_cancels_its_sync(wide: ServedModels, tmp_path: Path) -> None:
+    with running(wide, tmp_path) as server, listen("127.0.0.1", 0) as listening:
+        web = uvicorn.Server(uvicorn.Config(create_app(server.service), log_config=None))
+        thread = threading.Thread(target=web.run, args=([listening],))
+        thread.start()
+        try:
+            with pytest.raises(httpx2.ReadTimeout):
+                httpx2.post(f"{url_of(listening)}/v1/videos/sync", json=GIVEN, timeout=1)
+            (video,) = server.http.get("/v1/videos").json()["data"]
+            assert server.finished(video["id"])["error"]["code"] == "cancelled"
+        finally:
+            web.should_exit = True
+            thread.join()
 
 
 def test_a_folder_has_one_server(tmp_path: Path) -> None:

@@ -18,12 +18,12 @@ import pytest
 
 from stg_trt.runtime.server import command
 from stg_trt.runtime.server.served_model import ModelSource
-from tests.server.running import ENDLESS, PROMPT, wait_for
+from tests.server.running import PROMPT, wait_for
 from tests.support.cli import ROOT, assert_one_line_error, invoke, start
 
 KEY = {"authorization": "Bearer secret"}
-# Long enough to be killed in between.
-STEPS = 40
+# More than a second, to be killed in between.
+STEPS = 240
 
 
 @contextmanager
@@ -43,29 +43,19 @@ def served(source: ModelSource, data: Path) -> Iterator[tuple[subprocess.Popen[s
         process.communicate()
 
 
-def newest(client: httpx2.Client) -> dict[str, Any]:
-    """The job that was created last."""
-    (video,) = client.get("/v1/videos", params={"limit": 1}).json()["data"]
-    assert isinstance(video, dict)
-    return video
-
-
 def test_jobs_survive_a_kill_and_a_server_ends_when_told(sources: list[ModelSource], tmp_path: Path) -> None:
     source, data, output = sources[0], tmp_path / "data", tmp_path / "video.mp4"
     given = {"prompt": PROMPT, "num_inference_steps": STEPS}
     with served(source, data) as (process, client):
         made = [client.post("/v1/videos", json={**given, "seed": seed}).json()["id"] for seed in (1, 2)]
         wait_for(lambda: client.get(f"/v1/videos/{made[0]}").json()["progress"] > 10)
+        at_most = client.get(f"/v1/videos/{made[0]}").json()["progress"]
         process.kill()
-        assert process.wait(60) == -signal.SIGKILL
+        assert process.wait(60) == -signal.SIGKILL and at_most < 99
     with served(source, data) as (process, client):
         for id in made:
             wait_for(lambda id=id: client.get(f"/v1/videos/{id}").json()["status"] == "completed")  # type: ignore[misc]
         got = [client.get(f"/v1/videos/{id}/content").content for id in made]
-        with pytest.raises(httpx2.ReadTimeout):
-            client.post("/v1/videos/sync", json={**given, "num_inference_steps": ENDLESS}, timeout=1)
-        wait_for(lambda: newest(client)["status"] == "failed")
-        assert newest(client)["error"]["code"] == "cancelled"
         last = client.post("/v1/videos", json={**given, "seed": 3}).json()["id"]
         wait_for(lambda: client.get(f"/v1/videos/{last}").json()["status"] == "in_progress")
         process.send_signal(signal.SIGTERM)
@@ -97,6 +87,9 @@ def test_what_cannot_be_served(sources: list[ModelSource], tmp_path: Path, ltx_c
             ((wide.checkpoint, *folders, "--model-name=a", "--model-name=b"), "expected one for each of 1"),
             ((wide.checkpoint, *folders, "--max-queue=0"), "max_queue: expected a number above 0, got 0"),
             ((wide.checkpoint, *folders, "--drain-seconds=-1"), "drain_seconds: expected a number of 0"),
+            ((wide.checkpoint, *folders, "--quota-gib=nan"), "quota_gib: expected a number above 0, got nan"),
+            ((wide.checkpoint, *folders, "--expire-hours=inf"), "expire_hours: expected a number above 0"),
+            ((wide.checkpoint, *folders, "--max-upload-mib=-1"), "max_upload_mib: expected .* got -1: corr"),
             ((wide.checkpoint, *folders, "--api-key="), "api_key: expected a key, got an empty text"),
             ((wide.checkpoint, *folders, "--data", tmp_path / "file"), "data: expected a folder that can be"),
         ]  # fmt: skip

@@ -186,7 +186,9 @@ def narrow(
     models: ServedModels, tmp_path_factory: pytest.TempPathFactory, server: Running
 ) -> Iterator[Running]:
     """A server that takes small uploads; its worker waits for nothing."""
-    with running(models, tmp_path_factory.mktemp("narrow"), ready=False, max_upload_bytes=10_000) as started:
+    with running(
+        models, tmp_path_factory.mktemp("narrow"), ready=False, max_upload_mib=10_000 / (1 << 20)
+    ) as started:
         yield started
 
 
