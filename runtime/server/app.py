@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Literal
@@ -23,6 +24,7 @@ from .operator_routes import add_operator_routes
 from .refusal import Refusal
 from .service import Service
 
+_log = logging.getLogger(__name__)
 _HOUSEKEEPING_S = 60.0
 # The status of POST /v1/videos/sync for a job's error; others are the server's own.
 _STATUS = {"invalid_request": 400, "cancelled": 409, "out_of_memory": 503, "disk_full": 507}
@@ -148,7 +150,10 @@ def _content(service: Service, job: Job, variant: Variant, request: Request) -> 
 async def _expire(service: Service) -> None:
     while True:
         await asyncio.sleep(min(_HOUSEKEEPING_S, service.settings.expire_s))
-        await run_in_threadpool(service.expire)
+        try:
+            await run_in_threadpool(service.expire)
+        except Exception:  # Such as a full disk; the next time may succeed.
+            _log.exception("results that have expired")
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

@@ -21,7 +21,7 @@ _CHUNK_BYTES = 1 << 18
 def content_response(path: Path, variant: Variant, etag: str, asked: Headers) -> Response:
     """A finished job's file; raises Refusal 404 if it has gone meanwhile, and 416 for a range beyond its end.
 
-    Several ranges, and what is no range of bytes, are answered with the whole file, as RFC 9110 allows.
+    Several ranges, and other units than bytes, are answered with the whole file, as RFC 9110 allows.
     """
     headers = {
         "etag": etag,

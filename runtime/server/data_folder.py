@@ -86,7 +86,7 @@ class DataFolder:
             self.result(id, variant).unlink(missing_ok=True)
 
     def sweep(self, completed: Collection[str], waiting: Collection[str]) -> None:
-        """Removes what belongs to no job, such as what a killed process was writing."""
+        """Removes files that belong to no job, such as half-written ones of a killed process."""
         for folder, known in (("videos", completed), ("references", waiting)):
             for path in (self._root / folder).iterdir():
                 if path.stem not in known:
@@ -97,7 +97,7 @@ class DataFolder:
 
 
 def is_id(text: str) -> bool:
-    """Whether a text can be the id of a job."""
+    """True if a text has the form of a job's id."""
     return _ID.fullmatch(text) is not None
 
 

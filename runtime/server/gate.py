@@ -1,4 +1,4 @@
-"""What every request passes: an id, the check of its key, the bound of its body, the count of its answer."""
+"""Middleware of every request: gives it an id, checks its key, bounds its body, counts its answer."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ class ErrorJson(TypedDict):
 
 
 class VideoJson(TypedDict, total=False):
-    """OpenAI's Video, with fields of ours: what was chosen for the request, and what it took."""
+    """OpenAI's Video, with fields of ours: the choices made for the request, and its cost."""
 
     id: str
     object: Literal["video"]
@@ -42,7 +42,7 @@ class VideoJson(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished job leaves: bytes on disk, the MP4's SHA-256, seconds, and the GPU's peak of memory."""
+    """The outcome of a job: bytes on disk, the MP4's SHA-256, seconds, and the GPU's peak memory in MiB."""
 
     bytes: int
     sha256: str

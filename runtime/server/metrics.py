@@ -1,4 +1,4 @@
-"""What a server counts, in Prometheus' text format."""
+"""The metrics of a server, in Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _VIDEO_S = (0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
 
 @dataclass(frozen=True)
 class Levels:
-    """What is measured when it is asked for."""
+    """Values of the gauges, measured when they are asked for."""
 
     queued: int
     running: int

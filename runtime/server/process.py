@@ -88,5 +88,5 @@ def url_of(listening: socket.socket) -> str:
 
 
 def is_local(host: str) -> bool:
-    """Whether only programs of this machine reach it."""
+    """True if only programs of this machine reach it."""
     return host in ("localhost", "::1") or host.startswith("127.")

@@ -40,7 +40,7 @@ _SEEDS = 1 << 53
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What a model is opened from; the options are those of VideoPipeline.from_pretrained."""
+    """A model's checkpoint and engines; the options are those of VideoPipeline.from_pretrained."""
 
     name: str
     checkpoint: str
@@ -140,7 +140,7 @@ class ServedModel:
         return ResolvedRequest.model_validate(request.model_dump() | filled)
 
     def fits(self, request: VideoRequest) -> bool:
-        """Whether the size that a request names is built."""
+        """True if the size that a request names is built."""
         return bool(self._of_pixels(request))
 
     def check(self, request: ResolvedRequest, picture: Image.Image | None) -> None:

@@ -60,7 +60,7 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether new jobs are made without loading anything first."""
+        """True after the warm-up videos, until the server is told to end."""
         return self.worker.ready.is_set() and not self.worker.ended.is_set() and not self.draining
 
     def create(self, request: VideoRequest, picture: Image.Image | None) -> Job:
@@ -137,7 +137,7 @@ class Service:
 
     @property
     def levels(self) -> Levels:
-        """What the metrics measure now."""
+        """The current values of the gauges."""
         counts = self._store.waiting()
         return Levels(counts["queued"], counts["in_progress"], self._store.result_bytes(), self.ready)
 

@@ -1,4 +1,4 @@
-"""What an operator sets, checked once."""
+"""The operator's settings, checked once."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ STEPS = 240
 
 @contextmanager
 def served(source: ModelSource, data: Path) -> Iterator[tuple[subprocess.Popen[str], httpx2.Client]]:
-    """A process and a client with its key; what is still running at the end is killed."""
+    """A process and a client with its key; the process is killed at the end."""
     options = ("--data", data, "--port=0", "--api-key=secret", "--model-name=tiny")
     process = start("serve", source.checkpoint, "--engines", source.engines[0], *options)
     try:

@@ -1,4 +1,4 @@
-"""What a request may say: fields in every spelling, pictures, and what is refused by which name."""
+"""Requests: fields in every spelling, pictures, and refusals that name the field."""
 
 from __future__ import annotations
 
