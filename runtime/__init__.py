@@ -1,1 +1,1 @@
-"""Engines and a prompt to video."""
+"""Engines and a prompt to video, in a call, a command or a server."""

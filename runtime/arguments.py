@@ -15,7 +15,9 @@ from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.guidance.bins import Scale, SkipBlocks
+from stg_trt.models.families.base import ModelFamily
 from stg_trt.models.image import ImageOptions
+from stg_trt.models.stream import SOUND
 
 # The published STG pipelines rescale by this where do_rescaling is set.
 _RESCALE = 0.7
@@ -129,6 +131,23 @@ class ForeignArguments:
             SoundArguments.taken_from(rest),
             rest,
         )
+
+    def check(self, family: ModelFamily, videos: int) -> None:
+        """Raises InvalidRequest for arguments that the family does not have, and for values it cannot use."""
+        unknown = self.decode_options.keys() - family.decode_options
+        unknown |= {*self.images.given} - family.image_options
+        unknown |= set() if SOUND in family.streams else {*self.sound.given}
+        if unknown:
+            raise InvalidRequest(
+                f"arguments: expected those of VideoPipeline, got {', '.join(sorted(unknown))}: "
+                "check the spelling"
+            )
+        family.check_decode_options(self.decode_options)
+        for name, value in self.decode_options.items():
+            if isinstance(value, list | tuple) and len(value) != videos:
+                raise InvalidRequest(
+                    f"{name}: expected one number or {videos}, got {len(value)}: give one per video"
+                )
 
 
 def _scales(rest: dict[str, Any]) -> dict[str, Any]:

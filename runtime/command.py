@@ -180,7 +180,7 @@ def _open_pipeline(
 ) -> VideoPipeline:
     from .pipeline import VideoPipeline
 
-    _quiet_libraries()
+    quiet_libraries()
     return VideoPipeline(
         checkpoint,
         store,
@@ -197,7 +197,7 @@ def _generator(seed: int) -> Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Hides the libraries' notes on loading, which do not concern the user of this command."""
     import diffusers
     import transformers

@@ -21,7 +21,6 @@ from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.custom_steps import CustomSteps, Numbers
 from stg_trt.models.image import ImageCondition, Images
 from stg_trt.models.published import published
-from stg_trt.models.stream import SOUND
 from stg_trt.system.gpu import this_machine
 
 from .arguments import ForeignArguments
@@ -206,7 +205,11 @@ class VideoPipeline:
     ) -> VideoPipelineOutput:
         check_callback(callback, foreign.callback_tensors, [one.latents for one in self.family.streams])
         decode_options = foreign.decode_options
-        self._check_options(output_type, foreign, request.prompts.videos)
+        if output_type not in _OUTPUT_TYPES:
+            raise InvalidRequest(
+                f"output_type: expected one of {', '.join(_OUTPUT_TYPES)}, got {output_type!r}: choose one"
+            )
+        foreign.check(self.family, request.prompts.videos)
         images = request.pictures.read(self.family, request.prompts)
         with self._turns:
             schedule = self._schedule(request, images)
@@ -340,26 +343,6 @@ class VideoPipeline:
             "per step; leave true_cfg_scale out to save it",
             stacklevel=7,
         )
-
-    def _check_options(self, output_type: str, foreign: ForeignArguments, videos: int) -> None:
-        if output_type not in _OUTPUT_TYPES:
-            raise InvalidRequest(
-                f"output_type: expected one of {', '.join(_OUTPUT_TYPES)}, got {output_type!r}: choose one"
-            )
-        unknown = foreign.decode_options.keys() - self.family.decode_options
-        unknown |= {*foreign.images.given} - self.family.image_options
-        unknown |= set() if SOUND in self.family.streams else {*foreign.sound.given}
-        if unknown:
-            raise InvalidRequest(
-                f"arguments: expected those of VideoPipeline, got {', '.join(sorted(unknown))}: "
-                "check the spelling"
-            )
-        self.family.check_decode_options(foreign.decode_options)
-        for name, value in foreign.decode_options.items():
-            if isinstance(value, list | tuple) and len(value) != videos:
-                raise InvalidRequest(
-                    f"{name}: expected one number or {videos}, got {len(value)}: give one per video"
-                )
 
 
 def _check_finite(steps: list[Tensor]) -> None:

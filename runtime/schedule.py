@@ -96,6 +96,15 @@ class _Steps:
         if self.drop_first:
             scheduler.set_begin_index(self.drop_first)
 
+    def table(self, scheduler: Any, family: ModelFamily) -> SolverTable:
+        """Of a scheduler on which they are set; raises InvalidRequest for steps that it cannot take."""
+        try:
+            return SolverTable.from_scheduler(scheduler, per_token=family.steps_per_token(scheduler))
+        except AssertionError as error:  # UniPC's, asked for as many steps as it was trained with.
+            raise InvalidRequest(
+                f"scheduler: expected steps that {type(scheduler).__name__} can take, got {self}: use fewer"
+            ) from error
+
     def __str__(self) -> str:
         return f"{self.count} steps" if self.custom is None else f"{self.custom.name} {[*self.custom.values]}"
 
@@ -136,7 +145,7 @@ def schedule_steps(
     steps = _Steps.of(request, family.defaults)
     steps.set_on(scheduler, family, workload)
     _log.info("%s: %s", type(scheduler).__name__, steps)
-    solver = SolverTable.from_scheduler(scheduler, per_token=family.steps_per_token(scheduler))
+    solver = steps.table(scheduler, family)
     taken = len(solver.timesteps) - steps.drop_last
     options = request.guidance.resolve(
         ResolvedGuidance.of_family(family.defaults, build.manifest.stg_mode, build.manifest.skips),

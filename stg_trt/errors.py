@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
+# torch on the CPU and on a GPU, ONNX Runtime, C++: none of them raises Python's MemoryError.
+_OUT_OF_MEMORY = re.compile(r"(?i)can't allocate memory|out of memory|bad_?\s?alloc|failed to allocate")
+
 
 class StgTrtError(Exception):
     """Base of all errors that are the answer to a request, not a defect of this library."""
@@ -29,3 +34,8 @@ class BackendUnavailable(StgTrtError):
 
 class NotFinite(StgTrtError):
     """The latents of a run are no longer numbers, so there is no video."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the host or of a GPU, whichever library says so."""
+    return isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None

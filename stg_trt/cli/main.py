@@ -5,20 +5,17 @@ from __future__ import annotations
 import atexit
 import errno
 import gc
-import re
 import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from stg_trt.errors import StgTrtError
+from stg_trt.errors import StgTrtError, is_out_of_memory
 
 if TYPE_CHECKING:
     import typer
 
-# torch on the CPU and on a GPU, ONNX Runtime, C++: none of them raises Python's MemoryError.
-_OUT_OF_MEMORY = re.compile(r"(?i)can't allocate memory|out of memory|bad_?\s?alloc|failed to allocate")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 # typer answers Ctrl-C with this status instead of the exception.
 _INTERRUPTED = 130
@@ -51,9 +48,10 @@ def _application() -> typer.Typer:
     from stg_trt.cli.doctor import doctor
     from stg_trt.cli.inspect import inspect
     from stg_trt.runtime.command import generate
+    from stg_trt.runtime.server.command import serve
 
     app = _new_app(
-        build, generate, inspect, verify, doctor,
+        build, generate, serve, inspect, verify, doctor,
         help="Video diffusion with Spatiotemporal Skip Guidance on compiled engines.",
     )  # fmt: skip
     app.add_typer(_verbose_group(bench), name="bench")
@@ -123,7 +121,7 @@ def _message(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, _usage_error_class()):
         return _usage_error(error)
-    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
+    if is_out_of_memory(error):
         return _memory_error(error)
     return _os_error(error) if isinstance(error, OSError) else None
 

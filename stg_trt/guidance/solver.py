@@ -71,7 +71,7 @@ class SolverTable:
         return cls(
             timesteps=tuple(float(t) for t in timesteps),
             sigmas=tuple(float(s) for s in sigmas[begin : begin + len(timesteps)]),
-            noise_levels=_noise_levels(solver, timesteps),
+            noise_levels=tuple(noise_level(solver, float(t)) for t in timesteps),
             noise_scale=float(getattr(solver, "init_noise_sigma", 1.0)),
             input_scale=tuple(dry.input_scale),
             draws=tuple(dry.draws),
@@ -157,10 +157,10 @@ def _remaining(solver: Any) -> tuple[int, Tensor]:
     return begin, solver.timesteps[begin:]
 
 
-def _noise_levels(solver: Any, timesteps: Tensor) -> tuple[float, ...]:
-    """The timesteps in 0..1; a scheduler with inverted sigmas counts them up from noise."""
-    parts = [float(t) / solver.config.num_train_timesteps for t in timesteps]
-    return tuple(1 - part for part in parts) if solver.config.get("invert_sigmas") else tuple(parts)
+def noise_level(scheduler: Any, timestep: float) -> float:
+    """A timestep as a part of the training steps, 1 for noise; inverted sigmas count them up from noise."""
+    part: float = timestep / scheduler.config.num_train_timesteps
+    return 1 - part if scheduler.config.get("invert_sigmas") else part
 
 
 def _stepper(solver: Any, timesteps: Tensor, per_token: bool) -> Callable[[int, Tensor, Tensor], Tensor]:

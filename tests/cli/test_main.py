@@ -137,6 +137,6 @@ def test_verbose_shows_the_librarys_log(
 
 
 def test_every_command_has_it() -> None:
-    commands = (["build"], ["generate"], ["inspect"], ["verify"], ["doctor"], ["bench", "peers"])
+    commands = (["build"], ["generate"], ["serve"], ["inspect"], ["verify"], ["doctor"], ["bench", "peers"])
     for command in commands:
         assert "--verbose" in invoke(*command, "--help").stdout, command

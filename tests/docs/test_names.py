@@ -24,6 +24,8 @@ from stg_trt.models.plan import full_plan, plan_step
 from stg_trt.models.published import published
 from stg_trt.models.workload import Workload
 from stg_trt.runtime.command import generate as generate_command
+from stg_trt.runtime.server.command import serve as serve_command
+from stg_trt.runtime.server.video_request import VideoRequest
 from tests.docs.pages import ROOT, table, text
 from tests.support.passes import UNCOND_COND
 
@@ -88,6 +90,15 @@ def test_every_option_of_generate_is_explained() -> None:
     assert missing == []
 
 
+def test_every_option_and_field_of_serve_is_explained() -> None:
+    options = [
+        "CHECKPOINT" if name == "checkpoints" else f"--{name.replace('_', '-')}"
+        for name in parameters(serve_command)
+    ]
+    fields = [*VideoRequest.model_fields, "input_reference", "extra_params"]
+    assert [name for name in (*options, *fields) if not named("docs/serving.md", name)] == []
+
+
 @pytest.mark.parametrize("command", [inspect_command, verify_command], ids=lambda f: f.__name__)
 def test_every_option_of_inspect_and_verify_is_explained(command: Callable[..., Any]) -> None:
     named_otherwise = {"engines": "ENGINES", "as_json": "--json"}
@@ -97,8 +108,8 @@ def test_every_option_of_inspect_and_verify_is_explained(command: Callable[..., 
 
 def test_every_command_is_shown() -> None:
     group: Any = typer.main.get_command(_application())
-    pages = {"README.md", "docs/quickstart.md", "docs/building-engines.md", "docs/benchmarks.md"}
-    shown = "".join(map(text, sorted(pages)))
+    names = ("quickstart", "building-engines", "benchmarks", "serving")
+    shown = "".join(map(text, ("README.md", *(f"docs/{name}.md" for name in names))))
     commands = [*group.commands, *(f"bench {name}" for name in group.commands["bench"].commands)]
     assert [command for command in commands if f"stg-trt {command}" not in shown] == []
 

@@ -8,6 +8,7 @@ from tests.planted_mistakes.in_engines import IN_ENGINES
 from tests.planted_mistakes.in_guidance import IN_GUIDANCE
 from tests.planted_mistakes.in_models import IN_MODELS
 from tests.planted_mistakes.in_runtime import IN_RUNTIME
+from tests.planted_mistakes.in_server import IN_SERVER
 
 MISTAKES = (
     *IN_MODELS,
@@ -15,5 +16,6 @@ MISTAKES = (
     *IN_ENGINES,
     *IN_BUILD_ENGINES,
     *IN_RUNTIME,
+    *IN_SERVER,
     *IN_BENCHMARKS,
 )

@@ -195,7 +195,7 @@ IN_ENGINES = (
     ),
     Mistake(
         "ONNX Runtime's want of memory is told as a defect",
-        "stg_trt/cli/main.py",
+        "stg_trt/errors.py",
         "|failed to allocate",
         "",
         ("tests/cli/test_main.py::test_out_of_memory",),

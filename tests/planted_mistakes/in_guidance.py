@@ -102,8 +102,8 @@ IN_GUIDANCE = (
     Mistake(
         "an inverted schedule counts its noise the wrong way",
         "stg_trt/guidance/solver.py",
-        "tuple(1 - part for part in parts)",
-        "tuple(parts)",
+        "return 1 - part if",
+        "return part if",
         (f"{_SOLVER}::test_noise_levels_fall_from_noise_whichever_way_the_timesteps_count",),
     ),
     Mistake(

@@ -165,6 +165,15 @@ def test_steps_that_are_none(
 
 
 @ONE
+def test_more_steps_than_a_scheduler_can_take(pipeline: VideoPipeline, given: dict[str, Any]) -> None:
+    pipeline.scheduler = UniPCMultistepScheduler(num_train_timesteps=20, use_flow_sigmas=True, flow_shift=9.0)
+    with pytest.raises(
+        InvalidRequest, match=r"scheduler: expected steps that UniPC.* got 20 steps: use fewer"
+    ):
+        pipeline(**given | {"num_inference_steps": 20})
+
+
+@ONE
 def test_what_a_scheduler_says_of_its_steps(pipeline: VideoPipeline, given: dict[str, Any]) -> None:
     pipeline.scheduler = UniPCMultistepScheduler()
     with pytest.raises(InvalidRequest, match=r"scheduler: expected steps that UniPC.* got sigmas \[1.0"):
