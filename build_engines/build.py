@@ -85,8 +85,7 @@ def build(
         checkpoint, random_weights=random_weights, variant=variant, revision=revision, lora=lora
     ).shortened(blocks)
     family, progress = opened.family, progress or Silent()
-    chosen, targets = _choose(backend, target, progress)
-    defaults = family.defaults
+    (chosen, targets), defaults = _choose(backend, target, progress), family.defaults
     precision = precision or chosen.target(targets[0]).precisions[0]
     options = BuildOptions(
         checkpoint=opened, output=Path(output),

@@ -178,7 +178,7 @@ IN_BUILD_ENGINES = (
     Mistake(
         "a cancelled compilation is told as a failed one",
         "build_engines/compile_tensorrt.py",
-        "    if cancel.is_set():\n        raise Cancelled\n",
+        "        if cancel.is_set():\n            raise Cancelled\n",
         "",
         (f"{_TENSORRT}::test_an_event_cancels_the_compiler",),
     ),
