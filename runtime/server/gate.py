@@ -50,6 +50,7 @@ class Gate:
 
         try:
             headers = Headers(scope=scope)
+            _check_origin(headers)
             self._check_key(scope["path"], headers)
             self._check_length(headers.get("content-length"))
             await self._app(scope, self._bounded(receive), answer)
@@ -110,6 +111,21 @@ class Gate:
             f"body: expected at most {self._max_body_bytes} bytes, got more: send a smaller picture",
             code="request_too_large",
             headers={"Connection": "close"},
+        )
+
+
+def _check_origin(headers: Headers) -> None:
+    """Raises Refusal 403 for a web page of another server, which a browser here would let make videos.
+
+    Programs send no such header.
+    """
+    origin = headers.get("origin")
+    if origin is not None and origin.partition("://")[2] != headers.get("host"):
+        raise Refusal(
+            403,
+            f"Origin: expected a page of this server, got {origin[:80]!r}: send requests from a program, or "
+            "through a proxy on the page's own address",
+            code="wrong_origin",
         )
 
 

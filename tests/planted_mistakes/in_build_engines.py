@@ -8,6 +8,7 @@ _INDUCTOR = "tests/build_engines/test_compile_inductor.py"
 _BLOCKS = "tests/build_engines/test_inductor_blocks.py"
 _JOINED = "tests/build_engines/test_joined_graph.py"
 _VERIFY = "tests/build_engines/test_verify.py"
+_SIZE = "tests/build_engines/test_segment_size.py"
 _TENSORRT = "tests/build_engines/test_compile_tensorrt.py"
 
 IN_BUILD_ENGINES = (
@@ -181,6 +182,34 @@ IN_BUILD_ENGINES = (
         "        if cancel.is_set():\n            raise Cancelled\n",
         "",
         (f"{_TENSORRT}::test_an_event_cancels_the_compiler",),
+    ),
+    Mistake(
+        "half a plan stays where the compiler was stopped",
+        "build_engines/compile_tensorrt.py",
+        "        recipe.engine.unlink(missing_ok=True)\n",
+        "",
+        (f"{_TENSORRT}::test_an_event_cancels_the_compiler",),
+    ),
+    Mistake(
+        "a full disk is told as a graph that cannot be compiled",
+        "build_engines/compile_tensorrt.py",
+        "    if writer.error is not None:\n        raise writer.error\n",
+        "",
+        (f"{_TENSORRT}::test_a_disk_that_fills_up_stops_the_compiler",),
+    ),
+    Mistake(
+        "engines are larger than they may be",
+        "build_engines/segment_size.py",
+        "filled + size > limit or ",
+        "",
+        (f"{_SIZE}::test_blocks_of_different_sizes_keep_the_limit",),
+    ),
+    Mistake(
+        "the limits of a container are not seen",
+        "stg_trt/system/machine_memory.py",
+        "    return free if limit is None else min(free, max(0, limit[0] - limit[1]))",
+        "    return free",
+        (f"{_SIZE}::test_a_container_may_have_less_than_its_machine",),
     ),
     Mistake(
         "bfloat16 is held to float32's tolerance",

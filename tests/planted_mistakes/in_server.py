@@ -12,6 +12,13 @@ _CLIENT = "tests/server/test_openai_client.py"
 
 IN_SERVER = (
     Mistake(
+        "any web page may make videos",
+        "runtime/server/gate.py",
+        "            _check_origin(headers)\n",
+        "",
+        (f"{_JOBS}::test_pages_of_other_servers",),
+    ),
+    Mistake(
         "a worker writes for a job that another has claimed",
         "runtime/server/job_store.py",
         "WHERE id = ? AND fence = ? AND status",

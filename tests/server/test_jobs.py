@@ -187,6 +187,15 @@ def test_keys(wide: ServedModels, tmp_path: Path) -> None:
         assert server.http.get("/health/live").status_code == 200
 
 
+def test_pages_of_other_servers(server: Running) -> None:
+    """A page that someone opens in a browser on the server's machine could post a form to it."""
+    for origin in ("https://example.com", "null", "http://[broken"):
+        answer = server.http.post("/v1/videos", data={"prompt": "a fox"}, headers={"origin": origin})
+        refused(answer, 403, "wrong_origin")
+    own = {"origin": str(server.http.base_url).rstrip("/")}
+    assert server.http.get("/v1/videos", headers=own).status_code == 200
+
+
 def test_ready_only_after_a_warm_up(wide: ServedModels, tmp_path: Path, monkeypatch: Any) -> None:
     generate = ServedModel.generate
     may_go_on: list[bool] = []
