@@ -90,7 +90,7 @@ def test_engines_of_single_blocks_make_the_same_video(
         "stg_blocks": case.cut_at[-1:],
         "stg_mode": "stg-a",
     }
-    build(case.goldens, tmp_path, **shared, verify_timesteps=1, max_segment_gib=largest_block(case) / GIB)
+    build(case.goldens, tmp_path, **shared, verify_timesteps=0, max_segment_gib=largest_block(case) / GIB)
     (made,) = EngineStore.open(tmp_path).builds
     segments = [record.segment for record in made.manifest.segments]
     assert [block for segment in segments for block in segment.blocks] == [*range(case.family.num_blocks)]
