@@ -155,6 +155,17 @@ def test_prompts_make_the_frames_and_the_sound_of_diffusers(
     assert got.audio_sampling_rate == RATES[version]
 
 
+def test_sigmas_are_those_of_diffusers(checkpoint: Folder, opened: Open) -> None:
+    """The scheduler's shift by the number of tokens moves them."""
+    given = call(sigmas=[1.0, 0.9, 0.6, 0.2], num_inference_steps=4)
+    expected = of_diffusers(checkpoint("2.3"))(**given)
+    got = opened("2.3")(**given | {"generator": torch.Generator().manual_seed(7)})
+    assert np.abs(got.frames - expected.frames).max() <= 1e-4
+    assert got.audio is not None and (got.audio - expected.audio).abs().max() <= 1e-4
+    usual = opened("2.3")(**call(num_inference_steps=4))
+    assert np.abs(got.frames - usual.frames).max() > 1e-3
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_two_prompts_at_once_are_each_alone(opened: Open, version: str) -> None:
     pipeline, start = opened(version), noise()
