@@ -92,20 +92,24 @@ def test_an_interrupted_build_resumes(
     command = ("build", one_block, "--output", tmp_path / "engines", *CUT)
     with (tmp_path / "stderr").open("w+") as stderr:
         process = server.start(*command, output=stderr)
-        wait_for(process, tmp_path / "stderr", "front: done")
+        wait_for(process, tmp_path / "stderr", "text: done")
         process.send_signal(kill)
         status = process.wait(A_MINUTE)
     (folder,) = (tmp_path / "engines").iterdir()
     kept = contents(folder)
+    # On a busy machine more may be finished before the signal comes.
+    done = [segment for segment in SEGMENTS if f"{segment}: done" in (tmp_path / "stderr").read_text()]
+    assert 0 < len(done) < len(SEGMENTS)
     if kill == signal.SIGINT:
         report = (tmp_path / "stderr").read_text()
         result = subprocess.CompletedProcess(command, status, "", report)
         assert_one_line_error(result, "interrupted: nothing half-written is left, finished segments are kept")
-        assert kept.keys() == {"manifest.json", "text.onnx", "front.onnx"}
+        files = [f"{segment}.onnx" for segment in SEGMENTS]
+        assert {"manifest.json", *files[: len(done)]} <= kept.keys() <= {"manifest.json", *files[:-1]}
         assert {*os.listdir(folder)} == {*kept, ".lock"}
     again = invoke(*command)
     assert again.returncode == 0, again.stderr
-    for segment in SEGMENTS[:2]:
+    for segment in done:
         assert f"{segment}: already built" in again.stderr
         assert contents(folder)[f"{segment}.onnx"] == kept[f"{segment}.onnx"]
     assert "back: done" in again.stderr
