@@ -84,8 +84,8 @@ def build(
     opened = Checkpoint.open(
         checkpoint, random_weights=random_weights, variant=variant, revision=revision, lora=lora
     ).shortened(blocks)
-    family, progress = opened.family, progress or Silent()
-    (chosen, targets), defaults = _choose(backend, target, progress), family.defaults
+    family, defaults, progress = opened.family, opened.family.defaults, progress or Silent()
+    chosen, targets = _choose(backend, target, progress)
     precision = precision or chosen.target(targets[0]).precisions[0]
     options = BuildOptions(
         checkpoint=opened, output=Path(output),

@@ -41,6 +41,13 @@ Conditions = Annotated[
     typer.Option(help="FILE@FRAME:STRENGTH, a picture or video from a frame on, as end.png@120:0.9."),
 ]
 
+# Of the server's command line too.
+Loras = Annotated[list[str] | None, typer.Option(help="FILE:SCALE, as at the build; repeat it.")]
+LayoutName = Annotated[str | None, typer.Option(help="segmented or twin. [default: what fits]")]
+BackendName = Annotated[str | None, typer.Option(help="[default: what fits]")]
+Offload = Annotated[bool, typer.Option("--offload", help="Text encoder and VAE leave the GPU.")]
+VaeTiling = Annotated[bool, typer.Option("--vae-tiling", help="Decode in tiles: less memory.")]
+
 
 def generate(
     checkpoint: Annotated[str, typer.Argument(help="The checkpoint that the engines were built from.")],
@@ -78,11 +85,11 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the noise.", min=0, max=2**63 - 1)] = 0,
     variant: Annotated[str | None, typer.Option(help="Of the checkpoint's weight files, as fp16.")] = None,
     revision: Annotated[str | None, typer.Option(help="Of the checkpoint on the hub.")] = None,
-    lora: Annotated[list[str] | None, typer.Option(help="FILE:SCALE, as at the build; repeat it.")] = None,
-    layout: Annotated[str | None, typer.Option(help="segmented or twin. [default: what fits]")] = None,
-    backend: Annotated[str | None, typer.Option(help="[default: what fits]")] = None,
-    offload: Annotated[bool, typer.Option("--offload", help="Text encoder and VAE leave the GPU.")] = False,
-    vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in tiles: less memory.")] = False,
+    lora: Loras = None,
+    layout: LayoutName = None,
+    backend: BackendName = None,
+    offload: Offload = False,
+    vae_tiling: VaeTiling = False,
 ) -> None:
     """Generate videos with compiled engines."""
     opened = _open_checkpoint(checkpoint, variant, revision, lora or [], bool(prompt), output)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..command import BackendName, LayoutName, Loras, Offload, VaeTiling, quiet_libraries
+
 if TYPE_CHECKING:
     from .served_model import ModelSource
     from .settings import ServerSettings
@@ -45,11 +47,11 @@ def serve(
     drain_seconds: Annotated[float, typer.Option(help="For the running video on SIGTERM.")] = 600,
     variant: Annotated[str | None, typer.Option(help="Of the checkpoints' weight files, as fp16.")] = None,
     revision: Annotated[str | None, typer.Option(help="Of the checkpoints on the hub.")] = None,
-    lora: Annotated[list[str] | None, typer.Option(help="FILE:SCALE, as at the build; repeat it.")] = None,
-    layout: Annotated[str | None, typer.Option(help="segmented or twin. [default: what fits]")] = None,
-    backend: Annotated[str | None, typer.Option(help="[default: what fits]")] = None,
-    offload: Annotated[bool, typer.Option("--offload", help="Text encoder and VAE leave the GPU.")] = False,
-    vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in tiles: less memory.")] = False,
+    lora: Loras = None,
+    layout: LayoutName = None,
+    backend: BackendName = None,
+    offload: Offload = False,
+    vae_tiling: VaeTiling = False,
 ) -> None:
     """Answer OpenAI's video API with compiled engines."""
     _check_packages()
@@ -77,7 +79,6 @@ def serve(
 
 
 def _run(settings: ServerSettings, sources: list[ModelSource], host: str, port: int) -> None:
-    from ..command import quiet_libraries
     from .data_folder import DataFolder
     from .process import is_local, listen, serve_until_told, url_of
     from .served_model import ServedModel, ServedModels
