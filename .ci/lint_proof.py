@@ -85,8 +85,8 @@ MISTAKES = {
     ),
     "examples/moving_shapes/evaluate.py": (
         "from examples.moving_shapes.clips import Label",
-        'Label("red", "circle", direktion="left")',
-        'Label("red", "circle", 1)',
+        'Label("plain", "red", "circle", direktion="left")',
+        'Label("plain", "red", "circle", 1)',
     ),
 }
 EXPECTED = (r"Unexpected keyword argument", r"Argument .* has incompatible type")

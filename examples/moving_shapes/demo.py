@@ -27,23 +27,23 @@ from stg_trt.build_engines.display import BuildDisplay
 from stg_trt.engines.manifest import Manifest, load
 from stg_trt.runtime.video_file import save_video
 
-from .clips import NUM_FRAMES, SIZE, make_picture
+from .clips import NUM_FRAMES, SIZE, Label, make_picture
 from .eager import EagerSteps, eager_steps
 from .results import CHECKPOINT, EVALUATION, PICTURES, load_evaluation
 from .settings import BLOCK, SHOWN, Setting, passes_per_step, sample
 from .sheet import Column, Row, draw_sheet
 
-PICTURE = make_picture("red", "circle", np.random.default_rng(0))
+PICTURE = make_picture(Label("striped", "red", "circle", "left"), np.random.default_rng(0))
 ROWS = (
-    Row("a red circle moving left", PICTURE),
-    Row("a red circle moving up", PICTURE),
-    Row("a blue triangle moving right"),
-    Row("a yellow circle moving down"),
+    Row("a striped red circle moving left", PICTURE),
+    Row("a striped red circle moving up", PICTURE),
+    Row("a striped blue triangle moving right"),
+    Row("a plain yellow square moving down"),
 )
 STEPS = 20
 # Of each row's turn.
 EAGER_STEPS = 5
-# Played slower than it was made, so that nine frames can be seen.
+# Played slower than it was made, so that its frames can be seen.
 PLAYED_FRAME_RATE = 8.0
 
 Measures = dict[str, dict[str, Any]]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -48,16 +47,17 @@ class Picture:
     decoded: Array
 
 
-def make_cases(seeds: int) -> list[Case]:
-    """All labels, with as many seeds for each."""
-    return [Case(label, turn * len(LABELS) + i) for turn in range(seeds) for i, label in enumerate(LABELS)]
+def make_cases(count: int) -> list[Case]:
+    """Labels in an order that mixes all their parts, so that any number of them has about as many of each."""
+    order = np.random.default_rng(0).permutation(len(LABELS))
+    return [Case(LABELS[order[seed % len(order)]], seed) for seed in range(count)]
 
 
 def make_pictures(cases: Sequence[Case], vae: AutoencoderKLLTXVideo) -> list[Picture]:
-    """A picture for each case, of its shape in its colour: the direction is left to the prompt."""
+    """A picture for each case, of all that its label says but the direction, which is left to the prompt."""
     pictures = []
     for case in cases:
-        drawn = make_picture(case.label.colour, case.label.shape, np.random.default_rng(case.seed))
+        drawn = make_picture(case.label, np.random.default_rng(case.seed))
         given = as_array(as_image(drawn))
         pictures.append(Picture(given, encode_and_decode(given, vae)))
     return pictures
@@ -107,7 +107,7 @@ def machine() -> dict[str, str]:
     if info.exists():
         names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
         cpu = names[0] if names else cpu
-    return {"date": date.today().isoformat(), "cpu": f"{cpu}, {os.cpu_count()} cores", **packages}
+    return {"date": date.today().isoformat(), "cpu": f"{cpu}, {torch.get_num_threads()} threads", **packages}
 
 
 def open_pipeline(checkpoint: Path, engines: Path) -> VideoPipeline:
@@ -148,7 +148,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--engines", type=Path, required=True, help="built there if it holds none")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the JSON files")
-    parser.add_argument("--seeds", type=int, default=2, help="clips for each of the 48 prompts")
+    parser.add_argument("--clips", type=int, default=96, help="for each setting; there are 96 prompts")
     parser.add_argument("--steps", type=int, default=20)
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument(
@@ -162,7 +162,7 @@ def main() -> None:
     """Sample, measure and write the results; the JSON is rewritten after every setting."""
     args = parse_args()
     pipe = open_pipeline(args.checkpoint, args.engines)
-    cases = make_cases(args.seeds)
+    cases = make_cases(args.clips)
     report: dict[str, Any] = {
         "checkpoint_sha256": sha256_of(args.checkpoint, vae_encoder=args.pictures),
         "clips": len(cases),

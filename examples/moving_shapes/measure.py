@@ -1,12 +1,25 @@
-"""Image analysis of a clip: which colour, which shape, which way it moves, and how cleanly."""
+"""Image analysis of a clip: which texture, colour and shape it has, which way it moves, and how cleanly."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from itertools import product
 
 import numpy as np
 
-from .clips import BACKGROUND, COLOURS, DIRECTIONS, SHAPES, SIZE, Array, Label, shape_mask
+from .clips import (
+    BACKGROUND,
+    COLOURS,
+    DIRECTIONS,
+    SHAPES,
+    SIZE,
+    TEXTURES,
+    Array,
+    Label,
+    is_painted,
+    shape_mask,
+)
 
 UNCLEAR = "unclear"
 FOREGROUND_LEVEL = 0.3
@@ -15,15 +28,15 @@ COLOUR_TOLERANCE = 0.4
 SMALLEST_OVERLAP = 0.6
 SMALLEST_MOVE = 4.0
 
-# Area of each shape at radius 1, and how far below its centre its centre of mass lies.
-AREAS = {"circle": np.pi, "square": 1.8**2, "triangle": 2.0}
-MASS_OFFSETS = {"circle": 0.0, "square": 0.0, "triangle": 1 / 3}
+FRAME_STEP = 2
+"""Every other frame is compared with the shapes, which takes the longest."""
 
 
 @dataclass(frozen=True)
 class Measurement:
     """What a clip was found to show; each name may be `unclear`."""
 
+    texture: str
     colour: str
     shape: str
     direction: str
@@ -33,6 +46,7 @@ class Measurement:
     def matches(self, label: Label) -> dict[str, bool]:
         """Which parts of the label the clip shows."""
         found = {
+            "texture": self.texture == label.texture,
             "colour": self.colour == label.colour,
             "shape": self.shape == label.shape,
             "direction": self.direction == label.direction,
@@ -44,14 +58,14 @@ def measure(clip: Array) -> Measurement:
     """Measure a clip [frames, height, width, 3] in 0..1."""
     colour = find_colour(clip)
     if colour == UNCLEAR:
-        return Measurement(UNCLEAR, UNCLEAR, UNCLEAR, 0.0, float("nan"))
+        return Measurement(UNCLEAR, UNCLEAR, UNCLEAR, UNCLEAR, 0.0, float("nan"))
     masks = coverage(clip, colour)
     if (masks.sum(axis=(1, 2)) < SMALLEST_AREA).any():
-        return Measurement(colour, UNCLEAR, UNCLEAR, 0.0, float("nan"))
+        return Measurement(UNCLEAR, colour, UNCLEAR, UNCLEAR, 0.0, float("nan"))
     centres = centres_of_mass(masks)
-    shape, overlap = find_shape(masks, centres)
+    texture, shape, overlap = find_shape(masks[::FRAME_STEP], centres[::FRAME_STEP])
     direction, jitter = find_direction(centres)
-    return Measurement(colour, shape, direction, overlap, jitter)
+    return Measurement(texture, colour, shape, direction, overlap, jitter)
 
 
 def find_colour(clip: Array) -> str:
@@ -83,18 +97,28 @@ def centres_of_mass(masks: Array) -> Array:
     return np.stack([x, y], axis=1).astype(np.float32)
 
 
-def find_shape(masks: Array, centres: Array) -> tuple[str, float]:
-    """The shape that, put at the same place with the same area, overlaps the masks best, and how well."""
+@cache
+def area_and_offset(texture: str, shape: str) -> tuple[float, float]:
+    """The painted area of a shape at radius 1, and how far below its centre its centre of mass lies."""
+    steps = np.linspace(-1, 1, 401, dtype=np.float32)
+    painted = is_painted(texture, shape, steps[None], steps[:, None])
+    return float(painted.mean() * 4), float((painted * steps[:, None]).sum() / painted.sum())
+
+
+def find_shape(masks: Array, centres: Array) -> tuple[str, str, float]:
+    """The texture and shape that overlap the masks best at the same place with the same area; how well."""
     overlaps = {}
-    for shape in SHAPES:
+    for texture, shape in product(TEXTURES, SHAPES):
+        area, offset = area_and_offset(texture, shape)
         ratios = []
         for mask, (x, y) in zip(masks, centres, strict=True):
-            radius = float(np.sqrt(mask.sum() / AREAS[shape]))
-            template = shape_mask(shape, float(x), float(y) - MASS_OFFSETS[shape] * radius, radius)
+            radius = float(np.sqrt(mask.sum() / area))
+            template = shape_mask(texture, shape, float(x), float(y) - offset * radius, radius)
             ratios.append(np.minimum(mask, template).sum() / np.maximum(mask, template).sum())
-        overlaps[shape] = float(np.mean(ratios))
-    best = max(overlaps, key=lambda shape: overlaps[shape])
-    return (best if overlaps[best] >= SMALLEST_OVERLAP else UNCLEAR), overlaps[best]
+        overlaps[texture, shape] = float(np.mean(ratios))
+    best = max(overlaps, key=lambda names: overlaps[names])
+    texture, shape = best if overlaps[best] >= SMALLEST_OVERLAP else (UNCLEAR, UNCLEAR)
+    return texture, shape, overlaps[best]
 
 
 def find_direction(centres: Array) -> tuple[str, float]:

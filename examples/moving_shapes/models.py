@@ -16,11 +16,11 @@ from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 from .clips import VOCABULARY
 
 WIDTH = 128
-LATENT_CHANNELS = 32
-PATCH = 8
+LATENT_CHANNELS = 64
+PATCH = 12
+PATCH_FRAMES = 4
+"""Of a latent position: pixels along each side, and frames."""
 PADDING_ID = 0
-LOG_VARIANCE = -30.0
-"""Of the VAE's posterior; diffusers takes nothing lower."""
 
 
 def make_tokenizer() -> T5TokenizerFast:
@@ -75,35 +75,29 @@ def freeze_attention(encoder: T5EncoderModel) -> None:
 
 
 def make_vae() -> AutoencoderKLLTXVideo:
-    """An LTX VAE that only patchifies: 8x8 pixels of a frame become one latent position."""
+    """An LTX VAE: 12x12 pixels of 4 frames become one latent position, and the first frame has its own.
+
+    The encoder only rearranges pixels and multiplies by matrices, so its weights are computed rather than
+    trained (see `linear_start`). The decoder has residual blocks at each of its three resolutions. It looks
+    back in time only, so that the frames after a given picture do not change it.
+    """
     return AutoencoderKLLTXVideo(
         latent_channels=LATENT_CHANNELS,
-        block_out_channels=(64, 64),
-        decoder_block_out_channels=(64, 64),
-        down_block_types=("LTXVideoDownBlock3D",) * 2,
-        layers_per_block=(1, 1, 1),
+        block_out_channels=(28, 224, 224),
+        down_block_types=("LTXVideo095DownBlock3D",) * 2,
+        layers_per_block=(0, 0, 0),
+        spatio_temporal_scaling=(True, True),
+        downsample_type=("spatiotemporal",) * 2,
+        decoder_block_out_channels=(32, 64),
         decoder_layers_per_block=(1, 1, 1),
-        spatio_temporal_scaling=(False, False),
-        decoder_spatio_temporal_scaling=(False, False),
+        decoder_spatio_temporal_scaling=(True, True),
         decoder_inject_noise=(False,) * 3,
-        downsample_type=("conv",) * 2,
         upsample_residual=(False,) * 2,
-        upsample_factor=(1, 1),
-        patch_size=PATCH,
+        upsample_factor=(1, 2),
+        patch_size=PATCH // 4,
         patch_size_t=1,
+        decoder_causal=True,
     )
-
-
-@torch.no_grad()
-def encode_without_noise(vae: AutoencoderKLLTXVideo) -> None:
-    """Let a sample of the VAE's posterior be its mean: image-to-video pipelines sample that of a picture.
-
-    The encoder's last channel is the log-variance of all others. Training decodes the mean, so no gradient
-    reaches this channel.
-    """
-    convolution = vae.encoder.conv_out.conv
-    convolution.weight[-1] = 0.0
-    convolution.bias[-1] = LOG_VARIANCE
 
 
 def make_transformer() -> LTXVideoTransformer3DModel:
@@ -132,7 +126,7 @@ def make_scheduler() -> FlowMatchEulerDiscreteScheduler:
 
 
 class ShapesPipeline(LTXPipeline):  # type: ignore[misc]  # has no types
-    """LTXPipeline for clips of 48x48: its own check wants multiples of 32, as the published VAE does."""
+    """LTXPipeline for clips of 72x72: its own check wants multiples of 32, as the published VAE does."""
 
     def check_inputs(self, prompt: Any, height: int, width: int, **given: Any) -> None:
         """Check all that LTXPipeline checks, with multiples of the patch size instead."""

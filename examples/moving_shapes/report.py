@@ -8,15 +8,25 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-PARTS = ("colour", "shape", "direction", "all")
+PARTS = ("texture", "colour", "shape", "direction", "all")
 MEASURES = {
-    "all": "share of clips right in all three",
+    "all": "share of clips right in all four",
     "overlap": "overlap with the perfect shape",
     "jitter": "distance from a straight path (px)",
 }
 
 
-HEAD = ("guidance", "passes per step", "colour", "shape", "direction", "all three", "overlap", "jitter (px)")
+HEAD = (
+    "guidance",
+    "passes per step",
+    "texture",
+    "colour",
+    "shape",
+    "direction",
+    "all four",
+    "overlap",
+    "jitter (px)",
+)
 
 
 def table(report: dict[str, Any]) -> str:

@@ -10,10 +10,9 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,40 +21,30 @@ from torch import Tensor, nn
 
 from . import models
 from .clips import FRAME_RATE, LABELS, NUM_FRAMES, SIZE, Array, Label, clips
-from .linear_start import start_linear
+from .linear_start import GREY, compute_vae, linear_code, to_video
 from .muon import Muon
 
 TEXT_LENGTH = 16
 EMPTY_SHARE = 0.1
-ANCHORED_SHARE = 0.7
-# Twice the shift of sampling: where a shape goes is settled while the clip is still almost all noise.
-SIGMA_SHIFT = 4.0
+ANCHORED_SHARE = 0.3
+FIRST_SHARE = 0.5
+# Above the shift of sampling: where a shape goes is settled while the clip is still almost all noise.
+SIGMA_SHIFT = 3.0
 FOREGROUND_WEIGHT = 5.0
-VAE_FRAMES = 3
-VAE_BATCH = 8
+VAE_BATCH = 4
+# Of the normalised latents, at most.
+LATENT_NOISE = 0.2
+CODE_CLIPS = 96
 GRID = SIZE // models.PATCH
-ROPE_SCALE = (1 / FRAME_RATE, models.PATCH, models.PATCH)
+LATENT_FRAMES = 1 + (NUM_FRAMES - 1) // models.PATCH_FRAMES
+ROPE_SCALE = (models.PATCH_FRAMES / FRAME_RATE, models.PATCH, models.PATCH)
 
 
-class Budget:
-    """A wall-clock budget with a learning-rate factor: a short warm-up, then a cosine to nearly zero."""
-
-    def __init__(self, minutes: float, warmup: float = 0.02) -> None:
-        self.seconds = minutes * 60
-        self.warmup = warmup
-        self.start = time.monotonic()
-
-    @property
-    def progress(self) -> float:
-        """Share of the time that is used up."""
-        return min(1.0, (time.monotonic() - self.start) / self.seconds)
-
-    @property
-    def factor(self) -> float:
-        """What to multiply the peak learning rate by now."""
-        if self.progress < self.warmup:
-            return max(0.02, self.progress / self.warmup)
-        return 0.01 + 0.99 * (1 + math.cos(math.pi * self.progress)) / 2
+def rate_factor(step: int, steps: int) -> float:
+    """What to multiply the peak learning rate by: a short warm-up, then a cosine to nearly zero."""
+    progress = step / steps
+    warm_up = min(1.0, (step + 1) / (0.02 * steps + 1))
+    return warm_up * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
 
 
 class Ema:
@@ -91,11 +80,6 @@ def set_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
             group["lr"] = group["peak"] * factor
 
 
-def to_video(batch: list[Array], device: str) -> Tensor:
-    """Clips as the VAE's input: [batch, channels, frames, height, width] in -1..1."""
-    return torch.from_numpy(np.stack(batch)).to(device).permute(0, 4, 1, 2, 3) * 2 - 1
-
-
 def log(record: dict[str, float | str], path: Path) -> None:
     """Print a record and append it to the log."""
     print(json.dumps(record), flush=True)
@@ -103,57 +87,53 @@ def log(record: dict[str, float | str], path: Path) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def train_vae(vae: AutoencoderKLLTXVideo, minutes: float, seed: int, log_path: Path) -> None:
-    """Train the VAE on its mean, with a little noise on the latents and the shapes weighted up."""
-    device = str(vae.device)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-4, weight_decay=0.01)
-    source = clips(seed)
-    budget = Budget(minutes)
-    step, recent = 0, []
-    while budget.progress < 1:
-        set_rates([optimizer], budget.factor)
-        # The convolutions see one frame before and after, so short pieces serve as well and are cheaper.
-        start = step % (NUM_FRAMES - VAE_FRAMES + 1)
-        video = to_video([clip[start : start + VAE_FRAMES] for _, clip in islice(source, VAE_BATCH)], device)
-        latents = vae.encode(video).latent_dist.mode()
-        noisy = latents + 0.02 * latents.detach().std() * torch.randn_like(latents)
-        error = vae.decode(noisy, return_dict=False)[0] - video
-        # Most pixels are background; unweighted, the VAE settles on painting only that.
-        is_shape = (video.amax(dim=1, keepdim=True) > 0).float()
+def train_decoder(vae: AutoencoderKLLTXVideo, args: argparse.Namespace, log_path: Path) -> None:
+    """Trains the decoder on noisy latents, such as guidance makes, with the shapes weighted up."""
+    in_blocks = [p for name, p in vae.decoder.named_parameters() if "resnets" in name]
+    fitted = [p for name, p in vae.decoder.named_parameters() if "resnets" not in name]
+    optimizer = torch.optim.Adam([{"params": in_blocks, "lr": 5e-4}, {"params": fitted, "lr": 2e-5}])
+    source = clips(args.seed + 1)
+    code = linear_code(vae, next_video(source, CODE_CLIPS))
+    unit = vae.latents_std.view(1, -1, 1, 1, 1)
+    recent = []
+    for step in range(args.vae_steps):
+        set_rates([optimizer], rate_factor(step, args.vae_steps))
+        video = next_video(source, VAE_BATCH)
+        latents, video = code.encode(video).to(vae.device), video.to(vae.device)
+        noise = torch.randn_like(latents) * torch.rand(VAE_BATCH, 1, 1, 1, 1, device=vae.device)
+        error = vae.decode(latents + LATENT_NOISE * unit * noise, return_dict=False)[0] - video
+        # Most pixels are background; unweighted, the decoder settles on painting only that.
+        is_shape = ((video - GREY).abs().amax(dim=1, keepdim=True) > 0.02).float()
         weight = 1 + (FOREGROUND_WEIGHT - 1) * is_shape
-        loss = (weight * (error.abs() + error**2)).mean() + 1e-4 * (latents**2).mean()
+        loss = (weight * (error.abs() + error**2)).mean()
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(vae.decoder.parameters(), 0.1)
         optimizer.step()
-        step += 1
         recent.append(error.detach().abs().mean().item())
-        if step % 50 == 0:
-            log(
-                {"part": "vae", "step": step, "progress": budget.progress, "l1": float(np.mean(recent))},
-                log_path,
-            )
+        if (step + 1) % 50 == 0:
+            log({"part": "decoder", "step": step + 1, "l1": float(np.mean(recent))}, log_path)
             recent = []
+
+
+def next_video(source: Iterator[tuple[Label, Array]], count: int) -> Tensor:
+    """The next clips of a generator, as the VAE's input."""
+    return to_video([clip for _, clip in islice(source, count)])
 
 
 @torch.no_grad()
 def encode_clips(vae: AutoencoderKLLTXVideo, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Latents [clip, token, channel] in half precision, normalised, and the index of each clip's label.
-
-    The channels' mean and deviation are stored in the VAE, where LTXPipeline looks for them.
-    """
+    """Latents [clip, token, channel] in half precision, normalised, and the index of each clip's label."""
     source = clips(seed)
+    code = linear_code(vae, next_video(source, CODE_CLIPS))
+    mean, std = (one.cpu().view(1, 1, -1) for one in (vae.latents_mean, vae.latents_std))
     parts, indices = [], []
     for _ in range(math.ceil(count / 64)):
         labels, batch = zip(*islice(source, 64), strict=True)
-        latents = vae.encode(to_video(list(batch), str(vae.device))).latent_dist.mode()
-        parts.append(latents.flatten(2).transpose(1, 2).cpu())
+        latents = code.encode(to_video(list(batch)))
+        parts.append(((latents.flatten(2).transpose(1, 2) - mean) / std).half())
         indices += [LABELS.index(label) for label in labels]
-    latents = torch.cat(parts)
-    mean, std = latents.mean(dim=(0, 1)), latents.std(dim=(0, 1))
-    vae.latents_mean.copy_(mean)
-    vae.latents_std.copy_(std)
-    return ((latents - mean) / std).half(), torch.tensor(indices)
+    return torch.cat(parts), torch.tensor(indices)
 
 
 def batches(latents: Tensor, indices: Tensor, size: int, seed: int) -> Iterator[tuple[Tensor, list[Label]]]:
@@ -174,16 +154,14 @@ def sample_sigmas(count: int, device: str) -> Tensor:
 def anchor_factors(count: int, device: str) -> Tensor:
     """What to multiply the noise level of a token [clip, token] by: less than 1 in one frame of some clips.
 
-    LTX-Video learns to go on from given frames, too. Here that is what teaches the way, which hangs on three
-    things: the text, which of two frames is later, and on which side it shows the shape. Where all frames are
-    equally noisy, knowing two of them tells nothing, and training makes no headway. With a frame to go on
-    from, only the text and the side are left. Any frame will do but the first alone: where a shape starts
-    gives away which way it can go.
+    LTX-Video learns to go on from given frames, too: a frame without noise is a given one, and pictures are
+    given as the first. Frames with less noise than the others teach the model to go by them.
     """
-    kept = (1 - 1.25 * torch.rand(count, device=device)).clamp(min=0).sqrt()
+    kept = (1 - 1.5 * torch.rand(count, device=device)).clamp(min=0).sqrt()
     anchored = torch.rand(count, 1, device=device) < ANCHORED_SHARE
-    chosen = torch.randint(NUM_FRAMES, (count, 1), device=device)
-    is_anchor = torch.arange(NUM_FRAMES, device=device) == chosen
+    chosen = torch.randint(LATENT_FRAMES, (count, 1), device=device)
+    chosen = torch.where(torch.rand(count, 1, device=device) < FIRST_SHARE, 0, chosen)
+    is_anchor = torch.arange(LATENT_FRAMES, device=device) == chosen
     factors = torch.where(anchored & is_anchor, kept[:, None], 1.0)
     return factors.repeat_interleave(GRID * GRID, dim=1)
 
@@ -211,13 +189,11 @@ def train_transformer(
     transformer, encoder, device = pipe.transformer, pipe.text_encoder, args.device
     models.freeze_attention(encoder)
     optimizers = make_optimizers(transformer, encoder)
-    forward = torch.compile(transformer) if args.compile else transformer
     ema = Ema([transformer, encoder])
-    budget = Budget(args.minutes)
-    saved, recent = 0.0, []
-    for step, (latents, labels) in enumerate(batches(*data, args.batch, args.seed), start=1):
-        set_rates(optimizers, budget.factor)
-        loss = flow_loss(pipe, forward, latents.to(device), labels)
+    start, recent = time.monotonic(), []
+    for step, (latents, labels) in enumerate(islice(batches(*data, args.batch, args.seed), args.steps)):
+        set_rates(optimizers, rate_factor(step, args.steps))
+        loss = flow_loss(pipe, latents.to(device), labels)
         loss.backward()
         nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
         for optimizer in optimizers:
@@ -225,21 +201,18 @@ def train_transformer(
             optimizer.zero_grad()
         ema.update()
         recent.append(loss.item())
-        if step % 50 == 0:
-            record = {"part": "transformer", "step": step, "minutes": budget.progress * args.minutes}
-            log({**record, "loss": float(np.mean(recent))}, log_path)
+        if (step + 1) % 50 == 0:
+            minutes = (time.monotonic() - start) / 60
+            progress: dict[str, float | str] = {"part": "transformer", "step": step + 1, "minutes": minutes}
+            log({**progress, "loss": float(np.mean(recent))}, log_path)
             recent = []
-        done = budget.progress >= 1
-        if done or (budget.progress - saved) * args.minutes >= args.save_every:
-            saved = budget.progress
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             ema.swap()
             save(pipe, args.output)
             ema.swap()
-        if done:
-            return
 
 
-def flow_loss(pipe: LTXPipeline, forward: Callable[..., Any], latents: Tensor, labels: list[Label]) -> Tensor:
+def flow_loss(pipe: LTXPipeline, latents: Tensor, labels: list[Label]) -> Tensor:
     """Mean squared error of the predicted velocity, noise - latents, at random noise levels."""
     batch = len(latents)
     device = str(latents.device)
@@ -252,19 +225,19 @@ def flow_loss(pipe: LTXPipeline, forward: Callable[..., Any], latents: Tensor, l
     sigma = sample_sigmas(batch, device)[:, None] * factors
     noise = torch.randn_like(latents)
     noisy = torch.lerp(latents, noise, sigma[..., None])
-    with torch.autocast(latents.device.type, torch.bfloat16):
-        pred = forward(
-            noisy,
-            embeds,
-            sigma * 1000,
-            text.attention_mask.bool(),
-            num_frames=NUM_FRAMES,
-            height=GRID,
-            width=GRID,
-            rope_interpolation_scale=ROPE_SCALE,
-            return_dict=False,
-        )[0]
-    error = (pred.float() - (noise - latents)) ** 2
+    # In float32: many CPUs have to emulate bfloat16.
+    pred = pipe.transformer(
+        noisy,
+        embeds,
+        sigma * 1000,
+        text.attention_mask.bool(),
+        num_frames=LATENT_FRAMES,
+        height=GRID,
+        width=GRID,
+        rope_interpolation_scale=ROPE_SCALE,
+        return_dict=False,
+    )[0]
+    error = (pred - (noise - latents)) ** 2
     loss: Tensor = error[factors > 0].mean()
     return loss
 
@@ -309,34 +282,30 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the moving-shapes pipeline.")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "checkpoint")
     parser.add_argument("--resume", type=Path, help="pipeline folder to go on from")
-    parser.add_argument("--vae-minutes", type=float, default=4.0, help="0 keeps the VAE")
-    parser.add_argument("--minutes", type=float, default=60.0, help="for the transformer")
-    parser.add_argument("--save-every", type=float, default=5.0, help="minutes between saves")
-    parser.add_argument("--clips", type=int, default=12288)
+    parser.add_argument("--vae-steps", type=int, default=500, help="for the VAE's decoder")
+    parser.add_argument("--steps", type=int, default=2900, help="for the transformer")
+    parser.add_argument("--save-every", type=int, default=250, help="steps between saves")
+    parser.add_argument("--clips", type=int, default=23040)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--compile", action="store_true", help="torch.compile: about 1.5 times as fast on a CPU"
-    )
     return parser.parse_args()
 
 
 def main() -> None:
-    """Train the VAE, encode the clips, train the transformer and the text encoder."""
+    """Compute the VAE, train its decoder, encode the clips, train the transformer and the text encoder."""
     args = parse_args()
     torch.manual_seed(args.seed)
     pipe = LTXPipeline.from_pretrained(args.resume) if args.resume else make_pipeline()
-    pipe.to(args.device)
     log_path = args.output.with_name(args.output.name + ".log.jsonl")
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    if args.vae_minutes:
-        if not args.resume:
-            start_linear(pipe.vae, args.seed)
-            models.encode_without_noise(pipe.vae)
-        train_vae(pipe.vae, args.vae_minutes, args.seed, log_path)
+    if not args.resume:
+        compute_vae(pipe.vae, args.seed)
+    pipe.to(args.device)
+    if not args.resume:
+        train_decoder(pipe.vae, args, log_path)
     pipe.vae.half().float().requires_grad_(False)  # as it will be after loading
-    data = encode_clips(pipe.vae, args.clips, args.seed + 1)
+    data = encode_clips(pipe.vae, args.clips, args.seed + 2)
     save(pipe, args.output)
     train_transformer(pipe, data, args, log_path)
 

@@ -12,15 +12,15 @@ import pytest
 import torch
 from diffusers import AutoencoderKLLTXVideo, LTXImageToVideoPipeline, LTXPipeline
 
-from examples.moving_shapes import clips, evaluate, measure, models, settings
+from examples.moving_shapes import clips, evaluate, linear_start, measure, models, settings, train
 from examples.moving_shapes.demo import CHECKPOINT
 
 MAX_BYTES = 15_000_000
 PROMPTS = (
-    clips.Label("red", "circle", "left"),
-    clips.Label("green", "square", "down"),
-    clips.Label("blue", "triangle", "right"),
-    clips.Label("yellow", "circle", "up"),
+    clips.Label("plain", "red", "circle", "left"),
+    clips.Label("striped", "green", "square", "down"),
+    clips.Label("striped", "blue", "triangle", "right"),
+    clips.Label("plain", "yellow", "circle", "up"),
 )
 
 
@@ -56,8 +56,9 @@ def test_labels_cover_every_combination() -> None:
     assert len(clips.COLOURS) >= 4
     assert len(clips.SHAPES) >= 3
     assert len(clips.DIRECTIONS) >= 4
-    assert len({label.prompt for label in clips.LABELS}) == 48
-    assert clips.Label("red", "circle", "left").prompt == "a red circle moving left"
+    assert len(clips.TEXTURES) >= 2
+    assert len({label.prompt for label in clips.LABELS}) == 96
+    assert PROMPTS[0].prompt == "a plain red circle moving left"
 
 
 def test_generator_is_seeded() -> None:
@@ -68,14 +69,14 @@ def test_generator_is_seeded() -> None:
 
 
 def test_each_round_holds_every_label_once() -> None:
-    assert {label for label, _ in islice(clips.clips(0), 48)} == set(clips.LABELS)
+    assert {label for label, _ in islice(clips.clips(0), 96)} == set(clips.LABELS)
 
 
 def test_measure_reads_the_generators_clips() -> None:
-    for label, clip in islice(clips.clips(11), 96):
+    for label, clip in islice(clips.clips(11), 72):
         found = measure.measure(clip)
         assert found.matches(label)["all"], (label, found)
-        assert found.overlap > 0.9
+        assert found.overlap > 0.8
         assert found.jitter < 0.3
 
 
@@ -88,18 +89,18 @@ def test_measure_calls_an_empty_or_still_clip_unclear() -> None:
 
 
 def test_measure_calls_two_shapes_at_once_unclear() -> None:
-    corners = [clips.shape_mask("circle", x, x, 5.0) for x in (8.0, 40.0)]
+    corners = [clips.shape_mask("plain", "circle", x, x, 5.0) for x in (8.0, 60.0)]
     mask = np.maximum(*corners)[None, ..., None].repeat(clips.NUM_FRAMES, axis=0)
     clip = mask * np.array(clips.COLOURS["red"], np.float32) + (1 - mask) * clips.BACKGROUND
     assert measure.measure(clip.astype(np.float32)).shape == measure.UNCLEAR
 
 
 def test_a_shape_in_a_picture_can_move_in_any_direction() -> None:
-    """So a picture does not tell the direction: at the lower speed, no move takes its shape out of it."""
-    wanted = [(shape, seed) for shape in clips.SHAPES for seed in range(9)]
-    made = [clips.make_picture("red", shape, np.random.default_rng(seed)) for shape, seed in wanted]
+    """So a picture does not tell the direction: no move takes its shape out of it."""
+    labels = [clips.Label("plain", "red", shape, "left") for shape in clips.SHAPES]
+    made = [clips.make_picture(label, np.random.default_rng(seed)) for label in labels for seed in range(9)]
     drawn = np.stack(made).max(axis=-1) > clips.BACKGROUND + 0.01
-    away = (clips.NUM_FRAMES - 1) * min(clips.SPEEDS)
+    away = (clips.NUM_FRAMES - 1) * clips.SPEED
     edge = np.ones((clips.SIZE, clips.SIZE), dtype=bool)
     edge[away:-away, away:-away] = False
     assert drawn.any(axis=(1, 2)).all()
@@ -107,7 +108,8 @@ def test_a_shape_in_a_picture_can_move_in_any_direction() -> None:
 
 
 def test_pictures_of_a_case_do_not_depend_on_the_direction(pipe: LTXPipeline) -> None:
-    cases = [evaluate.Case(clips.Label("blue", "square", direction), 5) for direction in clips.DIRECTIONS]
+    labels = [clips.Label("striped", "blue", "square", direction) for direction in clips.DIRECTIONS]
+    cases = [evaluate.Case(label, 5) for label in labels]
     pictures = evaluate.make_pictures(cases, pipe.vae)
     assert all(np.array_equal(one.given, pictures[0].given) for one in pictures)
     assert evaluate.first_frame_errors([picture.decoded[None] for picture in pictures], pictures) == [0.0] * 4
@@ -152,13 +154,40 @@ def test_a_picture_is_encoded_without_noise_after_training(pipe: LTXPipeline) ->
 
 def test_a_picture_is_encoded_without_noise_before_training() -> None:
     vae = models.make_vae()
-    models.encode_without_noise(vae)
+    video = train.next_video(clips.clips(0), linear_start.BATCH)
+    with torch.no_grad():
+        linear_start.compute_encoder(vae.encoder, video, torch.zeros(len(video), 64, 5, 6, 6))
     assert_samples_are_the_mean(vae)
+
+
+@pytest.mark.slow(reason="runs the example's model in diffusers")
+def test_the_linear_code_is_what_the_encoder_computes(pipe: LTXPipeline) -> None:
+    source = clips.clips(1)
+    code = linear_start.linear_code(pipe.vae, train.next_video(source, train.CODE_CLIPS))
+    video = train.next_video(source, 6)
+    with torch.no_grad():
+        encoded = pipe.vae.encode(video).latent_dist.mode()
+    assert (code.encode(video) - encoded).norm() < 0.005 * encoded.norm()
+
+
+def test_a_fitted_convolution_computes_what_it_is_fitted_to() -> None:
+    """With inputs that are always zero, and with the padding of the decoder."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 3, 5, 6, 6, generator=generator)
+    x[:, 1] = 0
+    convolution = models.make_vae().decoder.conv_in
+    convolution.conv = torch.nn.Conv3d(3, 2, 3, padding=(0, 1, 1))
+    with torch.no_grad():
+        wanted = linear_start.rows_of(convolution(x))
+        inputs = linear_start.neighbourhoods(x, torch.ones(len(wanted), dtype=torch.bool))
+        weight, bias = linear_start.least_squares([(inputs, wanted)])
+    assert torch.allclose(inputs @ weight.T + bias, wanted, atol=1e-3)
+    assert weight.abs().max() < 2
 
 
 def test_clips_begin_with_the_pictures_that_are_given() -> None:
     given: list[dict[str, Any]] = []
-    pictures = [clips.make_picture("red", "circle", np.random.default_rng(seed)) for seed in (0, 1)]
+    pictures = [clips.make_picture(PROMPTS[0], np.random.default_rng(seed)) for seed in (0, 1)]
 
     def pipeline(**options: Any) -> SimpleNamespace:
         given.append(options)
@@ -176,14 +205,14 @@ def test_clips_begin_with_the_pictures_that_are_given() -> None:
 def test_diffusers_own_pipeline_animates_a_picture() -> None:
     own = LTXImageToVideoPipeline.from_pretrained(CHECKPOINT)
     own.set_progress_bar_config(disable=True)
-    wide = np.full((64, 64, 3), clips.BACKGROUND, dtype=np.float32)
-    wide[8:56, 8:56] = clips.make_picture("red", "circle", np.random.default_rng(0))
+    wide = np.full((96, 96, 3), clips.BACKGROUND, dtype=np.float32)
+    wide[12:84, 12:84] = clips.make_picture(PROMPTS[0], np.random.default_rng(0))
     image = settings.as_image(wide)
     frames = own(
         image=image,
         prompt=PROMPTS[0].prompt,
-        height=64,
-        width=64,
+        height=96,
+        width=96,
         num_frames=clips.NUM_FRAMES,
         frame_rate=clips.FRAME_RATE,
         num_inference_steps=4,
@@ -210,8 +239,8 @@ def test_vae_keeps_the_clips(pipe: LTXPipeline) -> None:
 def test_diffusers_own_pipeline_loads_and_samples() -> None:
     own = LTXPipeline.from_pretrained(CHECKPOINT)
     own.set_progress_bar_config(disable=True)
-    video = sample(own, PROMPTS[:1], steps=4, cfg_scale=3.0, size=64)
-    assert video.shape == (1, clips.NUM_FRAMES, 64, 64, 3)
+    video = sample(own, PROMPTS[:1], steps=4, cfg_scale=3.0, size=96)
+    assert video.shape == (1, clips.NUM_FRAMES, 96, 96, 3)
     assert measure.find_colour(video[0]) == PROMPTS[0].colour
 
 
@@ -223,14 +252,13 @@ def test_sampling_is_reproducible(pipe: LTXPipeline) -> None:
 
 @pytest.mark.slow(reason="runs the example's model in diffusers")
 def test_samples_show_what_the_prompts_say(pipe: LTXPipeline) -> None:
-    """Nine in ten, the aim of the training, over a prompt of each colour and shape."""
-    labels = [label for label in clips.LABELS if label.direction == "left"]
+    """Nine in ten, the aim of the training, over prompts that mix all textures, colours and shapes."""
+    labels = [case.label for case in evaluate.make_cases(12)]
     found = [measure.measure(clip) for clip in sample(pipe, labels, steps=20, cfg_scale=3.0)]
     right = [
-        (one.colour, one.shape) == (label.colour, label.shape)
+        (one.texture, one.colour, one.shape) == (label.texture, label.colour, label.shape)
         for one, label in zip(found, labels, strict=True)
     ]
-    assert len(labels) == 12
     assert sum(right) >= 11
 
 
@@ -249,7 +277,7 @@ def assert_padding_is_hidden(tokenizer: object, encoder: torch.nn.Module) -> Non
 
 def assert_samples_are_the_mean(vae: AutoencoderKLLTXVideo) -> None:
     """diffusers' image-to-video pipelines sample the posterior of a picture."""
-    picture = clips.make_picture("red", "circle", np.random.default_rng(0))
+    picture = clips.make_picture(PROMPTS[0], np.random.default_rng(0))
     video = torch.from_numpy(picture).permute(2, 0, 1)[None, :, None] * 2 - 1
     with torch.no_grad():
         posterior = vae.encode(video).latent_dist

@@ -125,8 +125,8 @@ IN_BENCHMARKS = (
     ),
     Mistake(
         "a picture is encoded with noise",
-        "examples/moving_shapes/models.py",
-        "    convolution.bias[-1] = LOG_VARIANCE\n",
+        "examples/moving_shapes/linear_start.py",
+        "    conv_out.bias[-1] = LOG_VARIANCE\n",
         "",
         (f"{_SHAPES}::test_a_picture_is_encoded_without_noise_before_training",),
     ),
