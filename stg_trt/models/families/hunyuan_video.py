@@ -101,7 +101,7 @@ class HunyuanVideo(JointAttentionDiT):
 
     name = "hunyuan-video"
     transformer_class = "HunyuanVideoTransformer3DModel"
-    export_version = 2
+    export_version = 3
     pipeline_class = "HunyuanVideoPipeline"
     has_text_segment = False
     takes_true_cfg = True

@@ -74,7 +74,7 @@ class LTX2(DiT):
 
     name = "ltx-2"
     transformer_class = "LTX2VideoTransformer3DModel"
-    export_version = 2
+    export_version = 3
     pipeline_class = _PIPELINE
     streams = (VIDEO_STREAM, SOUND_STREAM)
     optional_images = ("image",)

@@ -97,7 +97,7 @@ class LTXVideo(CrossAttentionDiT):
 
     name = "ltx-video"
     transformer_class = "LTXVideoTransformer3DModel"
-    export_version = 3
+    export_version = 4
     pipeline_class = "LTXPipeline"
     decode_options = frozenset({"decode_timestep", "decode_noise_scale"})
     blocks_name = "transformer_blocks"

@@ -60,7 +60,7 @@ class Wan(CrossAttentionDiT):
 
     name = "wan2.1"
     transformer_class = "WanTransformer3DModel"
-    export_version = 2
+    export_version = 3
     pipeline_class = "WanPipeline"
     has_text_mask = False
     float32_components = frozenset({"vae", "image_encoder"})
