@@ -16,7 +16,7 @@ def choose_entries(graph: ir.Graph) -> int:
     """Replaces lookups in tables of a few entries by choices among these; how many there were.
 
     TensorRT fuses choices with what reads them. A lookup is a tensor of its own, and TensorRT-RTX 1.7 makes
-    those of all blocks first: 5.2 GiB for 19 blocks of LTX-Video 2B, where choices take 0.8.
+    those of all blocks first: 5.2 GiB for 19 blocks of width 2048, where choices take 0.8.
     """
     found = [(node, entries) for node in graph if (entries := _entries(node))]
     for node, entries in found:

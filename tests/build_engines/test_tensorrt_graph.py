@@ -32,7 +32,8 @@ def lookup(entries: int, axis: int = 1) -> ir.Model:
         }}
     """
     model = onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text))
-    return ir.from_proto(model)
+    made: ir.Model = ir.from_proto(model)
+    return made
 
 
 def run(model: ir.Model, feed: dict[str, np.ndarray]) -> np.ndarray:
@@ -46,7 +47,7 @@ def run(model: ir.Model, feed: dict[str, np.ndarray]) -> np.ndarray:
 def test_every_token_has_the_entry_of_its_place(entries: int) -> None:
     rng = np.random.default_rng(0)
     table = rng.standard_normal((ROWS, entries, 8), np.float32)
-    feed = {"table": table, "index": rng.integers(entries, size=TOKENS)}
+    feed: dict[str, np.ndarray] = {"table": table, "index": rng.integers(entries, size=TOKENS)}
     model = lookup(entries)
     wanted = run(model, feed)
     assert choose_entries(model.graph) == 1
