@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.demo-installed
 
-.PHONY: demo test quick mistakes test-torch lint lint-proof wheel in-place kernels plugins bench-gpu clean
+.PHONY: demo test quick browser clients mistakes test-torch lint lint-proof wheel in-place kernels plugins bench-gpu clean
 
 demo: $(DEMO_STAMP)
 	$(BIN)/python -m examples.moving_shapes.demo --output demo
@@ -19,6 +19,16 @@ test: $(STAMP)
 quick: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder \
 		-m "not slow"
+
+# For the tests of the server's page, which are skipped without; Debian's Chromium, as root.
+browser: $(STAMP)
+	$(BIN)/python -m pip install --quiet "playwright>=1.50,<2"
+	command -v chromium || (apt-get update --quiet && apt-get install --yes --quiet --no-install-recommends chromium)
+
+# Other programs that speak to the server, for the tests that are skipped without; they want packages of their own.
+clients:
+	$(PYTHON) -m venv .clients
+	.clients/bin/python -m pip install --quiet "litellm>=1.80,<2" "aiperf>=0.13,<1"
 
 # Plants mistakes in a copy of the checkout and runs the tests that must notice them; ONLY=guidance chooses some.
 mistakes: $(STAMP)

@@ -201,6 +201,22 @@ def kernels(
     KernelBenchmark(chosen, sizes, rounds).run(output)
 
 
+@bench.command()
+def serve(
+    checkpoint: Annotated[str, typer.Argument(help="The checkpoint that the engines were built from.")],
+    engines: Annotated[Path, typer.Option(help="A folder made by stg-trt build.")],
+    output: Output,
+    prompt: Annotated[str, typer.Option(help="Of all videos; each has a seed of its own.")] = "a red fox",
+    num_inference_steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 20,
+    minutes: Annotated[float, typer.Option(help="How long clients ask.", min=0.01, max=60)] = 10,
+    clients: Annotated[int, typer.Option(help="Who ask at once.", min=1, max=64)] = 12,
+) -> None:
+    """Load a server on this machine: videos, queue times, lost jobs, memory over time."""
+    from .serve import ServeBenchmark
+
+    ServeBenchmark(checkpoint, engines, prompt, num_inference_steps, minutes, clients).run(output)
+
+
 @bench.command(name="foreign-engine")
 def foreign_engine(output: Output) -> None:
     """Build a TensorRT-RTX engine for SM 8.0, try it on the GPU that is here, record the exact answer."""

@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,11 +30,13 @@ from .build_folder import fresh_folder, locked_folder
 from .compilers import compiler_for
 from .machine_needs import MachineNeeds
 from .options import BuildOptions
+from .preview_fit import fit_preview
 from .progress import Progress, Silent
 from .reference import Reference
 from .reproduction import KEPT_GRAPHS
 from .reusable_files import ReusableFiles
 from .segment_build import SegmentBuild
+from .sizes import Size, choose_sizes
 
 _log = logging.getLogger(__name__)
 _RECORDED_VERSIONS = ("torch", "diffusers", "onnx", "onnxscript", "onnxruntime")
@@ -45,9 +48,10 @@ def build(
     checkpoint: str | Path,
     output: str | Path,
     *,
-    height: int,
-    width: int,
-    num_frames: int,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    sizes: str | Sequence[str] | None = None,
     text_length: int | None = None,
     stg_blocks: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
     stg_mode: str | None = None,
@@ -70,16 +74,17 @@ def build(
     max_segment_gib: float | None = None,
     progress: Progress | None = None,
 ) -> list[Path]:
-    """Builds engines below `output` and returns the build folders, one per target.
+    """Builds engines below `output` and returns the build folders: of every size, one per target.
 
     `checkpoint`, `variant`, `revision` and `lora` are those of `Checkpoint.open`. `backend` may be auto: the
-    best that this machine can run. `stg_blocks` are those that a skip pass may perturb, or a mapping of them
-    from the names of several passes. `target` may name several, separated by commas; it and `precision`
-    default to the backend's, `text_length` to the family's. `condition_frames` is how many latent frames of
-    pictures for later frames a call has; `frame_rate` decides how long the sound of a video is. `blocks`
-    shortens each list of blocks, with random weights; `plugins` are our own kernels. Engines have weights of
-    at most `max_segment_gib`, by default what this machine can compile. An interrupted build's segments are
-    reused. Raises InvalidRequest for unusable options, GateMissed for a segment that fails.
+    best that this machine can run. `sizes` are several at once, see `choose_sizes`. `stg_blocks` are those
+    that a skip pass may perturb, or a mapping of them from the names of several passes. `target` may name
+    several, separated by commas; it and `precision` default to the backend's, `text_length` to the family's.
+    `condition_frames` is how many latent frames of pictures for later frames a call has; `frame_rate` decides
+    how long the sound of a video is. `blocks` shortens each list of blocks, with random weights; `plugins`
+    are our own kernels. Engines have weights of at most `max_segment_gib`, by default what this machine can
+    compile. An interrupted build's segments are reused. Raises InvalidRequest for unusable options,
+    GateMissed for a segment that fails.
     """
     opened = Checkpoint.open(
         checkpoint, random_weights=random_weights, variant=variant, revision=revision, lora=lora
@@ -87,20 +92,48 @@ def build(
     family, defaults, progress = opened.family, opened.family.defaults, progress or Silent()
     chosen, targets = _choose(backend, target, progress)
     precision = precision or chosen.target(targets[0]).precisions[0]
+    chosen_sizes = choose_sizes(sizes, height, width, num_frames)
+    workloads = _workloads(family, chosen_sizes, text_length, precision, condition_frames, frame_rate)
     options = BuildOptions(
-        checkpoint=opened, output=Path(output),
-        workload=Workload(
-            height, width, num_frames, defaults.text_length if text_length is None else text_length,
-            precision, condition_frames, _audio_num_frames(family, num_frames, frame_rate)),
+        checkpoint=opened, output=Path(output), workload=workloads[0],
         skips=read_skips(defaults.stg_blocks if stg_blocks is None else stg_blocks),
         stg_mode=defaults.stg_mode if stg_mode is None else stg_mode, layout=layout, max_batch=max_batch,
         backend=chosen, targets=targets, verify_timesteps=verify_timesteps, keep_onnx=keep_onnx,
         plugins=tuple(sorted(set(plugins))), builder_optimization_level=builder_optimization_level,
         max_segment_gib=max_segment_gib,
     )  # fmt: skip
-    opened.check()
-    with fresh_folder(options.output):
-        return _Builder(options, progress).run()
+    return _build_all([replace(options, workload=workload) for workload in workloads], progress)
+
+
+def _build_all(builds: Sequence[BuildOptions], progress: Progress) -> list[Path]:
+    """One after the other; all of them can be built before the first one is."""
+    builds[0].checkpoint.check()
+    with fresh_folder(builds[0].output):
+        return [folder for options in builds for folder in _Builder(options, progress).run()]
+
+
+def _workloads(
+    family: ModelFamily,
+    sizes: Sequence[Size],
+    text_length: int | None,
+    precision: str,
+    condition_frames: int,
+    frame_rate: float | None,
+) -> list[Workload]:
+    if text_length is None:
+        text_length = family.defaults.text_length
+    return [
+        Workload(
+            size.height,
+            size.width,
+            size.num_frames,
+            text_length,
+            precision,
+            condition_frames,
+            _audio_num_frames(family, size.num_frames, frame_rate),
+        )
+        for size in sizes
+    ]
 
 
 def _audio_num_frames(family: ModelFamily, num_frames: int, frame_rate: float | None) -> int:
@@ -183,8 +216,12 @@ class _Builder:
                 if options.keep_onnx:
                     _keep(work, work.with_name(KEPT_GRAPHS))
                 shutil.rmtree(work, ignore_errors=True)
+        preview = next((one.preview for one in manifest.values()), None)
+        preview = preview or fit_preview(options.checkpoint, options.workload)
         for target, folder in folders.items():
-            manifests.save(manifest[target].model_copy(update={"complete": True}), folder)
+            changes = {"preview": preview, "complete": True}
+            manifests.save(manifest[target].model_copy(update=changes), folder)
+            ReusableFiles(folder, manifest[target]).share()
 
     def _missing(
         self, segment: Segment, folders: dict[str, Path], manifest: dict[str, Manifest]

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .sizes import choose_sizes
+
 StgBlocks = Annotated[
     list[str] | None,
     typer.Option(
@@ -33,7 +35,12 @@ SegmentSize = Annotated[
 ConditionFrames = Annotated[
     int, typer.Option(help="Latent frames of pictures for later frames: 1 for a picture, 2 for a video.")
 ]
-
+RandomWeights = Annotated[
+    bool, typer.Option("--random-weights", help="Seeded random weights, for benchmarks.")
+]
+Sizes = Annotated[
+    str | None, typer.Option(help="Instead of the three: 704x480x121,1216x704x121, width, height, frames.")
+]
 FrameRate = Annotated[
     float | None, typer.Option(help="Frames per second, of a model with sound. [default: the family's]")
 ]
@@ -42,9 +49,10 @@ FrameRate = Annotated[
 def build(
     checkpoint: Annotated[str, typer.Argument(help="A diffusers folder, a hub id, or a published name.")],
     output: Annotated[Path, typer.Option(help="Folder for the engines; several builds may share it.")],
-    height: Annotated[int, typer.Option(help="Pixels.")],
-    width: Annotated[int, typer.Option(help="Pixels.")],
-    num_frames: Annotated[int, typer.Option(help="Frames of the video.")],
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Frames of the video.")] = None,
+    sizes: Sizes = None,
     text_length: Annotated[int | None, typer.Option(help="Text tokens. [default: the family's]")] = None,
     condition_frames: ConditionFrames = 0,
     frame_rate: FrameRate = None,
@@ -57,9 +65,7 @@ def build(
         str, typer.Option(help="onnxruntime, tensorrt-rtx, tensorrt, inductor, or auto.")
     ] = "onnxruntime",
     target: TargetNames = None,
-    random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="Seeded random weights, for benchmarks.")
-    ] = False,
+    random_weights: RandomWeights = False,
     variant: Variant = None,
     revision: Revision = None,
     lora: LoraFiles = None,
@@ -80,6 +86,7 @@ def build(
     # Checks that need no torch come first: its import takes seconds.
     perturbed = parse_by_pass("stg_blocks", stg_blocks, parse_blocks)
     kept = parse_blocks(blocks, "blocks", "3")
+    choose_sizes(sizes, height, width, num_frames)
     _check(layout, stg_mode, backend, target, precision)
     Checkpoint.open(
         checkpoint, random_weights=random_weights, variant=variant, revision=revision, lora=lora or ()
@@ -89,14 +96,13 @@ def build(
 
     with BuildDisplay() as display:
         folders = build_engines(
-            checkpoint, output, height=height, width=width, num_frames=num_frames, text_length=text_length,
-            condition_frames=condition_frames, frame_rate=frame_rate, stg_blocks=perturbed,
-            stg_mode=stg_mode, layout=layout, precision=precision, max_batch=max_batch, backend=backend,
-            target=target, random_weights=random_weights, variant=variant, revision=revision,
+            checkpoint, output, height=height, width=width, num_frames=num_frames, sizes=sizes,
+            text_length=text_length, condition_frames=condition_frames, frame_rate=frame_rate,
+            stg_blocks=perturbed, stg_mode=stg_mode, layout=layout, precision=precision, max_batch=max_batch,
+            backend=backend, target=target, random_weights=random_weights, variant=variant, revision=revision,
             lora=lora or (), blocks=kept, verify_timesteps=verify_timesteps, keep_onnx=keep_onnx,
-            plugins=[name for name in plugins.split(",") if name],
-            builder_optimization_level=builder_optimization_level, max_segment_gib=max_segment_gib,
-            progress=display,
+            plugins=[*filter(None, plugins.split(","))], max_segment_gib=max_segment_gib,
+            builder_optimization_level=builder_optimization_level, progress=display,
         )  # fmt: skip
     _print(folders)
 

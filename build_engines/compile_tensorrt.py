@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from stg_trt.engines.backends import THIS_GPU
 from stg_trt.engines.key import digest
 from stg_trt.engines.tensorrt_library import (
@@ -35,6 +37,7 @@ from .fused_attention import count_in_layers, count_in_plan
 from .onnx_compiler import ExportedGraph, OnnxCompiler
 from .reproduction import tensorrt_commands
 from .reusable_files import ReusableFiles
+from .tensorrt_graph import choose_entries
 from .tensorrt_recipe import Recipe
 from .timing_cache import load_timings, save_timings
 
@@ -72,6 +75,10 @@ class TensorRTCompiler(OnnxCompiler):
         if self.options.backend.name == "tensorrt":
             return tuple((rows, rows, rows) for rows in self.options.row_counts(segment))
         return super().profiles(segment)
+
+    def rewrite(self, graph: ir.Graph) -> None:
+        """The timesteps of tokens without lookups."""
+        choose_entries(graph)
 
     def compile(self, job: Job, exported: Exported, target: str, finished: ReusableFiles) -> Compiled:
         """The graph as an engine for one GPU architecture."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from .graph_constants import constant
+
 _DOMAIN = "com.microsoft"
 
 
@@ -61,7 +63,7 @@ def _fuse(graph: ir.Graph, rotation: Rotation) -> None:
     end, x = rotation.end, rotation.source
     if rotation.tokens_first and _rank(x) != 3:
         x = _flat_heads(graph, end, x)
-    start = _constant(graph, f"{end.name}/start", np.zeros(1, np.int64))
+    start = constant(graph, f"{end.name}/start", np.zeros(1, np.int64))
     by_neighbours = ir.AttrInt64("interleaved", 1)
     inputs = [x, start, *rotation.tables]
     node = ir.Node(_DOMAIN, "RotaryEmbedding", inputs, [by_neighbours], name=f"{end.name}/rotary")
@@ -74,7 +76,7 @@ def _fuse(graph: ir.Graph, rotation: Rotation) -> None:
 
 def _flat_heads(graph: ir.Graph, before: ir.Node, x: ir.Value) -> ir.Value:
     """(rows, tokens, heads, channels) as (rows, tokens, channels of all heads)."""
-    shape = _constant(graph, f"{before.name}/flat", np.array([0, 0, -1]))
+    shape = constant(graph, f"{before.name}/flat", np.array([0, 0, -1]))
     node = ir.Node("", "Reshape", [x, shape], name=f"{before.name}/flat_heads")
     graph.insert_before(before, node)
     assert x.shape is not None
@@ -82,12 +84,6 @@ def _flat_heads(graph: ir.Graph, before: ir.Node, x: ir.Value) -> ir.Value:
     node.outputs[0].shape = ir.Shape([rows, tokens, int(heads) * int(channels)])  # type: ignore[arg-type]
     node.outputs[0].type = x.type
     return node.outputs[0]
-
-
-def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    value = ir.val(name, const_value=ir.tensor(array, name=name))
-    graph.register_initializer(value)
-    return value
 
 
 def _maker(value: ir.Value | None, op_type: str) -> ir.Node | None:

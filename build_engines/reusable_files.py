@@ -60,6 +60,20 @@ class ReusableFiles:
             return record.model_copy(update={"commands": ()})
         return None
 
+    def share(self) -> None:
+        """Files that builds beside this one have with the same bytes become theirs, once on the disk."""
+        own = {file for record in self.manifest.segments for file in record.files}
+        for folder in self._others():
+            try:
+                theirs = manifests.load(folder)
+            except EngineRejected:
+                continue
+            files = {(file.bytes, file.sha256): file for one in theirs.segments for file in one.files}
+            for file in own:
+                other = files.get((file.bytes, file.sha256))
+                if other is not None and _is_whole(folder / other.name, other):
+                    _link(folder / other.name, self.folder / file.name)
+
     def _others(self) -> list[Path]:
         folders = {path.parent for path in self.folder.parent.glob(f"*/{manifests.FILE_NAME}")}
         return sorted(folders - {self.folder})
@@ -68,6 +82,14 @@ class ReusableFiles:
         manifest = self.manifest if folder == self.folder else manifests.load(folder)
         files = (file for record in manifest.segments for file in record.files)
         return next((file for file in files if file.name == name), None)
+
+
+def _is_whole(path: Path, file: FileRecord) -> bool:
+    try:
+        check_file(path, file)
+    except EngineRejected:
+        return False
+    return True
 
 
 def _is_of(record: SegmentRecord, key: EngineKey) -> bool:

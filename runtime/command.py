@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
     from .output import VideoPipelineOutput
     from .pipeline import StepCallback, VideoPipeline
+    from .stages import Stage
 
 
 Embeds = Annotated[
@@ -92,6 +95,7 @@ def generate(
     vae_tiling: VaeTiling = False,
 ) -> None:
     """Generate videos with compiled engines."""
+    began = time.perf_counter()
     opened = _open_checkpoint(checkpoint, variant, revision, lora or [], bool(prompt), output)
     request = _request(height, width, num_frames, layout, backend)
     options = read_options(
@@ -105,10 +109,31 @@ def generate(
         negative_prompt=negative_prompt, last_image=last_image, num_videos_per_prompt=num_videos_per_prompt,
     )  # fmt: skip
     pipeline = _open_pipeline(opened, _open_engines(engines, request, opened), request, offload, vae_tiling)
+    options |= {"generator": _generator(seed), "output_type": _output_type(output)}
+    _make(pipeline, options, output, frame_rate, time.perf_counter() - began)
+
+
+def _make(
+    pipeline: VideoPipeline,
+    options: dict[str, Any],
+    output: Path,
+    frame_rate: float | None,
+    opened_s: float,
+) -> None:
+    """Calls the pipeline and writes the files; says their names, and where the seconds went."""
     with _progress_bar() as advance:
-        options |= {"callback_on_step_end": advance, "output_type": _output_type(output)}
-        made = pipeline(generator=_generator(seed), **options)
+        made = pipeline(callback_on_step_end=advance, **options)
+    sampled = time.perf_counter()
     print(*_save(made, output, frame_rate or pipeline.family.defaults.frame_rate), sep="\n")
+    _say_stages(made.stages, opened_s, time.perf_counter() - sampled)
+
+
+def _say_stages(stages: Mapping[Stage, float], opened: float, written: float) -> None:
+    from .stages import STAGES
+
+    seconds = {**stages, "load": opened + stages.get("load", 0.0), "encode": written}
+    said = ", ".join(f"{stage} {seconds[stage]:.2f} s" for stage in STAGES if stage in seconds)
+    print(f"{said}: {sum(seconds.values()):.2f} s in all", file=sys.stderr)
 
 
 def _check_output(output: Path) -> None:

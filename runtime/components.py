@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from threading import Lock
 from typing import Any
 
 import torch
@@ -13,10 +14,17 @@ from torch import Tensor
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.image import ImageCondition, Images
+from stg_trt.models.parts import (
+    add_image_parts,
+    add_sound_parts,
+    load_connector_part,
+    load_text_parts,
+    load_vae_part,
+)
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
 
-from .parts import add_image_parts, add_sound_parts, load_connector_part, load_text_parts, load_vae_part
+from .stages import Stage, StageClock
 
 
 class Components:
@@ -28,24 +36,33 @@ class Components:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype | None, offload: bool, vae_tiling: bool = False
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype | None,
+        offload: bool,
+        vae_tiling: bool = False,
+        clock: StageClock | None = None,
     ) -> None:
         self._checkpoint = checkpoint
         self._family = checkpoint.family
         self._dtype = dtype
         self._offload = offload
         self.vae_tiling = vae_tiling
+        self._clock = clock or StageClock()
         self._text: Any = None
         self._video: Any = None
         self._connector: Any = None
         self._sees = self._sounds = False
+        # Tokenizers are one thread's at a time.
+        self._tokenizing = Lock()
 
     def load_text(self, workload: Workload, device: torch.device) -> Any:
         """diffusers' pipeline with the text side; raises InvalidRequest if a part is not whole."""
         if self._text is None:
             if self._family.connector is not None:  # Refused before a text encoder of many gigabytes is read.
                 self._load_connector(device)
-            self._text = load_text_parts(self._checkpoint, self._dtypes(device), workload)
+            with self._clock.stage("load"):
+                self._text = load_text_parts(self._checkpoint, self._dtypes(device), workload)
         return self._text
 
     def load_vae(self, workload: Workload, device: torch.device) -> Any:
@@ -54,10 +71,18 @@ class Components:
         Raises InvalidRequest if it is not whole, or if `vae_tiling` is on and it has no tiling.
         """
         if self._video is None:
-            pipeline = load_vae_part(self._checkpoint, self._dtypes(device), workload)
+            with self._clock.stage("load"):
+                pipeline = load_vae_part(self._checkpoint, self._dtypes(device), workload)
             if self.vae_tiling:
                 _enable_tiling(pipeline.vae)
+            if device.type == "cuda":
+                channels_last(pipeline.vae)
             self._video = pipeline
+        return self._video
+
+    @property
+    def decoder(self) -> Any:
+        """diffusers' pipeline with the VAE, or None before it is loaded."""
         return self._video
 
     def load_decoders(self, workload: Workload, device: torch.device) -> Any:
@@ -67,13 +92,15 @@ class Components:
         """
         pipeline = self.load_vae(workload, device)
         if self._family.sound_decoder is not None and not self._sounds:
-            add_sound_parts(pipeline, self._checkpoint, self._dtypes(device))
+            with self._clock.stage("load"):
+                add_sound_parts(pipeline, self._checkpoint, self._dtypes(device))
             self._sounds = True
         return pipeline
 
     def _load_connector(self, device: torch.device) -> Any:
         if self._connector is None:
-            self._connector = load_connector_part(self._checkpoint, self._dtypes(device))
+            with self._clock.stage("load"):
+                self._connector = load_connector_part(self._checkpoint, self._dtypes(device))
         return self._connector
 
     def encode(
@@ -90,20 +117,30 @@ class Components:
         call's pictures too.
         """
         pipeline = self.load_text(workload, device)
+        encoders = [getattr(pipeline, name) for name in self._checkpoint.text_parts if "encoder" in name]
+        self.check_lengths(prompts, workload, prefix)
+        with self._on("text", device, *encoders), self._tokenizing:
+            if not self._family.text_image_parts:
+                return self._family.encode_prompt(pipeline, prompts, workload)
+            seen = None if prefix or images is None else images.distinct
+            return self._family.encode_seen_prompt(pipeline, prompts, seen, workload)
+
+    def check_lengths(self, prompts: list[str], workload: Workload, prefix: str = "") -> None:
+        """Raises InvalidRequest for a prompt of too many tokens; any thread may ask.
+
+        Nothing is known of prompts before the text side is loaded.
+        """
+        if self._text is None:
+            return
         room = self._family.prompt_tokens(workload)
         for prompt in prompts:
-            tokens = self._family.text_tokens(pipeline, prompt)
+            with self._tokenizing:
+                tokens = self._family.text_tokens(self._text, prompt)
             if tokens > room:
                 raise InvalidRequest(
                     f"{prefix}prompt: expected at most {room} tokens, got {tokens}: "
                     f"shorten it{self._longer(workload, tokens - room)}"
                 )
-        encoders = [getattr(pipeline, name) for name in self._checkpoint.text_parts if "encoder" in name]
-        with self._on(device, *encoders):
-            if not self._family.text_image_parts:
-                return self._family.encode_prompt(pipeline, prompts, workload)
-            seen = None if prefix or images is None else images.distinct
-            return self._family.encode_seen_prompt(pipeline, prompts, seen, workload)
 
     def connect(self, text: TextCondition, device: torch.device) -> TextCondition:
         """Embeddings of the text encoder, or those that a call gives, to the transformer's.
@@ -114,7 +151,7 @@ class Components:
         if connector is None:
             return text
         part = self._load_connector(device)
-        with self._on(device, part), torch.no_grad():
+        with self._on("text", device, part), torch.no_grad():
             return connector.connect(part, text.to(device, part.dtype))
 
     def _longer(self, workload: Workload, missing: int) -> str:
@@ -132,10 +169,11 @@ class Components:
         """Pictures to what they add to each of the videos; raises InvalidRequest if a part is not whole."""
         pipeline = self.load_vae(workload, device)
         if not self._sees:
-            add_image_parts(pipeline, self._checkpoint, self._dtypes(device))
+            with self._clock.stage("load"):
+                add_image_parts(pipeline, self._checkpoint, self._dtypes(device))
             self._sees = True
         encoder = getattr(pipeline, "image_encoder", None)
-        with self._on(device, *filter(None, (pipeline.vae, encoder))), torch.no_grad():
+        with self._on("image", device, *filter(None, (pipeline.vae, encoder))), torch.no_grad():
             return self._family.encode_images(pipeline, images, workload, videos, generator)
 
     def decode(
@@ -146,22 +184,23 @@ class Components:
         Raises InvalidRequest if the VAE's tiles do not join to frames of the workload's size.
         """
         pipeline = self.load_vae(workload, device)
-        with self._on(device, pipeline.vae):
-            video = self._family.decode(pipeline, latents.to(device), workload, **options)
         expected = (self._family.shown_frames(workload), workload.height, workload.width)
-        # The configuration of a VAE may ask for tiles that begin between two latents.
-        if self.vae_tiling and video.shape[2:] != expected:
-            raise InvalidRequest(
-                f"vae_tiling: expected the VAE's tiles to join to frames, height and width {expected}, got "
-                f"{tuple(video.shape[2:])}: leave it out"
-            )
-        return pipeline.video_processor.postprocess_video(video, output_type=output_type)
+        with self._on("decode", device, pipeline.vae):
+            video = self._family.decode(pipeline, latents.to(device), workload, **options)
+            # The configuration of a VAE may ask for tiles that begin between two latents.
+            if self.vae_tiling and video.shape[2:] != expected:
+                raise InvalidRequest(
+                    f"vae_tiling: expected the VAE's tiles to join to frames, height and width {expected}, "
+                    f"got {tuple(video.shape[2:])}: leave it out"
+                )
+            return pipeline.video_processor.postprocess_video(video, output_type=output_type)
 
     def decode_sound(self, latents: Tensor, workload: Workload, device: torch.device) -> tuple[Tensor, int]:
         """Packed latents to waveforms (videos, channels, samples), float32, and their samples per second."""
         decoder, pipeline = self._family.sound_decoder, self.load_decoders(workload, device)
         assert decoder is not None
-        with self._on(device, *(getattr(pipeline, name) for name in decoder.parts)), torch.no_grad():
+        parts = (getattr(pipeline, name) for name in decoder.parts)
+        with self._on("decode", device, *parts), torch.no_grad():
             return decoder.decode(pipeline, latents.to(device)), decoder.sampling_rate(pipeline)
 
     def _dtypes(self, device: torch.device) -> dict[str, torch.dtype]:
@@ -171,15 +210,24 @@ class Components:
         return {"default": torch.bfloat16, **dict.fromkeys(self._family.float32_components, torch.float32)}
 
     @contextmanager
-    def _on(self, device: torch.device, *modules: torch.nn.Module) -> Iterator[None]:
-        for module in modules:
-            module.to(device)
-        try:
-            yield
-        finally:
-            if self._offload:
-                for module in modules:
-                    module.to("cpu")
+    def _on(self, stage: Stage, device: torch.device, *modules: torch.nn.Module) -> Iterator[None]:
+        """The modules at work, which are moved to the device and, with offload, back."""
+        with self._clock.stage(stage):
+            for module in modules:
+                module.to(device)
+            try:
+                yield
+            finally:
+                if self._offload:
+                    for module in modules:
+                        module.to("cpu")
+
+
+def channels_last(vae: torch.nn.Module) -> None:
+    """Keeps the weights of convolutions over frames with their channels last, as cuDNN's fastest do."""
+    for weight in vae.parameters():
+        if weight.ndim == 5:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last_3d)
 
 
 def _enable_tiling(vae: Any) -> None:

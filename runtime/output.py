@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+
+from .stages import Stage
 
 
 @dataclass
@@ -15,9 +18,10 @@ class VideoPipelineOutput:
 
     `audio` is None for a model without sound, else waveforms (videos, channels, samples), float32 in -1..1,
     with `audio_sampling_rate` samples per second; beside latents, the sound's packed latents (videos, tokens,
-    width), and no sampling rate.
+    width), and no sampling rate. `stages` says where the seconds of the call went.
     """
 
     frames: Any
     audio: Tensor | None = None
     audio_sampling_rate: int | None = None
+    stages: Mapping[Stage, float] = field(default_factory=dict)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stg_trt.engines.backends import backend_for
 from stg_trt.engines.store import Build, EngineRequest, EngineStore
-from stg_trt.errors import InvalidRequest, NotFinite
+from stg_trt.errors import InvalidRequest
 from stg_trt.guidance.bins import Scale, SkipBlocks, SkipScales
 from stg_trt.guidance.options import GuidanceOptions, choose_options
 from stg_trt.guidance.tables import Guidance
@@ -21,9 +21,11 @@ from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.custom_steps import CustomSteps, Numbers
 from stg_trt.models.image import ImageCondition, Images
 from stg_trt.models.published import published
+from stg_trt.system.callers import level_outside
 from stg_trt.system.gpu import this_machine
 
 from .arguments import ForeignArguments
+from .call import Call, with_arguments_of
 from .callbacks import StepCallback, call_back, check_callback
 from .components import Components
 from .device import Device, open_device
@@ -31,11 +33,14 @@ from .device_memory import explain_memory
 from .noise import Generators, NoiseSource, listed, starting_noise, starting_sound
 from .output import VideoPipelineOutput
 from .pictures import GivenPictures, Pictures
+from .previews import Previews, shares_of
 from .prompts import Embeddings, Prompts
-from .sampler import SampledStep, Sampler
+from .sampler import SampledStep, Sampler, check_finite
 from .schedule import Request, Schedule, schedule_steps
+from .stages import StageClock
 from .text_conditions import TextConditions
 from .turns import Turns
+from .video_stream import StepViewer, StreamedStep, VideoStream
 
 # Attributes of diffusers' pipelines that their callbacks set.
 _GUIDANCE_OF_DIFFUSERS = ("_guidance_scale", "_guidance_rescale", "_stg_scale", "guidance_scale")
@@ -60,7 +65,8 @@ class VideoPipeline:
     ) -> None:
         self.checkpoint = checkpoint
         self.family = checkpoint.family
-        self.components = Components(checkpoint, dtype, offload, vae_tiling)
+        self._clock = StageClock()
+        self.components = Components(checkpoint, dtype, offload, vae_tiling, self._clock)
         self._texts = TextConditions(checkpoint, self.components)
         self.store = store
         self.scheduler = checkpoint.scheduler()
@@ -136,11 +142,9 @@ class VideoPipeline:
             )
         super().__setattr__(name, value)
 
-    # Static memory made in inference mode could not be written outside of it.
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def __call__(
+    def _read(
         self,
+        /,
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
         image: Pictures | None = None,
@@ -176,12 +180,7 @@ class VideoPipeline:
         callback_on_step_end: StepCallback | None = None,
         guidance: GuidanceOptions | None = None,
         **options: Any,
-    ) -> VideoPipelineOutput:
-        """Generates videos; omitted arguments come from the engines (sizes, blocks) or the family's defaults.
-
-        `guidance` holds all scales; CFG is off at 1 and below. `options` are for decoding, or those of other
-        pipelines. Raises InvalidRequest, EngineRejected if no engines fit, and NotFinite.
-        """
+    ) -> Call:
         foreign = ForeignArguments.read(options, stg_blocks, rescale, frame_rate)
         guided = choose_options(guidance, GuidanceOptions(
             guidance_scale, stg_scale, foreign.rescale, stg_mode, foreign.stg_blocks, stg_range, preset,
@@ -194,33 +193,62 @@ class VideoPipeline:
         pictures = GivenPictures(image, last_image, conditions, foreign.images)
         count = None if self.family.reads_text else pictures.count
         prompts = Prompts(prompt, negative_prompt, cond, uncond, num_videos_per_prompt, count)
-        return self._generate(Request(
+        request = Request(
             replace(self._request, height=height, width=width, num_frames=num_frames, videos=prompts.videos),
             prompts, pictures, guided, num_inference_steps, foreign.frame_rate, listed(generator), latents,
             foreign.max_sequence_length, CustomSteps.read(timesteps, sigmas), foreign.sound,
-        ), output_type, callback_on_step_end, foreign)  # fmt: skip
+        )  # fmt: skip
+        return Call(request, output_type, callback_on_step_end, foreign)
 
-    def _generate(
-        self, request: Request, output_type: str, callback: StepCallback | None, foreign: ForeignArguments
-    ) -> VideoPipelineOutput:
-        check_callback(callback, foreign.callback_tensors, [one.latents for one in self.family.streams])
-        decode_options = foreign.decode_options
+    @with_arguments_of(_read)
+    def __call__(self, call: Call) -> VideoPipelineOutput:
+        """Generates videos; omitted arguments come from the engines (sizes, blocks) or the family's defaults.
+
+        `guidance` holds all scales; CFG is off at 1 and below. `options` are for decoding, or those of other
+        pipelines. Raises InvalidRequest, EngineRejected if no engines fit, and NotFinite.
+        """
+        run = VideoStream(self._run(call, live=False))
+        for _ in run:
+            pass
+        return run.output
+
+    @with_arguments_of(_read)
+    def stream(self, call: Call) -> VideoStream:
+        """Generates videos step by step, from the arguments of a call; it begins with the first step.
+
+        Every step waits until the GPU has taken it, where a call lets it run ahead. Raises what a call does.
+        """
+        return VideoStream(self._run(call, live=True))
+
+    # Static memory made in inference mode could not be written outside of it.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _run(self, call: Call, live: bool) -> Generator[StreamedStep, None, VideoPipelineOutput]:
+        """A call up to its answer; `live` shows every step as soon as it has been taken."""
+        request, foreign, output_type = call.request, call.foreign, call.output_type
+        check_callback(call.callback, foreign.callback_tensors, [one.latents for one in self.family.streams])
         if output_type not in _OUTPUT_TYPES:
             raise InvalidRequest(
                 f"output_type: expected one of {', '.join(_OUTPUT_TYPES)}, got {output_type!r}: choose one"
             )
         foreign.check(self.family, request.prompts.videos)
         images = request.pictures.read(self.family, request.prompts)
-        with self._turns:
+        with self._turns, self._clock.call():
             schedule = self._schedule(request, images)
             if output_type != "latent":  # A part that cannot decode is refused before the sampling.
                 device = self._device_for(schedule.build).torch_device
                 self.components.load_decoders(schedule.workload, device)
             starts, image = self._start(schedule, request, images)
             with explain_memory(schedule.build.manifest, "GPU memory", _LESS_TO_SAMPLE):
-                result = self._drain(self._steps(schedule, request, starts, image, images), starts, callback)
+                steps = self._steps(schedule, request, starts, image, images)
+                viewer = self._viewer(schedule, starts["latents"], image) if live else None
+                result = yield from self._taken(steps, starts, call.callback, viewer)
             result["latents"] = self.family.finished(result["latents"], schedule.workload, image)
-            return self._output(result, schedule, output_type, generator=request.generator, **decode_options)
+            output = self._output(
+                result, schedule, output_type, generator=request.generator, **foreign.decode_options
+            )
+        output.stages = self._clock.seconds
+        return output
 
     def _schedule(self, request: Request, images: Images | None) -> Schedule:
         schedule = schedule_steps(request, images, self.store, self.family, self.scheduler)
@@ -301,10 +329,14 @@ class VideoPipeline:
                 return VideoPipelineOutput(frames)
             return VideoPipelineOutput(frames, *self.components.decode_sound(audio_latents, workload, device))
 
-    def _drain(
-        self, steps: Iterator[SampledStep], starts: dict[str, Tensor], callback: StepCallback | None
-    ) -> dict[str, Tensor]:
-        """Drains the sampler; `interrupt` (settable from the callback) stops after the current step."""
+    def _taken(
+        self,
+        steps: Iterator[SampledStep],
+        starts: dict[str, Tensor],
+        callback: StepCallback | None,
+        viewer: StepViewer | None,
+    ) -> Generator[StreamedStep, None, dict[str, Tensor]]:
+        """The latents after the last step; `interrupt` (settable on the way) stops after the current one."""
         self.interrupt = False
         step = None
         finite = []
@@ -312,10 +344,23 @@ class VideoPipeline:
             finite.append(step.finite)
             if callback is not None:
                 call_back(self, callback, step)
+            if viewer is not None:
+                check_finite(finite)
+                shown = viewer.show(step)
+                with self._clock.stage(None):
+                    yield shown
             if self.interrupt:
                 break
-        _check_finite(finite)
+        check_finite(finite)
         return starts if step is None else step.of_streams
+
+    def _viewer(self, schedule: Schedule, start: Tensor, image: ImageCondition | None) -> StepViewer:
+        colours, decoder = schedule.build.manifest.preview, self.components.decoder
+        if colours is None or decoder is None:
+            return StepViewer(schedule, self._clock, None)
+        shares = shares_of(schedule.solver, self.scheduler)
+        previews = Previews(colours, self.family, schedule.workload, decoder, shares, image, start)
+        return StepViewer(schedule, self._clock, previews)
 
     def _device_for(self, build: Build) -> Device:
         """One device for all builds of a kind, so that graphs share memory."""
@@ -327,7 +372,8 @@ class VideoPipeline:
     def _sampler(self, build: Build) -> Sampler:
         if build.folder not in self._samplers:
             device = self._device_for(build)
-            engines = build.load_engines(device)
+            with self._clock.stage("load"):
+                engines = build.load_engines(device)
             self._samplers[build.folder] = Sampler(self.family, build.manifest, engines, device)
         return self._samplers[build.folder]
 
@@ -341,15 +387,5 @@ class VideoPipeline:
             f"true_cfg_scale: expected 1 for {self.family.name}, which is distilled and takes "
             f"guidance_scale instead, got {scale}: CFG on top of it doubles the work with one more pass "
             "per step; leave true_cfg_scale out to save it",
-            stacklevel=7,
-        )
-
-
-def _check_finite(steps: list[Tensor]) -> None:
-    """Raises NotFinite for the first step that left anything else; `steps` are bools of shape ()."""
-    wrong = torch.stack(steps).logical_not().nonzero() if steps else torch.empty(0)
-    if len(wrong):
-        raise NotFinite(
-            f"latents: expected finite numbers, got NaN or infinity after step {int(wrong[0]) + 1} of "
-            f"{len(steps)}: check the checkpoint's weights and the prompt's embeddings, or use lower scales"
+            stacklevel=level_outside(),
         )

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from stg_trt.engines.engine import Context, Engine
 from stg_trt.engines.manifest import Manifest
-from stg_trt.errors import InvalidRequest
+from stg_trt.errors import InvalidRequest, NotFinite
 from stg_trt.guidance.solver import SolverTable
 from stg_trt.guidance.tables import Guidance
 from stg_trt.models.families.base import ModelFamily
 from stg_trt.models.image import CleanMode, ImageCondition, Places
-from stg_trt.models.passes import UNCOND, most_groups
+from stg_trt.models.passes import COND, UNCOND, most_groups
 from stg_trt.models.plan import StepPlan, plan_step
 from stg_trt.models.segment import Segment
 from stg_trt.models.text import TextCondition
@@ -59,6 +59,14 @@ class SampledStep:
     def of_streams(self) -> dict[str, Tensor]:
         """Copies of the latents of every stream, under their names in calls."""
         return {state.stream.latents: state.latents.clone() for state in self._state.streams}
+
+    @property
+    def distances(self) -> dict[str, float]:
+        """How far from cond the video's prediction by every other pass is, as a share of cond's length."""
+        state, plan = self._state.video, self.plan
+        preds = {one.name: state.pred_rows(plan.groups([one])).float() for one in plan.passes}
+        cond = preds.pop(COND.name)
+        return {name: float((cond - pred).norm() / cond.norm()) for name, pred in preds.items()}
 
     def replace(self, latents: Mapping[str, Tensor]) -> None:
         """Goes on from other latents, of every stream; raises InvalidRequest if that cannot be."""
@@ -253,3 +261,13 @@ class Sampler:
 def _same(latents: Tensor, others: Tensor) -> bool:
     """Whether they are equal; NaN is equal to itself, and reported when the run has ended."""
     return torch.allclose(latents.to(others), others, rtol=0, atol=0, equal_nan=True)
+
+
+def check_finite(steps: list[Tensor]) -> None:
+    """Raises NotFinite for the first step that left anything else; `steps` are bools of shape ()."""
+    wrong = torch.stack(steps).logical_not().nonzero() if steps else torch.empty(0)
+    if len(wrong):
+        raise NotFinite(
+            f"latents: expected finite numbers, got NaN or infinity after step {int(wrong[0]) + 1} of "
+            f"{len(steps)}: check the checkpoint's weights and the prompt's embeddings, or use lower scales"
+        )

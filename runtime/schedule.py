@@ -22,6 +22,7 @@ from stg_trt.models.families.base import ModelFamily
 from stg_trt.models.image import Images
 from stg_trt.models.perturbation import check_blocks
 from stg_trt.models.workload import Workload, chosen_frame_rate
+from stg_trt.system.callers import level_outside
 
 from .arguments import SoundArguments
 from .noise import Generators
@@ -201,5 +202,5 @@ def _check_second_scale(options: ResolvedGuidance, family: ModelFamily) -> None:
         warnings.warn(
             f"guidance_scale_2: expected guidance_scale above 1 beside it, got {first}: neither expert has "
             "CFG now, as in diffusers; for CFG on some of the steps give guidance_scale one value per step",
-            stacklevel=7,
+            stacklevel=level_outside(),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from functools import cached_property
 
 import torch
@@ -16,14 +17,20 @@ from stg_trt.models.workload import Workload
 from .components import Components
 from .prompts import Prompt, Prompts
 
+_MOST_KEPT = 16
+
 
 class TextConditions:
-    """Texts encoded by the checkpoint's text encoders, or the embeddings that a call gives."""
+    """Texts encoded by the checkpoint's text encoders, or the embeddings that a call gives.
+
+    Those of the last texts are kept: many calls have the same negative prompt, and servers the same prompts.
+    """
 
     def __init__(self, checkpoint: Checkpoint, components: Components) -> None:
         self.checkpoint = checkpoint
         self.family = checkpoint.family
         self.components = components
+        self._kept: OrderedDict[object, TextCondition] = OrderedDict()
 
     def cond(
         self, prompts: Prompts, images: Images | None, workload: Workload, device: torch.device
@@ -62,20 +69,43 @@ class TextConditions:
     ) -> TextCondition:
         if not self.family.reads_text:
             return TextCondition.none(prompt.count or 0)
-        if prompt.texts is None:
-            connector = self.family.connector
-            text = prompt.padded(
-                self.family.tensors(workload),
-                self.family.has_text_mask,
-                pads_left=connector is not None and connector.pads_left,
+        if prompt.texts is not None:
+            return self._of_texts(prompt, prompt.texts, images, workload, device)
+        connector = self.family.connector
+        text = prompt.padded(
+            self.family.tensors(workload),
+            self.family.has_text_mask,
+            pads_left=connector is not None and connector.pads_left,
+        )
+        return self._connected(text, device)
+
+    def _of_texts(
+        self,
+        prompt: Prompt,
+        texts: list[str],
+        images: Images | None,
+        workload: Workload,
+        device: torch.device,
+    ) -> TextCondition:
+        if prompt.prefix and not self.checkpoint.has_text_encoder:
+            raise InvalidRequest(
+                f"negative_prompt_embeds: expected embeddings beside prompt_embeds, got none, and "
+                f"{self.checkpoint.name} has no text encoder: give them, or set guidance_scale to 1"
             )
-        else:
-            if prompt.prefix and not self.checkpoint.has_text_encoder:
-                raise InvalidRequest(
-                    f"negative_prompt_embeds: expected embeddings beside prompt_embeds, got none, and "
-                    f"{self.checkpoint.name} has no text encoder: give them, or set guidance_scale to 1"
-                )
-            text = self.components.encode(prompt.texts, workload, device, prompt.prefix, images)
+        sees_images = bool(self.family.text_image_parts) and images is not None
+        key = None if sees_images else (tuple(texts), workload, device)
+        if key not in self._kept:
+            text = self.components.encode(texts, workload, device, prompt.prefix, images)
+            text = self._connected(text, device)
+            if key is None:
+                return text
+            self._kept[key] = text
+            if len(self._kept) > _MOST_KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def _connected(self, text: TextCondition, device: torch.device) -> TextCondition:
         text = self.components.connect(text, device)
         self.family.check_text(text)
         return text

@@ -21,6 +21,7 @@ from .events import events, wait_for_end
 from .gate import Gate
 from .job import WAITING, Job
 from .operator_routes import add_operator_routes
+from .page_routes import add_page
 from .refusal import Refusal
 from .service import Service
 
@@ -53,6 +54,7 @@ def create_app(service: Service) -> FastAPI:
     _add_reading(app, service)
     _add_ending(app, service)
     add_operator_routes(app, service)
+    add_page(app)
     return app
 
 

@@ -13,11 +13,12 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .metrics import Metrics
+from .page_routes import PAGE_PATHS
 from .refusal import Refusal
 
 _log = logging.getLogger(__name__)
-# A load balancer has no key.
-_OPEN = ("/health/live", "/health/ready")
+# A load balancer has no key; the page asks for one.
+_OPEN = ("/health/live", "/health/ready", *PAGE_PATHS)
 # Multipart boundaries, names of fields and texts beside a picture.
 _BESIDE_UPLOAD_BYTES = 1 << 20
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
+from ..stages import Stage
 from .video_request import ResolvedRequest
 
 Status = Literal["queued", "in_progress", "completed", "failed"]
@@ -38,16 +40,21 @@ class VideoJson(TypedDict, total=False):
     fps: float
     inference_time_s: float
     peak_memory_mb: float
+    stages: dict[Stage, float]
 
 
 @dataclass(frozen=True)
 class Result:
-    """The outcome of a job: bytes on disk, the MP4's SHA-256, seconds, and the GPU's peak memory in MiB."""
+    """The outcome of a job: bytes on disk, the MP4's SHA-256, seconds, and the GPU's peak memory in MiB.
+
+    `stages` says where the seconds went.
+    """
 
     bytes: int
     sha256: str
     seconds: float
     peak_memory_mb: float | None
+    stages: Mapping[Stage, float]
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,7 @@ class Job:
         }
         if self.result is not None:
             shown["inference_time_s"] = round(self.result.seconds, 3)
+            shown["stages"] = {stage: round(seconds, 3) for stage, seconds in self.result.stages.items()}
             if self.result.peak_memory_mb is not None:
                 shown["peak_memory_mb"] = round(self.result.peak_memory_mb, 1)
         return shown

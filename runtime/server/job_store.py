@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import threading
 import time
@@ -16,7 +17,7 @@ from .job import WAITING, Job, Result
 from .refusal import Refusal, invalid
 from .video_request import ResolvedRequest
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MAX_ATTEMPTS = 2
 _TABLE = """
 CREATE TABLE IF NOT EXISTS videos (
@@ -35,7 +36,8 @@ CREATE TABLE IF NOT EXISTS videos (
     bytes INTEGER NOT NULL DEFAULT 0,
     sha256 TEXT,
     inference_time_s REAL,
-    peak_memory_mb REAL
+    peak_memory_mb REAL,
+    stages TEXT
 )
 """
 _IS_WAITING = "status IN ('queued', 'in_progress')"
@@ -135,7 +137,7 @@ class JobStore:
         return self._finish(
             job,
             "status = 'completed', completed_at = ?, expires_at = ?, bytes = ?, sha256 = ?, "
-            "inference_time_s = ?, peak_memory_mb = ?",
+            "inference_time_s = ?, peak_memory_mb = ?, stages = ?",
             (
                 now,
                 int(now + self._expire_s),
@@ -143,6 +145,7 @@ class JobStore:
                 result.sha256,
                 result.seconds,
                 result.peak_memory_mb,
+                json.dumps(dict(result.stages)),
             ),
         )
 
@@ -252,7 +255,13 @@ class JobStore:
 def _job(row: sqlite3.Row) -> Job:
     result = None
     if row["sha256"] is not None:
-        result = Result(row["bytes"], row["sha256"], row["inference_time_s"], row["peak_memory_mb"])
+        result = Result(
+            row["bytes"],
+            row["sha256"],
+            row["inference_time_s"],
+            row["peak_memory_mb"],
+            json.loads(row["stages"]),
+        )
     return Job(
         id=row["id"],
         status=row["status"],

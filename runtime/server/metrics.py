@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from ..stages import Stage
+
 _STEP_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_STAGE_S = (0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
 _VIDEO_S = (0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
 
 
@@ -38,6 +42,10 @@ class Metrics:
         )
         self._videos = Histogram(
             "stg_trt_video_seconds", "Completed videos, from text to file.", ("model",), buckets=_VIDEO_S,
+            registry=registry,
+        )  # fmt: skip
+        self._stages = Histogram(
+            "stg_trt_stage_seconds", "Stages of completed videos.", ("model", "stage"), buckets=_STAGE_S,
             registry=registry,
         )  # fmt: skip
         self._answers = Counter(
@@ -73,6 +81,11 @@ class Metrics:
         self._steps.labels(model).observe(seconds)
         with self._lock:
             self._last_step_s = seconds
+
+    def count_stages(self, model: str, stages: Mapping[Stage, float]) -> None:
+        """A video has been made and written."""
+        for stage, seconds in stages.items():
+            self._stages.labels(model, stage).observe(seconds)
 
     def count_video(self, model: str, outcome: str, seconds: float) -> None:
         """A job has ended: completed, cancelled, or the code of its error."""

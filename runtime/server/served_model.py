@@ -12,10 +12,8 @@ from typing import TypedDict
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from stg_trt.engines.store import EngineRequest, EngineStore
-from stg_trt.guidance.solver import noise_level
 from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.custom_steps import CustomSteps
 from stg_trt.models.published import published
@@ -27,8 +25,9 @@ from ..pictures import GivenPictures
 from ..pipeline import VideoPipeline
 from ..prompts import Embeddings, Prompts
 from ..schedule import Request, schedule_steps
+from ..video_stream import StreamedStep
 from .refusal import Refusal, invalid
-from .steps_board import StepTaken
+from .steps_board import StepPreview, StepTaken
 from .video_request import ResolvedRequest, VideoRequest
 
 _NO_EMBEDDINGS = Embeddings(None, None, None)
@@ -144,7 +143,10 @@ class ServedModel:
         return bool(self._of_pixels(request))
 
     def check(self, request: ResolvedRequest, picture: Image.Image | None) -> None:
-        """Raises StgTrtError for what the pipeline would refuse before the first step, long texts apart."""
+        """Raises StgTrtError for what the pipeline would refuse before the first step.
+
+        Texts of too many tokens are found once a first video has loaded the tokenizer.
+        """
         foreign = ForeignArguments.read(_rare(request), None, None, request.fps)
         pictures = GivenPictures(picture, options=foreign.images)
         reads_text = self.family.reads_text
@@ -159,6 +161,11 @@ class ServedModel:
         foreign.check(self.family, prompts.videos)
         images = pictures.read(self.family, prompts)
         sizes = replace(self._fits, height=request.height, width=request.width, num_frames=request.num_frames)
+        if reads_text:
+            workload = self.pipeline.store.find(sizes).manifest.workload
+            self.pipeline.components.check_lengths([request.prompt], workload)
+            if request.negative_prompt is not None:
+                self.pipeline.components.check_lengths([request.negative_prompt], workload, "negative_")
         steps = CustomSteps.read(request.timesteps, request.sigmas)
         call = Request(
             sizes, prompts, pictures, request.guidance, request.num_inference_steps, request.fps, None, None,
@@ -182,16 +189,7 @@ class ServedModel:
 
         Same arguments, same frames: they are those of `stg-trt generate` with this seed.
         """
-        last = time.perf_counter()
-
-        def step_ended(pipe: VideoPipeline, index: int, timestep: float, tensors: dict[str, Tensor]) -> None:
-            nonlocal last
-            now = time.perf_counter()
-            seconds, last = now - last, now
-            level = noise_level(pipe.scheduler, float(timestep))
-            on_step(StepTaken(index + 1, pipe.num_timesteps, level, seconds))
-
-        return self.pipeline(
+        stream = self.pipeline.stream(
             prompt=[request.prompt] if self.family.reads_text else None,
             negative_prompt=request.negative_prompt,
             image=picture,
@@ -205,9 +203,12 @@ class ServedModel:
             guidance=request.guidance,
             generator=torch.Generator().manual_seed(request.seed),
             output_type="np",
-            callback_on_step_end=step_ended,
             **_rare(request),
         )
+        with stream:
+            for step in stream:
+                on_step(_taken(step, request))
+        return stream.output
 
     def warm_up_request(self) -> tuple[ResolvedRequest, Image.Image | None]:
         """A short run of the default size, which loads all that later runs need."""
@@ -244,6 +245,13 @@ class ServedModel:
     def _of_pixels(self, request: VideoRequest) -> list[Size]:
         width, height = request.pixels
         return [size for size in self.sizes if width in (None, size.width) and height in (None, size.height)]
+
+
+def _taken(step: StreamedStep, request: ResolvedRequest) -> StepTaken:
+    preview = None
+    if step.preview is not None:
+        preview = StepPreview(step.preview[0], request.num_frames / request.fps)
+    return StepTaken(step.index + 1, step.steps, step.noise_level, step.seconds, step.distances, preview)
 
 
 class ServedModels:

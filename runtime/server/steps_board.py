@@ -4,30 +4,56 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from base64 import b64encode
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypedDict
 
+from stg_trt.models.preview import Frames
 
-class StepJson(TypedDict):
-    """One denoising step: its number from 1, of how many, its noise level (1 is noise), and its seconds."""
+from .video_files import moving_picture
+
+
+class StepJson(TypedDict, total=False):
+    """One denoising step: its number from 1, of how many, its noise level (1 is noise), and its seconds.
+
+    `distances` are the other passes' from cond; `preview` is a data URL of a small moving picture.
+    """
 
     step: int
     steps: int
     sigma: float
     seconds: float
     progress: int
+    distances: dict[str, float]
+    preview: str
+
+
+@dataclass(frozen=True, eq=False)
+class StepPreview:
+    """Frames (frames, rows, columns, 3) of a video of so many seconds."""
+
+    frames: Frames
+    seconds: float
+
+    @cached_property
+    def url(self) -> str:
+        """A moving WebP as a data URL, made when a watcher first asks for it."""
+        return f"data:image/webp;base64,{b64encode(moving_picture(self.frames, self.seconds)).decode()}"
 
 
 @dataclass(frozen=True)
 class StepTaken:
-    """A step that has ended; `seconds` since the one before."""
+    """A step that has ended."""
 
     step: int
     steps: int
     sigma: float
     seconds: float
+    distances: Mapping[str, float]
+    preview: StepPreview | None
 
     @property
     def progress(self) -> int:
@@ -37,13 +63,17 @@ class StepTaken:
     @property
     def json(self) -> StepJson:
         """As the API shows it."""
-        return {
+        shown: StepJson = {
             "step": self.step,
             "steps": self.steps,
             "sigma": round(self.sigma, 6),
             "seconds": round(self.seconds, 6),
             "progress": self.progress,
+            "distances": {name: round(share, 6) for name, share in self.distances.items()},
         }
+        if self.preview is not None:
+            shown["preview"] = self.preview.url
+        return shown
 
 
 class StepsBoard:

@@ -32,6 +32,15 @@ def write_files(made: VideoPipelineOutput, frame_rate: float, folder: DataFolder
     return sum(folder.result(id, variant).stat().st_size for variant in SUFFIXES), file_sha256(video)
 
 
+def moving_picture(frames: npt.NDArray[np.uint8], seconds: float) -> bytes:
+    """Frames (frames, height, width, 3) as a WebP that repeats."""
+    first, *others = (Image.fromarray(frame) for frame in frames)
+    data = io.BytesIO()
+    duration = round(1000 * seconds / len(frames))
+    first.save(data, "WEBP", save_all=True, append_images=others, duration=duration, loop=0, quality=90)
+    return data.getvalue()
+
+
 def _flush(path: Path) -> None:
     """On the disk, so that a job that is completed has its video whatever happens to the machine."""
     with path.open("rb") as file:

@@ -153,21 +153,25 @@ class Worker(threading.Thread):
         """Raises JobStopped, and whatever the pipeline does."""
         model = self._models.get(job.request.model)
         picture = self._folder.load_reference(job.id) if job.has_reference else None
-        start = time.perf_counter()
         gpu = torch.cuda.is_available()
         if gpu:
             torch.cuda.reset_peak_memory_stats()
 
         def on_step(step: StepTaken) -> None:
             self._board.add(step)
-            self._metrics.count_step(job.request.model, step.seconds)
+            self._metrics.count_step(model.name, step.seconds)
             self._check_stopped()
 
+        start = time.perf_counter()
         made = model.generate(job.request, picture, on_step)
         self._check_stopped()
+        sampled = time.perf_counter()
         size, sha256 = write_files(made, job.request.fps, self._folder, job.id)
+        end = time.perf_counter()
+        stages = {**made.stages, "encode": end - sampled}
+        self._metrics.count_stages(model.name, stages)
         peak = torch.cuda.max_memory_allocated() / MIB if gpu else None
-        return Result(size, sha256, time.perf_counter() - start, peak)
+        return Result(size, sha256, end - start, peak, stages)
 
     def _check_stopped(self) -> None:
         if self._stopped.is_set():

@@ -14,6 +14,7 @@ from stg_trt.models.families import family_for
 from stg_trt.models.lora import AppliedLora
 from stg_trt.models.passes import SkipBlocksByName, read_skips
 from stg_trt.models.perturbation import Perturbation
+from stg_trt.models.preview import PreviewMap
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import TensorSpec
 from stg_trt.models.workload import Workload
@@ -108,6 +109,7 @@ class Manifest(_Record):
     # By name; without any, stg_blocks are those of one pass.
     skip_passes: dict[str, tuple[int, ...]] = {}
     max_batch: int
+    preview: PreviewMap | None = None
     complete: bool
     segments: tuple[SegmentRecord, ...]
 

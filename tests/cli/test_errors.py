@@ -45,7 +45,7 @@ BUILD: Flags = {
 BUILD_ARGUMENTS: dict[str, tuple[Flags, str]] = {
     "unknown flag": ({"--hieght": "128"}, r"No such option: --hieght .*: see stg-trt build --help"),
     "no number": ({"--height": "tall"}, "Invalid value for '--height': .*: see stg-trt build --help"),
-    "no size": ({"--height": None}, "Missing option '--height': see stg-trt build --help"),
+    "no size": ({"--height": None}, r"sizes: expected height, .*got None, 160, 17: give all three, or --si"),
     "backend": ({"--backend": "openvino"}, "backend: expected one of onnxruntime, .*got 'openvino': choose"),
     "layout": ({"--layout": "triple"}, "layout: expected one of segmented, twin, got 'triple': choose"),
     "mode": ({"--stg-mode": "stg-z"}, "stg_mode: expected one of stg-a, stg-r, got 'stg-z': choose"),

@@ -21,7 +21,7 @@ from stg_trt.system.gpu import Gpu, Machine
 
 MANIFEST = Manifest(
     stg_trt_version=stg_trt.__version__,
-    export_version="2.3",
+    export_version="2.4",
     versions={},
     backend="onnxruntime",
     target="cpu",

@@ -156,6 +156,13 @@ IN_BUILD_ENGINES = (
         ("tests/build_engines/test_onnxruntime_graph.py::test_other_joins_are_kept",),
     ),
     Mistake(
+        "tokens have the timestep beside theirs",
+        "build_engines/tensorrt_graph.py",
+        "enumerate(others, start=1)",
+        "enumerate(others, start=2)",
+        ("tests/build_engines/test_tensorrt_graph.py::test_every_token_has_the_entry_of_its_place",),
+    ),
+    Mistake(
         "the GELU of another formula is folded",
         "build_engines/gelu_epilogue.py",
         'gelu.target == aten.gelu.default and gelu.kwargs.get("approximate") == "tanh"',

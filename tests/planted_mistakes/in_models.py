@@ -90,10 +90,10 @@ IN_MODELS = (
     ),
     Mistake(
         "a text encoder that lacks a tensor is taken",
-        "runtime/parts.py",
+        "stg_trt/models/parts.py",
         'missing = sorted(loaded["missing_keys"])',
         "missing: list[str] = []",
-        ("tests/runtime/test_parts.py::test_a_damaged_model_is_refused",),
+        ("tests/models/test_parts.py::test_a_damaged_model_is_refused",),
     ),
     Mistake(
         "scaled fp8 weights are read without their scales",

@@ -378,4 +378,18 @@ IN_RUNTIME = (
         "in (self.family.timestep_tables(self.workload, image) if image else {}).items():",
         (f"{_CLEAN}::test_text_to_video_on_the_same_engines_knows_nothing_of_a_picture",),
     ),
+    Mistake(
+        "a preview shows the noise",
+        "runtime/previews.py",
+        "        self._last = now\n",
+        "        self._last, estimate = now, now\n",
+        ("tests/runtime/test_previews.py::test_a_step_along_the_line_to_the_video_shows_it",),
+    ),
+    Mistake(
+        "a prompt that comes again is encoded again",
+        "runtime/text_conditions.py",
+        "if key not in self._kept:",
+        "if True:",
+        ("tests/runtime/test_video_stream.py::test_a_prompt_is_encoded_once",),
+    ),
 )

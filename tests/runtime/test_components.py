@@ -16,9 +16,10 @@ import torch
 from stg_trt import VideoPipeline
 from stg_trt.errors import InvalidRequest, OutOfDeviceMemory
 from stg_trt.models.checkpoint import Checkpoint
+from stg_trt.runtime.components import channels_last
 from stg_trt.runtime.video_file import save_video
 from tests.support.cli import invoke
-from tests.support.family_cases import CASES, FamilyCase
+from tests.support.family_cases import CASES, HUNYUAN_VIDEO, LTX, FamilyCase
 from tests.support.whole_pipelines import NEGATIVE, PROMPTS, call, of_diffusers, seeded, shrink_tiles
 
 CPU = torch.device("cpu")
@@ -54,6 +55,19 @@ def test_tiles_are_those_of_diffusers(case: FamilyCase, checkpoint: Path, pipeli
     )
     assert tiled.shape == expected.shape and np.abs(tiled - expected).max() <= 1e-4
     assert np.abs(tiled - whole).max() > 1e-2
+
+
+@pytest.mark.parametrize("case", [LTX, HUNYUAN_VIDEO], ids=str, indirect=True)
+def test_weights_with_their_channels_last_decode_the_same(case: FamilyCase, pipeline: VideoPipeline) -> None:
+    """As they are on a GPU."""
+    opened = reopened(case, pipeline, vae_tiling=False)
+    given = {**call(case, pipeline, PROMPTS[:1]), "num_inference_steps": 1, "output_type": "pt"}
+    expected = opened(**given, generator=seeded(1)).frames
+    vae = opened.components.decoder.vae
+    channels_last(vae)
+    weights = [weight for weight in vae.parameters() if weight.ndim == 5]
+    assert weights and all(one.is_contiguous(memory_format=torch.channels_last_3d) for one in weights)
+    assert (opened(**given, generator=seeded(1)).frames - expected).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("vae_tiling", [False, True])

@@ -1,8 +1,10 @@
-"""A server inside the test's process, and what its tests ask of it."""
+"""A server inside the test's process or in one of its own, and what its tests ask of it."""
 
 from __future__ import annotations
 
 import io
+import re
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,15 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx2
 from fastapi.testclient import TestClient
 from PIL import Image
 
 from stg_trt.runtime.server.app import create_app
 from stg_trt.runtime.server.data_folder import DataFolder
-from stg_trt.runtime.server.served_model import ServedModels
+from stg_trt.runtime.server.served_model import ModelSource, ServedModels
 from stg_trt.runtime.server.service import Service
 from stg_trt.runtime.server.settings import ServerSettings
 from stg_trt.runtime.server.steps_board import StepTaken
+from tests.support.cli import start
 
 # Some words of the tiny checkpoints' tokenizers.
 PROMPT = "a red circle moving left"
@@ -26,6 +30,7 @@ STEPS = 3
 # Steps of a job that does not end by itself within a test: each of them takes a twentieth of a second.
 ENDLESS = 200
 _STEP_S = 0.05
+_KEY = {"authorization": "Bearer secret"}
 WAIT_S = 120.0
 
 
@@ -85,6 +90,23 @@ def running(models: ServedModels, folder: Path, *, ready: bool = True, **setting
                 yield Running(service, client)
         finally:
             service.stop()
+
+
+@contextmanager
+def served(source: ModelSource, data: Path) -> Iterator[tuple[subprocess.Popen[str], httpx2.Client]]:
+    """A process and a client with its key; the process is killed at the end."""
+    options = ("--data", data, "--port=0", "--api-key=secret", "--model-name=tiny")
+    process = start("serve", source.checkpoint, "--engines", source.engines[0], *options)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.fullmatch(r"Serving tiny on (http://127\.0\.0\.1:\d+)\n", line)
+        assert found, line + process.communicate()[1]
+        with httpx2.Client(base_url=found[1], headers=_KEY, timeout=60) as client:
+            yield process, client
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float = WAIT_S) -> None:

@@ -105,7 +105,13 @@ def test_sync_waits_for_the_video(server: Running, made: str) -> None:
     assert answer.headers["content-type"] == "video/mp4" and answer.content == server.content(made)
     assert server.video(answer.headers["x-video-id"])["status"] == "completed"
     too_long = server.http.post("/v1/videos/sync", json={**given, "prompt": f"{PROMPT} " * 9})
-    assert "expected at most 9 tokens" in refused(too_long, 400, "invalid_request")
+    assert "expected at most 9 tokens" in refused(too_long, 400, "invalid_value", "prompt")
+
+
+def test_stages_are_the_whole_time(server: Running, made: str) -> None:
+    video = server.video(made)
+    assert {"denoise", "decode", "encode"} <= video["stages"].keys()
+    assert 0.98 <= sum(video["stages"].values()) / video["inference_time_s"] <= 1.02
 
 
 def test_pages(server: Running) -> None:
@@ -140,6 +146,8 @@ def test_metrics(server: Running, made: str) -> None:
     lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert float(lines['stg_trt_videos_total{model="small",outcome="completed"}']) >= 1
     assert float(lines['stg_trt_step_seconds_count{model="small"}']) >= STEPS
+    for stage in server.video(made)["stages"]:
+        assert float(lines[f'stg_trt_stage_seconds_count{{model="small",stage="{stage}"}}']) >= 1
     assert float(lines["stg_trt_result_bytes"]) > len(server.content(made))
     assert lines["stg_trt_ready"] == "1.0" and lines["stg_trt_videos_running"] == "0.0"
     route = 'method="GET",route="/v1/videos/{id}",status="200"'

@@ -16,7 +16,7 @@ from stg_trt.runtime.server.video_request import ResolvedRequest
 REQUEST = ResolvedRequest(
     prompt="a", model="m", width=64, height=48, num_frames=9, fps=8.0, seed=2**63 - 1, stg_scale={"a": [1.0]}
 )
-RESULT = Result(100, "ab", 1.5, None)
+RESULT = Result(100, "ab", 1.5, None, {"denoise": 1.0, "encode": 0.5})
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_what_belongs_to_no_job_is_swept(tmp_path: Path) -> None:
 def test_a_database_of_another_version(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "jobs.sqlite3") as database:
         database.execute("PRAGMA user_version = 9")
-    with pytest.raises(InvalidRequest, match=r"data: expected jobs of schema version 1 in .*, got 9: choose"):
+    with pytest.raises(InvalidRequest, match=r"data: expected jobs of schema version 2 in .*, got 9: choose"):
         JobStore(tmp_path / "jobs.sqlite3", 1)
     (tmp_path / "text").write_text("no database " * 100)
     with pytest.raises(InvalidRequest, match=r"data: expected a database of jobs in .*text, got "):

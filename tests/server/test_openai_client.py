@@ -87,11 +87,10 @@ def test_list_and_delete(client: openai.OpenAI) -> None:
 
 def test_a_failed_video_is_an_answer(client: openai.OpenAI) -> None:
     """The client would raise for a status of HTTP, and try again."""
-    video = client.videos.create_and_poll(prompt=f"{PROMPT} " * 9, extra_body=PLAIN)
+    overflow = {"guidance_scale": 3e38, "stg_scale": 3e38}
+    video = client.videos.create_and_poll(prompt=PROMPT, extra_body={**PLAIN, **overflow})
     assert video.status == "failed" and video.error is not None
-    assert (
-        video.error.code == "invalid_request" and "prompt: expected at most 9 tokens" in video.error.message
-    )
+    assert video.error.code == "not_finite" and "got NaN or infinity" in video.error.message
 
 
 def test_refusals_have_their_classes(client: openai.OpenAI) -> None:
@@ -99,6 +98,9 @@ def test_refusals_have_their_classes(client: openai.OpenAI) -> None:
         client.videos.create(prompt=PROMPT, size="1280x720")
     assert caught.value.param == "size" and caught.value.code == "invalid_value"
     assert caught.value.request_id is not None
+    with pytest.raises(openai.BadRequestError, match="prompt: expected at most 9 tokens, got") as caught:
+        client.videos.create(prompt=f"{PROMPT} " * 9)
+    assert caught.value.param == "prompt"
     with pytest.raises(openai.NotFoundError, match="model: expected one of wide, small, got 'big'"):
         client.videos.create(prompt=PROMPT, model="big")
     video = client.videos.create(prompt=PROMPT, extra_body={**PLAIN, "num_inference_steps": 200})

@@ -3,44 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 
 from stg_trt.runtime.server import command
 from stg_trt.runtime.server.served_model import ModelSource
-from tests.server.running import PROMPT, wait_for
-from tests.support.cli import ROOT, assert_one_line_error, invoke, start
+from tests.server.running import PROMPT, served, wait_for
+from tests.support.cli import ROOT, assert_one_line_error, invoke
 
-KEY = {"authorization": "Bearer secret"}
 # More than a second, to be killed in between.
 STEPS = 240
-
-
-@contextmanager
-def served(source: ModelSource, data: Path) -> Iterator[tuple[subprocess.Popen[str], httpx2.Client]]:
-    """A process and a client with its key; the process is killed at the end."""
-    options = ("--data", data, "--port=0", "--api-key=secret", "--model-name=tiny")
-    process = start("serve", source.checkpoint, "--engines", source.engines[0], *options)
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        found = re.fullmatch(r"Serving tiny on (http://127\.0\.0\.1:\d+)\n", line)
-        assert found, line + process.communicate()[1]
-        with httpx2.Client(base_url=found[1], headers=KEY, timeout=60) as client:
-            yield process, client
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_jobs_survive_a_kill_and_a_server_ends_when_told(sources: list[ModelSource], tmp_path: Path) -> None:

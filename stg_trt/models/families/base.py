@@ -331,8 +331,12 @@ class ModelFamily(ABC):
         return
 
     @abstractmethod
+    def vae_latents(self, pipeline: Any, latents: Tensor, workload: Workload) -> Tensor:
+        """Packed latents as the VAE takes them: (videos, channels, frames, rows, columns), in its dtype."""
+
     def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:
-        """Packed latents to the VAE's video (videos, 3, frames, height, width) in -1..1, see `vae_video`."""
+        """Packed latents to the VAE's video (videos, 3, frames, height, width) in -1..1."""
+        return vae_video(pipeline.vae, self.vae_latents(pipeline, latents, workload))
 
     def integer(self, name: str) -> int:
         """A positive integer of the configuration; raises InvalidRequest if it is anything else."""

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.defaults import Defaults
-from stg_trt.models.families.base import CONDITION, vae_video
+from stg_trt.models.families.base import CONDITION
 from stg_trt.models.families.dit import State, gated, half_table, rotate
 from stg_trt.models.families.joint_attention import QKV, JointAttentionDiT, JointAttentionSegment, modulation
 from stg_trt.models.families.segment_module import SegmentModule
@@ -331,10 +331,10 @@ class CogVideoX(JointAttentionDiT):
         )
         return TextCondition(embeds, embeds.new_ones(embeds.shape[:2]))
 
-    def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:
+    def vae_latents(self, pipeline: Any, latents: Tensor, workload: Workload) -> Tensor:
         vae, frames = pipeline.vae, super().latent_shape(workload)[1]
         kept = latents[:, -frames:].to(vae.dtype).transpose(1, 2)
-        return vae_video(vae, kept / vae.config.scaling_factor)
+        return kept / vae.config.scaling_factor  # type: ignore[no-any-return]
 
     @property
     def _patch_values(self) -> int:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.defaults import Defaults
 from stg_trt.models.families import seen_prompts
-from stg_trt.models.families.base import CONDITION, POOLED, vae_video
+from stg_trt.models.families.base import CONDITION, POOLED
 from stg_trt.models.families.dit import State, gated, half_table
 from stg_trt.models.families.double_single_blocks import VIDEO, DoubleSingleSegment, of_step
 from stg_trt.models.families.given_frames import mixed_first_frame
@@ -101,7 +101,7 @@ class HunyuanVideo(JointAttentionDiT):
 
     name = "hunyuan-video"
     transformer_class = "HunyuanVideoTransformer3DModel"
-    export_version = 2
+    export_version = 3
     pipeline_class = "HunyuanVideoPipeline"
     has_text_segment = False
     takes_true_cfg = True
@@ -359,9 +359,12 @@ class HunyuanVideo(JointAttentionDiT):
         shown = pictures or [Image.new("RGB", (workload.width, workload.height))]
         return seen_prompts.encode_beside_pictures(pipeline, prompts, shown, interleave, workload.text_length)
 
+    def vae_latents(self, pipeline: Any, latents: Tensor, workload: Workload) -> Tensor:
+        scaled: Tensor = latents.to(pipeline.vae.dtype) / pipeline.vae.config.scaling_factor
+        return scaled
+
     def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:
-        vae = pipeline.vae
-        video = vae_video(vae, latents.to(vae.dtype) / vae.config.scaling_factor)
+        video = super().decode(pipeline, latents, workload)
         return video[:, :, -self.shown_frames(workload) :]
 
     def _check_channels(self) -> None:

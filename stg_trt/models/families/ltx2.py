@@ -27,7 +27,7 @@ from stg_trt.models.families.keep_flags import (
     keep_cross_spec,
 )
 from stg_trt.models.families.ltx2_costs import Costs, StreamCosts, segment_flops
-from stg_trt.models.families.ltx2_decoding import SOUND_DECODER, decode_frames
+from stg_trt.models.families.ltx2_decoding import SOUND_DECODER, decode_frames, denormalized
 from stg_trt.models.families.ltx2_defaults import DEFAULTS, of_blocks, unguided
 from stg_trt.models.families.ltx2_pictures import IMAGE_OPTIONS, encode_picture
 from stg_trt.models.families.ltx2_prompts import CONNECTORS, count_tokens, encode_prompt
@@ -74,7 +74,7 @@ class LTX2(DiT):
 
     name = "ltx-2"
     transformer_class = "LTX2VideoTransformer3DModel"
-    export_version = 2
+    export_version = 3
     pipeline_class = _PIPELINE
     streams = (VIDEO_STREAM, SOUND_STREAM)
     optional_images = ("image",)
@@ -357,6 +357,10 @@ class LTX2(DiT):
 
     def encode_prompt(self, pipeline: Any, prompts: list[str], workload: Workload) -> TextCondition:
         return encode_prompt(pipeline, prompts, workload)
+
+    def vae_latents(self, pipeline: Any, latents: Tensor, workload: Workload) -> Tensor:
+        _, *grid = self.latent_shape(workload)
+        return denormalized(pipeline, pipeline._unpack_latents(latents, *grid))
 
     def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:
         """`decode_timestep` and `decode_noise_scale` are LTX2Pipeline's: one number, or one per video."""

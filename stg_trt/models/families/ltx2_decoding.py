@@ -28,10 +28,16 @@ def decode_frames(
     if vae.config.timestep_conditioning:
         latents, timestep = add_decode_noise(latents.to(vae.dtype), options)
         conditions.append(timestep)
-    latents = pipeline._denormalize_latents(
+    return vae_video(vae, denormalized(pipeline, latents), *conditions)
+
+
+def denormalized(pipeline: Any, latents: Tensor) -> Tensor:
+    """Latents (videos, channels, frames, rows, columns) as the VAE takes them."""
+    vae = pipeline.vae
+    scaled: Tensor = pipeline._denormalize_latents(
         latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor
     )
-    return vae_video(vae, latents.to(vae.dtype), *conditions)
+    return scaled.to(vae.dtype)
 
 
 def decode_sound(pipeline: Any, latents: Tensor) -> Tensor:

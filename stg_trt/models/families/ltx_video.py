@@ -97,7 +97,7 @@ class LTXVideo(CrossAttentionDiT):
 
     name = "ltx-video"
     transformer_class = "LTXVideoTransformer3DModel"
-    export_version = 3
+    export_version = 4
     pipeline_class = "LTXPipeline"
     decode_options = frozenset({"decode_timestep", "decode_noise_scale"})
     blocks_name = "transformer_blocks"
@@ -318,14 +318,19 @@ class LTXVideo(CrossAttentionDiT):
         packed: Tensor = load_class(self.pipeline_class)._pack_latents(latents)
         return packed
 
+    def vae_latents(self, pipeline: Any, latents: Tensor, workload: Workload) -> Tensor:
+        vae, (_, *grid) = pipeline.vae, self.latent_shape(workload)
+        denormalized: Tensor = pipeline._denormalize_latents(
+            pipeline._unpack_latents(latents, *grid),
+            vae.latents_mean,
+            vae.latents_std,
+            vae.config.scaling_factor,
+        )
+        return denormalized.to(vae.dtype)
+
     def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:
         """`decode_timestep` and `decode_noise_scale` are LTXPipeline's: one number, or one per video."""
-        vae = pipeline.vae
-        _, frames, height, width = self.latent_shape(workload)
-        latents = pipeline._unpack_latents(latents, frames, height, width)
-        latents = pipeline._denormalize_latents(
-            latents, vae.latents_mean, vae.latents_std, vae.config.scaling_factor
-        ).to(vae.dtype)
+        vae, latents = pipeline.vae, self.vae_latents(pipeline, latents, workload)
         if not vae.config.timestep_conditioning:
             return vae_video(vae, latents)
         return vae_video(vae, *add_decode_noise(latents, options))

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.config_file import positive_integer
 from stg_trt.models.defaults import Defaults
-from stg_trt.models.families.base import vae_video
 from stg_trt.models.families.dit import State, rms_norm, rotate, unpatched
 from stg_trt.models.families.joint_attention import (
     KV,
@@ -327,14 +326,14 @@ class Mochi(JointAttentionDiT):
             texts.append(TextCondition(embeds, mask.float()))
         return TextCondition.stacked(texts)
 
-    def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:
+    def vae_latents(self, pipeline: Any, latents: Tensor, workload: Workload) -> Tensor:
         vae = pipeline.vae
         latents = latents / vae.config.scaling_factor
         moments = vae.config.latents_mean, vae.config.latents_std
         if None not in moments:
             mean, std = (torch.tensor(m, device=latents.device)[:, None, None, None] for m in moments)
             latents = latents * std + mean
-        return vae_video(vae, latents.to(vae.dtype))
+        return latents.to(vae.dtype)
 
     def _expansion(self, name: str, published: int) -> int:
         """Pixels per latent: the product of the VAE's expansions, or the published VAE's."""

@@ -318,6 +318,11 @@ class OpenSora(CrossAttentionDiT):
         texts = [pipeline.cleaned(prompt) + _SCORE for prompt in prompts]
         return TextCondition(*pipeline.encode_prompt(texts, workload.text_length))
 
+    def vae_latents(self, pipeline: Any, latents: Tensor, workload: Workload) -> Tensor:
+        vae = pipeline.vae
+        scaled: Tensor = latents.to(vae.dtype) * vae.scale + vae.shift
+        return scaled
+
     def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:
         vae = pipeline.vae
         videos = [vae.decode(one.to(vae.dtype), workload.num_frames) for one in latents.split(1)]

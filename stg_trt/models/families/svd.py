@@ -165,6 +165,10 @@ class SVD(SpatioTemporalUNet):
                 f"decode_chunk_size: expected a positive number of frames, got {chunk}: leave it out"
             )
 
+    def vae_latents(self, pipeline: Any, latents: Tensor, workload: Workload) -> Tensor:
+        scaled: Tensor = latents.to(pipeline.vae.dtype) / pipeline.vae.config.scaling_factor
+        return scaled.transpose(1, 2)
+
     def decode(
         self,
         pipeline: Any,

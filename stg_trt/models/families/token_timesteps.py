@@ -35,21 +35,8 @@ def token_timesteps(state: dict[str, Tensor]) -> Tensor:
 
 
 def of_tokens(tables: Sequence[Tensor], state: dict[str, Tensor]) -> list[Tensor]:
-    """Tables of (rows, places, channels) as (rows, tokens, channels).
-
-    By choices, which compilers fuse with what reads them. A lookup is a tensor of its own, and TensorRT-RTX
-    makes those of all blocks first, so that its memory grows with the number of blocks.
-    """
-    place = state[TIMESTEP_INDEX][:, None]
-    return [_chosen(table.split(1, dim=1), place) for table in tables]
-
-
-def _chosen(entries: Sequence[Tensor], place: Tensor) -> Tensor:
-    """Of entries (rows, 1, channels), each token's, whose place is (tokens, 1)."""
-    chosen = entries[0]
-    for number, entry in enumerate(entries[1:], start=1):
-        chosen = torch.where(place == number, entry, chosen)
-    return chosen
+    """Tables of (rows, places, channels) as (rows, tokens, channels)."""
+    return [table.index_select(1, state[TIMESTEP_INDEX]) for table in tables]
 
 
 def timestep_tables(strengths: Tensor, places: int) -> dict[str, Tensor]:

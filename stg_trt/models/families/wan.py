@@ -24,7 +24,6 @@ from stg_trt.models.defaults import Defaults
 from stg_trt.models.families.base import (
     CONDITION,
     IMAGE_EMBEDS,
-    vae_video,
 )
 from stg_trt.models.families.cross_attention import CrossAttentionDiT
 from stg_trt.models.families.dit import half_table
@@ -60,7 +59,7 @@ class Wan(CrossAttentionDiT):
 
     name = "wan2.1"
     transformer_class = "WanTransformer3DModel"
-    export_version = 2
+    export_version = 3
     pipeline_class = "WanPipeline"
     has_text_mask = False
     float32_components = frozenset({"vae", "image_encoder"})
@@ -326,10 +325,9 @@ class Wan(CrossAttentionDiT):
         real = torch.tensor([[self.text_tokens(pipeline, prompt)] for prompt in prompts])
         return TextCondition(embeds, (torch.arange(workload.text_length) < real).to(embeds))
 
-    def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:
-        vae = pipeline.vae
-        mean, std = latent_statistics(vae, latents.device)
-        return vae_video(vae, (latents * std + mean).to(vae.dtype))
+    def vae_latents(self, pipeline: Any, latents: Tensor, workload: Workload) -> Tensor:
+        mean, std = latent_statistics(pipeline.vae, latents.device)
+        return (latents * std + mean).to(pipeline.vae.dtype)
 
     def _check_channels(self) -> None:
         """Refuses channels that no published model has, and a VAE of another model."""
