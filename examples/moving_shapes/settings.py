@@ -22,7 +22,7 @@ from stg_trt.runtime.callbacks import StepCallback
 
 from .clips import FRAME_RATE, NUM_FRAMES, SIZE, Array
 
-BLOCK = 5
+BLOCK = 2
 SWEEP_BLOCKS = (2, 5)
 """All blocks of the sweep; BLOCK is one of them."""
 
@@ -116,7 +116,7 @@ def passes_per_step(setting: Setting, manifest: Manifest) -> float:
     return plan_step(segments, setting.passes).flops(flops) / one_pass
 
 
-SHOWN = (Setting(), Setting(stg_scale=1), Setting(cfg_scale=1.5), Setting(cfg_scale=1.5, stg_scale=1))
+SHOWN = (Setting(), Setting(stg_scale=0.5), Setting(cfg_scale=1.5), Setting(cfg_scale=1.5, stg_scale=0.5))
 SWEEP = (
     Setting(),
     Setting(cfg_scale=3),
@@ -124,6 +124,6 @@ SWEEP = (
         Setting(3, stg_scale, mode, block)
         for mode in ("stg-a", "stg-r")
         for block in SWEEP_BLOCKS
-        for stg_scale in (1, 2)
+        for stg_scale in (0.5, 1)
     ),
 )

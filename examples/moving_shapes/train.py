@@ -283,7 +283,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "checkpoint")
     parser.add_argument("--resume", type=Path, help="pipeline folder to go on from")
     parser.add_argument("--vae-steps", type=int, default=500, help="for the VAE's decoder")
-    parser.add_argument("--steps", type=int, default=2900, help="for the transformer")
+    parser.add_argument("--steps", type=int, default=10_000, help="for the transformer")
     parser.add_argument("--save-every", type=int, default=250, help="steps between saves")
     parser.add_argument("--clips", type=int, default=23040)
     parser.add_argument("--batch", type=int, default=16)
