@@ -87,6 +87,8 @@ def test_a_video_with_and_without_stg_plays(page: Any, server: Running) -> None:
         page.wait_for_function("video => video.currentTime > 0", arg=video.element_handle())
         width, height = video.evaluate("video => [video.videoWidth, video.videoHeight]")
         assert (width, height) == (160, 128)
+        box, screen = video.bounding_box(), run.locator(".screen").bounding_box()
+        assert box == screen, "the video is shown whole, in its screen"
     assert "|cond - skip|" in runs.first.inner_text() and "skip" not in runs.last.inner_text()
     made = [one.request.stg_scale for one in server.service.page(None, 2, newest_first=False).jobs]
     assert made == [1.0, 0.0]
