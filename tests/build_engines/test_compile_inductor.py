@@ -316,7 +316,8 @@ def test_the_command_line_builds_and_generates(
     output = tmp_path / "x.safetensors"
     sizes = ("--backend=inductor", "--num-inference-steps=4", "--embeds", embeds, "--output", output)
     made = invoke("generate", ltx_checkpoint, "--engines", beside, *sizes)
-    assert made.returncode == 0 and not made.stderr, made.stderr
+    (stages,) = made.stderr.splitlines()  # And no warning.
+    assert made.returncode == 0 and stages.startswith("load "), made.stderr
     assert torch.isfinite(load_file(output)["latents"]).all()
 
 
