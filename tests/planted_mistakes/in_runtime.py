@@ -248,8 +248,8 @@ IN_RUNTIME = (
     Mistake(
         "NaN becomes a video",
         "runtime/pipeline.py",
-        "        _check_finite(finite)\n",
-        "",
+        "        check_finite(finite)\n        return",
+        "        return",
         (f"{_CALLS}::test_numbers_that_are_not_finite",),
     ),
     Mistake(
