@@ -13,6 +13,7 @@ import torch
 from stg_trt.errors import InvalidRequest, NotFinite, StgTrtError, is_out_of_memory
 from stg_trt.system.units import MIB
 
+from ..stages import Stage
 from .data_folder import DataFolder
 from .job import Job, Result
 from .job_store import JobStore
@@ -168,7 +169,9 @@ class Worker(threading.Thread):
         sampled = time.perf_counter()
         size, sha256 = write_files(made, job.request.fps, self._folder, job.id)
         end = time.perf_counter()
-        stages = {**made.stages, "encode": end - sampled}
+        stages: dict[Stage, float] = {**made.stages, "encode": end - sampled}
+        # What is done between the steps, such as telling who watches, is no other stage's.
+        stages["denoise"] += end - start - sum(stages.values())
         self._metrics.count_stages(model.name, stages)
         peak = torch.cuda.max_memory_allocated() / MIB if gpu else None
         return Result(size, sha256, end - start, peak, stages)
