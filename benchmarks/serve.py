@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 
 from stg_trt.errors import GateMissed
+from stg_trt.system.units import MIB
 
 from .record import Record, percentiles
 
@@ -145,7 +146,7 @@ class ServeBenchmark:
             refused_for_a_full_queue=self._refused,
             **percentiles([one.queued_s for one in self._served] or [0.0], "queued_"),
             **percentiles([one.whole_s for one in self._served] or [0.0], "whole_"),
-            memory_mib={"early": round(early / 2**20), "late": round(late / 2**20)},
+            memory_mib={"early": round(early / MIB), "late": round(late / MIB)},
             memory_growth=round(late / early, 4),
         )
         if self._lost or failed or not self._served:

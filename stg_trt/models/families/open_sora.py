@@ -319,8 +319,7 @@ class OpenSora(CrossAttentionDiT):
         return TextCondition(*pipeline.encode_prompt(texts, workload.text_length))
 
     def vae_latents(self, pipeline: Any, latents: Tensor, workload: Workload) -> Tensor:
-        vae = pipeline.vae
-        scaled: Tensor = latents.to(vae.dtype) * vae.scale + vae.shift
+        scaled: Tensor = pipeline.vae.scaled(latents.to(pipeline.vae.dtype))
         return scaled
 
     def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:

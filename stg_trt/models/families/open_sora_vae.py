@@ -171,7 +171,7 @@ class OpenSoraVAE(PreTrainedModel):  # type: ignore[misc]  # has no types
 
     def decode(self, latents: Tensor, num_frames: int) -> Tensor:
         """The video (videos, 3, frames, height, width) in -1..1 of latents as the transformer has them."""
-        latents = latents * self.scale + self.shift
+        latents = self.scaled(latents)
         chunks, left = [], num_frames
         for chunk in latents.split(_CHUNK_LATENTS, 2):
             chunks.append(self.temporal_vae.decode(chunk, min(CHUNK_FRAMES, left)))
@@ -180,6 +180,11 @@ class OpenSoraVAE(PreTrainedModel):  # type: ignore[misc]  # has no types
         pictures = [self._picture(frame) for frame in frames.flatten(0, 1).split(1)]
         video: Tensor = torch.cat(pictures).unflatten(0, frames.shape[:2])
         return video.movedim(2, 1)
+
+    def scaled(self, latents: Tensor) -> Tensor:
+        """Latents as the transformer has them, as the temporal decoder takes them."""
+        scaled: Tensor = latents * self.scale + self.shift
+        return scaled
 
     @property
     def _spatial(self) -> Any:

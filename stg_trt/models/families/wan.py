@@ -21,10 +21,7 @@ from torch import Tensor
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.config_file import positive_integer
 from stg_trt.models.defaults import Defaults
-from stg_trt.models.families.base import (
-    CONDITION,
-    IMAGE_EMBEDS,
-)
+from stg_trt.models.families.base import CONDITION, IMAGE_EMBEDS
 from stg_trt.models.families.cross_attention import CrossAttentionDiT
 from stg_trt.models.families.dit import half_table
 from stg_trt.models.families.given_frames import (
