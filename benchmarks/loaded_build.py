@@ -34,16 +34,7 @@ class LoadedBuild:
         self._engines = build.load_engines(device)
         self.sampler = Sampler(scenario.family, build.manifest, self._engines, device)
         self.guidance = scenario.guidance(inputs.solver)
-        self.state = self.sampler.prepare(
-            inputs.noise,
-            inputs.cond,
-            inputs.uncond,
-            self.guidance,
-            inputs.solver,
-            inputs.frame_rate,
-            inputs.generator(),
-            audio_latents=inputs.audio_noise,
-        )
+        self.state = self.sampler.prepare(inputs.run(self.guidance))
         self._earlier = inputs.earlier.to(device.torch_device)
         self.loaded_bytes = 0
         self.measure_memory()

@@ -106,16 +106,7 @@ def _sampled(loaded: LoadedBuild, inputs: Inputs, guidance: Guidance, stop: int)
 
 
 def _steps(loaded: LoadedBuild, inputs: Inputs, guidance: Guidance) -> Iterator[SampledStep]:
-    return loaded.sampler.steps(
-        inputs.noise,
-        inputs.cond,
-        inputs.uncond,
-        guidance,
-        inputs.solver,
-        inputs.frame_rate,
-        inputs.generator(),
-        audio_latents=inputs.audio_noise,
-    )
+    return loaded.sampler.steps(inputs.run(guidance))
 
 
 def _eager_latents(scenario: Scenario, inputs: Inputs, device: Device) -> tuple[Tensor, float]:

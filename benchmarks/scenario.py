@@ -27,6 +27,7 @@ from stg_trt.models.stream import SOUND
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
 from stg_trt.runtime.device import Device, open_device
+from stg_trt.runtime.run_inputs import RunInputs
 
 from .diffusers_models import diffusers_model
 
@@ -204,6 +205,13 @@ class Inputs:
     def starts(self) -> list[Tensor]:
         """What the streams start from."""
         return [self.noise] if self.audio_noise is None else [self.noise, self.audio_noise]
+
+    def run(self, guidance: Guidance) -> RunInputs:
+        """The request under a guidance."""
+        starts = dict(zip(("latents", SOUND.latents), self.starts, strict=False))
+        return RunInputs(
+            starts, self.cond, self.uncond, guidance, self.solver, self.frame_rate, self.generator()
+        )
 
     def generator(self) -> torch.Generator:
         """Of the noise that the solver adds; the same for whoever samples."""

@@ -50,6 +50,7 @@ LayoutName = Annotated[str | None, typer.Option(help="segmented or twin. [defaul
 BackendName = Annotated[str | None, typer.Option(help="[default: what fits]")]
 Offload = Annotated[bool, typer.Option("--offload", help="Text encoder and VAE leave the GPU.")]
 VaeTiling = Annotated[bool, typer.Option("--vae-tiling", help="Decode in tiles: less memory.")]
+GuidanceParallel = Annotated[int, typer.Option(help="GPUs that share the passes of each step.")]
 
 
 def generate(
@@ -93,6 +94,7 @@ def generate(
     backend: BackendName = None,
     offload: Offload = False,
     vae_tiling: VaeTiling = False,
+    guidance_parallel: GuidanceParallel = 1,
 ) -> None:
     """Generate videos with compiled engines."""
     began = time.perf_counter()
@@ -104,11 +106,11 @@ def generate(
         max_guidance_scale=max_guidance_scale, rescale=rescale, motion_bucket_id=motion_bucket_id,
         noise_aug_strength=noise_aug_strength, decode_chunk_size=decode_chunk_size, stg_mode=stg_mode,
         timesteps=timesteps, sigmas=sigmas, stg_scale=stg_scale, preset=preset, condition=condition,
-        height=height, width=width, num_frames=num_frames, image=image,
-        frame_rate=frame_rate, num_inference_steps=num_inference_steps, prompt=prompt or None, sound=sound,
-        negative_prompt=negative_prompt, last_image=last_image, num_videos_per_prompt=num_videos_per_prompt,
+        num_frames=num_frames, image=image, last_image=last_image, sound=sound, frame_rate=frame_rate,
+        height=height, width=width, negative_prompt=negative_prompt, prompt=prompt or None,
+        num_inference_steps=num_inference_steps, num_videos_per_prompt=num_videos_per_prompt,
     )  # fmt: skip
-    pipeline = _open_pipeline(opened, _open_engines(engines, request, opened), request, offload, vae_tiling)
+    pipeline = _open_pipeline(opened, engines, request, offload, vae_tiling, guidance_parallel)
     options |= {"generator": _generator(seed), "output_type": _output_type(output)}
     _make(pipeline, options, output, frame_rate, time.perf_counter() - began)
 
@@ -205,11 +207,13 @@ def _request(
 
 def _open_pipeline(
     checkpoint: Checkpoint,
-    store: EngineStore,
+    engines: Path,
     request: EngineRequest,
     offload: bool,
     vae_tiling: bool,
+    guidance_parallel: int,
 ) -> VideoPipeline:
+    store = _open_engines(engines, request, checkpoint)
     from .pipeline import VideoPipeline
 
     quiet_libraries()
@@ -220,6 +224,7 @@ def _open_pipeline(
         backend=request.backend,
         offload=offload,
         vae_tiling=vae_tiling,
+        guidance_parallel=guidance_parallel,
     )
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stg_trt.system.callers import level_outside
+
 from .device import Device, Graph
 from .state import RunState, Snapshot
 from .step import Step
@@ -74,16 +76,10 @@ def _captured(step: Step, state: RunState, device: Device) -> Graph | None:
         step.enqueue()
         plain = _Outcome.of(step, state, start)
         state.restore(start)
-    try:
-        graph = device.capture(step.enqueue)
-    except RuntimeError as error:
-        device.stop_capturing()
-        state.restore(start)
-        _warn(f"capture failed ({str(error).splitlines()[0]}), all steps of this process run without one")
-        return None
+    graph = _attempt(step, device)
     state.restore(start)
-    if graph.nodes == 0:
-        _warn("expected work in the graph, got no nodes: these steps run without one")
+    # A rank that replays beside one that cannot would wait for an exchange that never comes.
+    if not step.every_rank(graph is not None) or graph is None:
         return None
     step.poison()
     graph.replay()
@@ -99,9 +95,23 @@ def _captured(step: Step, state: RunState, device: Device) -> Graph | None:
     return graph
 
 
+def _attempt(step: Step, device: Device) -> Graph | None:
+    """The step's graph, which may be wrong; None, with a warning, if there is none."""
+    try:
+        graph = device.capture(step.enqueue)
+    except RuntimeError as error:
+        device.stop_capturing()
+        _warn(f"capture failed ({str(error).splitlines()[0]}), all steps of this process run without one")
+        return None
+    if graph.nodes == 0:
+        _warn("expected work in the graph, got no nodes: these steps run without one")
+        return None
+    return graph
+
+
 def _warn(message: str) -> None:
     _log.info("not captured: %s", message)
-    warnings.warn(f"CUDA graph: {message}", stacklevel=4)
+    warnings.warn(f"CUDA graph: {message}", stacklevel=level_outside())
 
 
 def _relative(got: Tensor, expected: Tensor) -> Tensor:

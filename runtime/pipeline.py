@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stg_trt.engines.backends import backend_for
-from stg_trt.engines.store import Build, EngineRequest, EngineStore
+from stg_trt.engines.store import EngineRequest, EngineStore
 from stg_trt.errors import InvalidRequest
 from stg_trt.guidance.bins import Scale, SkipBlocks, SkipScales
 from stg_trt.guidance.options import GuidanceOptions, choose_options
@@ -28,14 +27,15 @@ from .arguments import ForeignArguments
 from .call import Call, with_arguments_of
 from .callbacks import StepCallback, call_back, check_callback
 from .components import Components
-from .device import Device, open_device
 from .device_memory import explain_memory
 from .noise import Generators, NoiseSource, listed, starting_noise, starting_sound
 from .output import VideoPipelineOutput
 from .pictures import GivenPictures, Pictures
 from .previews import Previews, shares_of
 from .prompts import Embeddings, Prompts
-from .sampler import SampledStep, Sampler, check_finite
+from .run_inputs import RunInputs
+from .sampler import SampledStep, check_finite
+from .samplers import Samplers
 from .schedule import Request, Schedule, schedule_steps
 from .stages import StageClock
 from .text_conditions import TextConditions
@@ -62,6 +62,7 @@ class VideoPipeline:
         dtype: torch.dtype | None = None,
         offload: bool = False,
         vae_tiling: bool = False,
+        guidance_parallel: int = 1,
     ) -> None:
         self.checkpoint = checkpoint
         self.family = checkpoint.family
@@ -81,8 +82,7 @@ class VideoPipeline:
             backend=backend,
             machine=this_machine(),
         )
-        self._samplers: dict[Path, Sampler] = {}
-        self._devices: dict[str, Device] = {}
+        self._samplers = Samplers(self.family, self._clock, guidance_parallel)
 
     @classmethod
     def from_pretrained(
@@ -98,13 +98,16 @@ class VideoPipeline:
         dtype: torch.dtype | None = None,
         offload: bool = False,
         vae_tiling: bool = False,
+        guidance_parallel: int = 1,
     ) -> VideoPipeline:
         """Opens a checkpoint and a folder of engines built from it; raises an error if they do not fit.
 
         `checkpoint`, `variant`, `revision` and `lora` are those of the build, see `Checkpoint.open`. `dtype`
         is that of text encoder and VAE (default: bfloat16 on a GPU, else float32); `offload` keeps them off
         the GPU while they are not needed. `vae_tiling` is diffusers' `vae.enable_tiling()`: less memory for
-        large frames, blended from overlapping tiles, so not exactly those of decoding them whole.
+        large frames, blended from overlapping tiles, so not exactly those of decoding them whole. The passes
+        of a step are shared by `guidance_parallel` GPUs, of which all but the first have processes of their
+        own.
         """
         opened = Checkpoint.open(
             checkpoint,
@@ -121,6 +124,7 @@ class VideoPipeline:
             dtype=dtype,
             offload=offload,
             vae_tiling=vae_tiling,
+            guidance_parallel=guidance_parallel,
         )
         pipeline.store.find(pipeline._request)
         return pipeline
@@ -236,7 +240,7 @@ class VideoPipeline:
         with self._turns, self._clock.call():
             schedule = self._schedule(request, images)
             if output_type != "latent":  # A part that cannot decode is refused before the sampling.
-                device = self._device_for(schedule.build).torch_device
+                device = self._samplers.device(schedule.build).torch_device
                 self.components.load_decoders(schedule.workload, device)
             starts, image = self._start(schedule, request, images)
             with explain_memory(schedule.build.manifest, "GPU memory", _LESS_TO_SAMPLE):
@@ -295,7 +299,7 @@ class VideoPipeline:
             return None
         if images.options.image_latents is not None:
             return self.family.given_images(images, schedule.workload, videos)
-        device = self._device_for(schedule.build).torch_device
+        device = self._samplers.device(schedule.build).torch_device
         return self.components.encode_images(images, schedule.workload, device, videos, generator)
 
     def _steps(
@@ -307,13 +311,12 @@ class VideoPipeline:
         images: Images | None,
     ) -> Iterator[SampledStep]:
         prompts, guidance = request.prompts, schedule.guidance
-        place = images, schedule.workload, self._device_for(schedule.build).torch_device
+        place = images, schedule.workload, self._samplers.device(schedule.build).torch_device
         cond = self._texts.cond(prompts, *place)
         uncond = self._texts.uncond(prompts, cond, *place) if guidance.needs_uncond else None
-        return self._sampler(schedule.build).steps(
-            starts["latents"], cond, uncond, guidance, schedule.solver, schedule.frame_rate,
-            request.generator, image, starts.get("audio_latents"),
-        )  # fmt: skip
+        return self._samplers.steps(schedule.build, RunInputs(
+            starts, cond, uncond, guidance, schedule.solver, schedule.frame_rate, request.generator, image
+        ))  # fmt: skip
 
     def _output(
         self, result: dict[str, Tensor], schedule: Schedule, output_type: str, **decode_options: Any
@@ -321,7 +324,7 @@ class VideoPipeline:
         latents, audio_latents, workload = result["latents"], result.get("audio_latents"), schedule.workload
         if output_type == "latent":
             return VideoPipelineOutput(self.family.returned(latents, workload), audio_latents)
-        device = self._device_for(schedule.build).torch_device
+        device = self._samplers.device(schedule.build).torch_device
         less = _LESS_TO_DECODE if self.components.vae_tiling else f"--vae-tiling, {_LESS_TO_DECODE}"
         with explain_memory(schedule.build.manifest, "GPU memory of decoding", less):
             frames = self.components.decode(latents, workload, device, output_type, **decode_options)
@@ -361,21 +364,6 @@ class VideoPipeline:
         shares = shares_of(schedule.solver, self.scheduler)
         previews = Previews(colours, self.family, schedule.workload, decoder, shares, image, start)
         return StepViewer(schedule, self._clock, previews)
-
-    def _device_for(self, build: Build) -> Device:
-        """One device for all builds of a kind, so that graphs share memory."""
-        name = backend_for(build.manifest.backend).target(build.manifest.target).device
-        if name not in self._devices:
-            self._devices[name] = open_device(name)
-        return self._devices[name]
-
-    def _sampler(self, build: Build) -> Sampler:
-        if build.folder not in self._samplers:
-            device = self._device_for(build)
-            with self._clock.stage("load"):
-                engines = build.load_engines(device)
-            self._samplers[build.folder] = Sampler(self.family, build.manifest, engines, device)
-        return self._samplers[build.folder]
 
     def _warn_of_second_guidance(self, guidance: Guidance) -> None:
         """Once: CFG on top of the guidance that a distilled model takes as an input."""

@@ -12,19 +12,20 @@ from torch import Tensor
 from stg_trt.engines.engine import Context, Engine
 from stg_trt.engines.manifest import Manifest
 from stg_trt.errors import InvalidRequest, NotFinite
-from stg_trt.guidance.solver import SolverTable
-from stg_trt.guidance.tables import Guidance
 from stg_trt.models.families.base import ModelFamily
-from stg_trt.models.image import CleanMode, ImageCondition, Places
-from stg_trt.models.passes import COND, UNCOND, most_groups
+from stg_trt.models.image import ImageCondition, Places
+from stg_trt.models.passes import COND, UNCOND, Pass, most_groups
 from stg_trt.models.plan import StepPlan, plan_step
+from stg_trt.models.ranks import split_passes
 from stg_trt.models.segment import Segment
 from stg_trt.models.text import TextCondition
 
 from .bound_plan import BoundPlan
 from .device import Device
 from .graph import StepGraph
-from .noise import Generators, draw_for
+from .noise import draw_for
+from .rank_group import RankGroup
+from .run_inputs import RunInputs
 from .state import RunSize, RunState, StepBuffers, StepState, find_ping_pong, find_unforked
 from .step import Step
 from .step_key import StepKey, first_steps
@@ -34,7 +35,7 @@ _MIN_STEPS = 64
 
 
 class SampledStep:
-    """A step that was taken; the latents of its streams may be replaced before the next is asked for.
+    """A step that was taken; the latents of its streams may be `replaced` before the next is asked for.
 
     `finite` is a bool of shape () on the device, which nothing waits for. With `continued`, later steps go
     on from the history of the solver, and other latents are refused with InvalidRequest.
@@ -47,6 +48,7 @@ class SampledStep:
         self.index = index
         self.timestep = timestep
         self.plan = plan
+        self.replaced = False
         self._state = state
         self._continued = continued
 
@@ -70,6 +72,7 @@ class SampledStep:
 
     def replace(self, latents: Mapping[str, Tensor]) -> None:
         """Goes on from other latents, of every stream; raises InvalidRequest if that cannot be."""
+        self.replaced = True
         for state in self._state.streams:
             replacement = latents[state.stream.latents]
             # Compared only if it decides: comparing waits for the device.
@@ -82,10 +85,18 @@ class SampledStep:
 
 
 class Sampler:
-    """Runs the engines of one build; keeps memory and bound steps for one number of videos."""
+    """Runs the engines of one build; keeps memory and bound steps for one number of videos.
+
+    With `ranks` it computes its rank's part of every step, and all of them take the same steps.
+    """
 
     def __init__(
-        self, family: ModelFamily, manifest: Manifest, engines: Mapping[str, Engine], device: Device
+        self,
+        family: ModelFamily,
+        manifest: Manifest,
+        engines: Mapping[str, Engine],
+        device: Device,
+        ranks: RankGroup | None = None,
     ) -> None:
         self.family = family
         self.workload = manifest.workload
@@ -95,99 +106,93 @@ class Sampler:
         self._engines = engines
         self._groups = most_groups(len(manifest.skips), family.isolates)
         self._device = device
+        self.ranks = ranks
         self._state: RunState | None = None
         self._texts: list[Context] = []
         self._bound: dict[StepKey, Step | StepGraph] = {}
 
-    def steps(
-        self,
-        latents: Tensor,
-        cond: TextCondition,
-        uncond: TextCondition | None,
-        guidance: Guidance,
-        solver: SolverTable,
-        frame_rate: float,
-        generator: Generators | None = None,
-        image: ImageCondition | None = None,
-        audio_latents: Tensor | None = None,
-    ) -> Iterator[SampledStep]:
-        """Yields every step of `guidance`, from packed noise (videos, ...) times `solver.noise_scale`.
-
-        `audio_latents` are the same of a sound. A solver that adds noise draws it from `generator`. Raises
-        InvalidRequest if guidance is on and `uncond` is None.
-        """
+    def steps(self, run: RunInputs) -> Iterator[SampledStep]:
+        """Yields every step of a run; raises InvalidRequest if guidance is on and `uncond` is None."""
+        guidance, solver = run.guidance, run.solver
         steps = range(len(guidance.cfg_scale))
         for i in steps:
-            if UNCOND in guidance.passes(i) and uncond is None:
+            if UNCOND in guidance.passes(i) and run.uncond is None:
                 raise InvalidRequest(
                     f"negative_prompt_embeds: expected embeddings for guidance_scale {guidance.cfg_scale[i]} "
                     f"at step {i}, got none: give them or set guidance_scale to 1"
                 )
-        state = self.prepare(
-            latents, cond, uncond, guidance, solver, frame_rate, generator, image, audio_latents
-        )
-        clean = image.clean.mode if image is not None and image.clean is not None else None
-        self._bind_all(guidance, solver, state, clean)
+        state = self.prepare(run)
+        self._bind_all(run, state)
         for i in steps:
             with self._device.scope():
-                if clean == "noised" and state.video.clean is not None:
-                    state.video.clean.draw(generator, solver.timesteps[i])
-                step = self.step(StepKey.of(guidance, solver, i, clean), state)
+                if run.clean == "noised" and state.video.clean is not None:
+                    state.video.clean.draw(run.generator, solver.timesteps[i])
+                step = self.step(StepKey.of(guidance, solver, i, run.clean), state)
                 step.enqueue()
                 finite = torch.stack([stream.latents.isfinite().all() for stream in state.streams]).all()
             continued = any(pair is None for pair in solver.single_step[i + 1 :])
             yield SampledStep(i, solver.timesteps[i], step.plan, state, finite, continued)
 
-    def prepare(
-        self,
-        latents: Tensor,
-        cond: TextCondition,
-        uncond: TextCondition | None,
-        guidance: Guidance,
-        solver: SolverTable,
-        frame_rate: float,
-        generator: Generators | None = None,
-        image: ImageCondition | None = None,
-        audio_latents: Tensor | None = None,
-    ) -> RunState:
+    def prepare(self, run: RunInputs) -> RunState:
         """Writes a run's start, tables and constants into the static memory, as `steps` does."""
         with self._device.scope():
-            starts = [latents] if audio_latents is None else [latents, audio_latents]
-            size = RunSize.of(latents, guidance, solver)
+            image, starts = run.image, list(run.latents.values())
+            size = RunSize.of(starts[0], run.guidance, run.solver)
             state = self._state_for(size, [start.shape for start in starts])
-            state.load(guidance, solver)
+            state.load(run.guidance, run.solver)
             for stream, start in zip(state.streams, starts, strict=True):
                 stream.start(start)
                 if not size.single_step:
-                    stream.add_noise(draw_for(solver, guidance.num_steps, start.shape, generator))
+                    stream.add_noise(draw_for(run.solver, run.guidance.num_steps, start.shape, run.generator))
             if image is not None and image.clean is not None:
                 state.video.hold(image.clean, single_step=size.single_step)
-            rows = (uncond or cond, *[cond] * (state.buffers.groups - 1))
-            text = TextCondition.stacked(rows).guided(guidance.embedded)
-            self._write_position_tables(state, frame_rate, () if image is None else image.placed)
+            rows = (run.uncond or run.cond, *[run.cond] * (state.buffers.groups - 1))
+            text = TextCondition.stacked(rows).guided(run.guidance.embedded)
+            self._write_position_tables(state, run.frame_rate, () if image is None else image.placed)
             self._write_image(state.buffers, image)
             for name, tensor in self.family.timestep_tables(self.workload, image).items():
                 state.buffers.view(name).copy_(tensor)
             self._write_text(state.buffers, text)
         return state
 
+    def spread_latents(self) -> None:
+        """Gives every rank the latents of the first, which were replaced there."""
+        assert self.ranks is not None and self._state is not None
+        with self._device.scope():
+            for stream in self._state.streams:
+                own = slice(0, len(stream.latents) if self.ranks.rank == 0 else 0)
+                self.ranks.exchange(stream.latents, own)(self._device.stream)
+
+    def wait(self) -> None:
+        """Until the device has done all that was enqueued."""
+        if self._device.torch_device.type == "cuda":
+            torch.cuda.synchronize(self._device.torch_device)
+
     def step(self, key: StepKey, state: RunState) -> Step | StepGraph:
         """The step of a guidance state; bound when first asked for, and captured if the device can."""
         if key not in self._bound:
             _log.info("binding %s", key.name)
-            plan = plan_step(self.segments, key.passes, key.expert)
+            plan = plan_step(self.segments, key.passes, key.expert, self._part(key))
             bound = BoundPlan(plan, self._engines, state.buffers, self.family.borders, self._device)
-            step = Step(key, bound, state, self._device)
+            step = Step(key, bound, state, self._device, self.ranks)
             captured = StepGraph(step, state, self._device) if self._device.captures else step
             self._bound[key] = captured
         return self._bound[key]
 
-    def _bind_all(
-        self, guidance: Guidance, solver: SolverTable, state: RunState, clean: CleanMode | None
-    ) -> None:
+    def _part(self, key: StepKey) -> tuple[Pass, ...]:
+        """The passes of a step that are computed here."""
+        if self.ranks is None:
+            return key.passes
+
+        def per_row(segment: Segment) -> int:
+            return self.family.segment_flops(segment, self.workload)
+
+        return split_passes(self.segments, key.passes, self.ranks.size, per_row, key.expert)[self.ranks.rank]
+
+    def _bind_all(self, run: RunInputs, state: RunState) -> None:
         """Every guidance state of a run before its first step, each on the values of the first it serves."""
         with self._device.scope():
-            for key, first in first_steps(guidance, solver, clean).items():
+            for key, first in first_steps(run.guidance, run.solver, run.clean).items():
                 if key not in self._bound:
                     state.go_to(first)
                     self.step(key, state)
@@ -211,6 +216,8 @@ class Sampler:
     def _buffers_for(self, size: RunSize) -> StepBuffers:
         """Memory for all that crosses a border of the build."""
         borders, texts = self.family.borders, self._text_segments
+        # A rank may compute a skip pass from its start, which then has rows of its own everywhere.
+        unforked = find_unforked(self.segments, borders) if self.ranks is None else frozenset[str]()
         crossing = {name for s in (*texts, *self.segments) for names in borders(s) for name in names}
         return StepBuffers(
             [spec for name, spec in self.family.tensors(self.workload).items() if name in crossing],
@@ -218,7 +225,7 @@ class Sampler:
             size.videos,
             self._device.torch_device,
             max(size.groups, self._groups),
-            find_unforked(self.segments, borders),
+            unforked,
             {name: len(texts) for segment in texts for name in borders(segment)[1]},
         )
 

@@ -28,6 +28,10 @@ class OutOfDeviceMemory(StgTrtError, MemoryError):
     """The GPU has no room for engines, activations and latents of a request."""
 
 
+class RankLost(StgTrtError):
+    """A process that computed some of a step's passes has ended before the run."""
+
+
 class BackendUnavailable(StgTrtError):
     """The backend's library is not installed or does not support this machine."""
 

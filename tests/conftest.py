@@ -22,6 +22,7 @@ from torch._inductor.config import aot_inductor
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from stg_trt import VideoPipeline, build
+from stg_trt.runtime.ranks import Ranks
 from stg_trt.system import kept_hashes
 from tests.support.cli import keep_one_block
 from tests.support.family_cases import CASES, LTX, FamilyCase, Sizes
@@ -49,6 +50,7 @@ _KEPT_S = 24 * 3600
 _BUILD_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 BuiltOnce = Callable[[str, Callable[[Path], object]], Path]
+OnTwoRanks = Callable[[VideoPipeline], VideoPipeline]
 
 
 # g++ takes longest over the code that calls a package's kernels. Tests need its results alone, so it is not
@@ -272,6 +274,20 @@ def open_sora_engines(built_once: BuiltOnce) -> Path:
 def svd_engines(built_once: BuiltOnce) -> Path:
     """Segmented stg-a engines that can perturb what SVD_BLOCKS has, and a stg-r twin; 2 videos."""
     return built_once("svd-engines", build_svd)
+
+
+@pytest.fixture(scope="session")
+def on_two_ranks() -> OnTwoRanks:
+    """The pipeline with a second rank, in one process for all that are opened, which run one at a time."""
+    ranks = Ranks(2)
+
+    def opened(pipeline: VideoPipeline) -> VideoPipeline:
+        layout = pipeline._request.layout
+        shared = VideoPipeline(pipeline.checkpoint, pipeline.store, layout=layout, guidance_parallel=2)
+        shared._samplers._ranks = ranks
+        return shared
+
+    return opened
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..command import BackendName, LayoutName, Loras, Offload, VaeTiling, quiet_libraries
+from ..command import (
+    BackendName,
+    GuidanceParallel,
+    LayoutName,
+    Loras,
+    Offload,
+    VaeTiling,
+    quiet_libraries,
+)
 
 if TYPE_CHECKING:
     from .served_model import ModelSource
@@ -52,6 +60,7 @@ def serve(
     backend: BackendName = None,
     offload: Offload = False,
     vae_tiling: VaeTiling = False,
+    guidance_parallel: GuidanceParallel = 1,
 ) -> None:
     """Answer OpenAI's video API with compiled engines."""
     _check_packages()
@@ -71,7 +80,14 @@ def serve(
     options = {"variant": variant, "revision": revision, "layout": layout, "backend": backend}
     sources = [
         ModelSource(
-            name, checkpoint, own, lora=tuple(lora or ()), offload=offload, vae_tiling=vae_tiling, **options
+            name,
+            checkpoint,
+            own,
+            lora=tuple(lora or ()),
+            offload=offload,
+            vae_tiling=vae_tiling,
+            guidance_parallel=guidance_parallel,
+            **options,
         )
         for name, checkpoint, own in zip(names, checkpoints, folders, strict=True)
     ]

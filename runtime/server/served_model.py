@@ -51,6 +51,7 @@ class ModelSource:
     backend: str | None = None
     offload: bool = False
     vae_tiling: bool = False
+    guidance_parallel: int = 1
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ class ServedModel:
             backend=source.backend,
             offload=source.offload,
             vae_tiling=source.vae_tiling,
+            guidance_parallel=source.guidance_parallel,
         )
         return cls(source.name, pipeline, fits)
 

@@ -30,15 +30,16 @@ class SegmentRun:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The runs of one step, for one set of passes."""
+    """The runs of one step, for one set of passes.
+
+    `computed` are the passes that the runs compute: all, or a rank's part of them, which may be empty.
+    `expert` is the transformer that runs.
+    """
 
     passes: tuple[Pass, ...]
     runs: tuple[SegmentRun, ...]
-
-    @property
-    def expert(self) -> int:
-        """The transformer that runs."""
-        return self.runs[0].segment.expert
+    computed: tuple[Pass, ...]
+    expert: int = 0
 
     def flops(self, per_row: Callable[[Segment], int]) -> int:
         """Floating-point operations of one step of one video."""
@@ -50,14 +51,22 @@ class StepPlan:
         return range(first, first + len(passes))
 
 
-def plan_step(segments: Sequence[Segment], passes: Sequence[Pass], expert: int = 0) -> StepPlan:
+def plan_step(
+    segments: Sequence[Segment],
+    passes: Sequence[Pass],
+    expert: int = 0,
+    computed: Sequence[Pass] | None = None,
+) -> StepPlan:
     """The plan for a step: exact, since up to its first perturbed block a skip pass is the cond pass.
 
-    Of a model's segments it takes those of one expert.
+    Of a model's segments it takes those of one expert; of the passes it computes all, or the neighbours in
+    `computed`.
     """
     ordered, segments = in_order(passes), blocks_of_expert(segments, expert)
+    part = ordered if computed is None else in_order(computed)
     twin = any(segment.skipped for segment in segments)
-    return StepPlan(ordered, tuple((_whole_runs if twin else _shared_runs)(segments, ordered)))
+    runs = (_whole_runs if twin else _shared_runs)(segments, part)
+    return StepPlan(ordered, tuple(run for run in runs if run.passes), part, expert)
 
 
 def row_counts(
@@ -94,7 +103,7 @@ def full_plan(segments: Sequence[Segment], passes: Sequence[Pass]) -> StepPlan:
     """Every pass runs from the first segment on, nothing is shared: the reference for the shared plan."""
     ordered = in_order(passes)
     runs = (_perturbed(SegmentRun(segment, ordered)) for segment in blocks_of_expert(segments, 0))
-    return StepPlan(ordered, tuple(runs))
+    return StepPlan(ordered, tuple(runs), ordered)
 
 
 def _whole_runs(segments: Sequence[Segment], passes: tuple[Pass, ...]) -> list[SegmentRun]:
@@ -107,7 +116,8 @@ def _whole_runs(segments: Sequence[Segment], passes: tuple[Pass, ...]) -> list[S
 
 def _shared_runs(segments: Sequence[Segment], passes: tuple[Pass, ...]) -> list[SegmentRun]:
     runs: list[SegmentRun] = []
-    forked: tuple[Pass, ...] = ()
+    # Without cond there is no prefix to share.
+    forked: tuple[Pass, ...] = () if COND in passes else tuple(one for one in passes if one.is_skip)
     for segment in segments:
         forks = tuple(one for one in passes if one not in forked and _perturbs(one, segment))
         forked += forks
@@ -124,7 +134,7 @@ def _perturbed(run: SegmentRun) -> SegmentRun:
     if run.segment.stg_r_inside:
         return replace(run, perturbed=perturbed, reduced=skipped)
     computed = run.passes
-    while computed[-1] in skipped:
+    while computed and computed[-1] in skipped:
         computed = computed[:-1]
     return replace(run, passes=computed, bypassed=skipped, perturbed=perturbed)
 

@@ -166,7 +166,7 @@ def test_every_step_matches(
     for i, (latents, wanted) in enumerate(zip(steps, expected, strict=True)):
         assert relative_l2(latents.cpu(), wanted) <= place.limit, f"step {i}"
     if place is GPU:
-        programs: list[Any] = [p for s in pipeline._samplers.values() for p in s._bound.values()]
+        programs: list[Any] = [p for s in pipeline._samplers._samplers.values() for p in s._bound.values()]
         assert programs and all(isinstance(p, StepGraph) and p._graph is not None for p in programs)
         assert not [w for w in recwarn.list if "capture failed" in str(w.message)]
 

@@ -80,7 +80,7 @@ def device(sim: SimulatedTensorRT, monkeypatch: pytest.MonkeyPatch) -> Simulated
 
 
 def replace_gpu(monkeypatch: pytest.MonkeyPatch, simulated: SimulatedCuda) -> None:
-    monkeypatch.setattr("stg_trt.runtime.pipeline.open_device", lambda name: simulated)
+    monkeypatch.setattr("stg_trt.runtime.samplers.open_device", lambda name: simulated)
     monkeypatch.setattr("stg_trt.runtime.pipeline.this_machine", lambda: Machine(H100))
 
 
@@ -173,7 +173,7 @@ def test_as_many_skip_passes_as_were_built(
     frames = pipeline(**call).frames
     assert len(device.graphs) == 1
     onnx = VideoPipeline.from_pretrained(ltx_checkpoint, engines=ltx_engines, backend="onnxruntime")
-    onnx._devices["cpu"] = Cpu()
+    onnx._samplers._devices["cpu"] = Cpu()
     assert (onnx(**call).frames - frames).abs().max() <= 1e-5
     more = {"stg_blocks": blocks | {"more": (1,)}, "stg_scale": scales | {"more": 1.0}}
     with pytest.raises(EngineRejected, match=f"built for {count} skip passes, the request has {count + 1}"):
@@ -241,7 +241,7 @@ def test_many_generations_do_not_grow(
     pipeline = VideoPipeline.from_pretrained(ltx_checkpoint, engines=engines)
     call = arguments("stg_r", ltx_checkpoint) | {"num_inference_steps": 2}
     pipeline(**call)
-    sampler = next(iter(pipeline._samplers.values()))
+    sampler = next(iter(pipeline._samplers._samplers.values()))
     bound, state = dict(sampler._bound), sampler._state
     for _ in range(200):
         pipeline(**call)

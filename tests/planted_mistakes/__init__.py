@@ -7,6 +7,7 @@ from tests.planted_mistakes.in_build_engines import IN_BUILD_ENGINES
 from tests.planted_mistakes.in_engines import IN_ENGINES
 from tests.planted_mistakes.in_guidance import IN_GUIDANCE
 from tests.planted_mistakes.in_models import IN_MODELS
+from tests.planted_mistakes.in_ranks import IN_RANKS
 from tests.planted_mistakes.in_runtime import IN_RUNTIME
 from tests.planted_mistakes.in_server import IN_SERVER
 
@@ -16,6 +17,7 @@ MISTAKES = (
     *IN_ENGINES,
     *IN_BUILD_ENGINES,
     *IN_RUNTIME,
+    *IN_RANKS,
     *IN_SERVER,
     *IN_BENCHMARKS,
 )

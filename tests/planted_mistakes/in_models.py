@@ -21,8 +21,8 @@ IN_MODELS = (
     Mistake(
         "stg-r computes the skip rows that pass a block by",
         "stg_trt/models/plan.py",
-        "    while computed[-1] in skipped:",
-        "    while computed[-1] in skipped[1:]:",
+        "    while computed and computed[-1] in skipped:",
+        "    while computed and computed[-1] in skipped[1:]:",
         ("tests/models/test_plan.py::test_stg_r_by_hand",),
     ),
     Mistake(

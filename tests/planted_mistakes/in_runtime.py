@@ -52,8 +52,8 @@ IN_RUNTIME = (
     Mistake(
         "the unconditional rows have the prompt",
         "runtime/sampler.py",
-        "(uncond or cond, *[cond] * (state.buffers.groups - 1))",
-        "(cond, *[uncond or cond] * (state.buffers.groups - 1))",
+        "(run.uncond or run.cond, *[run.cond] * (state.buffers.groups - 1))",
+        "(run.cond, *[run.uncond or run.cond] * (state.buffers.groups - 1))",
         (f"{_SAMPLER}::test_a_range_of_steps",),
     ),
     Mistake(
@@ -129,7 +129,7 @@ IN_RUNTIME = (
     Mistake(
         "a failed capture is not said aloud",
         "runtime/graph.py",
-        'warnings.warn(f"CUDA graph: {message}", stacklevel=4)',
+        'warnings.warn(f"CUDA graph: {message}", stacklevel=level_outside())',
         "del message",
         (f"{_TENSORRT}::test_failed_capture_falls_back_aloud",),
     ),

@@ -136,7 +136,7 @@ def test_goldens_through_the_kernels(
 ) -> None:
     kernels, device = CountedKernels(host_library), Cpu()
     device.operations = KernelOperations(kernels)
-    monkeypatch.setattr("stg_trt.runtime.pipeline.open_device", lambda name: device)
+    monkeypatch.setattr("stg_trt.runtime.samplers.open_device", lambda name: device)
     monkeypatch.setattr(OnnxRuntimeEngine, "alignment", alignment)
     pipeline = VideoPipeline.from_pretrained(ltx_checkpoint, engines=ltx_engines, layout="segmented")
     expected = load_file(ltx_checkpoint / f"{case}.safetensors")

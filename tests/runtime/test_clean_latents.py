@@ -25,7 +25,7 @@ from stg_trt.models.segment import LAYOUTS
 from stg_trt.runtime.command_arguments import read_conditions
 from stg_trt.runtime.device import Device
 from stg_trt.runtime.video_file import save_video
-from tests.conftest import BuiltOnce
+from tests.conftest import BuiltOnce, OnTwoRanks
 from tests.support.family_cases.case import GOLDENS
 from tests.support.simulated_cuda import SimulatedCuda, SimulatedGpu
 
@@ -310,14 +310,17 @@ def test_a_callback_may_change_what_is_given(opened: Open) -> None:
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.15])
-def test_a_captured_step_keeps_them_too(opened: Open, noise: float) -> None:
-    """Its graph reads and writes the same memory in every step."""
+def test_a_captured_step_and_two_ranks_keep_them_too(
+    opened: Open, on_two_ranks: OnTwoRanks, noise: float
+) -> None:
+    """A graph reads and writes the same memory in every step."""
     call = arguments(case="stg_a_image", image_cond_noise_scale=noise)
     expected = opened()(**call).frames
     pipeline = VideoPipeline.from_pretrained(GOLDENS / "ltx_condition", opened().store.root)
     device = SimulatedCuda(SimulatedGpu())
-    pipeline._devices["cpu"] = cast("Device", device)
-    assert (pipeline(**call | {"generator": seeded()}).frames - expected).abs().max() <= 1e-6
+    pipeline._samplers._devices["cpu"] = cast("Device", device)
+    for other in (pipeline, on_two_ranks(opened())):
+        assert (other(**call | {"generator": seeded()}).frames - expected).abs().max() <= 1e-6
 
 
 def test_files_and_dicts_are_conditions(opened: Open, tmp_path: Path) -> None:

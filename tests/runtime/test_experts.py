@@ -171,7 +171,7 @@ def test_two_videos_equal_one_by_one(opened: Open, kind: str) -> None:
 def test_captured_graphs_read_the_text_of_their_expert(opened: Open) -> None:
     """All are captured before the first step, and read the texts of the second call in the second call."""
     device, pipeline = SimulatedCuda(SimulatedGpu()), opened("text")
-    pipeline._devices["cpu"] = cast(Device, device)
+    pipeline._samplers._devices["cpu"] = cast(Device, device)
     for seed in range(2):
         plain = steps_of(opened("text"), **arguments("text", **embeds(seed)))
         captured = steps_of(pipeline, **arguments("text", **embeds(seed)))

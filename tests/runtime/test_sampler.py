@@ -28,6 +28,7 @@ from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.perturbation import MODES
 from stg_trt.models.text import TextCondition
 from stg_trt.runtime.device import Cpu
+from stg_trt.runtime.run_inputs import RunInputs
 from stg_trt.runtime.sampler import SampledStep, Sampler
 from tests.support.eager_reference import perturbed
 
@@ -94,11 +95,9 @@ def eager_pred(model: Any, x: Tensor, timestep: Tensor, guidance: Guidance, i: i
 
     def run(row: slice, seed: int) -> Tensor:
         text = condition(2, seed)
+        rows: list[Tensor] = [x[row], text.embeds[row], timestep.expand(1), text.mask[row]]
         output: Tensor = model(
-            x[row],
-            text.embeds[row],
-            timestep.expand(1),
-            text.mask[row],
+            *rows,
             num_frames=3,
             height=4,
             width=5,
@@ -126,7 +125,7 @@ def eager_pred(model: Any, x: Tensor, timestep: Tensor, guidance: Guidance, i: i
 def eager(
     model: Any, scheduler: Any, guidance: Guidance, x: Tensor, edit: Edit | None = None, begin: int = 0
 ) -> list[Tensor]:
-    """Latents after each step of the scheduler itself."""
+    """Latents after each step of the scheduler."""
     if begin:
         scheduler.set_begin_index(begin)
     steps = []
@@ -275,7 +274,8 @@ def sample(
 ) -> Iterator[SampledStep]:
     solver = SolverTable.from_scheduler(scheduler)
     negative = condition(2, 2) if uncond else None
-    return sampler.steps(noise(), condition(2, 1), negative, guidance, solver, FRAME_RATE)
+    run = RunInputs({"latents": noise()}, condition(2, 1), negative, guidance, solver, FRAME_RATE)
+    return sampler.steps(run)
 
 
 def test_what_is_off_is_not_computed(pipeline: VideoPipeline, sampler: Sampler, rows: Counter[str]) -> None:

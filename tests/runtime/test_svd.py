@@ -20,7 +20,7 @@ from stg_trt.cli.inspect import describe
 from stg_trt.errors import EngineRejected, InvalidRequest
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.runtime.command import generate
-from tests.conftest import BuiltOnce
+from tests.conftest import BuiltOnce, OnTwoRanks
 from tests.support.eager_svd import Call, distance, sample
 from tests.support.golden_builds import SVD_SIZES as SIZES
 from tests.support.tiny_svd import SVD, diffusers_pipeline, save_svd
@@ -95,6 +95,13 @@ def test_every_step_of_the_golden(opened: Open) -> None:
     assert len(steps) == 5
     for i, latents in enumerate(steps):
         assert distance(latents, golden()[f"expected_step_{i:02d}"]) <= 1e-4, f"step {i}"
+
+
+def test_two_ranks_are_one(opened: Open, on_two_ranks: OnTwoRanks) -> None:
+    one = opened("segmented")
+    call = given(golden_call(), **guidance(BOTH, low=1.0, high=2.5))
+    alone, shared = (steps_of(pipeline, **call)[-1] for pipeline in (one, on_two_ranks(one)))
+    assert distance(shared, alone) <= 1e-5
 
 
 Skips = dict[str, tuple[float, str, Sequence[int]]]

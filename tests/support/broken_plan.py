@@ -10,7 +10,12 @@ from stg_trt.models.plan import StepPlan, plan_step
 from stg_trt.models.segment import Segment
 
 
-def unperturbed(segments: Sequence[Segment], passes: Sequence[Pass], expert: int = 0) -> StepPlan:
+def unperturbed(
+    segments: Sequence[Segment],
+    passes: Sequence[Pass],
+    expert: int = 0,
+    computed: Sequence[Pass] | None = None,
+) -> StepPlan:
     """The right segments and rows, with self-attention kept in the skip row."""
-    plan = plan_step(segments, passes, expert)
-    return StepPlan(plan.passes, tuple(replace(run, perturbed=()) for run in plan.runs))
+    plan = plan_step(segments, passes, expert, computed)
+    return replace(plan, runs=tuple(replace(run, perturbed=()) for run in plan.runs))

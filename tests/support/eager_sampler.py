@@ -18,6 +18,7 @@ from stg_trt.guidance.tables import Guidance
 from stg_trt.models.segment import TEXT, cut
 from stg_trt.models.text import TextCondition
 from stg_trt.runtime.device import Device
+from stg_trt.runtime.run_inputs import RunInputs
 from stg_trt.runtime.sampler import SampledStep, Sampler
 from tests.support.eager_engine import EagerEngine
 from tests.support.family_cases import LTX, FamilyCase
@@ -58,7 +59,8 @@ def steps_of(
     solver = SolverTable.from_scheduler(scheduler or FlowMatchEulerDiscreteScheduler(), STEPS)
     generator = torch.Generator().manual_seed(11)
     texts = cond or case.text(videos, seed=1), case.text(videos, seed=2)
-    return sampler.steps(case.latents(videos), *texts, guidance, solver, frame_rate, generator)
+    start = {"latents": case.latents(videos)}
+    return sampler.steps(RunInputs(start, *texts, guidance, solver, frame_rate, generator))
 
 
 @torch.no_grad()

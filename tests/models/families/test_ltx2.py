@@ -31,6 +31,7 @@ from stg_trt.models.plan import full_plan, plan_step
 from stg_trt.models.segment import LAYOUTS, Segment
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
+from tests.conftest import OnTwoRanks
 from tests.support.golden_builds import LTX2 as FOLDERS
 from tests.support.golden_builds import LTX2_BLOCK as BLOCK
 from tests.support.golden_builds import LTX2_SIZES as SIZES
@@ -93,6 +94,13 @@ def test_every_step_matches_in_both_layouts(opened: Open, version: str, case: st
             wanted = {name: expected[f"expected_{stream}step_{i:02d}"] for name, stream in STREAMS.items()}
             # A timestep's frequencies that an engine computes itself make 6e-5 of this.
             assert distance(latents, wanted) <= 2e-5, f"{layout}, step {i}"
+
+
+@pytest.mark.parametrize(("version", "case"), CASES)
+def test_two_ranks_are_one(opened: Open, on_two_ranks: OnTwoRanks, version: str, case: str) -> None:
+    one, call = opened(version, "segmented"), given(version, case)
+    alone, shared = (every_step(pipeline, call)[-1] for pipeline in (one, on_two_ranks(one)))
+    assert distance(shared, alone) <= 1e-5
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -27,7 +27,7 @@ from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.segment import LAYOUTS, Segment
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
-from tests.conftest import BuiltOnce
+from tests.conftest import BuiltOnce, OnTwoRanks
 from tests.support.family_cases.case import GOLDENS
 from tests.support.family_cases.tiny_text import make_text_encoder, make_tokenizer
 from tests.support.golden_builds import OPEN_SORA
@@ -89,6 +89,13 @@ def test_every_step_matches_in_both_layouts(opened: Open, case: str) -> None:
         for i, latents in enumerate(steps):
             distance = (latents - expected[f"expected_step_{i:02d}"]).abs().max()
             assert distance <= 1e-4, f"{layout}, step {i}"
+
+
+def test_two_ranks_are_one(opened: Open, on_two_ranks: OnTwoRanks) -> None:
+    one = opened("segmented")
+    for case in ("stg_a", "stg_r"):
+        alone, shared = (every_step(pipeline, case)[-1] for pipeline in (one, on_two_ranks(one)))
+        assert (shared - alone).abs().max() <= 1e-5 * alone.abs().max()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,0 +1,60 @@
+"""The messages between the process of a pipeline and those of its other ranks, over a pipe."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+import torch
+
+from stg_trt.engines.store import Build
+from stg_trt.models.families.base import ModelFamily
+
+from .run_inputs import RunInputs
+
+
+@dataclass(frozen=True, eq=False)
+class Begin:
+    """To a rank: a run that begins; the last one is over, whether it came to its end or not."""
+
+    build: Build
+    family: ModelFamily
+    inputs: RunInputs
+
+
+@dataclass(frozen=True)
+class Next:
+    """To a rank: take the next step; `spread` says that the first rank's latents come before it."""
+
+    spread: bool = False
+
+
+@dataclass(frozen=True)
+class Ready:
+    """From a rank: it has started."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """From a rank, which ends: what went wrong, in one line."""
+
+    reason: str
+
+
+Message = Begin | Next | Ready | Failed
+
+
+def send(connection: Connection, message: Message) -> None:
+    """Tensors travel as their values; raises OSError if the other end is closed."""
+    data = io.BytesIO()
+    torch.save(message, data)
+    connection.send_bytes(data.getbuffer())
+
+
+def receive(connection: Connection) -> Message:
+    """Waits for a message, whose tensors are on the CPU; raises EOFError or OSError at its end."""
+    data = io.BytesIO(connection.recv_bytes())
+    # Only this user's own processes hold the ends of the pipe.
+    message: Message = torch.load(data, map_location="cpu", weights_only=False)
+    return message
