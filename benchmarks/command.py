@@ -64,6 +64,7 @@ def build(
     backend: Annotated[str, typer.Option(help="Compiles the engines.")] = "tensorrt-rtx",
     target: Annotated[str, typer.Option(help="Compute capabilities.")] = "sm_120,sm_89",
     verify_timesteps: Annotated[int, typer.Option(help="Timesteps compared with eager float32.")] = 1,
+    precision: PrecisionName = None,
     engines: Annotated[Path | None, typer.Option(help="Folder to keep the engines in.")] = None,
 ) -> None:
     """Compile a model with random weights: seconds, peak memory, engine bytes, fused attentions."""
@@ -84,6 +85,7 @@ def build(
         backend=backend,
         target=target,
         verify_timesteps=verify_timesteps,
+        precision=precision,
     ).run(output, engines)
 
 
