@@ -32,7 +32,7 @@ TargetName = Annotated[str | None, typer.Option(help="Where the engines run. [de
 ModelBlocks = Annotated[
     str | None, typer.Option(help="How many blocks, one number per list of them. [default: all]")
 ]
-PrecisionName = Annotated[str | None, typer.Option(help="fp32 or bf16. [default: the target's first]")]
+PrecisionName = Annotated[str | None, typer.Option(help="fp32, bf16 or fp8. [default: the target's first]")]
 Layout = Annotated[str, typer.Option(help="segmented or twin.")]
 Rounds = Annotated[int, typer.Option(help="Alternating rounds after the warm-up.", min=1)]
 Engines = Annotated[

@@ -105,10 +105,11 @@ class Calibrator:
             segments={},
         )
         measured = self._with_errors(record, guided)
-        if not _allows(measured):
-            # What is perturbed and what reads it first, in full precision.
-            kept |= neighbours(all_blocks(run.skips), blocks)
-            changes = {"kept_blocks": tuple(sorted(kept)), "largest_inputs": _without(largest, kept)}
+        # What is perturbed, what it reads and what reads it, in full precision: if that leaves any FP8.
+        kept |= neighbours(all_blocks(run.skips), blocks)
+        fewer = _without(largest, kept)
+        if not _allows(measured) and fewer:
+            changes = {"kept_blocks": tuple(sorted(kept)), "largest_inputs": fewer}
             measured = self._with_errors(record.model_copy(update=changes), guided)
         return measured
 

@@ -84,8 +84,7 @@ class OnnxCompiler(Compiler):
         """The graph of a piece with its weights in float32; pieces of one kind share a session."""
         if graph not in self._sessions:
             self._sessions[graph] = open_session(self._runnable(graph))
-        weights = {weight_name(place): _fed(tensor) for place, (_, tensor) in enumerate(weights_of(module))}
-        return session_runner(self._sessions[graph], weights)
+        return session_runner(self._sessions[graph], fed_weights(module))
 
     def _runnable(self, piece: PieceGraph) -> onnx.ModelProto:
         """The graph, rewritten as the segment's is, as ONNX Runtime's CPU provider can run it."""
@@ -125,6 +124,11 @@ def open_session(model: onnx.ModelProto) -> ort.InferenceSession:
     options = session_options()
     options.enable_cpu_mem_arena = False
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def fed_weights(module: SegmentModule) -> dict[str, np.ndarray | ort.OrtValue]:
+    """A piece's weights by the names that its graph's inputs have."""
+    return {weight_name(place): _fed(tensor) for place, (_, tensor) in enumerate(weights_of(module))}
 
 
 def _fed(tensor: Tensor) -> np.ndarray | ort.OrtValue:
