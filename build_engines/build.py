@@ -13,7 +13,7 @@ from pathlib import Path
 import stg_trt
 from stg_trt.engines import manifest as manifests
 from stg_trt.engines.auto_backend import AUTO, choose_backend
-from stg_trt.engines.backends import THIS_GPU, Backend, backend_for, check_float8
+from stg_trt.engines.backends import THIS_GPU, Backend, Target, backend_for, check_float8
 from stg_trt.engines.float8_record import Float8Record
 from stg_trt.engines.key import EngineKey, digest, export_version
 from stg_trt.engines.manifest import Manifest, SegmentRecord
@@ -89,28 +89,22 @@ def build(
     several, separated by commas; it and `precision` default to the backend's, `text_length` to the family's.
     `condition_frames` is how many latent frames of pictures for later frames a call has; `frame_rate` decides
     how long the sound of a video is. `blocks` shortens each list of blocks, with random weights; `plugins`
-    are our own kernels. Engines have weights of at most `max_segment_gib`, by default what this machine can
-    compile. FP8 is calibrated on `calibration_steps` steps of the prompts, one per line, in a file. An
-    interrupted build's segments are reused. Raises InvalidRequest for unusable options, GateMissed for a
-    segment that fails.
+    are our own kernels. Engines have weights of at most `max_segment_gib`. fp8 is calibrated on the prompts
+    in a file, one per line. An interrupted build's segments are reused. Raises InvalidRequest for unusable
+    options, GateMissed for a segment that fails.
     """
     opened = Checkpoint.open(
         checkpoint, random_weights=random_weights, variant=variant, revision=revision, lora=lora
     ).shortened(blocks)
-    family, defaults, progress = opened.family, opened.family.defaults, progress or Silent()
+    family, progress = opened.family, progress or Silent()
     chosen, targets = _choose(backend, target, progress)
-    first = chosen.target(targets[0])
-    precision = precision or first.precisions[0]
-    chosen_sizes = choose_sizes(sizes, height, width, num_frames)
-    workloads = [
-        replace(one, activations=first.activations(precision))
-        for one in _workloads(family, chosen_sizes, text_length, precision, condition_frames, frame_rate)
-    ]
+    sized = family, chosen.target(targets[0]), choose_sizes(sizes, height, width, num_frames)
+    workloads = _workloads(*sized, text_length, precision, condition_frames, frame_rate)
     options = BuildOptions(
         checkpoint=opened, output=Path(output), workload=workloads[0],
-        skips=read_skips(defaults.stg_blocks if stg_blocks is None else stg_blocks),
-        stg_mode=defaults.stg_mode if stg_mode is None else stg_mode, layout=layout, max_batch=max_batch,
-        backend=chosen, targets=targets, verify_timesteps=verify_timesteps, keep_onnx=keep_onnx,
+        skips=read_skips(family.defaults.stg_blocks if stg_blocks is None else stg_blocks),
+        stg_mode=family.defaults.stg_mode if stg_mode is None else stg_mode, layout=layout,
+        max_batch=max_batch, backend=chosen, targets=targets, verify_timesteps=verify_timesteps, keep_onnx=keep_onnx,
         plugins=tuple(sorted(set(plugins))), builder_optimization_level=builder_optimization_level,
         max_segment_gib=max_segment_gib,
         calibration=CalibrationOptions.read(calibration_prompts, calibration_steps),
@@ -127,14 +121,16 @@ def _build_all(builds: Sequence[BuildOptions], progress: Progress) -> list[Path]
 
 def _workloads(
     family: ModelFamily,
+    target: Target,
     sizes: Sequence[Size],
     text_length: int | None,
-    precision: str,
+    precision: str | None,
     condition_frames: int,
     frame_rate: float | None,
 ) -> list[Workload]:
     if text_length is None:
         text_length = family.defaults.text_length
+    precision = precision or target.precisions[0]
     return [
         Workload(
             size.height,
@@ -144,6 +140,7 @@ def _workloads(
             precision,
             condition_frames,
             _audio_num_frames(family, size.num_frames, frame_rate),
+            target.activations(precision),
         )
         for size in sizes
     ]

@@ -188,12 +188,14 @@ def _watching(run: RunOptions, largest: dict[str, float]) -> Change:
     def watch(piece: Segment, module: SegmentModule) -> None:
         for name, layer in _linears(module):
             if rule.takes(name, ()):
-                layer.register_forward_pre_hook(_hook(f"{parts[piece.expert]}.{name}", largest))
+                layer.register_forward_pre_hook(watch_input(f"{parts[piece.expert]}.{name}", largest))
 
     return watch
 
 
-def _hook(name: str, largest: dict[str, float]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+def watch_input(name: str, largest: dict[str, float]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """A hook that keeps the largest absolute input of all that it sees."""
+
     def see(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         largest[name] = max(largest.get(name, 0.0), float(inputs[0].abs().max()))
 

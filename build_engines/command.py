@@ -44,6 +44,7 @@ CalibrationPrompts = Annotated[
 CalibrationSteps = Annotated[
     int | None, typer.Option(help="To calibrate fp8: steps of each prompt. [default: 8]")
 ]
+Timesteps = Annotated[int, typer.Option(help="To verify: 3 is first, middle, last; 0 is none.")]
 Sizes = Annotated[
     str | None, typer.Option(help="Instead of the three: 704x480x121,1216x704x121, width, height, frames.")
 ]
@@ -76,9 +77,7 @@ def build(
     revision: Revision = None,
     lora: LoraFiles = None,
     blocks: Annotated[str | None, typer.Option(help="With random weights: how many, as 3 or 2,2.")] = None,
-    verify_timesteps: Annotated[
-        int, typer.Option(help="To verify: 3 is first, middle, last; 0 is none.")
-    ] = 3,
+    verify_timesteps: Timesteps = 3,
     keep_onnx: Annotated[bool, typer.Option("--keep-onnx", help="Keep the exported graphs.")] = False,
     plugins: Plugins = "",
     builder_optimization_level: OptimizationLevel = None,
@@ -109,9 +108,9 @@ def build(
             stg_blocks=perturbed, stg_mode=stg_mode, layout=layout, precision=precision, max_batch=max_batch,
             backend=backend, target=target, random_weights=random_weights, variant=variant, revision=revision,
             lora=lora or (), blocks=kept, verify_timesteps=verify_timesteps, keep_onnx=keep_onnx,
-            plugins=[*filter(None, plugins.split(","))], max_segment_gib=max_segment_gib,
-            builder_optimization_level=builder_optimization_level, calibration_prompts=calibration_prompts,
-            calibration_steps=calibration_steps, progress=display,
+            plugins=[*filter(None, plugins.split(","))], max_segment_gib=max_segment_gib, progress=display,
+            builder_optimization_level=builder_optimization_level, calibration_steps=calibration_steps,
+            calibration_prompts=calibration_prompts,
         )  # fmt: skip
     _print(folders)
 

@@ -164,7 +164,13 @@ def _solver(options: RunOptions) -> SolverTable:
         family.set_timesteps(scheduler, options.steps, options.workload)
     else:
         family.set_custom_steps(scheduler, family.defaults.steps, options.workload)
-    return SolverTable.from_scheduler(scheduler, per_token=family.steps_per_token(scheduler))
+    try:
+        return SolverTable.from_scheduler(scheduler, per_token=family.steps_per_token(scheduler))
+    except InvalidRequest as error:
+        raise InvalidRequest(
+            f"calibration_steps: expected steps that {type(scheduler).__name__} can take, got "
+            f"{options.steps} ({error}): use more"
+        ) from error
 
 
 def _guidance(options: RunOptions, solver: SolverTable) -> Guidance:

@@ -15,7 +15,7 @@ class Float8Rule:
 
     `kept_layers` is a regular expression over a layer's name inside its block: modulations, which read the
     timestep, and gates of a few channels. The first and the last `kept_ends` blocks stay whole, as in
-    NVIDIA's recipes for LTX and Wan; of models with fewer than 25 blocks as many as are a tenth of them.
+    NVIDIA's recipes for video models; of models with fewer than 25 blocks, a tenth of them at each end.
     """
 
     kept_layers: str = r"norm"

@@ -48,7 +48,10 @@ def build_float8(
     (folder,) = build(
         checkpoint,
         output,
-        **{**case.sizes, "text_length": TEXT_LENGTH},
+        height=case.sizes["height"],
+        width=case.sizes["width"],
+        num_frames=case.sizes["num_frames"],
+        text_length=TEXT_LENGTH,
         stg_blocks=[1],
         precision="fp8",
         calibration_prompts=listed,
@@ -74,8 +77,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 def test_a_build_becomes_a_video(name: str, built: Built) -> None:
     checkpoint, folder = built[name]
     pipe = VideoPipeline.from_pretrained(checkpoint, engines=folder)
-    given = {"guidance_scale": 3.0, "stg_scale": 1.0, "num_inference_steps": 2, "output_type": "latent"}
-    videos = pipe(PROMPTS[0], generator=torch.Generator().manual_seed(0), **given).frames
+    videos = pipe(
+        PROMPTS[0], guidance_scale=3.0, stg_scale=1.0, num_inference_steps=2, output_type="latent"
+    ).frames
     assert torch.as_tensor(videos).isfinite().all()
 
 
@@ -162,6 +166,10 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
         ("--precision=fp8", "--calibration-steps=0"),
         "calibration_steps: expected at least 1, got 0: use 8",
     ),
+    "too few steps": (
+        ("--precision=fp8", "--calibration-steps=1"),
+        "calibration_steps: expected steps that FlowMatchEulerDiscreteScheduler can take, got 1 ",
+    ),
     "no file": (
         ("--precision=fp8", "--calibration-prompts=nowhere.txt"),
         r"calibration_prompts: expected a text file with a prompt per line, got nowhere.txt \(",
@@ -213,3 +221,11 @@ def test_the_perturbed_blocks_neighbours_are_kept_if_cond_minus_skip_is_off(
     assert record.prompts is None and record.kept_blocks == (0, 1, 2)
     assert {layer.split(".")[2] for layer in record.largest_inputs} == {"3", "4"}
     assert record.segments["block_1"] == 0 < record.segments["back"]
+
+
+def test_the_largest_of_all_inputs_counts() -> None:
+    largest: dict[str, float] = {}
+    see = calibration.watch_input("layer", largest)
+    for value in (1.0, -3.0, 2.0):
+        see(torch.nn.Identity(), (torch.tensor([value, 0.5]),))
+    assert largest == {"layer": 3.0}
