@@ -89,9 +89,8 @@ def build(
     several, separated by commas; it and `precision` default to the backend's, `text_length` to the family's.
     `condition_frames` is how many latent frames of pictures for later frames a call has; `frame_rate` decides
     how long the sound of a video is. `blocks` shortens each list of blocks, with random weights; `plugins`
-    are our own kernels. Engines have weights of at most `max_segment_gib`. fp8 is calibrated on the prompts
-    in a file, one per line. An interrupted build's segments are reused. Raises InvalidRequest for unusable
-    options, GateMissed for a segment that fails.
+    are our own kernels. Engines have weights of at most `max_segment_gib`. An interrupted build's segments
+    are reused. Raises InvalidRequest for unusable options, GateMissed for a segment that fails.
     """
     opened = Checkpoint.open(
         checkpoint, random_weights=random_weights, variant=variant, revision=revision, lora=lora
@@ -104,9 +103,9 @@ def build(
         checkpoint=opened, output=Path(output), workload=workloads[0],
         skips=read_skips(family.defaults.stg_blocks if stg_blocks is None else stg_blocks),
         stg_mode=family.defaults.stg_mode if stg_mode is None else stg_mode, layout=layout,
-        max_batch=max_batch, backend=chosen, targets=targets, verify_timesteps=verify_timesteps, keep_onnx=keep_onnx,
-        plugins=tuple(sorted(set(plugins))), builder_optimization_level=builder_optimization_level,
-        max_segment_gib=max_segment_gib,
+        max_batch=max_batch, backend=chosen, targets=targets, verify_timesteps=verify_timesteps,
+        keep_onnx=keep_onnx, plugins=tuple(sorted(set(plugins))), max_segment_gib=max_segment_gib,
+        builder_optimization_level=builder_optimization_level,
         calibration=CalibrationOptions.read(calibration_prompts, calibration_steps),
     )  # fmt: skip
     return _build_all([replace(options, workload=workload) for workload in workloads], progress)
