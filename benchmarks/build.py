@@ -13,7 +13,9 @@ from typing import Any
 
 from stg_trt.build_engines.build import build
 from stg_trt.build_engines.display import BuildDisplay, print_summary
+from stg_trt.engines.float8_record import Float8Record
 from stg_trt.engines.manifest import Manifest, SegmentRecord, load
+from stg_trt.models.workload import FLOAT8
 
 from . import record
 
@@ -37,6 +39,7 @@ class BuildBenchmark:
     backend: str
     target: str
     verify_timesteps: int
+    precision: str | None = None
 
     def run(self, output: Path, engines: Path | None) -> None:
         """Builds, prints the tables and writes the JSON; what is done is kept after each."""
@@ -73,6 +76,9 @@ class BuildBenchmark:
                 random_weights=True,
                 blocks=self.blocks,
                 verify_timesteps=self.verify_timesteps,
+                precision=self.precision,
+                # The inputs of random weights are much the same at every step; schedulers want two.
+                calibration_steps=2 if self.precision == FLOAT8 else None,
                 progress=display,
             )
         return folders
@@ -80,6 +86,7 @@ class BuildBenchmark:
 
 def _build_result(manifest: Manifest) -> dict[str, Any]:
     segments = [_segment_result(segment) for segment in manifest.segments]
+    float8 = manifest.float8
     return {
         "layout": manifest.layout,
         "backend": manifest.backend,
@@ -91,7 +98,18 @@ def _build_result(manifest: Manifest) -> dict[str, Any]:
         "engine_bytes": manifest.engine_bytes,
         "fused_attentions": _total([segment["fused_attentions"] for segment in segments]),
         "peak_bytes": manifest.peak_bytes,
+        "float8": None if float8 is None else _float8_result(float8),
         "segments": segments,
+    }
+
+
+def _float8_result(float8: Float8Record) -> dict[str, Any]:
+    """How many layers are FP8, and what that changes."""
+    return {
+        "layers": len(float8.largest_inputs),
+        "kept_blocks": list(float8.kept_blocks),
+        "pred_error": float8.pred_error,
+        "skip_error": float8.skip_error,
     }
 
 

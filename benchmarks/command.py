@@ -32,7 +32,7 @@ TargetName = Annotated[str | None, typer.Option(help="Where the engines run. [de
 ModelBlocks = Annotated[
     str | None, typer.Option(help="How many blocks, one number per list of them. [default: all]")
 ]
-PrecisionName = Annotated[str | None, typer.Option(help="fp32 or bf16. [default: the target's first]")]
+PrecisionName = Annotated[str | None, typer.Option(help="fp32, bf16 or fp8. [default: the target's first]")]
 Layout = Annotated[str, typer.Option(help="segmented or twin.")]
 Rounds = Annotated[int, typer.Option(help="Alternating rounds after the warm-up.", min=1)]
 Engines = Annotated[
@@ -64,6 +64,7 @@ def build(
     backend: Annotated[str, typer.Option(help="Compiles the engines.")] = "tensorrt-rtx",
     target: Annotated[str, typer.Option(help="Compute capabilities.")] = "sm_120,sm_89",
     verify_timesteps: Annotated[int, typer.Option(help="Timesteps compared with eager float32.")] = 1,
+    precision: PrecisionName = None,
     engines: Annotated[Path | None, typer.Option(help="Folder to keep the engines in.")] = None,
 ) -> None:
     """Compile a model with random weights: seconds, peak memory, engine bytes, fused attentions."""
@@ -84,6 +85,7 @@ def build(
         backend=backend,
         target=target,
         verify_timesteps=verify_timesteps,
+        precision=precision,
     ).run(output, engines)
 
 

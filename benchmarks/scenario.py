@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stg_trt.build_engines.build import build
 from stg_trt.build_engines.display import BuildDisplay
-from stg_trt.engines.backends import backend_for, check_target
+from stg_trt.engines.backends import Target, backend_for, check_target
 from stg_trt.engines.manifest import load
 from stg_trt.engines.store import Build
 from stg_trt.errors import InvalidRequest
@@ -89,7 +89,9 @@ class Scenario:
         text = usual.text_length if self.text_length is None else self.text_length
         sound = family.audio_num_frames(self.num_frames, usual.frame_rate)
         sizes = self.height, self.width, self.num_frames
-        return Workload(*sizes, text, self._place[1], audio_num_frames=sound)
+        _, precision = self._place
+        activations = self._target.activations(precision)
+        return Workload(*sizes, text, precision, audio_num_frames=sound, activations=activations)
 
     @property
     def perturbation(self) -> Perturbation:
@@ -107,9 +109,12 @@ class Scenario:
     @property
     def _place(self) -> tuple[str, str]:
         """Where the engines run, cpu or cuda, and in which precision."""
+        return self._target.device, self.precision or self._target.precisions[0]
+
+    @property
+    def _target(self) -> Target:
         backend = backend_for(self.backend)
-        target = backend.target(self.target or backend.targets[0].name)
-        return target.device, self.precision or target.precisions[0]
+        return backend.target(self.target or backend.targets[0].name)
 
     def device(self) -> Device:
         """A new device of the engines' kind."""

@@ -13,7 +13,8 @@ from pathlib import Path
 import stg_trt
 from stg_trt.engines import manifest as manifests
 from stg_trt.engines.auto_backend import AUTO, choose_backend
-from stg_trt.engines.backends import THIS_GPU, Backend, backend_for
+from stg_trt.engines.backends import THIS_GPU, Backend, Target, backend_for, check_float8
+from stg_trt.engines.float8_record import Float8Record
 from stg_trt.engines.key import EngineKey, digest, export_version
 from stg_trt.engines.manifest import Manifest, SegmentRecord
 from stg_trt.engines.store import check_file
@@ -27,9 +28,12 @@ from stg_trt.models.workload import Workload, chosen_frame_rate
 from stg_trt.system.gpu import GpuIdentity, find_gpu
 
 from .build_folder import fresh_folder, locked_folder
+from .calibration import Calibrator, converting
+from .calibration_texts import shipped_prompts
 from .compilers import compiler_for
+from .guided_run import RunOptions
 from .machine_needs import MachineNeeds
-from .options import BuildOptions
+from .options import BuildOptions, CalibrationOptions
 from .preview_fit import fit_preview
 from .progress import Progress, Silent
 from .reference import Reference
@@ -37,6 +41,7 @@ from .reproduction import KEPT_GRAPHS
 from .reusable_files import ReusableFiles
 from .segment_build import SegmentBuild
 from .sizes import Size, choose_sizes
+from .streamed_model import unchanged
 
 _log = logging.getLogger(__name__)
 _RECORDED_VERSIONS = ("torch", "diffusers", "onnx", "onnxscript", "onnxruntime")
@@ -72,6 +77,8 @@ def build(
     plugins: Sequence[str] = (),
     builder_optimization_level: int | None = None,
     max_segment_gib: float | None = None,
+    calibration_prompts: str | Path | None = None,
+    calibration_steps: int | None = None,
     progress: Progress | None = None,
 ) -> list[Path]:
     """Builds engines below `output` and returns the build folders: of every size, one per target.
@@ -82,25 +89,24 @@ def build(
     several, separated by commas; it and `precision` default to the backend's, `text_length` to the family's.
     `condition_frames` is how many latent frames of pictures for later frames a call has; `frame_rate` decides
     how long the sound of a video is. `blocks` shortens each list of blocks, with random weights; `plugins`
-    are our own kernels. Engines have weights of at most `max_segment_gib`, by default what this machine can
-    compile. An interrupted build's segments are reused. Raises InvalidRequest for unusable options,
-    GateMissed for a segment that fails.
+    are our own kernels. Engines have weights of at most `max_segment_gib`. An interrupted build's segments
+    are reused. Raises InvalidRequest for unusable options, GateMissed for a segment that fails.
     """
     opened = Checkpoint.open(
         checkpoint, random_weights=random_weights, variant=variant, revision=revision, lora=lora
     ).shortened(blocks)
-    family, defaults, progress = opened.family, opened.family.defaults, progress or Silent()
+    family, progress = opened.family, progress or Silent()
     chosen, targets = _choose(backend, target, progress)
-    precision = precision or chosen.target(targets[0]).precisions[0]
-    chosen_sizes = choose_sizes(sizes, height, width, num_frames)
-    workloads = _workloads(family, chosen_sizes, text_length, precision, condition_frames, frame_rate)
+    sized = family, chosen.target(targets[0]), choose_sizes(sizes, height, width, num_frames)
+    workloads = _workloads(*sized, text_length, precision, condition_frames, frame_rate)
     options = BuildOptions(
         checkpoint=opened, output=Path(output), workload=workloads[0],
-        skips=read_skips(defaults.stg_blocks if stg_blocks is None else stg_blocks),
-        stg_mode=defaults.stg_mode if stg_mode is None else stg_mode, layout=layout, max_batch=max_batch,
-        backend=chosen, targets=targets, verify_timesteps=verify_timesteps, keep_onnx=keep_onnx,
-        plugins=tuple(sorted(set(plugins))), builder_optimization_level=builder_optimization_level,
-        max_segment_gib=max_segment_gib,
+        skips=read_skips(family.defaults.stg_blocks if stg_blocks is None else stg_blocks),
+        stg_mode=family.defaults.stg_mode if stg_mode is None else stg_mode, layout=layout,
+        max_batch=max_batch, backend=chosen, targets=targets, verify_timesteps=verify_timesteps,
+        keep_onnx=keep_onnx, plugins=tuple(sorted(set(plugins))), max_segment_gib=max_segment_gib,
+        builder_optimization_level=builder_optimization_level,
+        calibration=CalibrationOptions.read(calibration_prompts, calibration_steps),
     )  # fmt: skip
     return _build_all([replace(options, workload=workload) for workload in workloads], progress)
 
@@ -114,14 +120,16 @@ def _build_all(builds: Sequence[BuildOptions], progress: Progress) -> list[Path]
 
 def _workloads(
     family: ModelFamily,
+    target: Target,
     sizes: Sequence[Size],
     text_length: int | None,
-    precision: str,
+    precision: str | None,
     condition_frames: int,
     frame_rate: float | None,
 ) -> list[Workload]:
     if text_length is None:
         text_length = family.defaults.text_length
+    precision = precision or target.precisions[0]
     return [
         Workload(
             size.height,
@@ -131,6 +139,7 @@ def _workloads(
             precision,
             condition_frames,
             _audio_num_frames(family, size.num_frames, frame_rate),
+            target.activations(precision),
         )
         for size in sizes
     ]
@@ -168,7 +177,8 @@ class _Builder:
         }
         self.compiler = compiler_for(options)
         self.backend_version = self.compiler.version
-        self.gpus = {target: _compiled_on(target, options.backend.name) for target in options.targets}
+        self.gpus = {target: _compiled_on(target, options) for target in options.targets}
+        self.float8 = _calibrated(options, progress)
 
     def run(self) -> list[Path]:
         """Builds what is missing under the locks of the build folders."""
@@ -194,6 +204,7 @@ class _Builder:
             options.verify_timesteps,
             2 if self._row_flops() < _TWO_ROW_FLOPS else 1,
             self.compiler.reference_device(),
+            converting(self.float8, options.checkpoint.family.transformers) if self.float8 else unchanged,
         )
         for segment, keys in missing.items():
             if not keys:
@@ -246,6 +257,11 @@ class _Builder:
         family = self.options.checkpoint.family
         return sum(family.segment_flops(segment, self.options.workload) for segment in self.options.segments)
 
+    def _scales(self, segment: Segment) -> str:
+        """A digest of the scales of a segment's FP8 layers."""
+        part = self.options.checkpoint.family.transformers[segment.expert]
+        return self.float8.digest(part, segment.blocks) if self.float8 else ""
+
     def _folder_name(self, target: str) -> str:
         keys = [self._key(segment, target).facts() for segment in self.options.segments]
         return f"{self.options.name}-{target}-{digest({'keys': keys})[:8]}"
@@ -292,6 +308,7 @@ class _Builder:
             stg_blocks=options.stg_blocks,
             skip_passes=dict(options.skips),
             max_batch=options.max_batch,
+            float8=self.float8,
             complete=False,
             segments=(),
         )
@@ -312,19 +329,38 @@ class _Builder:
             target=target,
             gpu=self.gpus[target],
             flags=self.compiler.flags(target),
+            float8=self._scales(segment),
         )
 
 
-def _compiled_on(target: str, backend: str) -> GpuIdentity | None:
+def _calibrated(options: BuildOptions, progress: Progress) -> Float8Record | None:
+    """What makes the layers FP8; None for other precisions."""
+    if not options.workload.is_float8:
+        return None
+    chosen = options.calibration
+    run = RunOptions(
+        options.checkpoint,
+        options.workload,
+        options.segmented,
+        options.stg_mode,
+        options.skips,
+        chosen.num_steps,
+    )
+    prompts = shipped_prompts() if chosen.prompts is None else chosen.prompts
+    return Calibrator(run, prompts, options.output, progress).calibrate()
+
+
+def _compiled_on(target: str, options: BuildOptions) -> GpuIdentity | None:
     """The GPU that engines for `this-gpu` are compiled on and for; None for other targets."""
     if target != THIS_GPU:
         return None
     gpu = find_gpu()
     if gpu is None:
         raise BackendUnavailable(
-            f"{backend}: expected an NVIDIA GPU for --target {THIS_GPU}, got none: "
+            f"{options.backend.name}: expected an NVIDIA GPU for --target {THIS_GPU}, got none: "
             "build on the machine that will run the engines, or use --backend onnxruntime"
         )
+    check_float8(gpu.sm, options.workload.precision)
     return gpu.identity
 
 

@@ -15,7 +15,7 @@ StgBlocks = Annotated[
         help="Blocks to perturb, as 14,19; or spatial=14, again for each pass. [default: the family's]"
     ),
 ]
-Precision = Annotated[str | None, typer.Option(help="fp32 or bf16. [default: what the backend runs]")]
+Precision = Annotated[str | None, typer.Option(help="fp32, bf16 or fp8. [default: what the backend runs]")]
 TargetNames = Annotated[
     str | None, typer.Option(help="Such as sm_120,sm_89, this-gpu or cpu. [default: the backend's]")
 ]
@@ -38,6 +38,13 @@ ConditionFrames = Annotated[
 RandomWeights = Annotated[
     bool, typer.Option("--random-weights", help="Seeded random weights, for benchmarks.")
 ]
+CalibrationPrompts = Annotated[
+    Path | None, typer.Option(help="To calibrate fp8: a file with a prompt per line. [default: eight]")
+]
+CalibrationSteps = Annotated[
+    int | None, typer.Option(help="To calibrate fp8: steps of each prompt. [default: 8]")
+]
+Timesteps = Annotated[int, typer.Option(help="To verify: 3 is first, middle, last; 0 is none.")]
 Sizes = Annotated[
     str | None, typer.Option(help="Instead of the three: 704x480x121,1216x704x121, width, height, frames.")
 ]
@@ -70,13 +77,13 @@ def build(
     revision: Revision = None,
     lora: LoraFiles = None,
     blocks: Annotated[str | None, typer.Option(help="With random weights: how many, as 3 or 2,2.")] = None,
-    verify_timesteps: Annotated[
-        int, typer.Option(help="To verify: 3 is first, middle, last; 0 is none.")
-    ] = 3,
+    verify_timesteps: Timesteps = 3,
     keep_onnx: Annotated[bool, typer.Option("--keep-onnx", help="Keep the exported graphs.")] = False,
     plugins: Plugins = "",
     builder_optimization_level: OptimizationLevel = None,
     max_segment_gib: SegmentSize = None,
+    calibration_prompts: CalibrationPrompts = None,
+    calibration_steps: CalibrationSteps = None,
 ) -> None:
     """Build verified engines from a checkpoint."""
     from stg_trt.models.checkpoint import Checkpoint
@@ -101,8 +108,9 @@ def build(
             stg_blocks=perturbed, stg_mode=stg_mode, layout=layout, precision=precision, max_batch=max_batch,
             backend=backend, target=target, random_weights=random_weights, variant=variant, revision=revision,
             lora=lora or (), blocks=kept, verify_timesteps=verify_timesteps, keep_onnx=keep_onnx,
-            plugins=[*filter(None, plugins.split(","))], max_segment_gib=max_segment_gib,
-            builder_optimization_level=builder_optimization_level, progress=display,
+            plugins=[*filter(None, plugins.split(","))], max_segment_gib=max_segment_gib, progress=display,
+            builder_optimization_level=builder_optimization_level, calibration_steps=calibration_steps,
+            calibration_prompts=calibration_prompts,
         )  # fmt: skip
     _print(folders)
 

@@ -82,7 +82,7 @@ class InductorCompiler(Compiler):
     @property
     def tolerance(self) -> Tolerance:
         """That of the engine's own arithmetic."""
-        return tolerance_of(self.options.workload.precision)
+        return tolerance_of(self.options.workload)
 
     def flags(self, target: str) -> tuple[str, ...]:
         """The options, and the instruction sets that the code needs."""

@@ -27,6 +27,7 @@ class OnnxRuntimeCompiler(OnnxCompiler):
 
     def rewrite(self, graph: ir.Graph) -> None:
         """Rotary embeddings as one operator."""
+        super().rewrite(graph)
         fuse_rotations(graph)
 
     def compile(self, job: Job, exported: Exported, target: str, finished: ReusableFiles) -> Compiled:

@@ -78,6 +78,7 @@ class TensorRTCompiler(OnnxCompiler):
 
     def rewrite(self, graph: ir.Graph) -> None:
         """The timesteps of tokens without lookups."""
+        super().rewrite(graph)
         choose_entries(graph)
 
     def compile(self, job: Job, exported: Exported, target: str, finished: ReusableFiles) -> Compiled:

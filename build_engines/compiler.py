@@ -14,6 +14,7 @@ from torch import Tensor
 from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import TensorSpec
+from stg_trt.models.workload import Workload
 
 from .options import BuildOptions
 from .piece_key import PieceKey
@@ -53,11 +54,18 @@ class Tolerance:
 FLOAT32 = Tolerance(1e-4, 1 - 1e-6)
 # Rounding after every operation of a segment's blocks, with which eager bfloat16 stays below half of this.
 BFLOAT16 = Tolerance(3e-2, 1 - 1e-3)
+# Against float32 with the same FP8 layers: a number in the middle of two may become the other one, which
+# rounding to bfloat16 in between makes more common.
+FLOAT8 = Tolerance(2e-2, 1 - 1e-3)
+FLOAT8_BFLOAT16 = Tolerance(6e-2, 1 - 2e-3)
 
 
-def tolerance_of(precision: str) -> Tolerance:
-    """What engines that compute in fp32 or bf16 may differ by."""
-    return FLOAT32 if precision == "fp32" else BFLOAT16
+def tolerance_of(workload: Workload) -> Tolerance:
+    """What engines may differ by from float32 with their weights."""
+    wide = workload.dtype == "float32"
+    if workload.is_float8:
+        return FLOAT8 if wide else FLOAT8_BFLOAT16
+    return FLOAT32 if wide else BFLOAT16
 
 
 @dataclass(frozen=True)

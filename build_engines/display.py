@@ -48,6 +48,10 @@ class BuildDisplay:
         """Lists the segments."""
         self._console.print(f"{build}: {', '.join(segment.name for segment in segments)}")
 
+    def calibrate(self, stage: str) -> None:
+        """Says what it measures."""
+        self._console.print(f"calibrating fp8: {stage}")
+
     def wait(self, folder: Path) -> None:
         """Says why nothing happens."""
         self._console.print(f"{folder.name}: another build is at work here, waiting for it to end")

@@ -28,10 +28,12 @@ from stg_trt.errors import BackendUnavailable, EngineRejected, InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.segment import engine_outputs
 
+from .calibration import converting
 from .compiler import Distance, Tolerance, tolerance_of
 from .float32_graph import write_float32_graph
 from .reference import Reference
 from .reproduction import KEPT_GRAPHS
+from .streamed_model import unchanged
 from .verify import distance
 
 _ROWS = 2
@@ -107,7 +109,9 @@ def _against_eager(build: Build, checkpoint: Checkpoint) -> Iterator[Comparison]
 
     records = build.manifest.segments
     segments = tuple(record.segment for record in records)
-    reference = Reference(checkpoint, build.manifest.workload, segments, _TIMESTEPS, _ROWS)
+    float8, parts = build.manifest.float8, checkpoint.family.transformers
+    change = unchanged if float8 is None else converting(float8, parts)
+    reference = Reference(checkpoint, build.manifest.workload, segments, _TIMESTEPS, _ROWS, change=change)
     for record in records:
         module = reference.module(record.segment, expand_masks=True)
         feeds = reference.inputs(record.segment)
@@ -180,7 +184,7 @@ def _compared(build: Build, record: SegmentRecord, rows: int, against: str, resu
     """The first runner's results against the second's."""
     from polygraphy.comparator import Comparator
 
-    limit = tolerance_of(build.manifest.workload.precision)
+    limit = tolerance_of(build.manifest.workload)
     distances: list[Distance] = []
 
     def compare(engine: Any, reference: Any) -> OrderedDict[str, bool]:

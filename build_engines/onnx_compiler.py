@@ -21,8 +21,9 @@ from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.segment import Segment
 from stg_trt.system.files import file_sha256
 
-from .compiler import Compiler, Exported, Job, Run, SegmentExport
+from .compiler import FLOAT8, FLOAT32, Compiler, Exported, Job, Run, SegmentExport, Tolerance
 from .export import PieceGraph, export, weight_name
+from .float8_graph import share_quantizers
 from .float32_graph import widen
 from .joined_graph import JoinedGraph, files_of
 from .options import BuildOptions
@@ -58,8 +59,15 @@ class OnnxCompiler(Compiler):
         """Joins the graphs of the segment's pieces, of which equal ones are exported once."""
         return OnnxExport(self, job)
 
+    @property
+    def tolerance(self) -> Tolerance:
+        """Of a graph in float32, whatever the engine's precision."""
+        return FLOAT8 if self.options.workload.is_float8 else FLOAT32
+
     def rewrite(self, graph: ir.Graph) -> None:
         """Changes a graph, in place, for the backend; the gates see the result."""
+        if self.options.workload.is_float8:
+            share_quantizers(graph)
 
     def graph_of(self, job: Job, piece: Segment, module: SegmentModule) -> PieceGraph:
         """That of any piece of the kind, which is exported if it is the first."""
@@ -76,18 +84,14 @@ class OnnxCompiler(Compiler):
         """The graph of a piece with its weights in float32; pieces of one kind share a session."""
         if graph not in self._sessions:
             self._sessions[graph] = open_session(self._runnable(graph))
-        weights = {
-            weight_name(place): tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
-            for place, (_, tensor) in enumerate(weights_of(module))
-        }
-        return session_runner(self._sessions[graph], weights)
+        return session_runner(self._sessions[graph], fed_weights(module))
 
     def _runnable(self, piece: PieceGraph) -> onnx.ModelProto:
         """The graph, rewritten as the segment's is, as ONNX Runtime's CPU provider can run it."""
         graph = piece.graph.clone()
         self.rewrite(graph)
         model = ir.to_proto(ir.Model(graph, ir_version=piece.ir_version))
-        if self.options.workload.precision != "fp32" or self.options.plugins:
+        if self.options.workload.dtype != "float32" or self.options.plugins:
             widen(model)
         return model
 
@@ -122,7 +126,20 @@ def open_session(model: onnx.ModelProto) -> ort.InferenceSession:
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def session_runner(session: ort.InferenceSession, weights: Mapping[str, np.ndarray]) -> Run:
+def fed_weights(module: SegmentModule) -> dict[str, np.ndarray | ort.OrtValue]:
+    """A piece's weights by the names that its graph's inputs have."""
+    return {weight_name(place): _fed(tensor) for place, (_, tensor) in enumerate(weights_of(module))}
+
+
+def _fed(tensor: Tensor) -> np.ndarray | ort.OrtValue:
+    """A weight as a session takes it, in float32 or FP8, which numpy does not have."""
+    if tensor.dtype == torch.float8_e4m3fn:
+        values = tensor.view(torch.uint8).numpy()
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(values, onnx.TensorProto.FLOAT8E4M3FN)
+    return tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
+
+
+def session_runner(session: ort.InferenceSession, weights: Mapping[str, np.ndarray | ort.OrtValue]) -> Run:
     """Calls the session with the inputs, and with these weights, which are inputs of its graph too."""
 
     def run(inputs: dict[str, Tensor]) -> list[Tensor]:

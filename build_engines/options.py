@@ -13,6 +13,7 @@ import torch
 from stg_trt.engines.backends import Backend, check_target
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint
+from stg_trt.models.families.base import ModelFamily
 from stg_trt.models.passes import SkipBlocksByName, all_blocks, most_groups
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.plan import row_counts
@@ -20,10 +21,49 @@ from stg_trt.models.segment import TEXT, Segment, check_layout
 from stg_trt.models.workload import Workload
 from stg_trt.system.units import GIB
 
+from .calibration_texts import read_prompts
 from .segment_size import check_limit, fitting_bytes, split
 
 _PLUGIN_BACKENDS = ("tensorrt", "tensorrt-rtx")
 _OPTIMIZATION_LEVELS = range(6)
+_CALIBRATION_STEPS = 8
+_FLOAT8_BYTES = 1
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """The run that FP8 is calibrated on; None is the shipped prompts, and 8 steps."""
+
+    prompts: tuple[str, ...] | None = None
+    steps: int | None = None
+
+    @classmethod
+    def read(cls, prompts: str | Path | None, steps: int | None) -> CalibrationOptions:
+        """With the prompts of a file; raises InvalidRequest if it has none."""
+        return cls(None if prompts is None else read_prompts(Path(prompts)), steps)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the run."""
+        return _CALIBRATION_STEPS if self.steps is None else self.steps
+
+    def check(self, family: ModelFamily, workload: Workload) -> None:
+        """Raises InvalidRequest for a model that cannot be FP8, and for options that change nothing."""
+        if workload.is_float8 and family.float8 is None:
+            raise InvalidRequest(
+                f"precision: expected a transformer for fp8, got {family.name}: use --precision bf16"
+            )
+        given = {"calibration_prompts": self.prompts, "calibration_steps": self.steps}
+        for name in (name for name, value in given.items() if value is not None):
+            if not workload.is_float8:
+                raise InvalidRequest(
+                    f"{name}: expected none for {workload.precision}, which is not calibrated, got one: "
+                    "leave it out, or use --precision fp8"
+                )
+        if self.num_steps < 1:
+            raise InvalidRequest(
+                f"calibration_steps: expected at least 1, got {self.steps}: use {_CALIBRATION_STEPS}"
+            )
 
 
 @dataclass(frozen=True)
@@ -44,6 +84,7 @@ class BuildOptions:
     plugins: tuple[str, ...] = ()
     builder_optimization_level: int | None = None
     max_segment_gib: float | None = None
+    calibration: CalibrationOptions = CalibrationOptions()
 
     def __post_init__(self) -> None:
         check_layout(self.layout)
@@ -62,6 +103,7 @@ class BuildOptions:
             check_target(self.backend, target, self.workload.precision)
         self._check_plugins()
         self._check_level()
+        self.calibration.check(self.checkpoint.family, self.workload)
         self.checkpoint.family.check(self.workload)
         self._check_segment_size()
         assert self.segments
@@ -72,11 +114,23 @@ class BuildOptions:
 
         Runs of blocks that are larger than an engine may be are several segments.
         """
-        family = self.checkpoint.family
-        blocks = family.segments(self.layout, self.stg_mode, self.stg_blocks)
+        blocks = self.checkpoint.family.segments(self.layout, self.stg_mode, self.stg_blocks)
         if self._can_split:
             limit = fitting_bytes() if self.max_segment_gib is None else int(self.max_segment_gib * GIB)
             blocks = split(blocks, self.block_bytes, limit)
+        return self._of_experts(blocks)
+
+    @property
+    def segmented(self) -> tuple[Segment, ...]:
+        """The segments, or those that the other layout would have: a plan shares its prefix in them."""
+        if self.layout == "segmented":
+            return self.segments
+        family = self.checkpoint.family
+        return self._of_experts(family.segments("segmented", self.stg_mode, self.stg_blocks))
+
+    def _of_experts(self, blocks: tuple[Segment, ...]) -> tuple[Segment, ...]:
+        """The segments of a transformer for each of them, with that of the text."""
+        family = self.checkpoint.family
         segments = (TEXT, *blocks) if family.has_text_segment else blocks
         experts = range(len(family.transformers))
         return tuple(segment.of_expert(expert) for expert in experts for segment in segments)
@@ -91,14 +145,18 @@ class BuildOptions:
 
     @property
     def weight_bytes(self) -> int:
-        """Of a weight in the engines, those of the few that stay float32 aside."""
+        """Of a weight in the engines at least; a few stay float32, and some layers are not FP8."""
+        return _FLOAT8_BYTES if self.workload.is_float8 else self._dtype.itemsize
+
+    @property
+    def _dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self.workload.dtype)
-        return dtype.itemsize
+        return dtype
 
     @property
     def block_bytes(self) -> dict[int | None, int]:
-        """Of the weights of each block in the engines."""
-        return {block: values * self.weight_bytes for block, values in self.block_values.items()}
+        """Of the weights of each block in the engines at most; FP8 ones count as the others."""
+        return {block: values * self._dtype.itemsize for block, values in self.block_values.items()}
 
     @property
     def _can_split(self) -> bool:

@@ -18,6 +18,9 @@ class Progress(Protocol):
     def start(self, build: str, segments: tuple[Segment, ...]) -> None:
         """A build begins."""
 
+    def calibrate(self, stage: str) -> None:
+        """The calibration of FP8 enters a stage."""
+
     def wait(self, folder: Path) -> None:
         """Another build holds the folder; this one goes on when that ends."""
 
@@ -35,6 +38,9 @@ class Silent:
         """Ignored."""
 
     def start(self, build: str, segments: tuple[Segment, ...]) -> None:
+        """Ignored."""
+
+    def calibrate(self, stage: str) -> None:
         """Ignored."""
 
     def wait(self, folder: Path) -> None:

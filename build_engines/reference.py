@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from stg_trt.errors import GateMissed
 from stg_trt.models.checkpoint import Checkpoint
@@ -20,8 +19,7 @@ from stg_trt.models.workload import Workload
 
 from .memory import release_growth
 from .pieces import pieces_of
-
-State = dict[str, Tensor]
+from .streamed_model import Change, State, unchanged
 
 _CPU = torch.device("cpu")
 
@@ -30,7 +28,7 @@ class Reference:
     """The chain of segments run eagerly, piece by piece, at some timesteps of the schedule.
 
     Inputs of a piece are the eager outputs of those before it. Segments whose engines were re-used are
-    only run when a later segment needs their results.
+    only run when a later segment needs their results. `change` is made to every piece, such as FP8 layers.
     """
 
     def __init__(
@@ -41,12 +39,14 @@ class Reference:
         timesteps: int,
         rows: int,
         device: torch.device = _CPU,
+        change: Change = unchanged,
     ) -> None:
         self.checkpoint = checkpoint
         self.family = checkpoint.family
         self.workload = workload
         self.segments = segments
         self.device = device
+        self.change = change
         self.timesteps = _spread(self._schedule(), timesteps)
         self._states = [self._start(timestep, rows) for timestep in self.timesteps]
         self._done: set[Segment] = set()
@@ -61,6 +61,7 @@ class Reference:
         assert not any(weight.is_meta for weight in module.parameters()), (
             f"{type(self.family).__name__}: a block reads a weight of no block that is not in shared_weights"
         )
+        self.change(segment, module)
         self.family.lower_precision(module, getattr(torch, self.workload.dtype))
         # Memory freed in rounding is scattered between what was kept: give it back before the next copy.
         release_growth()

@@ -22,8 +22,9 @@ from .memory import PeakMemory, release_growth
 from .options import BuildOptions
 from .pieces import label_of, pieces_of
 from .progress import Progress
-from .reference import Reference, State
+from .reference import Reference
 from .reusable_files import ReusableFiles
+from .streamed_model import State
 from .verify import verify, worst
 
 _log = logging.getLogger(__name__)

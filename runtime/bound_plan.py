@@ -94,7 +94,7 @@ class BoundPlan:
     def _input(self, name: str, run: SegmentRun, inputs: Names) -> Tensor:
         if name in _STREAM_OF_FLAG:
             stream = _STREAM_OF_FLAG[name]
-            return self._buffers.flags([not _skips_attention(one, run, stream) for one in run.passes])
+            return self._buffers.flags([run.keeps_attention(one, stream) for one in run.passes])
         if name == KEEP_CROSS:
             return self._buffers.flags([one != ISOLATION for one in run.passes])
         if name == KEEP_LAYER:
@@ -114,13 +114,6 @@ class BoundPlan:
             return
         self.written += [destination for destination, _ in differing]
         self._operations.append(self._device.named("copy_rows", self._device.operations.copy_rows(differing)))
-
-
-def _skips_attention(one: Pass, run: SegmentRun, stream: str) -> bool:
-    """Whether the pass's rows skip the attention of a stream."""
-    if one not in run.perturbed or one.perturbation is None:
-        return False
-    return one.perturbation.stream in ("", stream)
 
 
 def _is_read(name: str, following: Sequence[tuple[Names, Names]]) -> bool:

@@ -29,6 +29,7 @@ from .settings import SHOWN, SWEEP, SWEEP_BLOCKS, Setting, as_array, as_image, p
 
 BATCH = 8
 TEXT_LENGTH = 16
+CALIBRATION_PROMPTS = HERE / "calibration_prompts.txt"
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,11 @@ def machine() -> dict[str, str]:
     return {"date": date.today().isoformat(), "cpu": f"{cpu}, {torch.get_num_threads()} threads", **packages}
 
 
-def open_pipeline(checkpoint: Path, engines: Path) -> VideoPipeline:
-    """The checkpoint over segmented engines, which serve every mode and block; built if not there yet."""
+def open_pipeline(checkpoint: Path, engines: Path, precision: str = "fp32") -> VideoPipeline:
+    """The checkpoint over segmented engines, which serve every mode and block; built if not there yet.
+
+    FP8 is calibrated on prompts of the model's own kind.
+    """
     if not any(engines.glob("*/manifest.json")):
         build(
             checkpoint,
@@ -123,9 +127,10 @@ def open_pipeline(checkpoint: Path, engines: Path) -> VideoPipeline:
             stg_blocks=list(SWEEP_BLOCKS),
             stg_mode="stg-a",
             layout="segmented",
-            precision="fp32",
+            precision=precision,
             max_batch=BATCH,
             backend="onnxruntime",
+            calibration_prompts=CALIBRATION_PROMPTS if precision == "fp8" else None,
         )
     return VideoPipeline.from_pretrained(checkpoint, engines=engines)
 
@@ -147,6 +152,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Evaluate the moving-shapes pipeline.")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--engines", type=Path, required=True, help="built there if it holds none")
+    parser.add_argument("--precision", choices=("fp32", "fp8"), default="fp32", help="of engines built there")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the JSON files")
     parser.add_argument("--clips", type=int, default=96, help="for each setting; there are 96 prompts")
     parser.add_argument("--steps", type=int, default=20)
@@ -161,12 +167,13 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Sample, measure and write the results; the JSON is rewritten after every setting."""
     args = parse_args()
-    pipe = open_pipeline(args.checkpoint, args.engines)
+    pipe = open_pipeline(args.checkpoint, args.engines, args.precision)
     cases = make_cases(args.clips)
     report: dict[str, Any] = {
         "checkpoint_sha256": sha256_of(args.checkpoint, vae_encoder=args.pictures),
         "clips": len(cases),
         "steps": args.steps,
+        "precision": pipe.store.builds[0].manifest.workload.precision,
         "machine": machine(),
         "results": [],
     }

@@ -64,6 +64,7 @@ def describe(build: Build) -> dict[str, Any]:
                 "export_version",
             },
         ),
+        "float8": None if manifest.float8 is None else manifest.float8.model_dump(mode="json"),
         "guidance_states": states,
         "segments": [
             {
@@ -78,6 +79,8 @@ def describe(build: Build) -> dict[str, Any]:
                 "activation_bytes": record.activation_bytes,
                 "bytes": record.engine_bytes,
                 "relative_l2": max((v.relative_l2 for v in record.verification), default=None),
+                "float8_error": None if manifest.float8 is None
+                else manifest.float8.segments.get(record.segment.name),
                 "key": record.key,
                 "graph_sha256": record.graph_sha256,
                 "profiles": record.facts["profiles"],
@@ -139,6 +142,33 @@ def _passes(manifest: Manifest, *, distilled: bool) -> dict[str, tuple[Pass, ...
     return states
 
 
+def _print_float8(console: Any, build: dict[str, Any]) -> None:
+    """What FP8 keeps, and what it changes at each step of its calibration; nothing for other builds."""
+    from rich.table import Table
+
+    found = build["float8"]
+    if found is None:
+        return
+    prompts = "random text" if found["prompts"] is None else f"{len(found['prompts'])} prompts"
+    console.print(
+        f"fp8: {len(found['largest_inputs'])} layers, calibrated on {prompts} in {found['num_steps']} steps; "
+        f"blocks kept whole: {', '.join(map(str, found['kept_blocks'])) or 'none'}"
+    )
+    table = Table(title="Relative errors by FP8")
+    names = sorted({name for step in found["steps"] for name in step["skip"]})
+    for column in ("timestep", "cond", "guided", *(f"cond - {name}" for name in names), "along"):
+        table.add_column(column, justify="right")
+    for step in found["steps"]:
+        errors = (step["pred"], step["guided"], *(step["skip"].get(name) for name in names))
+        along = ", ".join(f"{value:.3f}" for value in step["along"].values())
+        table.add_row(f"{step['timestep']:.1f}", *map(_shown, errors), along or "-")
+    console.print(table)
+
+
+def _shown(error: float | None) -> str:
+    return "-" if error is None else f"{error:.3f}"
+
+
 def _print_commands(build: dict[str, Any]) -> None:
     """Prints one command per line and nothing else, ready to copy; run them in the build's folder."""
     for segment in build["segments"]:
@@ -166,7 +196,8 @@ def _print(console: Any, build: dict[str, Any]) -> None:
     )
     table = Table()
     rows = f"rows {' / '.join(build['guidance_states'])}"
-    for column in ("segment", rows, "GFLOP per row", "attentions", "MB", "L2", "key"):
+    fp8 = ("FP8 error",) if build["float8"] else ()
+    for column in ("segment", rows, "GFLOP per row", "attentions", "MB", "L2", *fp8, "key"):
         table.add_column(column, justify="left" if column in ("segment", "key") else "right")
     for segment in build["segments"]:
         error, fused = segment["relative_l2"], segment["fused_attentions"]
@@ -177,9 +208,11 @@ def _print(console: Any, build: dict[str, Any]) -> None:
             f"{'?' if fused is None else fused}/{segment['attentions']}",
             f"{segment['bytes'] / 1e6:.1f}",
             "-" if error is None else f"{error:.0e}",
+            *(_shown(segment["float8_error"]) for _ in fp8),
             segment["key"][:12],
         )
     console.print(table)
+    _print_float8(console, build)
     for name, state in build["guidance_states"].items():
         ratio = state["flops"] / state["flops_full"]
         console.print(

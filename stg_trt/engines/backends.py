@@ -9,6 +9,7 @@ from pathlib import Path
 
 from stg_trt.engines.engine import Engine
 from stg_trt.errors import InvalidRequest
+from stg_trt.models.workload import FLOAT8
 from stg_trt.system.stream import Stream
 
 
@@ -19,6 +20,10 @@ class Target:
     name: str
     device: str
     precisions: tuple[str, ...]
+
+    def activations(self, precision: str) -> str | None:
+        """The precision around FP8 products, where it is not bf16."""
+        return "fp32" if precision == FLOAT8 and "bf16" not in self.precisions else None
 
 
 @dataclass(frozen=True)
@@ -47,16 +52,30 @@ class Backend:
 THIS_GPU = "this-gpu"
 """The target of backends whose engines are compiled on, and for, the GPU of this machine."""
 
-_CPU = Target("cpu", "cpu", ("fp32",))
-_THIS_GPU = Target(THIS_GPU, "cuda", ("bf16",))
+_FLOAT8_SM = 89
+_CPU = Target("cpu", "cpu", ("fp32", FLOAT8))
 _RTX_TARGETS = ("sm_120", "sm_89", "sm_86", "sm_80", "sm_75", "sm_121")
+
+
+def _rtx_target(sm: str) -> Target:
+    return Target(sm, "cuda", ("bf16", FLOAT8) if _has_float8(sm) else ("bf16",))
+
+
+def _has_float8(sm: str) -> bool:
+    return int(sm.removeprefix("sm_")) >= _FLOAT8_SM
+
+
 _BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("onnxruntime", "onnxruntime", (_CPU,), limits_rows=False),
-        Backend("tensorrt-rtx", "tensorrt", tuple(Target(name, "cuda", ("bf16",)) for name in _RTX_TARGETS)),
-        Backend("tensorrt", "tensorrt", (_THIS_GPU,)),
-        Backend("inductor", "inductor", (_THIS_GPU, Target("cpu", "cpu", ("fp32", "bf16")))),
+        Backend("tensorrt-rtx", "tensorrt", tuple(_rtx_target(name) for name in _RTX_TARGETS)),
+        Backend("tensorrt", "tensorrt", (Target(THIS_GPU, "cuda", ("bf16", FLOAT8)),)),
+        Backend(
+            "inductor",
+            "inductor",
+            (Target(THIS_GPU, "cuda", ("bf16",)), Target("cpu", "cpu", ("fp32", "bf16"))),
+        ),
     )
 }
 
@@ -78,10 +97,21 @@ def backend_for(name: str) -> Backend:
 def check_target(backend: Backend, target: str, precision: str) -> None:
     """Raises InvalidRequest if the backend does not know the target, or the target lacks the precision."""
     precisions = backend.target(target).precisions
+    if target.startswith("sm_"):
+        check_float8(target, precision)
     if precision not in precisions:
         raise InvalidRequest(
             f"precision: expected {' or '.join(precisions)} for {backend.name}, got {precision!r}: "
             f"use --precision {precisions[0]} or another backend"
+        )
+
+
+def check_float8(sm: str, precision: str) -> None:
+    """Raises InvalidRequest for FP8 on a GPU, such as sm_86, that has no products of it."""
+    if precision == FLOAT8 and not _has_float8(sm):
+        raise InvalidRequest(
+            f"precision: expected a GPU of sm_{_FLOAT8_SM} or later (Ada, Hopper, Blackwell) for fp8, got "
+            f"{sm}: use --precision bf16"
         )
 
 

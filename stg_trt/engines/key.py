@@ -21,7 +21,10 @@ _RARE = ("stg_r_inside", "indexed_before", "expert")
 
 @dataclass(frozen=True)
 class EngineKey:
-    """All that one engine is made from; a profile is its rows (min, opt, max), `gpu` that of `this-gpu`."""
+    """All that one engine is made from; a profile is its rows (min, opt, max), `gpu` that of `this-gpu`.
+
+    `float8` is a digest of the scales of its FP8 layers; empty if it has none.
+    """
 
     weights: str
     export_version: str
@@ -36,6 +39,7 @@ class EngineKey:
     target: str
     gpu: GpuIdentity | None
     flags: tuple[str, ...]
+    float8: str = ""
 
     def facts(self) -> dict[str, Any]:
         """All facts, as JSON stores them."""
@@ -44,6 +48,8 @@ class EngineKey:
         for name in _RARE:
             if not facts["segment"][name]:
                 del facts["segment"][name]
+        if not self.float8:
+            del facts["float8"]
         return facts
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pydantic
 
+from stg_trt.engines.float8_record import Float8Record
 from stg_trt.errors import EngineRejected
 from stg_trt.models.families import family_for
 from stg_trt.models.lora import AppliedLora
@@ -110,6 +111,7 @@ class Manifest(_Record):
     skip_passes: dict[str, tuple[int, ...]] = {}
     max_batch: int
     preview: PreviewMap | None = None
+    float8: Float8Record | None = None
     complete: bool
     segments: tuple[SegmentRecord, ...]
 

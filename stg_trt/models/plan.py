@@ -27,6 +27,12 @@ class SegmentRun:
     perturbed: tuple[Pass, ...] = ()
     reduced: tuple[Pass, ...] = ()
 
+    def keeps_attention(self, one: Pass, stream: str) -> bool:
+        """Whether the rows of one of its passes keep the self-attention of a stream."""
+        if one not in self.perturbed or one.perturbation is None:
+            return True
+        return one.perturbation.stream not in ("", stream)
+
 
 @dataclass(frozen=True)
 class StepPlan:

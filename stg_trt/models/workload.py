@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 
 from stg_trt.errors import InvalidRequest
 
-_PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
+FLOAT8 = "fp8"
+# Of activations and of weights that are not FP8 numbers.
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", FLOAT8: "bfloat16"}
 
 
 def chosen_frame_rate(given: float | None, usual: float) -> float:
@@ -23,7 +25,8 @@ class Workload:
     """Pixels, frames, text tokens, and the precision of weights and activations.
 
     `condition_frames` are the latent frames of pictures for later frames: tokens beside the video's.
-    `audio_num_frames` are latents in time of the sound.
+    `audio_num_frames` are latents in time of the sound. `activations` is the precision around FP8 products,
+    where it is not bf16.
     """
 
     height: int
@@ -33,17 +36,23 @@ class Workload:
     precision: str = "fp32"
     condition_frames: int = 0
     audio_num_frames: int = 0
+    activations: str | None = None
 
     def __post_init__(self) -> None:
-        if self.precision not in _PRECISIONS:
+        if self.precision not in _DTYPES:
             raise InvalidRequest(
-                f"precision: expected one of {', '.join(_PRECISIONS)}, got {self.precision!r}: choose one"
+                f"precision: expected one of {', '.join(_DTYPES)}, got {self.precision!r}: choose one"
             )
 
     @property
     def dtype(self) -> str:
-        """The dtype of weights and activations outside the float32 islands."""
-        return _PRECISIONS[self.precision]
+        """The dtype of activations, and of weights that are not FP8, outside the float32 islands."""
+        return _DTYPES[self.activations or self.precision]
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether the large products of the blocks are FP8."""
+        return self.precision == FLOAT8
 
     def resized(self, height: int | None, width: int | None, num_frames: int | None) -> Workload:
         """The same with other sizes; None keeps one."""

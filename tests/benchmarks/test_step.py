@@ -222,7 +222,10 @@ def test_on_a_gpu_nothing_waits_for_the_host(tmp_path: Path, scenario: Scenario)
             "blocks: expected num_layers 1 to 2, got 3: write --blocks 2",
             marks=pytest.mark.slow(reason="starts the program"),
         ),
-        ("--precision=bf16", "precision: expected fp32 for onnxruntime, got 'bf16': use --precision fp32"),
+        (
+            "--precision=bf16",
+            "precision: expected fp32 or fp8 for onnxruntime, got 'bf16': use --precision fp32",
+        ),
         ("--backend=cudnn", "backend: expected one of"),
         ("--backend=tensorrt", "device: expected an NVIDIA GPU, got none"),
     ],

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stg_trt.build_engines.aoti_package import attention_kernels, compile_package, fused_attentions
-from stg_trt.build_engines.compiler import tolerance_of
+from stg_trt.build_engines.compiler import BFLOAT16
 from stg_trt.build_engines.trace import Trace, trace
 from stg_trt.build_engines.weights import weights_of
 from stg_trt.models.families.keep_flags import KEEP_ATTENTION
@@ -211,7 +211,7 @@ def test_bfloat16_is_within_its_own_tolerance(package: Package) -> None:
         (wanted,) = copy.deepcopy(part.module).float()(*inputs.values())
     assert got.dtype == torch.bfloat16
     difference = float((got.float() - wanted).norm() / wanted.norm())
-    assert 1e-4 < difference < tolerance_of("bf16").relative_l2 / 2
+    assert 1e-4 < difference < BFLOAT16.relative_l2 / 2
 
 
 def test_no_weight_becomes_part_of_a_package(package: Package) -> None:

@@ -56,11 +56,11 @@ BUILD_ARGUMENTS: dict[str, tuple[Flags, str]] = {
     "text length": ({"--text-length": "0"}, "text_length: expected a positive .*got 0: use 128"),
     "precision": (
         {"--precision": "fp7"},
-        "precision: expected fp32 for onnxruntime, got 'fp7': use --precision",
+        "precision: expected fp32 or fp8 for onnxruntime, got 'fp7': use --precision",
     ),
     "precision of another backend": (
         {"--precision": "bf16"},
-        "precision: expected fp32 for onnxruntime, got 'bf16': use --precision fp32 or another backend",
+        "precision: expected fp32 or fp8 for onnxruntime, got 'bf16': use --precision fp32 or another backend",
     ),
     "target": ({"--target": "sm_90"}, "target: expected one of cpu for onnxruntime, got 'sm_90': choose"),
     "twin of nothing": (

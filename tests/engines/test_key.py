@@ -67,6 +67,7 @@ OTHERS: dict[str, list[Any]] = {
         dataclasses.replace(GPU, driver="570"),
     ],
     "flags": [(), ("strongly_typed", "max_aux_streams=0")],
+    "float8": ["ab", "ac"],
 }
 
 

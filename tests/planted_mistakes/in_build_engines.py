@@ -10,8 +10,30 @@ _JOINED = "tests/build_engines/test_joined_graph.py"
 _VERIFY = "tests/build_engines/test_verify.py"
 _SIZE = "tests/build_engines/test_segment_size.py"
 _TENSORRT = "tests/build_engines/test_compile_tensorrt.py"
+_FLOAT8 = "tests/build_engines/test_float8"
 
 IN_BUILD_ENGINES = (
+    Mistake(
+        "an FP8 scale is rounded down, so that the largest numbers saturate",
+        "build_engines/float8_linear.py",
+        "((exact.view(torch.int32) + 0xFFFF) & ~0xFFFF)",
+        "(exact.view(torch.int32) & ~0xFFFF)",
+        (f"{_FLOAT8}_linear.py::test_scales_are_bfloat16_numbers_that_nothing_saturates",),
+    ),
+    Mistake(
+        "an FP8 layer is calibrated on its last input alone",
+        "build_engines/calibration.py",
+        "max(largest.get(name, 0.0), float(inputs[0].abs().max()))",
+        "float(inputs[0].abs().max())",
+        (f"{_FLOAT8}_build.py::test_the_largest_of_all_inputs_counts",),
+    ),
+    Mistake(
+        "engines of other FP8 scales are taken for the same",
+        "build_engines/build.py",
+        "float8=self._scales(segment),",
+        'float8="",',
+        (f"{_FLOAT8}_build.py::test_other_prompts_make_other_engines",),
+    ),
     Mistake(
         "a lock file that was removed is taken for the lock",
         "build_engines/build_folder.py",

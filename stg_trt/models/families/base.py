@@ -13,6 +13,7 @@ from stg_trt.models.config_file import positive_integer
 from stg_trt.models.custom_steps import CustomSteps
 from stg_trt.models.defaults import Defaults
 from stg_trt.models.families.segment_module import SegmentModule
+from stg_trt.models.float8 import Float8Rule
 from stg_trt.models.image import ImageCondition, Images, Places
 from stg_trt.models.segment import Segment, cut
 from stg_trt.models.sound import SoundDecoder
@@ -74,8 +75,9 @@ class ModelFamily(ABC):
     streams: ClassVar[tuple[Stream, ...]] = (VIDEO,)
     isolates: ClassVar[bool] = False
     rescale_space: ClassVar[RescaleSpace] = "prediction"
-    # TensorRT plugins that can replace a part of the blocks.
+    # TensorRT plugins that can replace a part of the blocks, and what FP8 builds keep; None: there are none.
     plugins: ClassVar[frozenset[str]] = frozenset()
+    float8: ClassVar[Float8Rule | None] = None
 
     def __init__(
         self,

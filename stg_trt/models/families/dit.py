@@ -21,6 +21,7 @@ from stg_trt.models.config_file import positive_integer
 from stg_trt.models.families.base import ModelFamily
 from stg_trt.models.families.keep_flags import keep_attention_spec
 from stg_trt.models.families.segment_module import SegmentModule
+from stg_trt.models.float8 import Float8Rule
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
 from stg_trt.models.workload import Workload
@@ -32,6 +33,7 @@ class DiT(ModelFamily):
     """Sizes and weights; how blocks attend to the text is the subclasses'."""
 
     has_text_segment = True
+    float8 = Float8Rule()
     # The transformer's list of blocks; what every block reads and no step changes; the weights that stay
     # float32, as a regular expression.
     blocks_name: ClassVar[str]

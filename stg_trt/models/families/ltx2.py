@@ -40,6 +40,7 @@ from stg_trt.models.families.token_timesteps import (
     timestep_tables,
     token_timestep_specs,
 )
+from stg_trt.models.float8 import Float8Rule
 from stg_trt.models.image import CleanLatents, ImageCondition, Images, Places
 from stg_trt.models.segment import Segment
 from stg_trt.models.stream import SOUND as SOUND_STREAM
@@ -91,6 +92,7 @@ class LTX2(DiT):
     # Timestep MLPs, modulation tables and norms, which are applied in float32.
     float32_islands = r"_embed\.|scale_shift_table|norm"
     segment_class = LTX2Segment
+    float8 = Float8Rule(kept_layers=r"norm|to_gate_logits")
     patch = (1, 1, 1)
     timestep_channels = 256
     defaults = DEFAULTS

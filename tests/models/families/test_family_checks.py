@@ -65,7 +65,7 @@ def test_pipelines_that_are_not_the_family(one: FamilyCase, index: dict[str, Any
 
 
 def test_precisions_are_checked() -> None:
-    with pytest.raises(InvalidRequest, match="precision: expected one of fp32, bf16, got 'fp16'"):
+    with pytest.raises(InvalidRequest, match="precision: expected one of fp32, bf16, fp8, got 'fp16'"):
         Workload(128, 160, 17, 9, "fp16")
 
 
