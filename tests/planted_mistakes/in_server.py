@@ -49,7 +49,7 @@ IN_SERVER = (
     Mistake(
         "a cancelled run goes on to its end",
         "runtime/server/worker.py",
-        "step.seconds)\n            self._check_stopped()\n",
+        "step.seconds)\n        self.check()\n",
         "step.seconds)\n",
         (f"{_JOBS}::test_the_step_after_a_cancel_is_the_last",),
     ),
