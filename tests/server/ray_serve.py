@@ -70,23 +70,22 @@ class RayServe:
 
 
 @contextmanager
-def ray_serve(source: ModelSource, data: Path, replicas: int) -> Iterator[RayServe]:
-    """Ready: with all replicas warm."""
+def ray_serve(source: ModelSource, data: Path, **arguments: float) -> Iterator[RayServe]:
+    """Ready, with `min_replicas` that are warm."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    arguments = {
+    given = {
         "checkpoints": source.checkpoint,
         "engines": str(source.engines[0]),
         "data": str(data),
         "model_name": "tiny",
-        "min_replicas": replicas,
-        "max_replicas": replicas,
         "gpus_per_replica": 0,
+        **arguments,
     }
     application = {
         "name": "videos",
         "import_path": "stg_trt.runtime.server.ray_application:application",
-        "args": arguments,
+        "args": given,
     }
     config = data.parent / "config.yaml"
     # JSON is YAML.
@@ -115,7 +114,7 @@ def ray_serve(source: ModelSource, data: Path, replicas: int) -> Iterator[RaySer
         serve = RayServe(process, http, mark, log)
         try:
             wait_for(lambda: _is_ready(serve), _START_S)
-            wait_for(lambda: len(serve.processes("VideoReplica")) == replicas, _START_S)
+            wait_for(lambda: len(serve.processes("VideoReplica")) == arguments["min_replicas"], _START_S)
             yield serve
         finally:
             serve.kill()

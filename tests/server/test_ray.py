@@ -26,7 +26,9 @@ GIVEN: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": STEPS}
 
 @pytest.fixture(scope="module")
 def serve(sources: list[ModelSource], tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayServe]:
-    with ray_serve(sources[0], tmp_path_factory.mktemp("ray") / "data", replicas=2) as started:
+    with ray_serve(
+        sources[0], tmp_path_factory.mktemp("ray") / "data", min_replicas=2, max_replicas=2
+    ) as started:
         yield started
 
 
