@@ -122,7 +122,7 @@ class VideoServer:
     ) -> None:
         quiet_libraries()
         # One that is being replaced keeps the folder until its videos are made.
-        self._folder = DataFolder(settings.data, wait_s=settings.drain_seconds)
+        self._folder = DataFolder(settings.data, wait_s=settings.drain_seconds + _STOP_S)
         models = ServedModels([ServedModel.open(source, elsewhere=True) for source in sources])
         makers = [ReplicaMaker(replicas, self._folder, asks=number == 0) for number in range(at_a_time)]
         self._service = Service(settings, models, self._folder, makers)

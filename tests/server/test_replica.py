@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,13 @@ import yaml
 from pydantic import ValidationError
 
 from stg_trt.errors import InvalidRequest, OutOfDeviceMemory
+from stg_trt.runtime.server.data_folder import DataFolder
+from stg_trt.runtime.server.failures import Failure
+from stg_trt.runtime.server.job import Job, Result
+from stg_trt.runtime.server.refusal import Refusal
 from stg_trt.runtime.server.served_model import ModelSource
 from stg_trt.runtime.server.steps_board import StepTaken
+from stg_trt.runtime.server.video_maker import JobStopped, MakerLost
 from stg_trt.runtime.server.video_request import ResolvedRequest, VideoRequest
 from tests.docs.pages import snippets, text
 from tests.server.running import PROMPT
@@ -24,11 +29,12 @@ if find_spec("ray") is None:
     pytest.skip("needs Ray Serve: pip install '.[ray]'", allow_module_level=True)
 
 from ray._common.utils import import_attr
+from ray.exceptions import ActorDiedError
 from ray.serve.schema import ServeDeploySchema
 
-from stg_trt.runtime.server.failures import Failure
 from stg_trt.runtime.server.ray_application import ServedArguments, application
 from stg_trt.runtime.server.replica import Begun, Made, Message, VideoReplica
+from stg_trt.runtime.server.replica_maker import ReplicaMaker
 
 ID = f"video_{1:032x}"
 
@@ -104,12 +110,85 @@ def test_a_replica_without_its_gpu_is_replaced(replica: VideoReplica, decode: mo
             made(replica)
         with pytest.raises(RuntimeError, match="illegal memory access"):
             replica.check_health()
+        decode.side_effect = OutOfDeviceMemory("GPU memory: expected room")
         messages = replica.make(ID, request(replica, 3), None)
         with pytest.raises(RuntimeError) as raised:
             asyncio.run(collected(messages))
         assert raised.value is lost
     finally:
         replica._lost = None
+
+
+class FakeRun:
+    """A job whose worker records what becomes of it; it is stopped after `most` steps."""
+
+    def __init__(self, job: Job, most: int = 99) -> None:
+        self.job = job
+        self.heard: list[str] = []
+        self._most = most
+
+    def begin(self) -> None:
+        self.heard.append("begin")
+
+    def step(self, step: StepTaken) -> None:
+        self.heard.append("step")
+        if len(self.heard) > self._most:
+            raise JobStopped
+
+    def check(self) -> None:
+        if len(self.heard) > self._most:
+            raise JobStopped
+
+
+def waiting_job(replica: VideoReplica) -> Job:
+    return Job(ID, "queued", request(replica, 3), False, 0, None, None, None, None, 0, 0, None)
+
+
+def maker(folder: DataFolder, messages: Iterable[Message | Exception]) -> tuple[ReplicaMaker, mock.Mock]:
+    """Of a handle whose replica answers with messages, and fails with an error among them."""
+    response = mock.MagicMock()
+    response.__next__.side_effect = [*messages, StopIteration]
+    handle = mock.Mock()
+    handle.options.return_value.make.remote.return_value = response
+    return ReplicaMaker(handle, folder, asks=False), response
+
+
+STEP = StepTaken(1, 3, 1.0, 0.1, {}, None)
+RESULT = Result(3, "ab", 1.5, None, {"denoise": 1.0})
+
+
+def test_a_job_begins_with_its_replica(replica: VideoReplica, tmp_path: Path) -> None:
+    lost = ActorDiedError()
+    with DataFolder(tmp_path) as folder:
+        for messages, heard in (
+            ([lost], []),
+            ([Begun(), STEP, lost], ["begin", "step"]),
+            ([Begun()], ["begin"]),
+        ):
+            making, _ = maker(folder, messages)
+            run = FakeRun(waiting_job(replica))
+            with pytest.raises(MakerLost):
+                making.make(run)
+            assert run.heard == heard
+
+
+def test_messages_of_a_replica(replica: VideoReplica, tmp_path: Path) -> None:
+    with DataFolder(tmp_path) as folder:
+        made = Made(RESULT, {"video": b"x", "thumbnail": b"y", "spritesheet": b"z"})
+        making, response = maker(folder, [Begun(), STEP, made])
+        run = FakeRun(waiting_job(replica))
+        assert making.make(run) is RESULT and run.heard == ["begin", "step"] and not response.cancel.called
+        assert folder.result(ID, "video").read_bytes() == b"x"
+        making, response = maker(folder, [Begun(), Failure("not_finite", "got NaN")])
+        with pytest.raises(Refusal, match="got NaN") as refusal:
+            making.make(FakeRun(waiting_job(replica)))
+        assert refusal.value.code == "not_finite"
+        # A cancelled job's request ends with an error of Ray's.
+        for messages in ([Begun(), STEP, STEP], [Begun(), STEP, ActorDiedError()]):
+            making, response = maker(folder, messages)
+            with pytest.raises(JobStopped):
+                making.make(FakeRun(waiting_job(replica), most=1))
+            assert response.cancel.called
 
 
 def test_arguments_of_the_application(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
