@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ def waiting_job(replica: VideoReplica) -> Job:
     return Job(ID, "queued", request(replica, 3), False, 0, None, None, None, None, 0, 0, None)
 
 
-def maker(folder: DataFolder, messages: Iterable[Message | Exception]) -> tuple[ReplicaMaker, mock.Mock]:
+def maker(folder: DataFolder, messages: Sequence[object]) -> tuple[ReplicaMaker, mock.Mock]:
     """Of a handle whose replica answers with messages, and fails with an error among them."""
     response = mock.MagicMock()
     response.__next__.side_effect = [*messages, StopIteration]
