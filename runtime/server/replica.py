@@ -58,6 +58,10 @@ class VideoReplica:
         if self._lost is not None:
             raise self._lost
 
+    def __del__(self) -> None:
+        """Called by Ray Serve before it ends the process."""
+        self._scratch.cleanup()
+
     async def is_warm(self) -> bool:
         """Answered once the replica is free."""
         return True

@@ -100,7 +100,9 @@ def ray_serve(source: ModelSource, data: Path, **arguments: float) -> Iterator[R
     scratch, log, mark = tempfile.mkdtemp(prefix="ray"), data.parent / "log", secrets.token_hex(8)
     # Ray's own ports are open to all networks; with a token of its own, nobody else can use them.
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
-    environment = {**os.environ, **token, "RAY_USAGE_STATS_ENABLED": "0", _MARK: mark}
+    # Replicas that are killed leave their own temporary folders behind.
+    settings = {"RAY_USAGE_STATS_ENABLED": "0", "TMPDIR": scratch, _MARK: mark}
+    environment = {**os.environ, **token, **settings}
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", _RUN, scratch, config],

@@ -95,6 +95,14 @@ def test_a_replica_ends_a_cancelled_video_within_a_step(replica: VideoReplica, d
     assert isinstance(made(replica)[-1], Made)
 
 
+def test_a_replica_that_ends_leaves_no_folder(sources: list[ModelSource]) -> None:
+    replica = VideoReplica([sources[1]])
+    scratch = Path(replica._scratch.name)
+    assert scratch.exists()
+    replica.__del__()
+    assert not scratch.exists()
+
+
 def test_a_video_that_fails(replica: VideoReplica, decode: mock.Mock) -> None:
     decode.side_effect = OutOfDeviceMemory("GPU memory: expected room")
     last = made(replica)[-1]
