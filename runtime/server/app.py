@@ -31,8 +31,8 @@ _HOUSEKEEPING_S = 60.0
 _STATUS = {"invalid_request": 400, "cancelled": 409, "out_of_memory": 503, "disk_full": 507}
 
 
-def create_app(service: Service) -> FastAPI:
-    """The application of a service that its caller starts and stops."""
+def create_app(service: Service, *, numbered: bool = False) -> FastAPI:
+    """The application of a service that its caller starts and stops; `numbered` is that of `Gate`."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -46,7 +46,11 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     settings = service.settings
     app.add_middleware(
-        Gate, keys=settings.api_key, max_upload_bytes=settings.max_upload_bytes, metrics=service.metrics
+        Gate,
+        keys=settings.api_key,
+        max_upload_bytes=settings.max_upload_bytes,
+        metrics=service.metrics,
+        numbered=numbered,
     )
     for kind, answer in ((Refusal, _refuse), (RequestValidationError, _invalid), (HTTPException, _unknown)):
         app.add_exception_handler(kind, answer)

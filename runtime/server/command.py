@@ -64,6 +64,7 @@ def serve(
 ) -> None:
     """Answer OpenAI's video API with compiled engines."""
     _check_packages()
+    from .model_sources import folders_of, names_of
     from .served_model import ModelSource
     from .settings import ServerSettings
 
@@ -76,7 +77,7 @@ def serve(
         quota_gib=quota_gib,
         drain_seconds=drain_seconds,
     )
-    folders, names = _paired(checkpoints, engines), _names(checkpoints, model_name or [])
+    folders, names = folders_of(checkpoints, engines), names_of(checkpoints, model_name or [])
     options = {"variant": variant, "revision": revision, "layout": layout, "backend": backend}
     sources = [
         ModelSource(
@@ -121,44 +122,3 @@ def _check_packages() -> None:
             f"serve: expected the Python module {missing[0]}, got none: install the extra with "
             "pip install '.[serve]'"
         )
-
-
-def _paired(checkpoints: list[str], engines: list[Path]) -> list[tuple[Path, ...]]:
-    """The engine folders of each checkpoint: one for all, all for one, or one for each."""
-    from stg_trt.errors import InvalidRequest
-
-    if len(checkpoints) == 1:
-        return [tuple(engines)]
-    if len(engines) == 1:
-        return [(engines[0],)] * len(checkpoints)
-    if len(engines) != len(checkpoints):
-        raise InvalidRequest(
-            f"engines: expected one folder, or one for each of {len(checkpoints)} checkpoints, got "
-            f"{len(engines)}: repeat --engines in the order of the checkpoints"
-        )
-    return [(folder,) for folder in engines]
-
-
-def _names(checkpoints: list[str], names: list[str]) -> list[str]:
-    """The names of the models, which tell them apart."""
-    from stg_trt.errors import InvalidRequest
-
-    if names and len(names) != len(checkpoints):
-        raise InvalidRequest(
-            f"model_name: expected one for each of {len(checkpoints)} checkpoints, got {len(names)}: repeat "
-            "--model-name in their order"
-        )
-    chosen = names or [_usual_name(checkpoint) for checkpoint in checkpoints]
-    twice = sorted({name for name in chosen if chosen.count(name) > 1})
-    if twice or not all(chosen):
-        raise InvalidRequest(
-            f"model_name: expected different names, got {(twice or [''])[0]!r} twice: give --model-name for "
-            "each checkpoint"
-        )
-    return chosen
-
-
-def _usual_name(checkpoint: str) -> str:
-    """The last part of a path, or of the id of a repository."""
-    path = Path(checkpoint)
-    return path.resolve().name if path.is_dir() else path.stem if path.exists() else path.name

@@ -22,12 +22,12 @@ _ID = re.compile(r"video_[0-9a-f]{32}")
 
 
 class DataFolder:
-    """Held by one process, until the block that it opens has ended.
+    """Held by one process, until it is closed; for `wait_s` it waits for another process to do so.
 
     Names of files are made of ids that the server has drawn, and of nothing else.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, wait_s: float = 0) -> None:
         try:
             for folder in (root, root / "videos", root / "references"):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ class DataFolder:
         self._root = root
         self._held = FileLock(root / ".lock")
         try:
-            self._held.acquire(timeout=0)
+            self._held.acquire(timeout=wait_s)
         except Timeout as error:
             raise InvalidRequest(
                 f"data: expected a folder that no other server uses, got {root}: stop that one, or choose "
@@ -58,11 +58,19 @@ class DataFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Another process may use it."""
         self._held.release()
 
     def result(self, id: str, variant: Variant) -> Path:
         """A file of a finished job."""
         return self._root / "videos" / f"{_checked(id)}{SUFFIXES[variant]}"
+
+    def save_result(self, id: str, variant: Variant, data: bytes) -> None:
+        """A file that another process has made, whole or not at all."""
+        write_atomically(self.result(id, variant), data)
 
     def save_reference(self, id: str, picture: Image.Image) -> None:
         """Keeps the picture of a job, without loss."""

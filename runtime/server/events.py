@@ -46,6 +46,16 @@ async def wait_for_end(service: Service, id: str, request: Request) -> Job | Non
 
     Raises Refusal if the job is deleted, or the server ends first.
     """
+    try:
+        return await _end(service, id, request)
+    except asyncio.CancelledError:
+        # Ray Serve ends the task of a client that has gone; a server that ends does so with all tasks.
+        if not service.draining:
+            service.cancel(id)
+        raise
+
+
+async def _end(service: Service, id: str, request: Request) -> Job | None:
     with service.board.watch() as changed:
         while True:
             changed.clear()

@@ -24,28 +24,36 @@ _BESIDE_UPLOAD_BYTES = 1 << 20
 
 
 class Gate:
-    """ASGI middleware; the only place where an unforeseen error becomes an answer."""
+    """ASGI middleware; the only place where an unforeseen error becomes an answer.
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str], max_upload_bytes: int, metrics: Metrics) -> None:
+    `numbered` says that a proxy before it has given each request an id, and adds it to the answer.
+    """
+
+    def __init__(
+        self, app: ASGIApp, keys: Sequence[str], max_upload_bytes: int, metrics: Metrics, numbered: bool
+    ) -> None:
         self._app = app
         self._keys = [_digest(key.encode()) for key in keys]
         # Base64 in a JSON body is a third longer than the picture.
         self._max_body_bytes = max_upload_bytes * 4 // 3 + _BESIDE_UPLOAD_BYTES
         self._metrics = metrics
+        self._numbered = numbered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request; anything but HTTP is passed on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id, status = f"req_{secrets.token_hex(16)}", 0
+        given = Headers(scope=scope).get("x-request-id", "") if self._numbered else ""
+        request_id, status = given or f"req_{secrets.token_hex(16)}", 0
 
         async def answer(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = request_id
+                if not given:
+                    headers["x-request-id"] = request_id
                 headers["x-content-type-options"] = "nosniff"
             await send(message)
 

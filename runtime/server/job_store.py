@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from stg_trt.errors import InvalidRequest
 
@@ -57,6 +58,7 @@ class JobStore:
     def __init__(self, path: Path, expire_s: float) -> None:
         self._expire_s = expire_s
         self._lock = threading.Lock()
+        self._reserved: set[str] = set()
         try:
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._db.row_factory = sqlite3.Row
@@ -118,18 +120,30 @@ class JobStore:
             ).fetchall()
         return Page(tuple(map(_job, rows[:limit])), len(rows) > limit)
 
-    def claim(self) -> Job | None:
-        """The job that has waited longest, now in progress; None if none waits."""
-        with self._transaction():
-            first = self._find("status = 'queued' ORDER BY number LIMIT 1")
+    def reserve(self) -> Job | None:
+        """The job that has waited longest, for one worker of this process; None if none waits for one."""
+        with self._lock:
+            rows = self._db.execute("SELECT * FROM videos WHERE status = 'queued' ORDER BY number").fetchall()
+            first = next((row for row in rows if row["id"] not in self._reserved), None)
             if first is None:
                 return None
-            self._db.execute(
+            self._reserved.add(first["id"])
+            return _job(first)
+
+    def unreserve(self, job: Job) -> None:
+        """Its worker has ended with it; if it waits still, another may have it."""
+        with self._lock:
+            self._reserved.discard(job.id)
+
+    def claim(self, id: str) -> Job | None:
+        """A job that waited, now in progress; None if it waits no more."""
+        with self._transaction():
+            changed = self._db.execute(
                 "UPDATE videos SET status = 'in_progress', attempts = attempts + 1, fence = fence + 1 "
-                "WHERE id = ?",
-                (first.id,),
+                "WHERE id = ? AND status = 'queued'",
+                (id,),
             )
-            return self._one("id = ?", first.id)
+            return self._one("id = ?", id) if changed.rowcount else None
 
     def complete(self, job: Job, result: Result) -> bool:
         """Records a result; False if the job is no longer this worker's: cancelled or deleted."""
@@ -188,19 +202,34 @@ class JobStore:
 
     def recover(self) -> None:
         """After a start: jobs that were running when the last process ended wait again, or have failed."""
-        now = int(time.time())
         with self._transaction():
-            self._db.execute(
-                "UPDATE videos SET status = 'failed', completed_at = ?, expires_at = ?, error_code = "
-                "'interrupted', error_message = ? WHERE status = 'in_progress' AND attempts >= ?",
-                (
-                    now,
-                    int(now + self._expire_s),
-                    f"The server ended {MAX_ATTEMPTS} times while it made this video.",
-                    MAX_ATTEMPTS,
-                ),
-            )
-            self._db.execute("UPDATE videos SET status = 'queued' WHERE status = 'in_progress'")
+            self._retry("", ())
+
+    def retry(self, job: Job) -> Literal["retried", "interrupted"] | None:
+        """A claimed job waits again, or has failed as often as it may; None as `complete` is False."""
+        with self._transaction():
+            if not self._retry("AND id = ? AND fence = ?", (job.id, job.fence)):
+                return None
+            return "retried" if self._one("id = ?", job.id).status == "queued" else "interrupted"
+
+    def _retry(self, which: str, values: tuple[object, ...]) -> int:
+        """How many of the jobs in progress it changed."""
+        now = int(time.time())
+        failed = self._db.execute(
+            "UPDATE videos SET status = 'failed', completed_at = ?, expires_at = ?, error_code = "
+            f"'interrupted', error_message = ? WHERE status = 'in_progress' AND attempts >= ? {which}",
+            (
+                now,
+                int(now + self._expire_s),
+                f"The server ended {MAX_ATTEMPTS} times while it made this video.",
+                MAX_ATTEMPTS,
+                *values,
+            ),
+        )
+        waiting = self._db.execute(
+            f"UPDATE videos SET status = 'queued' WHERE status = 'in_progress' {which}", values
+        )
+        return failed.rowcount + waiting.rowcount
 
     def ids(self, *, waiting: bool) -> set[str]:
         """The jobs that wait or run, or those that are completed."""

@@ -44,7 +44,7 @@ def add_operator_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/health/live")
     def is_live() -> Response:
-        alive = service.worker.is_alive()
+        alive = service.workers.alive
         return JSONResponse({"status": "live" if alive else "ended"}, 200 if alive else 503)
 
     @app.get("/health/ready")

@@ -48,8 +48,8 @@ def serve_until_told(service: Service, listening: socket.socket) -> None:
         server.run(sockets=[listening])
     finally:
         service.stop()
-    if service.worker.failure is not None:
-        raise service.worker.failure
+    if service.workers.failure is not None:
+        raise service.workers.failure
 
 
 class _Server(uvicorn.Server):
@@ -70,7 +70,7 @@ class _Server(uvicorn.Server):
 
     def watch_worker(self) -> None:
         """Ends the server if there is no worker any more."""
-        self._service.worker.ended.wait()
+        self._service.workers.ended.wait()
         self.should_exit = True
 
     def _drain(self, wait_s: float) -> None:

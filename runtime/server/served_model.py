@@ -88,8 +88,11 @@ class ServedModel:
         self._checked: set[str] = set()
 
     @classmethod
-    def open(cls, source: ModelSource) -> ServedModel:
-        """Raises InvalidRequest or EngineRejected if checkpoint and engines cannot make videos here."""
+    def open(cls, source: ModelSource, *, elsewhere: bool = False) -> ServedModel:
+        """Raises InvalidRequest or EngineRejected if checkpoint and engines cannot make videos here.
+
+        With `elsewhere` other processes make the videos: every build counts, whatever machine it is for.
+        """
         checkpoint = Checkpoint.open(
             source.checkpoint,
             random_weights=source.checkpoint in published(),
@@ -107,7 +110,7 @@ class ServedModel:
             lora=checkpoint.applied_lora,
             layout=source.layout,
             backend=source.backend,
-            machine=this_machine(),
+            machine=None if elsewhere else this_machine(),
         )
         pipeline = VideoPipeline(
             checkpoint,

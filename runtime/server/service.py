@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 
 from PIL import Image
 
@@ -16,14 +17,24 @@ from .refusal import Refusal, from_library
 from .served_model import ServedModels
 from .settings import ServerSettings
 from .steps_board import StepsBoard
+from .video_maker import LocalMaker, VideoMaker
 from .video_request import VideoRequest
-from .worker import Worker
+from .workers import Workers
 
 
 class Service:
-    """Works from `start` to `stop`; its methods may be called from any thread. `folder` is its caller's."""
+    """Works from `start` to `stop`; its methods may be called from any thread. `folder` is its caller's.
 
-    def __init__(self, settings: ServerSettings, models: ServedModels, folder: DataFolder) -> None:
+    It makes as many videos at a time as there are `makers`; default: one, in this process.
+    """
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        models: ServedModels,
+        folder: DataFolder,
+        makers: Sequence[VideoMaker] | None = None,
+    ) -> None:
         self.settings = settings
         self.models = models
         self.board = StepsBoard()
@@ -32,36 +43,34 @@ class Service:
         self.closed = False
         self.folder = folder
         self._store = JobStore(folder.database, settings.expire_s)
-        self.worker = Worker(models, self._store, folder, self.board, self.metrics)
+        makers = [LocalMaker(models, folder)] if makers is None else makers
+        self.workers = Workers(makers, self._store, folder, self.board, self.metrics)
 
     def start(self) -> None:
         """Takes up the jobs that an earlier process left."""
         self._store.recover()
         self.expire()
         self.folder.sweep(self._store.ids(waiting=False), self._store.ids(waiting=True))
-        self.worker.start()
+        self.workers.start()
 
     def drain(self, wait_s: float) -> None:
-        """Refuses new jobs and waits for the one that runs; afterwards it goes back to the queue."""
+        """Refuses new jobs and waits for those that run; afterwards they go back to the queue."""
         self.draining = True
-        self.worker.stop()
-        if self.worker.is_alive():
-            self.worker.join(wait_s)
-        self.worker.release()
+        self.workers.stop(wait_s)
+        self.workers.release()
         self.closed = True
         self.board.wake()
 
     def stop(self) -> None:
-        """The worker ends within a step, and the folder is another process's to use."""
+        """The workers end within a step, and the folder is another process's to use."""
         self.drain(0)
-        if self.worker.is_alive():
-            self.worker.join()
+        self.workers.join()
         self._store.close()
 
     @property
     def ready(self) -> bool:
         """True after the warm-up videos, until the server is told to end."""
-        return self.worker.ready.is_set() and not self.worker.ended.is_set() and not self.draining
+        return self.workers.ready and not self.draining
 
     def create(self, request: VideoRequest, picture: Image.Image | None) -> Job:
         """A new job; raises Refusal for one that cannot be made, or not now."""
@@ -89,7 +98,7 @@ class Service:
         except BaseException:
             self.folder.remove_reference(id)
             raise
-        self.worker.wake()
+        self.workers.wake()
         return job
 
     def get(self, id: str) -> Job:
@@ -112,7 +121,7 @@ class Service:
         """Ends a job that waits or runs; one that has ended stays as it is."""
         job = self.get(id)
         if self._store.cancel(id):
-            self.worker.interrupt(id)
+            self.workers.interrupt(id)
             if job.status == "queued":
                 self.folder.remove_reference(id)
                 self.metrics.count_video(job.request.model, "cancelled", 0)

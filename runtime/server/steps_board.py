@@ -1,4 +1,4 @@
-"""The steps of the job that runs, for those who watch it from the event loop."""
+"""The steps of the jobs that run, for those who watch it from the event loop."""
 
 from __future__ import annotations
 
@@ -77,30 +77,30 @@ class StepTaken:
 
 
 class StepsBoard:
-    """The worker writes; watchers are woken at every step, and whenever a job's status changes."""
+    """Workers write; watchers are woken at every step, and whenever a job's status changes."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._job: str | None = None
-        self._steps: list[StepTaken] = []
+        self._runs: dict[int, tuple[str, list[StepTaken]]] = {}
         self._watchers: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
 
-    def begin(self, job: str) -> None:
-        """Forgets the last job's steps."""
+    def begin(self, worker: int, job: str) -> None:
+        """Forgets the steps of the worker's last job, and those of the job's last run."""
         with self._lock:
-            self._job, self._steps = job, []
+            self._runs = {number: run for number, run in self._runs.items() if run[0] != job}
+            self._runs[worker] = job, []
         self.wake()
 
-    def add(self, step: StepTaken) -> None:
-        """A step of the job that runs."""
+    def add(self, worker: int, step: StepTaken) -> None:
+        """A step of the job that the worker runs."""
         with self._lock:
-            self._steps.append(step)
+            self._runs[worker][1].append(step)
         self.wake()
 
     def steps(self, job: str) -> tuple[StepTaken, ...]:
-        """Those of a job so far; none if it is not the one that runs, or ran last."""
+        """Those of a job so far; none if it is not one that a worker runs, or ran last."""
         with self._lock:
-            return tuple(self._steps) if job == self._job else ()
+            return next((tuple(steps) for one, steps in self._runs.values() if one == job), ())
 
     def progress(self, job: str) -> int:
         """Percent of a job that runs."""

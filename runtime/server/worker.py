@@ -1,49 +1,45 @@
-"""The thread that makes the videos, one after the other: a video fills a machine."""
+"""The thread that sees to jobs, one after the other: a video fills a GPU."""
 
 from __future__ import annotations
 
-import errno
-import gc
 import logging
 import threading
 import time
 
-import torch
-
-from stg_trt.errors import InvalidRequest, NotFinite, StgTrtError, is_out_of_memory
-from stg_trt.system.units import MIB
-
-from ..stages import Stage
 from .data_folder import DataFolder
+from .failures import failure_of, leaves_no_gpu
 from .job import Job, Result
 from .job_store import JobStore
 from .metrics import Metrics
-from .refusal import Refusal, from_library
-from .served_model import ServedModel, ServedModels
 from .steps_board import StepsBoard, StepTaken
-from .video_files import write_files
+from .video_maker import JobStopped, MakerLost, VideoMaker
 
 _log = logging.getLogger(__name__)
 _IDLE_S = 1.0
-_WARM_UP_ID = f"video_{0:032x}"
-
-
-class JobStopped(Exception):
-    """The job that runs is to end at once."""
+# Outcomes of jobs that are made later, and need their files until then.
+_WAITING_AGAIN = ("released", "retried")
 
 
 class Worker(threading.Thread):
-    """Claims jobs until it is told to stop; no job's error ends it.
+    """Takes jobs until it is told to stop; no job's error ends it.
 
     `failure` is the exception to that: what went wrong in a warm-up video, or what leaves the GPU unusable to
-    this process. `ended` is set then, and when it has stopped.
+    this process. `ended`, which workers share, is set then, and when it has stopped.
     """
 
     def __init__(
-        self, models: ServedModels, store: JobStore, folder: DataFolder, board: StepsBoard, metrics: Metrics
+        self,
+        number: int,
+        maker: VideoMaker,
+        store: JobStore,
+        folder: DataFolder,
+        board: StepsBoard,
+        metrics: Metrics,
+        ended: threading.Event,
     ) -> None:
-        super().__init__(name="stg-trt worker", daemon=True)
-        self._models = models
+        super().__init__(name=f"stg-trt worker {number}", daemon=True)
+        self._number = number
+        self._maker = maker
         self._store = store
         self._folder = folder
         self._board = board
@@ -51,18 +47,15 @@ class Worker(threading.Thread):
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._lock = threading.Lock()
-        self._running: str | None = None
-        self._stopped = threading.Event()
-        self._release = False
+        self._run: _Run | None = None
+        self._ended = ended
         self.ready = threading.Event()
-        self.ended = threading.Event()
         self.failure: Exception | None = None
 
     def run(self) -> None:
         """Warms up, then works."""
         try:
-            for model in self._models:
-                self._warm_up(model)
+            self._maker.warm_up(self._check_stopping)
         except JobStopped:
             pass
         except Exception as error:
@@ -70,7 +63,7 @@ class Worker(threading.Thread):
         else:
             self.ready.set()
             self._work()
-        self.ended.set()
+        self._ended.set()
         self._board.wake()
 
     def wake(self) -> None:
@@ -78,154 +71,153 @@ class Worker(threading.Thread):
         self._wake.set()
 
     def stop(self) -> None:
-        """Takes no further job."""
+        """Takes no further job; one that waits for its turn goes on waiting in the queue."""
         self._stopping.set()
         self._wake.set()
+        with self._lock:
+            if self._run is None or self._run.claimed is None:
+                self._stop_run()
 
     def release(self) -> None:
         """Stops within a step; the job that runs goes back to the queue."""
+        self._stopping.set()
+        self._wake.set()
         with self._lock:
-            self._release = True
-            self._stopped.set()
-        self.stop()
+            self._stop_run()
 
     def interrupt(self, id: str) -> None:
         """Stops a job within a step, if it is the one that runs."""
         with self._lock:
-            if self._running == id:
-                self._stopped.set()
+            if self._run is not None and self._run.job.id == id:
+                self._stop_run()
+
+    def _stop_run(self) -> None:
+        if self._run is not None:
+            self._run.stopped.set()
+        self._maker.stop()
+
+    def _check_stopping(self) -> None:
+        if self._stopping.is_set():
+            raise JobStopped
 
     def _work(self) -> None:
-        unwritten = False
+        unwritten: Job | None = None
         while not self._stopping.is_set():
+            run = None
             try:
-                if unwritten:
-                    self._store.recover()
-                    unwritten = False
-                job = self._store.claim()
+                if unwritten is not None:
+                    self._store.retry(unwritten)
+                    unwritten = None
+                job = self._store.reserve()
                 if job is None:
                     self._wake.wait(_IDLE_S)
                     self._wake.clear()
                 else:
-                    self._run(job)
+                    run = _Run(job, self._number, self._store, self._board, self._metrics)
+                    self._see_to(run)
             except Exception:  # The database, such as on a full disk: the next round may succeed.
                 _log.exception("the queue of videos")
-                unwritten = True
+                unwritten = run.claimed if run is not None and run.claimed is not None else unwritten
                 time.sleep(_IDLE_S)
 
-    def _run(self, job: Job) -> None:
+    def _see_to(self, run: _Run) -> None:
+        """From the job's reservation to its end."""
         with self._lock:
-            self._running = job.id
-            if not self._release:
-                self._stopped.clear()
-        self._board.begin(job.id)
-        start = time.perf_counter()
+            self._run = run
+            if self._stopping.is_set():
+                run.stopped.set()
         outcome = "cancelled"
         try:
-            # Cancelled between its claim and this moment.
-            current = self._store.get(job.id)
-            if current is None or current.fence != job.fence or current.status != "in_progress":
-                raise JobStopped
-            result = self._make(job)
-            if self._store.complete(job, result):
-                outcome = "completed"
-        except JobStopped:
-            if self._release and self._store.release(job):
-                outcome = "released"
-        except Exception as error:
-            if _leaves_no_gpu(error):
-                # Whoever starts the server again gives the job its second attempt.
-                outcome, self.failure = "interrupted", error
-                self._stopping.set()
-                return
-            code, message = _failure(error)
-            _log.warning("%s: %s", job.id, message, exc_info=code == "internal_error")
-            outcome = "interrupted"  # Unless it can be written down.
-            outcome = code if self._store.fail(job, code, message) else "cancelled"
-            _free_memory(error)
+            outcome = self._outcome(run)
+        except Exception:
+            outcome = "retried"
+            raise
         finally:
             with self._lock:
-                self._running = None
-            self._tidy(job, outcome)
-            self._metrics.count_video(job.request.model, outcome, time.perf_counter() - start)
+                self._run = None
+            self._store.unreserve(run.job)
+            if run.claimed is not None:
+                self._tidy(run.job, outcome)
+                self._metrics.count_video(run.job.request.model, outcome, time.perf_counter() - run.start)
             self._board.wake()
 
-    def _make(self, job: Job) -> Result:
-        """Raises JobStopped, and whatever the pipeline does."""
-        model = self._models.get(job.request.model)
-        picture = self._folder.load_reference(job.id) if job.has_reference else None
-        gpu = torch.cuda.is_available()
-        if gpu:
-            torch.cuda.reset_peak_memory_stats()
+    def _outcome(self, run: _Run) -> str:
+        """What became of a job: `completed`, the code of its error, or why it waits again."""
+        try:
+            result = self._maker.make(run)
+        except JobStopped:
+            # Of a cancelled job nothing is left to give back.
+            released = run.claimed is not None and self._store.release(run.claimed)
+            return "released" if released else "cancelled"
+        except MakerLost as error:
+            return self._lost(run, error)
+        except Exception as error:
+            if leaves_no_gpu(error):
+                # Whoever starts the server again gives the job its second attempt.
+                self.failure = error
+                self._stopping.set()
+                return "retried"
+            # Errors before the claim are those of the store.
+            if run.claimed is None:
+                raise
+            failure = failure_of(error, run.job.id)
+            return (
+                failure.code if self._store.fail(run.claimed, failure.code, failure.message) else "cancelled"
+            )
+        return self._completed(run, result)
 
-        def on_step(step: StepTaken) -> None:
-            self._board.add(step)
-            self._metrics.count_step(model.name, step.seconds)
-            self._check_stopped()
+    def _completed(self, run: _Run, result: Result) -> str:
+        self._metrics.count_stages(run.job.request.model, result.stages)
+        assert run.claimed is not None
+        return "completed" if self._store.complete(run.claimed, result) else "cancelled"
 
-        start = time.perf_counter()
-        made = model.generate(job.request, picture, on_step)
-        self._check_stopped()
-        sampled = time.perf_counter()
-        size, sha256 = write_files(made, job.request.fps, self._folder, job.id)
-        end = time.perf_counter()
-        stages: dict[Stage, float] = {**made.stages, "encode": end - sampled}
-        # What is done between the steps, such as telling who watches, is no other stage's.
-        stages["denoise"] += end - start - sum(stages.values())
-        self._metrics.count_stages(model.name, stages)
-        peak = torch.cuda.max_memory_allocated() / MIB if gpu else None
-        return Result(size, sha256, end - start, peak, stages)
-
-    def _check_stopped(self) -> None:
-        if self._stopped.is_set():
-            raise JobStopped
+    def _lost(self, run: _Run, error: MakerLost) -> str:
+        """The job is made again, from its seed; it has one attempt less if it had begun."""
+        _log.warning("%s: %s", run.job.id, error)
+        if run.claimed is None:
+            # Whatever was lost may take a moment to be replaced.
+            self._stopping.wait(_IDLE_S)
+            return "retried"
+        return self._store.retry(run.claimed) or "cancelled"
 
     def _tidy(self, job: Job, outcome: str) -> None:
         """A job that is over needs its picture no more; one that has no video, no files."""
         if outcome == "completed":
             self._folder.remove_reference(job.id)
-        elif outcome not in ("released", "interrupted"):
+        elif outcome not in _WAITING_AGAIN:
             self._folder.remove(job.id)
 
-    def _warm_up(self, model: ServedModel) -> None:
-        start = time.perf_counter()
-        request, picture = model.warm_up_request()
-        try:
-            made = model.generate(request, picture, lambda step: self._check_stopped())
-            write_files(made, request.fps, self._folder, _WARM_UP_ID)
-        finally:
-            self._folder.remove(_WARM_UP_ID)
-        _log.info("%s: warm-up video in %.1f s", model.name, time.perf_counter() - start)
 
+class _Run:
+    """A job that a worker has reserved; `claimed` once its turn has come, at `start`."""
 
-def _failure(error: Exception) -> tuple[str, str]:
-    """The code and message of a job's error; a defect of ours is not explained to clients."""
-    if is_out_of_memory(error):
-        said = str(error).splitlines()[0] if isinstance(error, StgTrtError) else "the machine has no more"
-        return "out_of_memory", f"out of memory: {said}; fewer frames or a smaller size need less"
-    if isinstance(error, NotFinite):
-        return "not_finite", str(error)
-    if isinstance(error, Refusal):
-        return error.code, error.message
-    if isinstance(error, StgTrtError):
-        # The video file cannot be written: its path is no client's business.
-        if isinstance(error, InvalidRequest) and str(error).startswith("output: "):
-            return "disk_full", "The server cannot write the video: its disk is full or not writable."
-        return "invalid_request", from_library(error).message
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "disk_full", "The server has no free disk space for the video."
-    return "internal_error", "The server could not make this video because of an error of its own."
+    def __init__(self, job: Job, worker: int, store: JobStore, board: StepsBoard, metrics: Metrics) -> None:
+        self.job = job
+        self.claimed: Job | None = None
+        self.start = 0.0
+        self.stopped = threading.Event()
+        self._worker = worker
+        self._store = store
+        self._board = board
+        self._metrics = metrics
 
+    def begin(self) -> None:
+        """Raises JobStopped if the job was cancelled while it waited."""
+        self.check()
+        self.start = time.perf_counter()
+        self.claimed = self._store.claim(self.job.id)
+        if self.claimed is None:
+            raise JobStopped
+        self._board.begin(self._worker, self.job.id)
+        self.check()
 
-def _leaves_no_gpu(error: Exception) -> bool:
-    """CUDA says the same of every later call, such as after an illegal memory access."""
-    return "CUDA error: " in str(error) and not is_out_of_memory(error)
+    def step(self, step: StepTaken) -> None:
+        """Tells who watches."""
+        self._board.add(self._worker, step)
+        self._metrics.count_step(self.job.request.model, step.seconds)
+        self.check()
 
-
-def _free_memory(error: Exception) -> None:
-    """Frames of the traceback hold tensors; torch keeps what they leave for itself."""
-    if is_out_of_memory(error):
-        error.__traceback__ = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    def check(self) -> None:
+        """Raises JobStopped."""
+        if self.stopped.is_set():
+            raise JobStopped

@@ -8,6 +8,7 @@ _STORE = "tests/server/test_job_store.py"
 _JOBS = "tests/server/test_jobs.py"
 _CONTENT = "tests/server/test_content.py"
 _REQUESTS = "tests/server/test_requests.py"
+_REPLICA = "tests/server/test_replica.py"
 _CLIENT = "tests/server/test_openai_client.py"
 
 IN_SERVER = (
@@ -49,7 +50,7 @@ IN_SERVER = (
     Mistake(
         "a cancelled run goes on to its end",
         "runtime/server/worker.py",
-        "step.seconds)\n            self._check_stopped()\n",
+        "step.seconds)\n        self.check()\n",
         "step.seconds)\n",
         (f"{_JOBS}::test_the_step_after_a_cancel_is_the_last",),
     ),
@@ -101,5 +102,33 @@ IN_SERVER = (
         "        for id in self._store.delete_expired():\n            self.folder.remove(id)\n",
         "        pass\n",
         (f"{_JOBS}::test_quota_and_expiry",),
+    ),
+    Mistake(
+        "two workers take the same job",
+        "runtime/server/job_store.py",
+        'if row["id"] not in self._reserved',
+        "if row",
+        (f"{_STORE}::test_a_reserved_job_is_one_workers",),
+    ),
+    Mistake(
+        "a replica makes a cancelled video to its end",
+        "runtime/server/replica.py",
+        "            stopped.set()\n",
+        "",
+        (f"{_REPLICA}::test_a_replica_ends_a_cancelled_video_within_a_step",),
+    ),
+    Mistake(
+        "a replica that has lost its GPU begins the next video",
+        "runtime/server/replica.py",
+        "        self.check_health()\n        loop, stopped",
+        "        loop, stopped",
+        (f"{_REPLICA}::test_a_replica_without_its_gpu_is_replaced",),
+    ),
+    Mistake(
+        "a job has lost an attempt by waiting for a replica",
+        "runtime/server/replica_maker.py",
+        "        picture = self._folder.load_reference",
+        "        run.begin()\n        picture = self._folder.load_reference",
+        (f"{_REPLICA}::test_a_job_begins_with_its_replica",),
     ),
 )

@@ -77,8 +77,8 @@ def running(models: ServedModels, folder: Path, *, ready: bool = True, **setting
         service = Service(ServerSettings(folder, **settings), models, held)
         add = service.board.add
 
-        def add_slowly(step: StepTaken) -> None:
-            add(step)
+        def add_slowly(worker: int, step: StepTaken) -> None:
+            add(worker, step)
             time.sleep(_STEP_S if step.steps == ENDLESS else 0)
 
         service.board.add = add_slowly  # type: ignore[method-assign]
@@ -86,7 +86,7 @@ def running(models: ServedModels, folder: Path, *, ready: bool = True, **setting
         try:
             with TestClient(create_app(service)) as client:
                 if ready:
-                    wait_for(service.worker.ready.is_set)
+                    wait_for(lambda: service.ready)
                 yield Running(service, client)
         finally:
             service.stop()

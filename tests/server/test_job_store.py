@@ -29,15 +29,18 @@ def add(store: JobStore, number: int) -> Job:
 
 
 def claim(store: JobStore) -> Job:
-    job = store.claim()
-    assert job is not None
+    waiting = store.reserve()
+    assert waiting is not None
+    store.unreserve(waiting)
+    job = store.claim(waiting.id)
+    assert job is not None and store.claim(waiting.id) is None
     return job
 
 
 def test_jobs_are_claimed_in_their_order(store: JobStore) -> None:
     added = [add(store, number) for number in (3, 1, 2)]
     claimed = [claim(store) for _ in added]
-    assert [job.id for job in claimed] == [job.id for job in added] and store.claim() is None
+    assert [job.id for job in claimed] == [job.id for job in added] and store.reserve() is None
     assert claimed[0].request == REQUEST and claimed[0].status == "in_progress"
 
 
@@ -61,10 +64,31 @@ def test_a_job_is_interrupted_twice_at_most(store: JobStore, tmp_path: Path) -> 
         store.close()
         store = JobStore(tmp_path / "jobs.sqlite3", expire_s=3600)
         store.recover()
-    assert store.claim() is None
+    assert store.reserve() is None
     job = store.get(f"video_{1:032x}")
     assert job is not None and (job.status, job.error_code) == ("failed", "interrupted")
     assert job.error_message == "The server ended 2 times while it made this video."
+
+
+def test_a_job_of_a_lost_worker_is_interrupted_twice_at_most(store: JobStore) -> None:
+    add(store, 1), add(store, 2)
+    first, other = claim(store), claim(store)
+    assert store.retry(first) == "retried" and store.retry(first) is None
+    again = claim(store)
+    assert (again.id, again.attempts) == (first.id, 2)
+    assert store.retry(first) is None and store.retry(again) == "interrupted"
+    assert store.complete(other, RESULT)
+
+
+def test_a_reserved_job_is_one_workers(store: JobStore) -> None:
+    added = [add(store, number) for number in (1, 2)]
+    first, second = store.reserve(), store.reserve()
+    assert [first, second, store.reserve()] == [*added, None]
+    store.cancel(added[0].id)
+    assert store.claim(added[0].id) is None
+    for job in added:
+        store.unreserve(job)
+    assert store.reserve() == added[1]
 
 
 def test_a_released_job_was_not_tried(store: JobStore) -> None:

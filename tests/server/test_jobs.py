@@ -47,11 +47,11 @@ def test_the_step_after_a_cancel_is_the_last(server: Running, monkeypatch: pytes
     begun: list[str] = []
     begin = server.service.board.begin
 
-    def recorded(job: str) -> None:
+    def recorded(worker: int, job: str) -> None:
         if begun:
             begun.append(f"{server.steps(begun[0])} steps")
         begun.append(job)
-        begin(job)
+        begin(worker, job)
 
     monkeypatch.setattr(server.service.board, "begin", recorded)
     id = server.create(**GIVEN)
@@ -139,11 +139,11 @@ def test_a_result_that_cannot_be_written_down(server: Running, monkeypatch: pyte
     """The job, with its picture, is taken up again when the database can be written."""
     full = sqlite3.OperationalError("database or disk is full")
     with monkeypatch.context() as patched:
-        for name in ("complete", "fail", "recover"):
+        for name in ("complete", "fail", "retry"):
             patched.setattr(server.service._store, name, mock.Mock(side_effect=full))
         url = f"data:image/png;base64,{base64.b64encode(png(160, 128)).decode()}"
         id = server.create(input_reference=url)
-        wait_for(lambda: server.service._store.recover.called)  # type: ignore[attr-defined]
+        wait_for(lambda: server.service._store.retry.called)  # type: ignore[attr-defined]
         assert server.video(id)["status"] == "in_progress"
     assert server.finished(id)["status"] == "completed"
     assert server.service.get(id).attempts == 2
@@ -160,8 +160,8 @@ def test_a_gpu_that_is_lost_ends_the_worker(
     with running(wide, tmp_path) as server, monkeypatch.context() as patched:
         patched.setattr(wide.get("wide").pipeline.components, "decode", decode)
         id = server.create()
-        wait_for(server.service.worker.ended.is_set)
-        assert server.service.worker.failure is error and not server.service.ready
+        wait_for(server.service.workers.ended.is_set)
+        assert server.service.workers.failure is error and not server.service.ready
         assert server.video(id)["status"] == "in_progress"
     with running(wide, tmp_path) as server:
         assert server.finished(id)["status"] == "completed"
@@ -223,8 +223,8 @@ def test_a_warm_up_that_fails_ends_the_worker(
 
     monkeypatch.setattr(ServedModel, "generate", fails)
     with running(wide, tmp_path, ready=False) as server:
-        wait_for(server.service.worker.ended.is_set)
-        assert isinstance(server.service.worker.failure, OutOfDeviceMemory)
+        wait_for(server.service.workers.ended.is_set)
+        assert isinstance(server.service.workers.failure, OutOfDeviceMemory)
         assert server.http.get("/health/ready").status_code == 503
         wait_for(lambda: server.http.get("/health/live").status_code == 503)
 

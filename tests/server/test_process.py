@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from stg_trt.runtime.server import command
+from stg_trt.runtime.server.model_sources import folders_of, names_of
 from stg_trt.runtime.server.served_model import ModelSource
 from tests.server.running import PROMPT, served, wait_for
 from tests.support.cli import ROOT, assert_one_line_error, invoke
@@ -79,11 +80,11 @@ def test_what_cannot_be_served(sources: list[ModelSource], tmp_path: Path, ltx_c
 
 def test_which_engines_and_names_a_checkpoint_gets() -> None:
     a, b = Path("a"), Path("b")
-    assert command._paired(["x"], [a, b]) == [(a, b)]
-    assert command._paired(["x", "y"], [a]) == [(a,), (a,)]
-    assert command._paired(["x", "y"], [a, b]) == [(a,), (b,)]
-    assert command._names(["owner/name-1.3B", "tests/server"], []) == ["name-1.3B", "server"]
-    assert command._names(["x", "x"], ["one", "two"]) == ["one", "two"]
+    assert folders_of(["x"], [a, b]) == [(a, b)]
+    assert folders_of(["x", "y"], [a]) == [(a,), (a,)]
+    assert folders_of(["x", "y"], [a, b]) == [(a,), (b,)]
+    assert names_of(["owner/name-1.3B", "tests/server"], []) == ["name-1.3B", "server"]
+    assert names_of(["x", "x"], ["one", "two"]) == ["one", "two"]
 
 
 def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
