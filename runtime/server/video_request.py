@@ -39,6 +39,10 @@ _LISTS = (
     "audio_rescale",
 )
 
+# Fields that clients of other servers send too, and the values that change nothing: a job is one video, and
+# whether it is decoded in tiles is the server's choice.
+_FOREIGN = {"n": ("1",), "vae_use_slicing": ("true", "false"), "vae_use_tiling": ("false",)}
+
 
 class VideoRequest(BaseModel):
     """A video to make; None is the default of the engines or the model."""
@@ -141,6 +145,11 @@ def read_fields(fields: Mapping[str, object]) -> VideoRequest:
     if twice:
         raise invalid(twice[0], "expected it once, got it in extra_params too: leave one out")
     given |= extra
+    for name in given.keys() & _FOREIGN.keys():
+        value = given.pop(name)
+        if str(value).lower() not in _FOREIGN[name]:
+            expected = " or ".join(_FOREIGN[name])
+            raise invalid(name, f"expected {expected}, got {_short(value)}: leave it out")
     parsed = {name: _parsed(name, value) if name in _LISTS else value for name, value in given.items()}
     try:
         return VideoRequest.model_validate(parsed)

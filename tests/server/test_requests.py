@@ -35,8 +35,15 @@ def test_every_spelling_is_the_same_request(form: list[tuple[str, str]]) -> None
     assert got.stg_blocks == [0, 1] and got.stg_scale == {"a": 1.5} and got.guidance_scale == [3.0, 1.0]
 
 
+def test_fields_of_other_clients_that_change_nothing() -> None:
+    sent = {"n": "1", "vae_use_slicing": "True", "vae_use_tiling": "False"}
+    assert read_fields({"prompt": "a", **sent}) == read_fields({"prompt": "a"})
+
+
 REFUSED: dict[str, tuple[dict[str, object], str, str]] = {
     "no prompt": ({"prompt": ""}, "prompt", "expected a text, got none"),
+    "two videos": ({"n": 2}, "n", "expected 1, got 2: leave it out"),
+    "tiles": ({"vae_use_tiling": True}, "vae_use_tiling", "expected false, got True: leave it out"),
     "misspelt": ({"promt": "a"}, "promt", "expected one of prompt, .*got an unknown name"),
     "path of a picture": ({"image": "/etc/passwd"}, "image", "got an unknown name"),
     "steps": ({"num_inference_steps": 0}, "num_inference_steps", "greater than or equal to 1, got 0"),
