@@ -146,7 +146,7 @@ def connectors(version: str) -> LTX2TextConnectors:
 
 
 def transformer(version: str) -> LTX2VideoTransformer3DModel:
-    """Three blocks; with the switch that 2.0's configuration lacks, so that diffusers perturbs it too."""
+    """Three blocks. As published, 2.0's have no switch for diffusers to perturb them."""
     new = _NEW[version]
     return _random(
         LTX2VideoTransformer3DModel(
@@ -168,7 +168,7 @@ def transformer(version: str) -> LTX2VideoTransformer3DModel:
             cross_attn_mod=new,
             audio_cross_attn_mod=new,
             use_prompt_embeddings=not new,
-            perturbed_attn=True,
+            perturbed_attn=new,
         )
     )
 
