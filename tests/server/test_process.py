@@ -18,7 +18,7 @@ from tests.server.running import PROMPT, served, wait_for
 from tests.support.cli import ROOT, assert_one_line_error, invoke
 
 # More than a second, to be killed in between.
-STEPS = 240
+STEPS = 120
 
 
 def test_jobs_survive_a_kill_and_a_server_ends_when_told(sources: list[ModelSource], tmp_path: Path) -> None:
