@@ -8,6 +8,7 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript.rewriter import MatchResult
 from onnxscript.rewriter._matcher import SimplePatternMatcher
+from torch._export import utils as export_utils
 from torch._inductor import config as inductor
 from torch._inductor.config import aot_inductor
 from torch.onnx._internal.exporter._registration import ONNXRegistry
@@ -21,6 +22,9 @@ def compile_quickly() -> None:
     """In this process, from now on."""
     # The exporter collects thousands of operators anew for each graph, always the same ones.
     ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign]
+    # Not every supported torch has it; it looks for operators that are new since, and tests make none.
+    if hasattr(export_utils, "_materialize_cpp_cia_ops"):
+        export_utils._materialize_cpp_cia_ops = functools.cache(export_utils._materialize_cpp_cia_ops)
     SimplePatternMatcher.match = _match_unless_another_operator(SimplePatternMatcher.match)  # type: ignore[method-assign]
     for name, value in QUICK_CALLS.items():
         # Not every supported torch has both.
