@@ -14,8 +14,8 @@ import pytest
 
 from stg_trt.runtime.server import command
 from stg_trt.runtime.server.served_model import ModelSource
-from tests.server.running import PROMPT, served, wait_for
 from tests.support.cli import ROOT, assert_one_line_error, invoke
+from tests.support.running_server import PROMPT, served, wait_for
 
 # More than a second, to be killed in between.
 STEPS = 120
