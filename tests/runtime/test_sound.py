@@ -13,7 +13,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from diffusers import LTX2ImageToVideoPipeline, LTX2Pipeline, LTX2VideoTransformer3DModel
+from diffusers import LTX2ImageToVideoPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -32,6 +32,7 @@ from tests.support.tiny_ltx2 import (
     REGISTERS,
     TEXT_WIDTH,
     VERSIONS,
+    diffusers_pipeline,
     save_ltx2,
     tiny_gemma,
 )
@@ -71,13 +72,7 @@ def opened(checkpoint: Folder, built_once: BuiltOnce) -> Open:
     return pipeline
 
 
-@cache
-def of_diffusers(folder: Path) -> LTX2Pipeline:
-    """Perturbs 2.0 too."""
-    model = LTX2VideoTransformer3DModel.from_pretrained(folder, subfolder="transformer", perturbed_attn=True)
-    pipeline = LTX2Pipeline.from_pretrained(folder, transformer=model)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+of_diffusers = cache(diffusers_pipeline)
 
 
 def call(**changes: Any) -> dict[str, Any]:
