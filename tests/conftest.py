@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import hashlib
 import os
@@ -17,9 +16,6 @@ import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
-from torch._inductor import config as inductor
-from torch._inductor.config import aot_inductor
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from stg_trt import VideoPipeline, build
 from stg_trt.runtime.ranks import Ranks
@@ -27,25 +23,37 @@ from stg_trt.system import kept_hashes
 from tests.support.cli import keep_one_block
 from tests.support.family_cases import CASES, LTX, FamilyCase, Sizes
 from tests.support.golden_builds import build_goldens, build_ltx2, build_open_sora, build_svd
+from tests.support.quick_compilation import compile_quickly
 from tests.support.shared_graphs import share_graphs
 from tests.support.whole_pipelines import TEXT_LENGTH
 
 # The processes of a run take files in this order: one that takes minutes must not begin when the others end.
 LONGEST_FIRST = (
-    "build_engines/test_compile_inductor.py",
+    # Builds LTX-2, Open-Sora and SVD while the next one builds the other families.
+    "build_engines/test_export_version.py",
     "test_goldens.py",
+    "build_engines/test_compile_inductor.py",
+    "build_engines/test_whole_export.py",
     "build_engines/test_inductor_blocks.py",
+    "plugins/test_shared_library.py",
+    "server/test_process.py",
     "build_engines/test_compile_tensorrt.py",
+    # Has the graphs of test_export_version.py.
+    "runtime/test_sound.py",
     "cli/test_interrupt.py",
     "cli/test_errors.py",
-    "plugins/test_shared_library.py",
     # Before runtime/test_components.py, which has its engines.
     "runtime/test_pipeline.py",
+    "runtime/test_image_to_video.py",
+    "runtime/test_clean_latents.py",
+    "examples/test_moving_shapes.py",
     "benchmarks/test_step.py",
     "benchmarks/test_gpu.py",
 )
 
 ROOT = Path(__file__).resolve().parents[1]
+# Python's own thresholds are for programs that make fewer objects; an export makes millions that live on.
+COLLECTED_AFTER = 20_000, 20, 10
 _KEPT_S = 24 * 3600
 _BUILD_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 
@@ -53,11 +61,8 @@ BuiltOnce = Callable[[str, Callable[[Path], object]], Path]
 OnTwoRanks = Callable[[VideoPipeline], VideoPipeline]
 
 
-# g++ takes longest over the code that calls a package's kernels. Tests need its results alone, so it is not
-# optimized and has no line numbers for profilers; the kernels are compiled as for users.
-QUICK_CALLS = {"compile_wrapper_opt_level": "O0", "enable_line_tables": False}
-
-# Fixtures that make a test slow, and why; `golden_engines` is quick for LTX-Video alone.
+# Fixtures that make a test slow, and why; `golden_engines` is quick for LTX-Video alone. A module may have a
+# SLOW_FIXTURES of its own.
 SLOW_FIXTURES = {
     "inductor_engines": "compiles packages with AOTInductor",
     "whole_engines": "builds the engines of a whole pipeline",
@@ -89,29 +94,23 @@ def mark_slow(item: pytest.Item) -> None:
     """By its fixtures; a mark of its own must say why."""
     fixtures: list[str] = getattr(item, "fixturenames", [])
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    for name in SLOW_FIXTURES.keys() & {*fixtures}:
+    slow: dict[str, str] = SLOW_FIXTURES | getattr(getattr(item, "module", None), "SLOW_FIXTURES", {})
+    for name in slow.keys() & {*fixtures}:
         if name != "golden_engines" or parameters.get("case", LTX) is not LTX:
-            item.add_marker(pytest.mark.slow(reason=SLOW_FIXTURES[name]))
+            item.add_marker(pytest.mark.slow(reason=slow[name]))
     for mark in item.iter_markers("slow"):
         assert mark.kwargs.keys() == {"reason"}, f"{item.nodeid}: a slow test says why: slow(reason=...)"
 
 
 def pytest_configure() -> None:
-    # The exporter collects thousands of operators anew for each graph, always the same ones.
-    collect = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
-    pytest.MonkeyPatch().setattr(ONNXRegistry, "from_torchlib", collect)
-    for name, value in QUICK_CALLS.items():
-        # Not every supported torch has both.
-        if hasattr(aot_inductor, name):
-            setattr(aot_inductor, name, value)
-    # Else torch compiles a trial for each instruction set that the processor says it has.
-    inductor.cpp.vec_isa_ok = True
+    compile_quickly()
 
 
 def pytest_collection_finish() -> None:
-    # Python and long builds collect garbage; what the imports made would be searched each time.
+    # Long builds collect garbage often; what the imports made would be searched each time.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(*COLLECTED_AFTER)
 
 
 @pytest.fixture(scope="session")

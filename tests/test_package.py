@@ -16,6 +16,7 @@ import stg_trt
 from tests.support.cli import ROOT
 
 
+@pytest.mark.slow(reason="imports torch in processes of their own")
 @pytest.mark.parametrize("before", ["", "import stg_trt.build_engines.build, stg_trt.runtime.pipeline"])
 def test_the_names_of_the_package_are_the_same_in_any_order(before: str) -> None:
     """The module that `build` lies in is called build too."""

@@ -11,6 +11,7 @@ import pytest
 from stg_trt.benchmarks.scenario import Scenario
 from tests.conftest import BuiltOnce
 from tests.support.family_cases import LTX, WAN, FamilyCase
+from tests.support.scenarios import scenario_of
 
 
 @pytest.fixture(scope="session")
@@ -61,12 +62,3 @@ def scenario(model: Path) -> Scenario:
 def wan_scenario() -> Scenario:
     """The Wan model and size in Python."""
     return scenario_of(WAN, "stg-a", (2,))
-
-
-def scenario_of(
-    case: FamilyCase, mode: str, blocks: tuple[int, ...], checkpoint: Path | None = None
-) -> Scenario:
-    """A family's tiny transformer, or another checkpoint, at the size of its goldens, on ONNX Runtime."""
-    sizes = (case.workload.height, case.workload.width, case.workload.num_frames, case.workload.text_length)
-    source = str(checkpoint or case.goldens)
-    return Scenario(source, *sizes, stg_mode=mode, stg_blocks=blocks, backend="onnxruntime")

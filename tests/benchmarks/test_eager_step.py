@@ -15,10 +15,10 @@ from stg_trt.benchmarks.scenario import Scenario
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.segment import Segment
 from stg_trt.models.text import TextCondition
-from tests.benchmarks.conftest import scenario_of
 from tests.support.eager_reference import perturbed
 from tests.support.family_cases import CASES, TIMESTEP, FamilyCase
 from tests.support.family_cases.case import GOLDENS
+from tests.support.scenarios import scenario_of
 
 COMPARED = [case for case in CASES if case.family.name in _MODELS]
 

@@ -10,10 +10,10 @@ import pytest
 from stg_trt.benchmarks.sample import SampleBenchmark
 from stg_trt.benchmarks.scenario import Scenario
 from stg_trt.errors import GateMissed
-from tests.benchmarks.conftest import scenario_of
 from tests.support.broken_plan import unperturbed
 from tests.support.cli import invoke
 from tests.support.family_cases import COGVIDEOX, WAN, FamilyCase
+from tests.support.scenarios import scenario_of
 
 CALLS = {"stg", "stg in the middle", "cfg"}
 CFG, STG = "uncond+cond, rescaled", "uncond+cond+skip, rescaled"

@@ -17,16 +17,13 @@ from torch.nn.attention import SDPBackend
 from stg_trt import build
 from stg_trt.build_engines import aoti_package, compile_inductor
 from stg_trt.build_engines.aoti_package import attention_kernels, compile_package, fused_attentions
-from stg_trt.build_engines.compile_inductor import InductorCompiler
 from stg_trt.build_engines.compiler import Job
 from stg_trt.build_engines.inductor_runs import InductorRuns, KernelRefused
-from stg_trt.build_engines.options import BuildOptions
 from stg_trt.build_engines.pieces import pieces_of
 from stg_trt.build_engines.reusable_files import ReusableFiles
 from stg_trt.build_engines.trace import trace
 from stg_trt.engines import cuda_toolkit
 from stg_trt.engines import manifest as manifests
-from stg_trt.engines.backends import backend_for
 from stg_trt.engines.store import Build, EngineRequest, EngineStore
 from stg_trt.errors import BackendUnavailable, GateMissed
 from stg_trt.models.checkpoint import Checkpoint
@@ -34,11 +31,11 @@ from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.segment import TEXT, Segment
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
-from stg_trt.models.workload import Workload
 from stg_trt.runtime.device import Cpu
 from tests.support.cli import assert_one_line_error, contents, invoke
-from tests.support.family_cases import CASES, LTX, FamilyCase, Sizes
+from tests.support.family_cases import CASES, LTX, FamilyCase
 from tests.support.frozen_segments import BranchesOnRows, ViewsTwoRows
+from tests.support.inductor_compiler import compiler_of
 
 X = TensorSpec("x", "float32", (ROWS, 4, 6))
 Y = TensorSpec("y", "float32", (ROWS, 4, 6))
@@ -97,30 +94,6 @@ def build_on_cpu(checkpoint: Path, output: Path, blocks: list[int], mode: str) -
         stg_blocks=blocks,
         stg_mode=mode,
     )
-
-
-def compiler_of(
-    checkpoint: Path,
-    output: Path,
-    precision: str,
-    target: str = "cpu",
-    sizes: Sizes = LTX.sizes,
-) -> InductorCompiler:
-    workload = Workload(**sizes, precision=precision)
-    options = BuildOptions(
-        checkpoint=Checkpoint.open(checkpoint),
-        output=output,
-        workload=workload,
-        skips={"skip": (3,)},
-        stg_mode="stg-a",
-        layout="segmented",
-        max_batch=2,
-        backend=backend_for("inductor"),
-        targets=(target,),
-        verify_timesteps=3,
-        keep_onnx=False,
-    )
-    return InductorCompiler(options)
 
 
 @pytest.mark.parametrize("max_rows", [1, 6])

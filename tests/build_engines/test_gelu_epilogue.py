@@ -10,7 +10,14 @@ from stg_trt.models.segment import Segment
 from tests.support.family_cases import COGVIDEOX, HUNYUAN_VIDEO, LTX, MOCHI, WAN, FamilyCase
 
 # Feed-forwards of a block: one, or one per stream; Mochi's have a gate and no GELU.
-FOLDED = [(LTX, 1), (WAN, 1), (MOCHI, 0), (HUNYUAN_VIDEO, 2), (COGVIDEOX["2b"], 2)]
+TRACED = pytest.mark.slow(reason="traces a block of every family")
+FOLDED = [
+    (LTX, 1),
+    pytest.param(WAN, 1, marks=TRACED),
+    pytest.param(MOCHI, 0, marks=TRACED),
+    pytest.param(HUNYUAN_VIDEO, 2, marks=TRACED),
+    pytest.param(COGVIDEOX["2b"], 2, marks=TRACED),
+]
 
 
 @pytest.mark.parametrize(("case", "count"), FOLDED, ids=str)

@@ -26,14 +26,15 @@ TEXT = ("add_q_proj", "add_k_proj", "add_v_proj")
 # Of a block, the linears that become one, in the order of the program. In a skipped one only the values of
 # the self-attention are left. CogVideoX's streams share their weights; HunyuanVideo's single blocks have one
 # more linear of the same input, whose GELU is worth more.
+TRACED = pytest.mark.slow(reason="traces a block of every family")
 JOINED = [
     pytest.param(LTX, BLOCK, {VALUES_FIRST, ("to_k", "to_v")}, id="ltx"),
     pytest.param(LTX, SKIPPED, {("to_k", "to_v")}, id="ltx skipped"),
-    pytest.param(WAN, BLOCK, {VALUES_FIRST, ("to_k", "to_v")}, id="wan"),
-    pytest.param(MOCHI, BLOCK, {SELF, TEXT}, id="mochi"),
-    pytest.param(HUNYUAN_VIDEO, BLOCK, {SELF, TEXT}, id="hunyuan double"),
-    pytest.param(HUNYUAN_VIDEO, SINGLE, {SELF}, id="hunyuan single"),
-    pytest.param(COGVIDEOX["2b"], BLOCK, {SELF}, id="cogvideox"),
+    pytest.param(WAN, BLOCK, {VALUES_FIRST, ("to_k", "to_v")}, id="wan", marks=TRACED),
+    pytest.param(MOCHI, BLOCK, {SELF, TEXT}, id="mochi", marks=TRACED),
+    pytest.param(HUNYUAN_VIDEO, BLOCK, {SELF, TEXT}, id="hunyuan double", marks=TRACED),
+    pytest.param(HUNYUAN_VIDEO, SINGLE, {SELF}, id="hunyuan single", marks=TRACED),
+    pytest.param(COGVIDEOX["2b"], BLOCK, {SELF}, id="cogvideox", marks=TRACED),
 ]
 
 

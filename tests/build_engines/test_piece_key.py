@@ -23,8 +23,8 @@ from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.segment import Segment
 from stg_trt.models.tensor_spec import ROWS, TensorSpec
-from tests.build_engines.test_compile_inductor import compiler_of
 from tests.support.family_cases import CASES, COGVIDEOX, HUNYUAN_VIDEO, LTX, MOCHI, WAN, FamilyCase
+from tests.support.inductor_compiler import compiler_of
 
 X = TensorSpec("x", "float32", (ROWS, 4, 6))
 # Embedding, kinds of blocks, head. Mochi's last block leaves the text alone; HunyuanVideo has two kinds.

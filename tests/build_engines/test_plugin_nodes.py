@@ -18,10 +18,9 @@ from stg_trt.engines import tensorrt_library
 from stg_trt.errors import BackendUnavailable, InvalidRequest
 from stg_trt.models.segment import Segment
 from tests.support.exported_graph import export_alone
-from tests.support.family_cases import CASES, LTX, FamilyCase
+from tests.support.family_cases import LTX, WITH_PLUGIN, FamilyCase
 
 BACK = Segment("back", 2, 4, back=True)
-WITH_PLUGIN = [case for case in CASES if "qk_norm_rope" in case.family.plugins]
 
 
 @pytest.mark.slow(reason="exports a block of every family with the plugin")

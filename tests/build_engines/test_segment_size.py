@@ -20,9 +20,9 @@ from stg_trt.models.segment import Segment, cut
 from stg_trt.system import machine_memory
 from stg_trt.system.units import GIB
 from tests.support.family_cases import CASES, LTX, FamilyCase
+from tests.support.golden_calls import arguments, every_step
 from tests.support.passes import skip_pass
 from tests.support.tiny_svd import SVD
-from tests.test_goldens import arguments, every_step
 
 Machine = namedtuple("Machine", "total available")
 Swap = namedtuple("Swap", "free")

@@ -26,7 +26,7 @@ from stg_trt.models.workload import Workload
 from stg_trt.runtime.command import generate as generate_command
 from stg_trt.runtime.server.command import serve as serve_command
 from stg_trt.runtime.server.video_request import VideoRequest
-from tests.docs.pages import ROOT, table, text
+from tests.support.pages import ROOT, table, text
 from tests.support.passes import UNCOND_COND
 
 FAMILIES = {

@@ -6,7 +6,7 @@ import runpy
 from xml.etree import ElementTree
 
 from stg_trt.models.checkpoint import Checkpoint
-from tests.docs.pages import ROOT, text
+from tests.support.pages import ROOT, text
 
 SCRIPT = runpy.run_path(str(ROOT / "docs/shared_prefix.py"))
 

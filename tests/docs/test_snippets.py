@@ -16,9 +16,9 @@ from stg_trt import VideoPipeline, build
 from stg_trt.cli.main import _application
 from stg_trt.models.families.wan import Wan
 from tests.conftest import BuiltOnce
-from tests.docs.pages import PAGES, snippets
 from tests.support.family_cases import WAN
 from tests.support.family_cases.case import Sizes
+from tests.support.pages import PAGES, snippets
 from tests.support.whole_pipelines import TEXT_LENGTH
 
 # The pages' size becomes that of a small model, and their numbers of steps a few.

@@ -23,7 +23,7 @@ from stg_trt.models.segment import engine_outputs
 from stg_trt.runtime.device import Cpu
 from stg_trt.system.gpu import find_gpu
 from tests.support.family_cases import LTX
-from tests.test_goldens import arguments, every_step, flipped, joined
+from tests.support.golden_calls import arguments, every_step, flipped, joined
 
 MAX_ROWS = 6
 CPU = torch.device("cpu")

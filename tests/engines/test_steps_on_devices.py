@@ -30,7 +30,7 @@ from stg_trt.models.segment import LAYOUTS
 from stg_trt.runtime.graph import StepGraph
 from tests.conftest import BuiltOnce
 from tests.support.cli import ROOT
-from tests.test_goldens import every_step
+from tests.support.golden_calls import every_step
 
 STEPS, BLOCK = 4, 1
 MODEL = ROOT / "benchmarks" / "models" / "ltx-video-128x2"

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from stg_trt.engines import manifest
-from tests.build_engines.test_plugin_nodes import WITH_PLUGIN
 from tests.support.compiled_kernels import PLUGINS, ROOT, compile_on_host, run
-from tests.support.family_cases import FamilyCase
+from tests.support.family_cases import WITH_PLUGIN, FamilyCase
 
 HEADERS = Path(os.environ.get("TENSORRT_ROOT", ""), "include", "NvInfer.h")
 PROGRAM = Path(__file__).parents[1] / "support" / "build_plugin_engine.py"

@@ -31,7 +31,7 @@ from tests.support.compiled_kernels import (
     run,
 )
 from tests.support.family_cases import LTX
-from tests.test_goldens import arguments, every_step
+from tests.support.golden_calls import arguments, every_step
 
 STRUCTS = {
     "StgGuidedStep": ("guided_step/guided_step.h", GuidedStepParameters),

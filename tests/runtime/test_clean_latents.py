@@ -44,6 +44,8 @@ EMBEDS = (
 )
 Open = Callable[..., VideoPipeline]
 
+SLOW_FIXTURES = {"opened": "builds engines with room for clean latents"}
+
 
 def seeded(seed: int = 7) -> torch.Generator:
     return torch.Generator().manual_seed(seed)

@@ -37,6 +37,8 @@ SIZES: dict[str, Any] = {"height": 48, "width": 64, "num_frames": 9}
 KINDS = ("text", "image")
 Open = Callable[..., VideoPipeline]
 
+SLOW_FIXTURES = {"opened": "builds the engines of two experts"}
+
 
 def picture(seed: int = 0) -> Image.Image:
     return noisy_picture(SIZES["height"], SIZES["width"], seed)
@@ -246,6 +248,7 @@ def test_the_expert_is_seen_in_the_segments(opened: Open) -> None:
     assert [b.manifest for b in again.builds] == [b.manifest for b in pipeline.store.builds]
 
 
+@pytest.mark.slow(reason="exports the graphs of Wan")
 def test_the_graphs_of_both_are_one(
     checkpoints: dict[str, tuple[Path, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,8 @@ from tests.support.tiny_image_to_video import wan_ti2v
 SIZES: dict[str, Any] = {"height": 64, "width": 96, "num_frames": 9}
 LATENTS, TOKENS, STEPS = (4, 3, 4, 6), 9, 4
 
+SLOW_FIXTURES = {"engines": "builds the engines of Wan 2.2 TI2V"}
+
 
 def picture(seed: int = 0) -> Image.Image:
     return noisy_picture(SIZES["height"], SIZES["width"], seed)

@@ -32,6 +32,8 @@ SCALES = ("guidance_scale", "true_cfg_scale", "stg_scale")
 OWN: dict[str, Callable[[Path], Any]] = {"cogvideox_1_5": cogvideox_1_5, "wan_first_last": wan_first_last}
 Open = Callable[[str, str], VideoPipeline]
 
+SLOW_FIXTURES = {"opened": "builds the engines of image-to-video models"}
+
 
 def seeded(seed: int = 7) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
@@ -164,6 +166,7 @@ def test_a_text_needs_a_text_encoder(opened: Open) -> None:
     assert told.startswith("checkpoint: expected a text encoder that model_index.json names, got none in hun")
 
 
+@pytest.mark.slow(reason="exports graphs of its own")
 @pytest.mark.parametrize("kind", OWN)
 def test_latents_are_those_of_diffusers(built_once: BuiltOnce, tmp_path: Path, kind: str) -> None:
     """CogVideoX 1.5 has an input `ofs` and patches in time; Wan's first and last picture have positions."""

@@ -31,6 +31,8 @@ TEXT_LENGTH, ROOM = 300, 16
 CPU = torch.device("cpu")
 Open = Callable[[str], VideoPipeline]
 
+SLOW_FIXTURES = {"opened": "builds the engines of HunyuanVideo for pictures"}
+
 
 def seeded(seed: int = 7) -> torch.Generator:
     return torch.Generator().manual_seed(seed)

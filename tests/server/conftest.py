@@ -9,8 +9,8 @@ import pytest
 
 from stg_trt.runtime.server.served_model import ModelSource, ServedModel, ServedModels
 from tests.conftest import BuiltOnce
-from tests.server.running import Running, running
 from tests.support.family_cases import LTX, WAN, FamilyCase
+from tests.support.running_server import Running, running
 
 WholeEngines = Callable[[FamilyCase, Path], Path]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.running import ENDLESS, PROMPT, STEPS, Running, refused, wait_for
+from tests.support.running_server import ENDLESS, PROMPT, STEPS, Running, refused, wait_for
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from stg_trt.runtime.server.app import create_app
 from stg_trt.runtime.server.data_folder import DataFolder
 from stg_trt.runtime.server.process import listen, url_of
 from stg_trt.runtime.server.served_model import ModelSource, ServedModel, ServedModels
-from tests.server.running import ENDLESS, PROMPT, Running, png, refused, running, wait_for
+from tests.support.running_server import ENDLESS, PROMPT, Running, png, refused, running, wait_for
 
 GIVEN = {"prompt": PROMPT, "num_inference_steps": ENDLESS}
 

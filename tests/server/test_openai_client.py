@@ -10,8 +10,8 @@ import openai
 import pytest
 
 from stg_trt.runtime.server.served_model import ModelSource
-from tests.server.running import PROMPT, STEPS, Running, png
 from tests.support.cli import invoke
+from tests.support.running_server import PROMPT, STEPS, Running, png
 
 PLAIN = {"num_inference_steps": STEPS, "seed": 7}
 

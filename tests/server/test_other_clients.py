@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from stg_trt.runtime.server.served_model import ModelSource
-from tests.server.running import PROMPT, served
 from tests.support.cli import ROOT
+from tests.support.running_server import PROMPT, served
 
 BIN = ROOT / ".clients" / "bin"
 NEEDED = "needs litellm and aiperf, which `make clients` installs"

@@ -13,7 +13,7 @@ import uvicorn
 
 from stg_trt.runtime.server.app import create_app
 from stg_trt.runtime.server.served_model import ServedModels
-from tests.server.running import ENDLESS, PROMPT, Running, png, running, wait_for
+from tests.support.running_server import ENDLESS, PROMPT, Running, png, running, wait_for
 
 _CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 _NEEDED = "needs playwright and Chromium, which `make browser` installs"

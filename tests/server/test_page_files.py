@@ -9,7 +9,7 @@ import pytest
 
 from stg_trt.runtime.server.page_routes import PAGE_PATHS
 from stg_trt.runtime.server.served_model import ServedModels
-from tests.server.running import refused, running
+from tests.support.running_server import refused, running
 
 
 @pytest.mark.parametrize("path", PAGE_PATHS)

@@ -15,11 +15,11 @@ import pytest
 from stg_trt.runtime.server import command
 from stg_trt.runtime.server.model_sources import folders_of, names_of
 from stg_trt.runtime.server.served_model import ModelSource
-from tests.server.running import PROMPT, served, wait_for
 from tests.support.cli import ROOT, assert_one_line_error, invoke
+from tests.support.running_server import PROMPT, served, wait_for
 
 # More than a second, to be killed in between.
-STEPS = 240
+STEPS = 120
 
 
 def test_jobs_survive_a_kill_and_a_server_ends_when_told(sources: list[ModelSource], tmp_path: Path) -> None:

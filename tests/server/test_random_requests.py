@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from stg_trt.runtime.server.served_model import ServedModels
 from stg_trt.runtime.server.video_request import VideoRequest
-from tests.server.running import PROMPT, Running, png, running
+from tests.support.running_server import PROMPT, Running, png, running
 
 NAMES = [*VideoRequest.model_fields, "input_reference", "extra_params", "n", "stg_blocks[]", "stg_scale[a]"]
 LEAVES = (

@@ -13,7 +13,7 @@ import pytest
 
 from stg_trt.runtime.server.served_model import ServedModels
 from stg_trt.runtime.server.video_request import fields_of_form, read_fields
-from tests.server.running import PROMPT, STEPS, Running, png, refused, running
+from tests.support.running_server import PROMPT, STEPS, Running, png, refused, running
 
 PLAIN = {"prompt": PROMPT, "num_inference_steps": STEPS, "seed": 7}
 BOUNDARY = {"content-type": "multipart/form-data; boundary=cut"}

@@ -48,8 +48,8 @@ SCHEDULE = {
 }
 
 
-def save_ltx2(folder: Path, version: str) -> LTX2Pipeline:
-    """A checkpoint of one of VERSIONS, and diffusers' pipeline of it."""
+def save_ltx2(folder: Path, version: str) -> None:
+    """A checkpoint of one of VERSIONS."""
     torch.manual_seed(0)
     tokenizer = gemma_tokenizer()
     pipeline = LTX2Pipeline(
@@ -63,6 +63,12 @@ def save_ltx2(folder: Path, version: str) -> LTX2Pipeline:
         vocoder=vocoder(version),
     )
     pipeline.save_pretrained(folder)
+
+
+def diffusers_pipeline(folder: Path) -> LTX2Pipeline:
+    """diffusers' own pipeline, which can perturb 2.0 too."""
+    model = LTX2VideoTransformer3DModel.from_pretrained(folder, subfolder="transformer", perturbed_attn=True)
+    pipeline = LTX2Pipeline.from_pretrained(folder, transformer=model)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -146,7 +152,7 @@ def connectors(version: str) -> LTX2TextConnectors:
 
 
 def transformer(version: str) -> LTX2VideoTransformer3DModel:
-    """Three blocks; with the switch that 2.0's configuration lacks, so that diffusers perturbs it too."""
+    """Three blocks. As published, 2.0's have no switch for diffusers to perturb them."""
     new = _NEW[version]
     return _random(
         LTX2VideoTransformer3DModel(
@@ -168,7 +174,7 @@ def transformer(version: str) -> LTX2VideoTransformer3DModel:
             cross_attn_mod=new,
             audio_cross_attn_mod=new,
             use_prompt_embeddings=not new,
-            perturbed_attn=True,
+            perturbed_attn=new,
         )
     )
 

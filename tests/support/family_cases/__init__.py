@@ -15,6 +15,7 @@ __all__ = [
     "MOCHI",
     "TIMESTEP",
     "WAN",
+    "WITH_PLUGIN",
     "FamilyCase",
     "Published",
     "Sizes",
@@ -22,3 +23,4 @@ __all__ = [
 ]
 
 CASES = (LTX, WAN, MOCHI, HUNYUAN_VIDEO, *COGVIDEOX.values())
+WITH_PLUGIN = [case for case in CASES if "qk_norm_rope" in case.family.plugins]
