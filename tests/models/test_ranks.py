@@ -12,8 +12,8 @@ from stg_trt.models.passes import COND, ISOLATION, UNCOND, Pass
 from stg_trt.models.plan import plan_step
 from stg_trt.models.ranks import check_ranks, split_passes
 from stg_trt.models.segment import LAYOUTS, Segment, cut
-from tests.docs.pages import table
 from tests.support.family_cases import CASES, Published
+from tests.support.pages import table
 from tests.support.passes import UNCOND_COND, skip_pass
 
 PUBLISHED = {known.name: known for case in CASES for known in case.published}

@@ -28,9 +28,9 @@ from tests.conftest import OnTwoRanks
 from tests.support.cli import invoke
 from tests.support.eager_sampler import assert_same, run, sampler_on
 from tests.support.family_cases import CASES, LTX, FamilyCase
+from tests.support.golden_calls import arguments
 from tests.support.rank_threads import on_ranks
 from tests.support.simulated_cuda import SimulatedCuda, SimulatedGpu
-from tests.test_goldens import arguments
 
 STG: dict[str, Any] = {"stg_scale": 1.0, "stg_blocks": [1]}
 GUIDED: dict[str, dict[str, Any]] = {

@@ -16,7 +16,7 @@ import httpx2
 import pytest
 
 from stg_trt.runtime.server.served_model import ModelSource
-from tests.server.running import PROMPT, png, served
+from tests.support.running_server import PROMPT, png, served
 
 pytestmark = pytest.mark.slow(reason="starts a server")
 
@@ -48,7 +48,7 @@ def test_the_node_of_sora(client: httpx2.Client) -> None:
     picture = {"input_reference": ("image.png", png(160, 128), "image/png")}
     for files in (None, picture):
         # The form is multipart without a picture too.
-        sent = files or {"prompt": (None, PROMPT)}
+        sent: dict[str, Any] = files or {"prompt": (None, PROMPT)}
         fields = {name: text for name, text in form.items() if name not in sent}
         created = client.post("/v1/videos", data=fields, files=sent).raise_for_status().json()
         assert created["error"] is None

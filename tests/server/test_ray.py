@@ -12,8 +12,8 @@ import openai
 import pytest
 
 from stg_trt.runtime.server.served_model import ModelSource
-from tests.server.ray_serve import RayServe, interrupt, ray_serve
-from tests.server.running import PROMPT, wait_for
+from tests.support.ray_serve import RayServe, interrupt, ray_serve
+from tests.support.running_server import PROMPT, wait_for
 
 pytestmark = [
     pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray Serve: pip install '.[ray]'"),

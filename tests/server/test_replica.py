@@ -22,8 +22,8 @@ from stg_trt.runtime.server.served_model import ModelSource
 from stg_trt.runtime.server.steps_board import StepTaken
 from stg_trt.runtime.server.video_maker import JobStopped, MakerLost
 from stg_trt.runtime.server.video_request import ResolvedRequest, VideoRequest
-from tests.docs.pages import snippets, text
-from tests.server.running import PROMPT
+from tests.support.pages import snippets, text
+from tests.support.running_server import PROMPT
 
 if find_spec("ray") is None:
     pytest.skip("needs Ray Serve: pip install '.[ray]'", allow_module_level=True)

@@ -18,7 +18,7 @@ from stg_trt.runtime.server.settings import ServerSettings
 from stg_trt.runtime.server.steps_board import StepTaken
 from stg_trt.runtime.server.video_maker import MakerLost, Run
 from stg_trt.runtime.server.video_request import VideoRequest
-from tests.server.running import PROMPT, wait_for
+from tests.support.running_server import PROMPT, wait_for
 
 RESULT = Result(3, "ab", 1.5, None, {"denoise": 1.0, "encode": 0.5})
 

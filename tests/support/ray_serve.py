@@ -20,8 +20,8 @@ import httpx2
 import psutil
 
 from stg_trt.runtime.server.served_model import ModelSource
-from tests.server.running import wait_for
 from tests.support.cli import ROOT
+from tests.support.running_server import wait_for
 
 # Inherited by every process that Ray starts, some of which outlive their parents.
 _MARK = "STG_TRT_RAY_TEST"
