@@ -71,8 +71,8 @@ def of_open_sora() -> Case:
 
 
 def of_ltx2() -> Case:
-    """One block, which is large: two streams, with gates and a modulated prompt."""
-    segment = Segment("normal", 1, 2, front=True, back=True, keep_input=True)
+    """Two streams, with gates and a modulated prompt."""
+    segment = Segment("normal", 1, 3, front=True, back=True, keep_input=True)
     sizes = Workload(128, 160, 17, 8, audio_num_frames=18)
     return Case("ltx2", Checkpoint.open(GOLDENS / "ltx2_3"), sizes, segment)
 
