@@ -261,6 +261,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
 def test_ranks_end_with_their_pipeline(ending: signal.Signals) -> None:
     parent = subprocess.Popen(

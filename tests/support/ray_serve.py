@@ -29,10 +29,12 @@ _MARK = "STG_TRT_RAY_TEST"
 _START_S = 300
 # `serve run` in a small cluster, which by itself would have a dashboard and a third of the memory.
 _RUN = """
-import sys
+import signal, sys
 import ray
 from ray.serve.scripts import cli
 
+# A shell's background jobs, and their children, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ray.init(namespace="serve", include_dashboard=False, num_cpus=3, num_gpus=0, object_store_memory=100 << 20,
          _temp_dir=sys.argv[1])
 cli(["run", sys.argv[2]])
