@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stg_trt.errors import InvalidRequest, NotFinite, StgTrtError, is_out_of_memory
+from stg_trt.errors import InvalidRequest, NotFinite, RankLost, StgTrtError, is_out_of_memory
 
 from .refusal import Refusal, from_library
 
@@ -46,6 +46,8 @@ def _explained(error: Exception) -> tuple[str, str]:
         return "out_of_memory", f"out of memory: {said}; fewer frames or a smaller size need less"
     if isinstance(error, NotFinite):
         return "not_finite", str(error)
+    if isinstance(error, RankLost):
+        return "gpu_lost", str(error)
     if isinstance(error, Refusal):
         return error.code, error.message
     if isinstance(error, StgTrtError):

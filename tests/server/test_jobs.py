@@ -14,7 +14,7 @@ import httpx2
 import pytest
 import uvicorn
 
-from stg_trt.errors import InvalidRequest, OutOfDeviceMemory
+from stg_trt.errors import InvalidRequest, OutOfDeviceMemory, RankLost
 from stg_trt.runtime.server.app import create_app
 from stg_trt.runtime.server.data_folder import DataFolder
 from stg_trt.runtime.server.process import listen, url_of
@@ -114,10 +114,11 @@ def test_quota_and_expiry(wide: ServedModels, tmp_path: Path) -> None:
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out_of_memory", "fewer frames"),
         (OutOfDeviceMemory("GPU memory: expected room"), "out_of_memory", "GPU memory: expected room"),
         (MemoryError(), "out_of_memory", "smaller size"),
+        (RankLost("guidance_parallel: got the end of one"), "gpu_lost", "got the end of one"),
         (OSError(28, "No space left on device"), "disk_full", "no free disk space"),
         (ZeroDivisionError("secret"), "internal_error", "an error of its own"),
     ],
-    ids=["CPU", "GPU", "Python", "disk", "defect"],
+    ids=["CPU", "GPU", "Python", "lost rank", "disk", "defect"],
 )
 def test_errors_of_a_run(
     server: Running, monkeypatch: pytest.MonkeyPatch, error: Exception, code: str, message: str
