@@ -23,7 +23,7 @@ from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.families.base import ModelFamily
 from stg_trt.models.passes import COND, SKIP, UNCOND, Pass, all_blocks, read_skips
 from stg_trt.models.perturbation import Perturbation, check_blocks
-from stg_trt.models.stream import SOUND
+from stg_trt.models.stream import SOUND, VIDEO
 from stg_trt.models.text import TextCondition
 from stg_trt.models.workload import Workload
 from stg_trt.runtime.device import Device, open_device
@@ -89,7 +89,7 @@ class Scenario:
         text = usual.text_length if self.text_length is None else self.text_length
         sound = family.audio_num_frames(self.num_frames, usual.frame_rate)
         sizes = self.height, self.width, self.num_frames
-        _, precision = self._place
+        precision = self.precision or self._target.precisions[0]
         activations = self._target.activations(precision)
         return Workload(*sizes, text, precision, audio_num_frames=sound, activations=activations)
 
@@ -107,18 +107,13 @@ class Scenario:
         return (*plain, Pass(SKIP, self.perturbation)) if self.stg else plain
 
     @property
-    def _place(self) -> tuple[str, str]:
-        """Where the engines run, cpu or cuda, and in which precision."""
-        return self._target.device, self.precision or self._target.precisions[0]
-
-    @property
     def _target(self) -> Target:
         backend = backend_for(self.backend)
         return backend.target(self.target or backend.targets[0].name)
 
     def device(self) -> Device:
         """A new device of the engines' kind."""
-        return open_device(self._place[0])
+        return open_device(self._target.device)
 
     def build(self, layout: str, root: Path) -> Build:
         """Builds below `root` or re-uses; not verified there, since the whole model is verified here."""
@@ -213,7 +208,8 @@ class Inputs:
 
     def run(self, guidance: Guidance) -> RunInputs:
         """The request under a guidance."""
-        starts = dict(zip(("latents", SOUND.latents), self.starts, strict=False))
+        streams = (VIDEO, SOUND)[: len(self.starts)]
+        starts = {one.latents: start for one, start in zip(streams, self.starts, strict=True)}
         return RunInputs(
             starts, self.cond, self.uncond, guidance, self.solver, self.frame_rate, self.generator()
         )

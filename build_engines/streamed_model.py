@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from stg_trt.models.checkpoint import Checkpoint
-from stg_trt.models.families.keep_flags import KEEP_ATTENTION, KEEP_AUDIO_ATTENTION, KEEP_CROSS
+from stg_trt.models.families.keep_flags import KEEP_FLAGS
 from stg_trt.models.families.segment_module import SegmentModule
-from stg_trt.models.passes import COND, ISOLATION, Pass
+from stg_trt.models.passes import COND, Pass
 from stg_trt.models.plan import SegmentRun
 from stg_trt.models.segment import Segment
 from stg_trt.models.workload import Workload
@@ -82,11 +82,8 @@ class StreamedModel:
         self, name: str, run: SegmentRun, passes: Sequence[Pass], rows: Tensor, state: State
     ) -> Tensor:
         computed = [passes[row] for row in rows]
-        if name in (KEEP_ATTENTION, KEEP_AUDIO_ATTENTION):
-            stream = "video" if name == KEEP_ATTENTION else "audio"
-            return torch.tensor([run.keeps_attention(one, stream) for one in computed])
-        if name == KEEP_CROSS:
-            return torch.tensor([one != ISOLATION for one in computed])
+        if name in KEEP_FLAGS:
+            return torch.tensor([run.keeps(name, one) for one in computed])
         return state[name][rows] if self._has_rows(name) else state[name]
 
     def _has_rows(self, name: str) -> bool:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from stg_trt.engines.engine import Context, Engine
-from stg_trt.models.families.keep_flags import KEEP_ATTENTION, KEEP_AUDIO_ATTENTION, KEEP_CROSS, KEEP_LAYER
-from stg_trt.models.passes import COND, ISOLATION, Pass
+from stg_trt.models.families.keep_flags import KEEP_FLAGS
+from stg_trt.models.passes import COND, Pass
 from stg_trt.models.plan import SegmentRun, StepPlan
 from stg_trt.models.segment import Segment, engine_outputs
 from stg_trt.models.tensor_spec import index_of, kept_name
@@ -19,7 +19,6 @@ from .operations import Operation
 from .state import StepBuffers
 
 Names = tuple[str, ...]
-_STREAM_OF_FLAG = {KEEP_ATTENTION: "video", KEEP_AUDIO_ATTENTION: "audio"}
 
 
 class BoundPlan:
@@ -92,13 +91,8 @@ class BoundPlan:
         self._copy(to_aligned)
 
     def _input(self, name: str, run: SegmentRun, inputs: Names) -> Tensor:
-        if name in _STREAM_OF_FLAG:
-            stream = _STREAM_OF_FLAG[name]
-            return self._buffers.flags([run.keeps_attention(one, stream) for one in run.passes])
-        if name == KEEP_CROSS:
-            return self._buffers.flags([one != ISOLATION for one in run.passes])
-        if name == KEEP_LAYER:
-            return self._buffers.flags([one not in run.reduced for one in run.passes])
+        if name in KEEP_FLAGS:
+            return self._buffers.flags([run.keeps(name, one) for one in run.passes])
         if (kept := kept_name(name)) is not None:
             made = self._made[kept]
             return self._buffers.index([made.index(one if one in made else COND) for one in run.passes])

@@ -136,7 +136,7 @@ class Sampler:
     def prepare(self, run: RunInputs) -> RunState:
         """Writes a run's start, tables and constants into the static memory, as `steps` does."""
         with self._device.scope():
-            image, starts = run.image, list(run.latents.values())
+            image, starts = run.image, [run.latents[one.latents] for one in self.family.streams]
             size = RunSize.of(starts[0], run.guidance, run.solver)
             state = self._state_for(size, [start.shape for start in starts])
             state.load(run.guidance, run.solver)

@@ -145,11 +145,10 @@ def read_fields(fields: Mapping[str, object]) -> VideoRequest:
     if twice:
         raise invalid(twice[0], "expected it once, got it in extra_params too: leave one out")
     given |= extra
-    for name in given.keys() & _FOREIGN.keys():
-        value = given.pop(name)
-        if str(value).lower() not in _FOREIGN[name]:
-            expected = " or ".join(_FOREIGN[name])
-            raise invalid(name, f"expected {expected}, got {_short(value)}: leave it out")
+    for name, neutral in _FOREIGN.items():
+        value = given.pop(name, neutral[0])
+        if str(value).lower() not in neutral:
+            raise invalid(name, f"expected {' or '.join(neutral)}, got {_short(value)}: leave it out")
     parsed = {name: _parsed(name, value) if name in _LISTS else value for name, value in given.items()}
     try:
         return VideoRequest.model_validate(parsed)

@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
 
+from stg_trt.models.families.keep_flags import KEEP_ATTENTION, KEEP_AUDIO_ATTENTION, KEEP_CROSS, KEEP_LAYER
 from stg_trt.models.passes import COND, ISOLATION, SKIP, UNCOND, Pass, in_order, row_groups
 from stg_trt.models.perturbation import Perturbation
 from stg_trt.models.segment import Segment, blocks_of_expert
+
+_STREAM_OF_FLAG = {KEEP_ATTENTION: "video", KEEP_AUDIO_ATTENTION: "audio"}
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,15 @@ class SegmentRun:
     perturbed: tuple[Pass, ...] = ()
     reduced: tuple[Pass, ...] = ()
 
-    def keeps_attention(self, one: Pass, stream: str) -> bool:
-        """Whether the rows of one of its passes keep the self-attention of a stream."""
+    def keeps(self, flag: str, one: Pass) -> bool:
+        """The value of an input that switches a part off, for the rows of one of its passes."""
+        if flag == KEEP_CROSS:
+            return one != ISOLATION
+        if flag == KEEP_LAYER:
+            return one not in self.reduced
         if one not in self.perturbed or one.perturbation is None:
             return True
-        return one.perturbation.stream not in ("", stream)
+        return one.perturbation.stream not in ("", _STREAM_OF_FLAG[flag])
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ BUILD_ARGUMENTS: dict[str, tuple[Flags, str]] = {
     ),
     "precision of another backend": (
         {"--precision": "bf16"},
-        "precision: expected fp32 or fp8 for onnxruntime, got 'bf16': use --precision fp32 or another",
+        "precision: expected fp32 or fp8 for onnxruntime, got 'bf16': "
+        "use --precision fp32 or another backend",
     ),
     "target": ({"--target": "sm_90"}, "target: expected one of cpu for onnxruntime, got 'sm_90': choose"),
     "twin of nothing": (

@@ -24,7 +24,7 @@ IN_RUNTIME = (
     Mistake(
         "the conditional rows skip their attention",
         "runtime/bound_plan.py",
-        "[run.keeps_attention(one, stream) for one in run.passes]",
+        "[run.keeps(name, one) for one in run.passes]",
         "[one != COND for one in run.passes]",
         (f"{_FAMILIES}::test_one_cut_serves_every_subset_of_its_blocks",),
     ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -10,7 +9,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from stg_trt.build_engines.calibration import converting
+from stg_trt.build_engines.calibration import converting, watch_input
 from stg_trt.build_engines.export import PieceGraph, export, weight_name
 from stg_trt.build_engines.float8_linear import Float8Linear
 from stg_trt.build_engines.float32_graph import widen
@@ -85,15 +84,9 @@ def largest_inputs(case: FamilyCase, module: SegmentModule, inputs: dict[str, Te
     assert rule is not None
     largest: dict[str, float] = {}
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def see(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
-            largest[name] = max(largest.get(name, 0.0), float(given[0].abs().max()))
-
-        return see
-
     linears = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
     handles = [
-        module.get_submodule(name).register_forward_pre_hook(watch(f"transformer.{name}"))
+        module.get_submodule(name).register_forward_pre_hook(watch_input(f"transformer.{name}", largest))
         for name in linears
         if rule.takes(name, ())
     ]

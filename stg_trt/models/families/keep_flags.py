@@ -8,6 +8,7 @@ KEEP_ATTENTION = "keep_attention"
 KEEP_AUDIO_ATTENTION = "keep_audio_attention"
 KEEP_CROSS = "keep_cross"
 KEEP_LAYER = "keep_layer"
+KEEP_FLAGS = (KEEP_ATTENTION, KEEP_AUDIO_ATTENTION, KEEP_CROSS, KEEP_LAYER)
 
 
 def keep_attention_spec() -> TensorSpec:
