@@ -21,6 +21,7 @@ from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.segment import Segment
 from stg_trt.system.files import file_sha256
 
+from .attention_chunks import chunk_attention
 from .compiler import FLOAT8, FLOAT32, Compiler, Exported, Job, Run, SegmentExport, Tolerance
 from .export import PieceGraph, export, weight_name
 from .float8_graph import share_quantizers
@@ -92,6 +93,7 @@ class OnnxCompiler(Compiler):
         self.rewrite(graph)
         model = ir.to_proto(ir.Model(graph, ir_version=piece.ir_version))
         if self.options.workload.dtype != "float32" or self.options.plugins:
+            chunk_attention(model)
             widen(model)
         return model
 
@@ -120,9 +122,8 @@ class OnnxExport(SegmentExport):
 
 
 def open_session(model: onnx.ModelProto) -> ort.InferenceSession:
-    """A graph in ONNX Runtime on the CPU, which keeps no memory between its runs."""
+    """A graph in ONNX Runtime on the CPU."""
     options = session_options()
-    options.enable_cpu_mem_arena = False
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
@@ -144,7 +145,14 @@ def session_runner(session: ort.InferenceSession, weights: Mapping[str, np.ndarr
 
     def run(inputs: dict[str, Tensor]) -> list[Tensor]:
         feed = {**weights, **{name: tensor.numpy() for name, tensor in inputs.items()}}
-        outputs = run_session(lambda run_options: session.run(None, feed, run_options))
+
+        def call(options: ort.RunOptions) -> list[np.ndarray]:
+            # Memory goes from node to node, but not to the next stage of the build.
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+            outputs: list[np.ndarray] = session.run(None, feed, options)
+            return outputs
+
+        outputs = run_session(call)
         return [torch.from_numpy(output) for output in outputs]
 
     return run

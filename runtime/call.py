@@ -9,7 +9,7 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from .arguments import ForeignArguments
-from .callbacks import StepCallback
+from .callbacks import StepCallback, VideoCallback
 from .schedule import Request
 
 _Self = TypeVar("_Self")
@@ -24,6 +24,7 @@ class Call:
     request: Request
     output_type: str
     callback: StepCallback | None
+    on_video: VideoCallback | None
     foreign: ForeignArguments
 
 

@@ -1,11 +1,13 @@
 """`callback_on_step_end` as in diffusers: it may replace or edit the latents, and stop the run.
 
-A model with sound has `audio_latents` beside the `latents`.
+A model with sound has `audio_latents` beside the `latents`. `callback_on_video_end` gets each video as soon
+as it is decoded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,11 +15,16 @@ from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
 
+from .output import VideoPipelineOutput
+
 if TYPE_CHECKING:
     from .pipeline import VideoPipeline
     from .sampler import SampledStep
 
 StepCallback = Callable[["VideoPipeline", int, float, dict[str, Tensor]], Mapping[str, Any] | None]
+
+VideoCallback = Callable[["VideoPipeline", int, VideoPipelineOutput], None]
+"""Called as callback(pipe, index, made), where `made` has one video: that of the index."""
 
 
 def check_callback(
@@ -73,3 +80,26 @@ def _checked(latents: object, name: str, shape: torch.Size) -> Tensor:
             f"{tuple(latents.shape)}: keep their shape, which is that of output_type='latent'"
         )
     return latents
+
+
+def check_video_callback(callback: VideoCallback | None, output_type: str) -> None:
+    """Raises InvalidRequest if a callback waits for videos that are not decoded."""
+    if callback is not None and output_type == "latent":
+        raise InvalidRequest(
+            "callback_on_video_end: expected an output_type with frames (pil, np, pt), got 'latent': latents "
+            "are all there at once, in the output"
+        )
+
+
+def shown_to(
+    pipeline: VideoPipeline, callback: VideoCallback, audio: Tensor | None, sampling_rate: int | None
+) -> Callable[[Any], None]:
+    """Takes the frames of the videos in their order, and calls back with those and the sound of each."""
+    indices = count()
+
+    def show(frames: Any) -> None:
+        index = next(indices)
+        sound = None if audio is None else audio[index : index + 1]
+        callback(pipeline, index, VideoPipelineOutput(frames, sound, sampling_rate))
+
+    return show

@@ -112,6 +112,7 @@ def generate(
     )  # fmt: skip
     pipeline = _open_pipeline(opened, engines, request, offload, vae_tiling, guidance_parallel)
     options |= {"generator": _generator(seed), "output_type": _output_type(output)}
+    frame_rate = frame_rate or pipeline.family.defaults.frame_rate
     _make(pipeline, options, output, frame_rate, time.perf_counter() - began)
 
 
@@ -119,15 +120,20 @@ def _make(
     pipeline: VideoPipeline,
     options: dict[str, Any],
     output: Path,
-    frame_rate: float | None,
+    frame_rate: float,
     opened_s: float,
 ) -> None:
     """Calls the pipeline and writes the files; says their names, and where the seconds went."""
-    with _progress_bar() as advance:
+    from .video_writer import VideoWriter
+
+    with _progress_bar() as advance, VideoWriter(output, frame_rate) as writer:
+        if options["output_type"] != "latent":
+            options["callback_on_video_end"] = writer.take
         made = pipeline(callback_on_step_end=advance, **options)
-    sampled = time.perf_counter()
-    print(*_save(made, output, frame_rate or pipeline.family.defaults.frame_rate), sep="\n")
-    _say_stages(made.stages, opened_s, time.perf_counter() - sampled)
+        made_at = time.perf_counter()
+        paths = writer.finish() or [_save_latents(made, output)]
+    print(*paths, sep="\n")
+    _say_stages(made.stages, opened_s, time.perf_counter() - made_at)
 
 
 def _say_stages(stages: Mapping[Stage, float], opened: float, written: float) -> None:
@@ -261,22 +267,11 @@ def _progress_bar() -> Iterator[StepCallback]:
         yield advance
 
 
-def _save(made: VideoPipelineOutput, output: Path, frame_rate: float) -> list[Path]:
-    """One file per video: video.mp4, or video-0.mp4, video-1.mp4 and so on; latents are in one file."""
+def _save_latents(made: VideoPipelineOutput, output: Path) -> Path:
     from safetensors.torch import save
 
     from stg_trt.system.files import write_atomically
 
-    from .video_file import save_video
-
-    if output.suffix == ".safetensors":
-        sound = {} if made.audio is None else {"audio_latents": made.audio}
-        write_atomically(output, save({"latents": made.frames, **sound}))
-        return [output]
-    paths, videos = [output], len(made.frames)
-    if videos > 1:
-        paths = [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(videos)]
-    waveforms = [None] * videos if made.audio is None else [one.numpy() for one in made.audio.cpu()]
-    for path, video, waveform in zip(paths, made.frames, waveforms, strict=True):
-        save_video(video, path, frame_rate, waveform, made.audio_sampling_rate)
-    return paths
+    sound = {} if made.audio is None else {"audio_latents": made.audio}
+    write_atomically(output, save({"latents": made.frames, **sound}))
+    return output

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from threading import Lock
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -177,23 +178,31 @@ class Components:
             return self._family.encode_images(pipeline, images, workload, videos, generator)
 
     def decode(
-        self, latents: Tensor, workload: Workload, device: torch.device, output_type: str, **options: Any
+        self,
+        latents: Tensor,
+        workload: Workload,
+        device: torch.device,
+        output_type: str,
+        on_video: Callable[[Any], None] | None = None,
+        **options: Any,
     ) -> Any:
         """Packed latents to frames, as diffusers' video processor returns them for `output_type`.
 
-        Raises InvalidRequest if the VAE's tiles do not join to frames of the workload's size.
+        `on_video` gets those of each video before the next one is decoded. Raises InvalidRequest if the VAE's
+        tiles do not join to frames of the workload's size.
         """
         pipeline = self.load_vae(workload, device)
         expected = (self._family.shown_frames(workload), workload.height, workload.width)
+        videos = []
         with self._on("decode", device, pipeline.vae):
-            video = self._family.decode(pipeline, latents.to(device), workload, **options)
-            # The configuration of a VAE may ask for tiles that begin between two latents.
-            if self.vae_tiling and video.shape[2:] != expected:
-                raise InvalidRequest(
-                    f"vae_tiling: expected the VAE's tiles to join to frames, height and width {expected}, "
-                    f"got {tuple(video.shape[2:])}: leave it out"
-                )
-            return pipeline.video_processor.postprocess_video(video, output_type=output_type)
+            for video in self._family.decode(pipeline, latents.to(device), workload, **options):
+                if self.vae_tiling:
+                    _check_tiles(tuple(video.shape[2:]), expected)
+                videos.append(pipeline.video_processor.postprocess_video(video, output_type=output_type))
+                if on_video is not None:
+                    with self._clock.stage(None):
+                        on_video(videos[-1])
+        return _joined(videos)
 
     def decode_sound(self, latents: Tensor, workload: Workload, device: torch.device) -> tuple[Tensor, int]:
         """Packed latents to waveforms (videos, channels, samples), float32, and their samples per second."""
@@ -221,6 +230,26 @@ class Components:
                 if self._offload:
                     for module in modules:
                         module.to("cpu")
+
+
+def _check_tiles(got: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """The configuration of a VAE may ask for tiles that begin between two latents."""
+    if got != expected:
+        raise InvalidRequest(
+            f"vae_tiling: expected the VAE's tiles to join to frames, height and width {expected}, "
+            f"got {got}: leave it out"
+        )
+
+
+def _joined(videos: list[Any]) -> Any:
+    """What the video processor returns for each video, as it returns them for all at once."""
+    if len(videos) == 1:
+        return videos[0]
+    if isinstance(videos[0], Tensor):
+        return torch.cat(videos)
+    if isinstance(videos[0], np.ndarray):
+        return np.concatenate(videos)
+    return [frames for video in videos for frames in video]
 
 
 def channels_last(vae: torch.nn.Module) -> None:

@@ -25,7 +25,14 @@ from stg_trt.system.gpu import this_machine
 
 from .arguments import ForeignArguments
 from .call import Call, with_arguments_of
-from .callbacks import StepCallback, call_back, check_callback
+from .callbacks import (
+    StepCallback,
+    VideoCallback,
+    call_back,
+    check_callback,
+    check_video_callback,
+    shown_to,
+)
 from .components import Components
 from .device_memory import explain_memory
 from .noise import Generators, NoiseSource, listed, starting_noise, starting_sound
@@ -72,7 +79,7 @@ class VideoPipeline:
         self.store = store
         self.scheduler = checkpoint.scheduler()
         self.interrupt = False
-        self.num_timesteps = 0
+        self.num_timesteps = self.num_videos = 0
         self._warned = False
         self._turns = Turns()
         self._request = EngineRequest(
@@ -182,6 +189,7 @@ class VideoPipeline:
         negative_pooled_prompt_embeds: Tensor | None = None,
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
+        callback_on_video_end: VideoCallback | None = None,
         guidance: GuidanceOptions | None = None,
         **options: Any,
     ) -> Call:
@@ -202,7 +210,7 @@ class VideoPipeline:
             prompts, pictures, guided, num_inference_steps, foreign.frame_rate, listed(generator), latents,
             foreign.max_sequence_length, CustomSteps.read(timesteps, sigmas), foreign.sound,
         )  # fmt: skip
-        return Call(request, output_type, callback_on_step_end, foreign)
+        return Call(request, output_type, callback_on_step_end, callback_on_video_end, foreign)
 
     @with_arguments_of(_read)
     def __call__(self, call: Call) -> VideoPipelineOutput:
@@ -235,6 +243,7 @@ class VideoPipeline:
             raise InvalidRequest(
                 f"output_type: expected one of {', '.join(_OUTPUT_TYPES)}, got {output_type!r}: choose one"
             )
+        check_video_callback(call.on_video, output_type)
         foreign.check(self.family, request.prompts.videos)
         images = request.pictures.read(self.family, request.prompts)
         with self._turns, self._clock.call():
@@ -248,15 +257,13 @@ class VideoPipeline:
                 viewer = self._viewer(schedule, starts["latents"], image) if live else None
                 result = yield from self._taken(steps, starts, call.callback, viewer)
             result["latents"] = self.family.finished(result["latents"], schedule.workload, image)
-            output = self._output(
-                result, schedule, output_type, generator=request.generator, **foreign.decode_options
-            )
+            output = self._output(result, schedule, call)
         output.stages = self._clock.seconds
         return output
 
     def _schedule(self, request: Request, images: Images | None) -> Schedule:
         schedule = schedule_steps(request, images, self.store, self.family, self.scheduler)
-        self.num_timesteps = schedule.guidance.num_steps
+        self.num_timesteps, self.num_videos = schedule.guidance.num_steps, request.prompts.videos
         if self.family.takes_true_cfg and schedule.guidance.needs_uncond and not request.prompts.has_negative:
             raise InvalidRequest(
                 "true_cfg_scale: expected a negative prompt beside it, without which diffusers has no CFG, "
@@ -318,19 +325,22 @@ class VideoPipeline:
             starts, cond, uncond, guidance, schedule.solver, schedule.frame_rate, request.generator, image
         ))  # fmt: skip
 
-    def _output(
-        self, result: dict[str, Tensor], schedule: Schedule, output_type: str, **decode_options: Any
-    ) -> VideoPipelineOutput:
+    def _output(self, result: dict[str, Tensor], schedule: Schedule, call: Call) -> VideoPipelineOutput:
         latents, audio_latents, workload = result["latents"], result.get("audio_latents"), schedule.workload
-        if output_type == "latent":
+        if call.output_type == "latent":
             return VideoPipelineOutput(self.family.returned(latents, workload), audio_latents)
         device = self._samplers.device(schedule.build).torch_device
         less = _LESS_TO_DECODE if self.components.vae_tiling else f"--vae-tiling, {_LESS_TO_DECODE}"
         with explain_memory(schedule.build.manifest, "GPU memory of decoding", less):
-            frames = self.components.decode(latents, workload, device, output_type, **decode_options)
-            if audio_latents is None:
-                return VideoPipelineOutput(frames)
-            return VideoPipelineOutput(frames, *self.components.decode_sound(audio_latents, workload, device))
+            audio, rate = None, None
+            if audio_latents is not None:
+                audio, rate = self.components.decode_sound(audio_latents, workload, device)
+            on_video = None if call.on_video is None else shown_to(self, call.on_video, audio, rate)
+            options = {"generator": call.request.generator, **call.foreign.decode_options}
+            place = workload, device, call.output_type
+            return VideoPipelineOutput(
+                self.components.decode(latents, *place, on_video, **options), audio, rate
+            )
 
     def _taken(
         self,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from fractions import Fraction
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,10 +27,12 @@ def save_video(
     frame_rate: float,
     audio: npt.NDArray[np.float32] | None = None,
     audio_sampling_rate: int | None = None,
+    stop: Event | None = None,
 ) -> None:
     """Writes frames (frames, height, width, 3) in 0..1 as H.264, whole or not at all.
 
-    A waveform `audio` (channels, samples) in -1..1 beside them becomes AAC; one or two channels.
+    A waveform `audio` (channels, samples) in -1..1 beside them becomes AAC; one or two channels. Raises
+    CancelledError soon after another thread has set `stop`.
     """
     import av
 
@@ -41,6 +45,8 @@ def save_video(
                 encoders.append(_sound_encoder(container, audio, audio_sampling_rate, len(frames)))
             # Side by side, so that a player finds the sound near its frames.
             for packets in zip(*encoders, strict=True):
+                if stop is not None and stop.is_set():
+                    raise CancelledError
                 container.mux([packet for several in packets for packet in several])
         temporary.replace(path)
     except av.FFmpegError as error:

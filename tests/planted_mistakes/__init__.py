@@ -10,6 +10,7 @@ from tests.planted_mistakes.in_models import IN_MODELS
 from tests.planted_mistakes.in_ranks import IN_RANKS
 from tests.planted_mistakes.in_runtime import IN_RUNTIME
 from tests.planted_mistakes.in_server import IN_SERVER
+from tests.planted_mistakes.in_videos import IN_VIDEOS
 
 MISTAKES = (
     *IN_MODELS,
@@ -18,6 +19,7 @@ MISTAKES = (
     *IN_BUILD_ENGINES,
     *IN_RUNTIME,
     *IN_RANKS,
+    *IN_VIDEOS,
     *IN_SERVER,
     *IN_BENCHMARKS,
 )

@@ -321,4 +321,18 @@ IN_BUILD_ENGINES = (
         "(*others, record)",
         ("tests/benchmarks/test_build.py::test_records_every_mode_and_fills_the_table",),
     ),
+    Mistake(
+        "every chunk of an attention has the mask of the first queries",
+        "build_engines/attention_chunks.py",
+        "parts[name][i] if name in parts else name",
+        "parts[name][i if name == query else 0] if name in parts else name",
+        ("tests/build_engines/test_attention_chunks.py::test_chunks_compute_the_attention",),
+    ),
+    Mistake(
+        "a causal attention is chunked",
+        "build_engines/attention_chunks.py",
+        'attribute.name == "is_causal" and attribute.i',
+        'attribute.name == "causal"',
+        ("tests/build_engines/test_attention_chunks.py::test_a_causal_attention_stays_whole",),
+    ),
 )

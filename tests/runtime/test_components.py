@@ -17,6 +17,7 @@ from stg_trt import VideoPipeline
 from stg_trt.errors import InvalidRequest, OutOfDeviceMemory
 from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.runtime.components import channels_last
+from stg_trt.runtime.output import VideoPipelineOutput
 from stg_trt.runtime.video_file import save_video
 from tests.support.cli import invoke
 from tests.support.family_cases import CASES, HUNYUAN_VIDEO, LTX, FamilyCase
@@ -86,6 +87,38 @@ def test_videos_are_decoded_one_at_a_time(
     assert [len(call.args[0]) for call in decode.call_args_list] == [1] * 4
     assert np.abs(both[0] - both[1]).max() > 1e-2
     assert np.array_equal(both, np.concatenate([first, second]))
+
+
+def test_each_video_is_shown_before_the_next_is_decoded(
+    case: FamilyCase, pipeline: VideoPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline.scheduler = case.schedulers[0]
+    vae = pipeline.components.load_vae(case.workload, CPU).vae
+    decode = Mock(side_effect=vae.decode)
+    monkeypatch.setattr(vae, "decode", decode)
+    shown = []
+
+    def show(pipe: VideoPipeline, index: int, made: VideoPipelineOutput) -> None:
+        assert pipe.num_videos == 2 and made.audio is None
+        shown.append((index, len(decode.call_args_list), made.frames))
+
+    given = {**call(case, pipeline, PROMPTS), "num_inference_steps": 2}
+    for output_type in ("np", "pt", "pil"):
+        made = pipeline(
+            **given, generator=seeded(1), output_type=output_type, callback_on_video_end=show
+        ).frames
+        for row, (index, decoded, frames) in enumerate(shown):
+            assert len(frames) == 1 and (index, decoded) == (row, row + 1)
+            assert np.array_equal(np.stack(made[row]), np.stack(frames[0]))
+        shown.clear()
+        decode.reset_mock()
+
+
+def test_latents_are_shown_to_nobody(case: FamilyCase, pipeline: VideoPipeline) -> None:
+    pipeline.scheduler = case.schedulers[0]
+    given = {**call(case, pipeline, PROMPTS), "output_type": "latent"}
+    with pytest.raises(InvalidRequest, match=r"callback_on_video_end: .* \(pil, np, pt\), got 'latent'"):
+        pipeline(**given, callback_on_video_end=Mock())
 
 
 def test_noise_of_decoding_is_that_of_diffusers(

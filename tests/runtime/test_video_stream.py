@@ -97,6 +97,14 @@ def test_what_a_stream_waits_for_is_no_stage(case: FamilyCase, pipeline: VideoPi
     assert sum(seconds) <= stages["denoise"]
 
 
+@ONE
+def test_what_is_done_with_a_video_is_no_stage(case: FamilyCase, pipeline: VideoPipeline) -> None:
+    start = time.perf_counter()
+    made = pipeline(**of(case, pipeline), callback_on_video_end=lambda *_: time.sleep(0.2))
+    took = time.perf_counter() - start
+    assert sum(made.stages.values()) <= took - 0.2 * len(PROMPTS)
+
+
 def test_a_prompt_is_encoded_once(
     case: FamilyCase, pipeline: VideoPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

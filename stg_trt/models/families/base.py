@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -336,9 +336,9 @@ class ModelFamily(ABC):
     def vae_latents(self, pipeline: Any, latents: Tensor, workload: Workload) -> Tensor:
         """Packed latents as the VAE takes them: (videos, channels, frames, rows, columns), in its dtype."""
 
-    def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:
-        """Packed latents to the VAE's video (videos, 3, frames, height, width) in -1..1."""
-        return vae_video(pipeline.vae, self.vae_latents(pipeline, latents, workload))
+    def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Iterator[Tensor]:
+        """Packed latents to the VAE's videos, one after the other: (1, 3, frames, height, width) in -1..1."""
+        return vae_videos(pipeline.vae, self.vae_latents(pipeline, latents, workload))
 
     def integer(self, name: str) -> int:
         """A positive integer of the configuration; raises InvalidRequest if it is anything else."""
@@ -384,13 +384,13 @@ class ModelFamily(ABC):
         return [spec.random(rows, generator) for spec in self.inputs(segment, workload)]
 
 
-def vae_video(vae: Any, latents: Tensor, *conditions: Tensor) -> Tensor:
-    """The VAE's video of latents (videos, channels, frames, rows, columns), with a row of each condition.
+def vae_videos(vae: Any, latents: Tensor, *conditions: Tensor) -> Iterator[Tensor]:
+    """The VAE's videos of latents (videos, channels, frames, rows, columns), with a row of each condition.
 
-    One video at a time: no video reads another, and the memory of decoding several is that of one.
+    One at a time: no video reads another, and the memory of decoding several is that of one.
     """
-    rows = zip(*(tensor.split(1) for tensor in (latents, *conditions)), strict=True)
-    return torch.cat([vae.decode(*row, return_dict=False)[0] for row in rows])
+    for row in zip(*(tensor.split(1) for tensor in (latents, *conditions)), strict=True):
+        yield vae.decode(*row, return_dict=False)[0]
 
 
 def load_class(name: str) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -363,9 +363,9 @@ class HunyuanVideo(JointAttentionDiT):
         scaled: Tensor = latents.to(pipeline.vae.dtype) / pipeline.vae.config.scaling_factor
         return scaled
 
-    def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:
-        video = super().decode(pipeline, latents, workload)
-        return video[:, :, -self.shown_frames(workload) :]
+    def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Iterator[Tensor]:
+        for video in super().decode(pipeline, latents, workload):
+            yield video[:, :, -self.shown_frames(workload) :]
 
     def _check_channels(self) -> None:
         """Refuses kinds of image-to-video that nobody has published, and a VAE of other channels."""

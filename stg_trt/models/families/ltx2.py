@@ -9,7 +9,7 @@ steps: both prompts, the RoPE tables, and each video token's place among a row's
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -364,7 +364,7 @@ class LTX2(DiT):
         _, *grid = self.latent_shape(workload)
         return denormalized(pipeline, pipeline._unpack_latents(latents, *grid))
 
-    def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:
+    def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Iterator[Tensor]:
         """`decode_timestep` and `decode_noise_scale` are LTX2Pipeline's: one number, or one per video."""
         _, frames, height, width = self.latent_shape(workload)
         return decode_frames(pipeline, latents, (frames, height, width), options)

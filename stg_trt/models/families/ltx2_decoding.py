@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stg_trt.errors import InvalidRequest
-from stg_trt.models.families.base import vae_video
+from stg_trt.models.families.base import vae_videos
 from stg_trt.models.families.decode_timestep import add_decode_noise
 from stg_trt.models.sound import SoundDecoder
 
 
 def decode_frames(
     pipeline: Any, latents: Tensor, grid: tuple[int, int, int], options: Mapping[str, Any]
-) -> Tensor:
-    """Packed latents (videos, tokens, channels) of a grid (frames, rows, columns) to the VAE's video.
+) -> Iterator[Tensor]:
+    """Packed latents (videos, tokens, channels) of a grid (frames, rows, columns) to the VAE's videos.
 
     `options` are those of `add_decode_noise`. LTX2Pipeline adds the noise to normalised latents, LTXPipeline
     to those that the VAE takes.
@@ -28,7 +28,7 @@ def decode_frames(
     if vae.config.timestep_conditioning:
         latents, timestep = add_decode_noise(latents.to(vae.dtype), options)
         conditions.append(timestep)
-    return vae_video(vae, denormalized(pipeline, latents), *conditions)
+    return vae_videos(vae, denormalized(pipeline, latents), *conditions)
 
 
 def denormalized(pipeline: Any, latents: Tensor) -> Tensor:

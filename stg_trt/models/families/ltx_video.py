@@ -9,6 +9,7 @@ projected text, its mask, the RoPE tables, and each token's place among a row's 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.custom_steps import CustomSteps
 from stg_trt.models.defaults import Defaults
-from stg_trt.models.families.base import load_class, vae_video
+from stg_trt.models.families.base import load_class, vae_videos
 from stg_trt.models.families.clean_frames import Encoder, extra_frames, first_frame, frame_conditions
 from stg_trt.models.families.cross_attention import CrossAttentionDiT, CrossAttentionSegment
 from stg_trt.models.families.decode_timestep import add_decode_noise
@@ -328,9 +329,9 @@ class LTXVideo(CrossAttentionDiT):
         )
         return denormalized.to(vae.dtype)
 
-    def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:
+    def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Iterator[Tensor]:
         """`decode_timestep` and `decode_noise_scale` are LTXPipeline's: one number, or one per video."""
         vae, latents = pipeline.vae, self.vae_latents(pipeline, latents, workload)
         if not vae.config.timestep_conditioning:
-            return vae_video(vae, latents)
-        return vae_video(vae, *add_decode_noise(latents, options))
+            return vae_videos(vae, latents)
+        return vae_videos(vae, *add_decode_noise(latents, options))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -322,10 +322,10 @@ class OpenSora(CrossAttentionDiT):
         scaled: Tensor = pipeline.vae.scaled(latents.to(pipeline.vae.dtype))
         return scaled
 
-    def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Tensor:
+    def decode(self, pipeline: Any, latents: Tensor, workload: Workload, **options: Any) -> Iterator[Tensor]:
         vae = pipeline.vae
-        videos = [vae.decode(one.to(vae.dtype), workload.num_frames) for one in latents.split(1)]
-        return torch.cat(videos)
+        for one in latents.split(1):
+            yield vae.decode(one.to(vae.dtype), workload.num_frames)
 
 
 def _attending(segment: Segment) -> tuple[int, ...]:

@@ -176,14 +176,15 @@ class SVD(SpatioTemporalUNet):
         workload: Workload,
         decode_chunk_size: int | None = None,
         **options: Any,
-    ) -> Tensor:
+    ) -> Iterator[Tensor]:
         """A number of frames at a time; all of them by default, as diffusers does."""
         frames = workload.num_frames
         chunk = frames if decode_chunk_size is None else decode_chunk_size
-        # One video after the other, so that no chunk has frames of two.
-        videos = latents.to(pipeline.vae.dtype).split(1)
-        with torch.no_grad():
-            return torch.cat([pipeline.decode_latents(video, frames, chunk) for video in videos])
+        # No chunk has frames of two videos.
+        for video in latents.to(pipeline.vae.dtype).split(1):
+            with torch.no_grad():
+                decoded = pipeline.decode_latents(video, frames, chunk)
+            yield decoded
 
     @property
     def _vae_factor(self) -> int:

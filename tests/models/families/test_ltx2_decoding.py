@@ -79,7 +79,8 @@ def test_frames_and_sound_are_those_of_diffusers(version: str) -> None:
     own = pipeline(version)
     expected, _ = of_diffusers(own, 2, "np", 3)
     latents, audio_latents = packed(own, of_diffusers(own, 2, "latent", 3)[0])
-    frames = own.video_processor.postprocess_video(decode_frames(own, latents, GRID, {}), output_type="np")
+    videos = torch.cat([*decode_frames(own, latents, GRID, {})])
+    frames = own.video_processor.postprocess_video(videos, output_type="np")
     sound = decode_sound(own, audio_latents)
     assert np.abs(frames - expected.frames).max() <= 1e-5 and frames.std() > 1e-2
     assert sound.dtype == torch.float32 and sound.shape == expected.audio.shape
@@ -102,8 +103,8 @@ def test_noise_of_decoding_is_that_of_diffusers(options: Mapping[str, Any]) -> N
     expected, _ = of_diffusers(own, 2, "np", 3, **options)
     made, generator = of_diffusers(own, 2, "latent", 3)
     given = {**options, "generator": generator}
-    video = decode_frames(own, packed(own, made)[0], GRID, given)
-    frames = own.video_processor.postprocess_video(video, output_type="np")
+    videos = torch.cat([*decode_frames(own, packed(own, made)[0], GRID, given)])
+    frames = own.video_processor.postprocess_video(videos, output_type="np")
     assert np.abs(frames - expected.frames).max() <= 1e-5 and frames.std() > 1e-2
 
 
@@ -117,7 +118,8 @@ def test_videos_are_decoded_one_at_a_time(version: str, monkeypatch: pytest.Monk
         decode = Mock(side_effect=part.decode)
         monkeypatch.setattr(part, "decode", decode)
         parts.append(decode)
-    frames = [decode_frames(own, some, GRID, {}) for some in (latents, latents[:1], latents[1:])]
+    every = (latents, latents[:1], latents[1:])
+    frames = [torch.cat([*decode_frames(own, some, GRID, {})]) for some in every]
     sounds = [decode_sound(own, some) for some in (sound, sound[:1], sound[1:])]
     for both, *apart in (frames, sounds):
         assert torch.equal(both, torch.cat(apart))
