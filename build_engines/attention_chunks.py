@@ -28,7 +28,7 @@ def chunk_attention(model: onnx.ModelProto, score_bytes: int = _SCORE_BYTES) -> 
         info.name: [dim.dim_value for dim in info.type.tensor_type.shape.dim]
         for info in (*graph.value_info, *graph.input)
     }
-    nodes = []
+    nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         sizes = _sizes(node, shapes, score_bytes) if node.op_type == "Attention" else []
         nodes += _chunks(graph, node, shapes, sizes) if len(sizes) > 1 else [node]

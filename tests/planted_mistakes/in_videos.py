@@ -10,8 +10,8 @@ IN_VIDEOS = (
     Mistake(
         "all videos are decoded before the first file is encoded",
         "runtime/components.py",
-        "            for video in self._family.decode(pipeline, latents.to(device), workload, **options):\n",
-        "            for video in [*self._family.decode(pipeline, latents.to(device), workload, **options)]:\n",
+        "self._family.decode(pipeline, latents.to(device), workload, **options)",
+        "[*self._family.decode(pipeline, latents.to(device), workload, **options)]",
         (f"{_WRITER}::test_a_file_is_written_before_the_next_video_is_decoded",),
     ),
     Mistake(

@@ -44,7 +44,7 @@ def test_a_file_is_written_before_the_next_video_is_decoded(
     pipeline.scheduler = case.schedulers[0]
     vae = pipeline.components.load_vae(case.workload, torch.device("cpu")).vae
     decode = vae.decode
-    found = []
+    found: list[list[str]] = []
 
     def wait_for_the_first_file(latents: Tensor, *given: Any, **options: Any) -> Any:
         """Would wait in vain if the files were written after the call, or in its thread."""
