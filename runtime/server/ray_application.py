@@ -14,6 +14,8 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig
 from ray.serve.handle import DeploymentHandle
 
+from stg_trt.models.lora import Lora
+
 from ..command import quiet_libraries
 from .app import create_app
 from .data_folder import DataFolder
@@ -106,7 +108,7 @@ class ServedArguments(BaseModel):
                 own,
                 variant=self.variant,
                 revision=self.revision,
-                lora=tuple(map(_whole_path, self.lora)),
+                lora=tuple(Lora.parse(lora).text for lora in self.lora),
                 layout=self.layout,
                 backend=self.backend,
                 offload=self.offload,

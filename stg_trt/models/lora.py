@@ -71,6 +71,11 @@ class Lora:
         return cls(Path(name), scale, int(given != str(text)))
 
     @property
+    def text(self) -> str:
+        """What `parse` reads as this LoRA in any working directory."""
+        return f"{_SECOND if self.expert else ''}{self.path.absolute()}:{self.scale!r}"
+
+    @property
     def applied(self) -> AppliedLora:
         """What a build records of it."""
         return AppliedLora(kept_sha256(self.path), self.scale, self.path.name, self.expert)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from stg_trt.errors import InvalidRequest
 from stg_trt.models.checkpoint import Checkpoint
+from stg_trt.models.lora import Lora
 from stg_trt.models.segment import TEXT, cut
 from tests.support.family_cases import LTX, FamilyCase
 from tests.support.tiny_lora import save_lora
@@ -127,6 +129,23 @@ def test_scales(ltx_lora: Path, tmp_path: Path) -> None:
             InvalidRequest, match=r"lora: expected FILE.safetensors or FILE.safetensors:SCALE, got"
         ):
             Checkpoint.open(LTX.goldens, lora=[text])
+
+
+def test_a_text_names_the_file_from_anywhere(
+    ltx_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ltx_lora, "a.safetensors")
+    for given, scale, expert in (
+        ("a.safetensors", 1, 0),
+        ("a.safetensors:0.8", 0.8, 0),
+        ("transformer_2=a.safetensors:-1", -1, 1),
+    ):
+        text = Lora.parse(given).text
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        assert Lora.parse(text) == Lora(tmp_path / "a.safetensors", scale, expert)
+        monkeypatch.chdir(tmp_path)
 
 
 def test_the_scale_counts(ltx_lora: Path) -> None:

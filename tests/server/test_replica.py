@@ -205,6 +205,8 @@ def test_arguments_of_the_application(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "wan").mkdir()
     # The command line of Ray Serve gives texts alone.
     texts = {"checkpoints": "wan", "engines": "e", "data": "d", "offload": "true", "max_replicas": "4"}
+    texts["lora"] = "a.safetensors:0.8"
+    (tmp_path / "a.safetensors").touch()
     given = ServedArguments.model_validate(texts)
     (source,) = given.sources
     assert (source.name, source.checkpoint, source.engines) == (
@@ -212,6 +214,7 @@ def test_arguments_of_the_application(tmp_path: Path, monkeypatch: pytest.Monkey
         str(tmp_path / "wan"),
         (tmp_path / "e",),
     )
+    assert source.lora == (f"{tmp_path}/a.safetensors:0.8",)
     assert source.offload and given.max_replicas == 4
     assert given.settings.data == tmp_path / "d" and given.settings.api_key == ("first", "second")
     several = ServedArguments.model_validate({**texts, "checkpoints": ["a/b", "c"], "engines": ["e", "f"]})
