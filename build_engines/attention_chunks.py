@@ -1,7 +1,7 @@
 """Attention a chunk of queries at a time, where ONNX Runtime would hold the scores of all pairs of tokens.
 
-Its CPU kernel writes them out, in float32: 3.6 GB for a block of LTX-Video 2B at 704x480x121, 172 GB for one
-of Wan 14B at 832x480x81. The output of a query does not depend on other queries, so chunks compute the same.
+Its CPU kernel writes them out, in float32: 32 heads over 5,280 tokens are 3.6 GB, 40 over 32,760 are 172 GB.
+The output of a query does not depend on other queries, so chunks compute the same.
 """
 
 from __future__ import annotations

@@ -112,7 +112,6 @@ def generate(
     )  # fmt: skip
     pipeline = _open_pipeline(opened, engines, request, offload, vae_tiling, guidance_parallel)
     options |= {"generator": _generator(seed), "output_type": _output_type(output)}
-    frame_rate = frame_rate or pipeline.family.defaults.frame_rate
     _make(pipeline, options, output, frame_rate, time.perf_counter() - began)
 
 
@@ -120,12 +119,13 @@ def _make(
     pipeline: VideoPipeline,
     options: dict[str, Any],
     output: Path,
-    frame_rate: float,
+    frame_rate: float | None,
     opened_s: float,
 ) -> None:
     """Calls the pipeline and writes the files; says their names, and where the seconds went."""
     from .video_writer import VideoWriter
 
+    frame_rate = frame_rate or pipeline.family.defaults.frame_rate
     with _progress_bar() as advance, VideoWriter(output, frame_rate) as writer:
         if options["output_type"] != "latent":
             options["callback_on_video_end"] = writer.take
