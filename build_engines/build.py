@@ -101,13 +101,12 @@ def build(
     sized = family, chosen.target(targets[0]), choose_sizes(sizes, height, width, num_frames)
     workloads = _workloads(*sized, text_length, precision, condition_frames, frame_rate)
     options = BuildOptions(
-        checkpoint=opened, output=Path(output), workload=workloads[0],
+        checkpoint=opened, output=Path(output), workload=workloads[0], layout=layout, max_batch=max_batch,
         skips=read_skips(family.defaults.stg_blocks if stg_blocks is None else stg_blocks),
-        stg_mode=family.defaults.stg_mode if stg_mode is None else stg_mode, layout=layout,
-        max_batch=max_batch, backend=chosen, targets=targets, verify_timesteps=verify_timesteps,
-        keep_onnx=keep_onnx, plugins=tuple(sorted(set(plugins))), max_segment_gib=max_segment_gib,
-        builder_optimization_level=builder_optimization_level, refittable=refittable,
-        calibration=CalibrationOptions.read(calibration_prompts, calibration_steps),
+        stg_mode=family.defaults.stg_mode if stg_mode is None else stg_mode, backend=chosen, targets=targets,
+        verify_timesteps=verify_timesteps, keep_onnx=keep_onnx, plugins=tuple(sorted(set(plugins))),
+        max_segment_gib=max_segment_gib, builder_optimization_level=builder_optimization_level,
+        refittable=refittable, calibration=CalibrationOptions.read(calibration_prompts, calibration_steps),
     )  # fmt: skip
     return _build_all([replace(options, workload=workload) for workload in workloads], progress)
 

@@ -161,7 +161,6 @@ def refit_tensorrt(recipe: Recipe, attentions: int, source: Path) -> Compiled | 
     try:
         activation_bytes = refit_engine(trt, recipe, source)
     except (CannotRefit, EngineRejected) as error:
-        recipe.engine.unlink(missing_ok=True)
         warnings.warn(
             f"{recipe.segment}: compiled, since the engine of {source.parent.name} is not refitted: {error}",
             stacklevel=2,
