@@ -90,6 +90,43 @@ def build(
 
 
 @bench.command()
+def rebuild(
+    checkpoint: Annotated[str, typer.Argument(help="A published configuration, or a folder.")],
+    output: Output,
+    height: Height,
+    width: Width,
+    num_frames: Frames,
+    text_length: TextLength = None,
+    stg_blocks: Annotated[
+        str | None, typer.Option(help="Perturbable blocks. [default: the family's]")
+    ] = None,
+    blocks: ModelBlocks = None,
+    backend: BackendName = "onnxruntime",
+    target: TargetName = None,
+    verify_timesteps: Annotated[int, typer.Option(help="Timesteps compared with eager float32.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Builds of each kind, by turns.", min=1)] = 2,
+) -> None:
+    """Time a build with other random weights: beside a finished build of the model, and alone."""
+    from stg_trt.models.perturbation import parse_blocks
+
+    from .rebuild import RebuildBenchmark
+
+    RebuildBenchmark(
+        checkpoint=checkpoint,
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        text_length=text_length,
+        blocks=parse_blocks(blocks, "blocks", "3"),
+        stg_blocks=parse_blocks(stg_blocks),
+        backend=backend,
+        target=target,
+        verify_timesteps=verify_timesteps,
+        rounds=rounds,
+    ).run(output)
+
+
+@bench.command()
 def step(
     output: Output,
     checkpoint: Checkpoint = None,

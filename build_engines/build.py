@@ -76,6 +76,7 @@ def build(
     keep_onnx: bool = False,
     plugins: Sequence[str] = (),
     builder_optimization_level: int | None = None,
+    refittable: bool = False,
     max_segment_gib: float | None = None,
     calibration_prompts: str | Path | None = None,
     calibration_steps: int | None = None,
@@ -88,9 +89,9 @@ def build(
     that a skip pass may perturb, or a mapping of them from the names of several passes. `target` may name
     several, separated by commas; it and `precision` default to the backend's, `text_length` to the family's.
     `condition_frames` is how many latent frames of pictures for later frames a call has; `frame_rate` decides
-    how long the sound of a video is. `blocks` shortens each list of blocks, with random weights; `plugins`
-    are our own kernels. Engines have weights of at most `max_segment_gib`. An interrupted build's segments
-    are reused. Raises InvalidRequest for unusable options, GateMissed for a segment that fails.
+    how long the sound is. `blocks` shortens each list of blocks, with random weights; `plugins` are our own
+    kernels. Builds with other weights refit `refittable` engines; `max_segment_gib` limits their weights.
+    Raises InvalidRequest for unusable options, GateMissed for a segment that fails.
     """
     opened = Checkpoint.open(
         checkpoint, random_weights=random_weights, variant=variant, revision=revision, lora=lora
@@ -100,13 +101,12 @@ def build(
     sized = family, chosen.target(targets[0]), choose_sizes(sizes, height, width, num_frames)
     workloads = _workloads(*sized, text_length, precision, condition_frames, frame_rate)
     options = BuildOptions(
-        checkpoint=opened, output=Path(output), workload=workloads[0],
+        checkpoint=opened, output=Path(output), workload=workloads[0], layout=layout, max_batch=max_batch,
         skips=read_skips(family.defaults.stg_blocks if stg_blocks is None else stg_blocks),
-        stg_mode=family.defaults.stg_mode if stg_mode is None else stg_mode, layout=layout,
-        max_batch=max_batch, backend=chosen, targets=targets, verify_timesteps=verify_timesteps,
-        keep_onnx=keep_onnx, plugins=tuple(sorted(set(plugins))), max_segment_gib=max_segment_gib,
-        builder_optimization_level=builder_optimization_level,
-        calibration=CalibrationOptions.read(calibration_prompts, calibration_steps),
+        stg_mode=family.defaults.stg_mode if stg_mode is None else stg_mode, backend=chosen, targets=targets,
+        verify_timesteps=verify_timesteps, keep_onnx=keep_onnx, plugins=tuple(sorted(set(plugins))),
+        max_segment_gib=max_segment_gib, builder_optimization_level=builder_optimization_level,
+        refittable=refittable, calibration=CalibrationOptions.read(calibration_prompts, calibration_steps),
     )  # fmt: skip
     return _build_all([replace(options, workload=workload) for workload in workloads], progress)
 
@@ -219,10 +219,11 @@ class _Builder:
             try:
                 stages = SegmentBuild(options, self.compiler, segment, reference, work, self.progress)
                 for target, key in keys.items():
-                    record = stages.compile(key, ReusableFiles(folders[target], manifest[target]))
+                    record = stages.compile(key, ReusableFiles(folders[target], manifest[target], key))
                     manifest[target] = _with(manifest[target], record, options.segments)
                     manifests.save(manifest[target], folders[target])
                     self.progress.finish(segment, record, reused=False)
+                self.compiler.keep(work)
             finally:
                 if options.keep_onnx:
                     _keep(work, work.with_name(KEPT_GRAPHS))

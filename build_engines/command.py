@@ -16,6 +16,7 @@ StgBlocks = Annotated[
     ),
 ]
 Precision = Annotated[str | None, typer.Option(help="fp32, bf16 or fp8. [default: what the backend runs]")]
+BackendName = Annotated[str, typer.Option(help="onnxruntime, tensorrt-rtx, tensorrt, inductor, or auto.")]
 TargetNames = Annotated[
     str | None, typer.Option(help="Such as sm_120,sm_89, this-gpu or cpu. [default: the backend's]")
 ]
@@ -28,6 +29,9 @@ LoraFiles = Annotated[
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub. [default: main]")]
 OptimizationLevel = Annotated[
     int | None, typer.Option(help="TensorRT's, 0 to 5: build longer, run faster. [default: its own, 3]")
+]
+Refittable = Annotated[
+    bool, typer.Option("--refittable", help="TensorRT engines that builds with other weights refit.")
 ]
 SegmentSize = Annotated[
     float | None, typer.Option(help="Most weights of an engine. [default: what this machine can compile]")
@@ -68,9 +72,7 @@ def build(
     layout: Annotated[str, typer.Option(help="segmented or twin.")] = "segmented",
     precision: Precision = None,
     max_batch: Annotated[int, typer.Option(help="Most videos in one call.")] = 1,
-    backend: Annotated[
-        str, typer.Option(help="onnxruntime, tensorrt-rtx, tensorrt, inductor, or auto.")
-    ] = "onnxruntime",
+    backend: BackendName = "onnxruntime",
     target: TargetNames = None,
     random_weights: RandomWeights = False,
     variant: Variant = None,
@@ -81,6 +83,7 @@ def build(
     keep_onnx: Annotated[bool, typer.Option("--keep-onnx", help="Keep the exported graphs.")] = False,
     plugins: Plugins = "",
     builder_optimization_level: OptimizationLevel = None,
+    refittable: Refittable = False,
     max_segment_gib: SegmentSize = None,
     calibration_prompts: CalibrationPrompts = None,
     calibration_steps: CalibrationSteps = None,
@@ -110,7 +113,7 @@ def build(
             lora=lora or (), blocks=kept, verify_timesteps=verify_timesteps, keep_onnx=keep_onnx,
             plugins=[*filter(None, plugins.split(","))], max_segment_gib=max_segment_gib, progress=display,
             builder_optimization_level=builder_optimization_level, calibration_steps=calibration_steps,
-            calibration_prompts=calibration_prompts,
+            calibration_prompts=calibration_prompts, refittable=refittable,
         )  # fmt: skip
     _print(folders)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from stg_trt.engines.tensorrt_runtime import (
     open_runtime,
     read_engine,
 )
-from stg_trt.errors import GateMissed, OutOfDeviceMemory, StgTrtError
+from stg_trt.errors import EngineRejected, GateMissed, OutOfDeviceMemory, StgTrtError
 from stg_trt.models.segment import Segment
 from stg_trt.system.gpu import find_gpu
 from stg_trt.system.interruptible import run_interruptibly
@@ -35,6 +36,15 @@ from stg_trt.system.interruptible import run_interruptibly
 from .compiler import Compiled, Exported, Job, Rows
 from .fused_attention import count_in_layers, count_in_plan
 from .onnx_compiler import ExportedGraph, OnnxCompiler
+from .refit import (
+    FLAG,
+    CannotRefit,
+    check_marked,
+    check_refittable,
+    mark_weights,
+    refit_engine,
+    structure_sha256,
+)
 from .reproduction import tensorrt_commands
 from .reusable_files import ReusableFiles
 from .tensorrt_graph import choose_entries
@@ -55,15 +65,21 @@ class TensorRTCompiler(OnnxCompiler):
     @property
     def version(self) -> str:
         """The library's; raises BackendUnavailable where it or a plugin is not there."""
+        backend = self.options.backend.name
         if self.options.plugins:
-            load_plugins(self.options.backend.name)
-        return library_version(self.options.backend.name)
+            load_plugins(backend)
+        version = library_version(backend)
+        if self.options.refittable:
+            check_refittable(backend, version, self.options.targets, find_gpu())
+        return version
 
     def flags(self, target: str) -> tuple[str, ...]:
         """The builder's options."""
         level = self.options.builder_optimization_level
         levels = () if level is None else (f"builder_optimization_level={level}",)
-        return (*FLAGS, *levels, *(f"plugin={name}/{PLUGIN_VERSION}" for name in self.options.plugins))
+        refit = (FLAG,) if self.options.refittable else ()
+        plugins = (f"plugin={name}/{PLUGIN_VERSION}" for name in self.options.plugins)
+        return (*FLAGS, *levels, *refit, *plugins)
 
     def profiles(self, segment: Segment) -> tuple[Rows, ...]:
         """TensorRT picks kernels for a profile's `opt` alone: each number of rows has a profile of its own.
@@ -82,8 +98,9 @@ class TensorRTCompiler(OnnxCompiler):
         choose_entries(graph)
 
     def compile(self, job: Job, exported: Exported, target: str, finished: ReusableFiles) -> Compiled:
-        """The graph as an engine for one GPU architecture."""
+        """The graph as an engine for one GPU architecture: that of other weights refitted, or compiled."""
         assert isinstance(exported, ExportedGraph)
+        refittable = tuple(sorted(exported.weights)) if self.options.refittable else ()
         recipe = Recipe(
             graph=exported.graph,
             inputs=job.inputs,
@@ -93,12 +110,22 @@ class TensorRTCompiler(OnnxCompiler):
             builder_optimization_level=self.options.builder_optimization_level,
             timing_cache=self._timing_cache(target),
             plugins=bool(self.options.plugins),
+            refittable=refittable,
         )
         attentions = self.options.checkpoint.family.attentions(job.segment)
-        compiled = compile_tensorrt(
-            recipe, attentions, lambda phase: job.on_progress(f"compile for {target}: {phase}")
-        )
-        return replace(compiled, commands=tensorrt_commands(recipe))
+        structure = structure_sha256(exported.graph, exported.weights) if refittable else None
+        source = finished.take_engine(structure) if structure else None
+        compiled = None
+        if source is not None:
+            job.on_progress(f"refit for {target}")
+            compiled = refit_tensorrt(recipe, attentions, source)
+        if compiled is None:
+            compiled = compile_tensorrt(
+                recipe, attentions, lambda phase: job.on_progress(f"compile for {target}: {phase}")
+            )
+        # Neither tool marks weights one by one.
+        commands = () if refittable else tensorrt_commands(recipe)
+        return replace(compiled, commands=commands, structure_sha256=structure)
 
     def _timing_cache(self, target: str) -> Path | None:
         """Beside the builds, one per GPU and version; TensorRT-RTX times nothing while it builds."""
@@ -119,11 +146,29 @@ def compile_tensorrt(recipe: Recipe, attentions: int, on_progress: Callable[[str
 
     def work() -> Compiled:
         activation_bytes = build_engine(trt, recipe, cancel, on_progress)
+        if recipe.refittable:
+            check_marked(trt, recipe)
         if recipe.target == THIS_GPU:
             return inspect_engine(trt, recipe, attentions)
         return Compiled((recipe.engine,), count_in_plan(recipe.engine), activation_bytes)
 
     return run_interruptibly(work, cancel.set)
+
+
+def refit_tensorrt(recipe: Recipe, attentions: int, source: Path) -> Compiled | None:
+    """The engine of `source` with the graph's weights; None, after a warning, if TensorRT cannot refit it."""
+    trt = load_library(recipe.backend)
+    try:
+        activation_bytes = refit_engine(trt, recipe, source)
+    except (CannotRefit, EngineRejected) as error:
+        warnings.warn(
+            f"{recipe.segment}: compiled, since the engine of {source.parent.name} is not refitted: {error}",
+            stacklevel=2,
+        )
+        return None
+    if recipe.target == THIS_GPU:
+        return replace(inspect_engine(trt, recipe, attentions), refitted=True)
+    return Compiled((recipe.engine,), count_in_plan(recipe.engine), activation_bytes, refitted=True)
 
 
 def build_engine(
@@ -141,6 +186,8 @@ def build_engine(
             f"{recipe.segment}: {recipe.backend} cannot read the graph: {errors}: look at it with --keep-onnx"
         )
     config = _configured(trt, builder, recipe)
+    if recipe.refittable:
+        mark_weights(trt, network, config, recipe)
     config.progress_monitor = _monitor(trt, cancel, on_progress)
     try:
         is_built = _stream_plan(trt, builder, network, config, recipe.engine)

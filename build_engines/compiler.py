@@ -82,9 +82,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Exported:
-    """What all targets are compiled from."""
+    """What all targets are compiled from; `reused` if earlier builds had exported all of it."""
 
     sha256: str
+    reused: bool = False
 
 
 class SegmentExport(ABC):
@@ -107,7 +108,8 @@ class Compiled:
     """Finished files, the engine's own first, and what the gates measured, None where it cannot be known.
 
     `runner` loads the engine, where only it shows the numerics. `commands` of other tools do the same.
-    `attention_kernels` are those of the fused attentions, where their names are known.
+    `attention_kernels` are those of the fused attentions, where their names are known. `structure_sha256` is
+    of the graph of an engine that can be refitted, without its weights; `refitted` if this one was.
     """
 
     files: tuple[Path, ...]
@@ -116,6 +118,8 @@ class Compiled:
     runner: Callable[[], Run] | None = None
     commands: tuple[str, ...] = ()
     attention_kernels: tuple[str, ...] = ()
+    structure_sha256: str | None = None
+    refitted: bool = False
 
 
 class Compiler(ABC):
@@ -161,3 +165,7 @@ class Compiler(ABC):
     @abstractmethod
     def compile(self, job: Job, exported: Exported, target: str, finished: ReusableFiles) -> Compiled:
         """For one target, in `job.work`; what `finished` has need not be compiled again."""
+
+    def keep(self, work: Path) -> None:
+        """Keeps what later builds with other weights need of the finished segment, made in `work`."""
+        return

@@ -11,6 +11,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from stg_trt.engines.manifest import Manifest, SegmentRecord
+from stg_trt.engines.reused import REUSED
 from stg_trt.models.segment import Segment
 from stg_trt.system.units import GIB
 
@@ -71,9 +72,10 @@ class BuildDisplay:
             self._console.print(f"{segment.name}: already built")
             return
         stage = f"done, peak {record.peak_bytes / GIB:.1f} GiB"
-        self._progress.update(self._tasks[segment.name], stage=stage, total=1, completed=1)  # type: ignore[arg-type]
+        taken = "".join(f", {REUSED[name]}" for name in record.reused)
+        self._progress.update(self._tasks[segment.name], stage=stage + taken, total=1, completed=1)  # type: ignore[arg-type]
         if not self._console.is_terminal:
-            self._console.print(f"{segment.name}: {stage}, {sum(record.seconds.values()):.1f} s")
+            self._console.print(f"{segment.name}: {stage}, {sum(record.seconds.values()):.1f} s{taken}")
 
 
 def print_summary(folder: Path, manifest: Manifest) -> None:

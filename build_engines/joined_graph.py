@@ -32,6 +32,7 @@ class JoinedGraph:
         self._values = {str(value.name): value for value in self._inputs}
         self._graph = ir.Graph(self._inputs, [], nodes=[], name="segment", opset_imports={})
         self._pieces = self._ir_version = 0
+        self._of_checkpoint: set[str] = set()
 
     def append(self, name: str, piece: PieceGraph, module: SegmentModule) -> None:
         """Adds a piece, with the weights of its module; its values and nodes are named after it."""
@@ -47,6 +48,7 @@ class JoinedGraph:
                 given[placeholder] = self._initializer(
                     tensor_adapters.TorchTensor(tensor, f"{name}/{weight}")
                 )
+                self._of_checkpoint.add(f"{name}/{weight}")
         for constant in [*copy.initializers.values()]:
             assert constant.const_value is not None
             given[constant] = self._initializer(constant.const_value, constant.name)
@@ -75,6 +77,11 @@ class JoinedGraph:
         CommonSubexpressionEliminationPass()(model)
         RemoveUnusedNodesPass()(model)
         ir.save(model, self._path)
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """The names of the checkpoint's weights in the graph, which has other constants too."""
+        return frozenset(self._of_checkpoint & self._graph.initializers.keys())
 
     def _initializer(self, tensor: ir.TensorProtocol, name: str | None = None) -> ir.Value:
         value = ir.val(name or tensor.name, const_value=tensor)

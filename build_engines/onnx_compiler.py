@@ -15,7 +15,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from stg_trt.engines.key import digest
+from stg_trt.engines.key import digest, export_version
 from stg_trt.engines.onnxruntime import run_session, session_options
 from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.segment import Segment
@@ -27,6 +27,7 @@ from .export import PieceGraph, export, weight_name
 from .float8_graph import share_quantizers
 from .float32_graph import widen
 from .joined_graph import JoinedGraph, files_of
+from .kept_graphs import KeptGraphs
 from .options import BuildOptions
 from .piece_key import PieceKey
 from .plugin_nodes import qk_norm_rope
@@ -39,9 +40,10 @@ TRACED_MAX_ROWS = 1024
 
 @dataclass(frozen=True)
 class ExportedGraph(Exported):
-    """An ONNX graph, with its weights inside or beside it."""
+    """An ONNX graph, with its weights inside or beside it; `weights` are the checkpoint's."""
 
     graph: Path = Path()
+    weights: frozenset[str] = frozenset()
 
 
 class OnnxCompiler(Compiler):
@@ -55,6 +57,10 @@ class OnnxCompiler(Compiler):
     def __init__(self, options: BuildOptions) -> None:
         super().__init__(options)
         self._sessions: dict[PieceGraph, ort.InferenceSession] = {}
+        version = export_version(options.checkpoint.family)
+        self._kept = KeptGraphs(options.output, {"export_version": version, "opset": self.opset})
+        self._exported: set[PieceKey] = set()
+        self._used: dict[PieceKey, PieceGraph] = {}
 
     def export(self, job: Job) -> OnnxExport:
         """Joins the graphs of the segment's pieces, of which equal ones are exported once."""
@@ -71,15 +77,31 @@ class OnnxCompiler(Compiler):
             share_quantizers(graph)
 
     def graph_of(self, job: Job, piece: Segment, module: SegmentModule) -> PieceGraph:
-        """That of any piece of the kind, which is exported if it is the first."""
+        """That of any piece of the kind, in an earlier build too; exported if there is none."""
         key = self.piece_key(piece, module, max(job.rows[2], TRACED_MAX_ROWS))
         name = job.segment.name
-        if key in self._graphs:
+        graph = self._graphs.get(key)
+        if graph is not None:
             _log.info("%s: %s has the graph of an earlier piece", name, piece.name)
+        elif (graph := self._kept.read(key, module)) is not None:
+            _log.info("%s: %s has the graph that an earlier build kept", name, piece.name)
         else:
             _log.info("%s: exporting %s", name, piece.name)
-            self._graphs[key] = export(name, module, key.inputs, opset=self.opset, max_rows=key.max_rows)
-        return self._graphs[key]
+            graph = export(name, module, key.inputs, opset=self.opset, max_rows=key.max_rows)
+            self._exported.add(key)
+        self._graphs[key] = self._used[key] = graph
+        return graph
+
+    @property
+    def has_exported(self) -> bool:
+        """Whether this build made a graph of the segment at hand, or of one before, that it uses here."""
+        return not self._exported.isdisjoint(self._used)
+
+    def keep(self, work: Path) -> None:
+        """Keeps the graphs of the pieces in the finished segment, which have passed its gates."""
+        for key, graph in self._used.items():
+            self._kept.write(key, graph, work)
+        self._used.clear()
 
     def runner(self, graph: PieceGraph, module: SegmentModule) -> Run:
         """The graph of a piece with its weights in float32; pieces of one kind share a session."""
@@ -117,7 +139,10 @@ class OnnxExport(SegmentExport):
     def finish(self) -> ExportedGraph:
         self._joined.save(tuple(spec.name for spec in self._job.outputs), self._compiler.rewrite)
         return ExportedGraph(
-            digest({file.name: file_sha256(file) for file in files_of(self._path)}), self._path
+            digest({file.name: file_sha256(file) for file in files_of(self._path)}),
+            not self._compiler.has_exported,
+            self._path,
+            self._joined.weights,
         )
 
 

@@ -25,6 +25,7 @@ from .calibration_texts import read_prompts
 from .segment_size import check_limit, fitting_bytes, split
 
 _PLUGIN_BACKENDS = ("tensorrt", "tensorrt-rtx")
+_REFITTING_BACKENDS = ("tensorrt", "tensorrt-rtx")
 _OPTIMIZATION_LEVELS = range(6)
 _CALIBRATION_STEPS = 8
 _FLOAT8_BYTES = 1
@@ -83,6 +84,7 @@ class BuildOptions:
     keep_onnx: bool
     plugins: tuple[str, ...] = ()
     builder_optimization_level: int | None = None
+    refittable: bool = False
     max_segment_gib: float | None = None
     calibration: CalibrationOptions = CalibrationOptions()
 
@@ -103,6 +105,7 @@ class BuildOptions:
             check_target(self.backend, target, self.workload.precision)
         self._check_plugins()
         self._check_level()
+        self._check_refittable()
         self.calibration.check(self.checkpoint.family, self.workload)
         self.checkpoint.family.check(self.workload)
         self._check_segment_size()
@@ -230,6 +233,19 @@ class BuildOptions:
             raise InvalidRequest(
                 f"builder_optimization_level: expected 0 to {_OPTIMIZATION_LEVELS[-1]}, got {level}: 3 is "
                 "TensorRT's own, 5 builds longest"
+            )
+
+    def _check_refittable(self) -> None:
+        """Raises InvalidRequest where other weights need no compilation, or more than a refit."""
+        if self.refittable and self.backend.name not in _REFITTING_BACKENDS:
+            raise InvalidRequest(
+                f"refittable: expected the backend {' or '.join(_REFITTING_BACKENDS)}, got "
+                f"{self.backend.name}, which compiles nothing for other weights: leave it out"
+            )
+        if self.refittable and self.workload.is_float8:
+            raise InvalidRequest(
+                "refittable: expected bf16, got fp8, whose scales decide the graph: use --precision bf16, or "
+                "leave it out"
             )
 
     def _check_plugins(self) -> None:

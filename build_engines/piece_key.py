@@ -6,8 +6,10 @@ Blocks of a model mostly differ in the values of their weights alone, and these 
 from __future__ import annotations
 
 import enum
+import operator
+import sys
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from types import BuiltinFunctionType, FunctionType, NoneType
 from typing import Any
 
@@ -41,6 +43,10 @@ class PieceKey:
     ) -> PieceKey:
         """The key of a piece as it is now; a change of the module afterwards is not seen."""
         return cls(_Reader().module(module), tuple(inputs), tuple(outputs), max_rows)
+
+    def words(self) -> str:
+        """The key as text that is the same in every process; raises LookupError where it has none."""
+        return _words(self)
 
 
 class _Reader:
@@ -117,3 +123,35 @@ def _from_zero(segment: Segment) -> Segment:
 def _unique() -> Hashable:
     """Equal to itself alone, so that a piece with it is never taken for another."""
     return object()
+
+
+def _words(part: object) -> str:
+    if isinstance(part, _NAMED):
+        return _path_of(part)
+    if isinstance(part, enum.Enum):
+        return f"{_path_of(type(part))}.{part.name}"
+    if isinstance(part, tuple):
+        return f"({','.join(map(_words, part))})"
+    if isinstance(part, frozenset):
+        return f"{{{','.join(sorted(map(_words, part)))}}}"
+    if is_dataclass(part):
+        values = (getattr(part, field.name) for field in fields(part))
+        return f"{_path_of(type(part))}({','.join(map(_words, values))})"
+    if isinstance(part, _PLAIN):
+        return repr(part)
+    raise LookupError(f"a {type(part).__name__} is equal to no other")
+
+
+def _path_of(named: type | FunctionType | BuiltinFunctionType) -> str:
+    """Module and name, under which the same one must be found."""
+    module, name = named.__module__, named.__qualname__
+    path = f"{module}.{name}"
+    if named is NoneType:
+        return path
+    try:
+        found = operator.attrgetter(name)(sys.modules[module])
+    except (AttributeError, KeyError):
+        found = None
+    if found is not named:
+        raise LookupError(f"{path} has no name of its own")
+    return path

@@ -17,11 +17,15 @@ _log = logging.getLogger(__name__)
 
 
 class ReusableFiles:
-    """One build's own files, and those of the builds beside it; a changed one counts as not there."""
+    """One build's own files, and those of the builds beside it; a changed one counts as not there.
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    `key` is that of the engine which is being built.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, key: EngineKey | None = None) -> None:
         self.folder = folder
         self.manifest = manifest
+        self.key = key
 
     def take(self, name: str, work: Path) -> Path | None:
         """The file in this build's folder, or a copy in `work` of another build's; None if none has it."""
@@ -60,6 +64,24 @@ class ReusableFiles:
             return record.model_copy(update={"commands": ()})
         return None
 
+    def take_engine(self, structure_sha256: str) -> Path | None:
+        """The engine with the same key but other weights, and a graph of this structure; None without one."""
+        assert self.key is not None
+        for folder in self._others():
+            try:
+                record = manifests.load(folder).record(self.key.segment.name)
+                if record is None or record.structure_sha256 != structure_sha256:
+                    continue
+                if not _is_of(record, self.key, "weights"):
+                    continue
+                path = folder / record.files[0].name
+                check_file(path, record.files[0])
+            except (EngineRejected, FileNotFoundError):
+                continue
+            _log.info("%s: has the engine of other weights in %s", self.key.segment.name, folder.name)
+            return path
+        return None
+
     def share(self) -> None:
         """Files that builds beside this one have with the same bytes become theirs, once on the disk."""
         own = {file for record in self.manifest.segments for file in record.files}
@@ -92,9 +114,14 @@ def _is_whole(path: Path, file: FileRecord) -> bool:
     return True
 
 
-def _is_of(record: SegmentRecord, key: EngineKey) -> bool:
-    """Whether a segment was made from exactly the facts of a key."""
-    return {name: fact for name, fact in record.facts.items() if name != "graph_sha256"} == key.facts()
+def _is_of(record: SegmentRecord, key: EngineKey, *others: str) -> bool:
+    """Whether a segment was made from exactly the facts of a key, apart from those named in `others`."""
+    left_out = {"graph_sha256", *others}
+    made_from, wanted = (
+        {name: fact for name, fact in facts.items() if name not in left_out}
+        for facts in (record.facts, key.facts())
+    )
+    return made_from == wanted
 
 
 def _link(source: Path, path: Path) -> None:

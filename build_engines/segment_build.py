@@ -13,6 +13,7 @@ import torch
 
 from stg_trt.engines.key import EngineKey, digest
 from stg_trt.engines.manifest import FileRecord, SegmentRecord, Verification
+from stg_trt.engines.reused import Reused
 from stg_trt.errors import GateMissed
 from stg_trt.models.segment import Segment
 from stg_trt.system.files import file_sha256
@@ -98,6 +99,8 @@ class SegmentBuild:
             commands=compiled.commands,
             seconds=seconds,
             peak_bytes=max(self._shared_peak, peak.bytes),
+            reused=_reused(exported, compiled),
+            structure_sha256=compiled.structure_sha256,
         )
 
     def _export(self) -> Exported:
@@ -162,6 +165,11 @@ class SegmentBuild:
         yield
         seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
         _log.info("%s: %s has taken %.1f s", self.segment.name, stage, seconds[stage])
+
+
+def _reused(exported: Exported, compiled: Compiled) -> tuple[Reused, ...]:
+    taken: dict[Reused, bool] = {"graph": exported.reused, "engine": compiled.refitted}
+    return tuple(name for name, is_taken in taken.items() if is_taken)
 
 
 def _publish(path: Path, folder: Path) -> FileRecord:

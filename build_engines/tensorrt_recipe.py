@@ -12,7 +12,10 @@ from .compiler import Rows
 
 @dataclass(frozen=True)
 class Recipe:
-    """A graph, for which rows and which GPU, and the builder's options; the engine is written beside it."""
+    """A graph, for which rows and which GPU, and the builder's options; the engine is written beside it.
+
+    `refittable` are the weights whose values can be replaced in the finished engine.
+    """
 
     graph: Path
     inputs: tuple[TensorSpec, ...]
@@ -22,6 +25,7 @@ class Recipe:
     builder_optimization_level: int | None = None
     timing_cache: Path | None = None
     plugins: bool = False
+    refittable: tuple[str, ...] = ()
 
     @property
     def segment(self) -> str:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stg_trt.engines.reused import REUSED
+
 if TYPE_CHECKING:
     from stg_trt.engines.manifest import Manifest
     from stg_trt.engines.store import Build
@@ -87,6 +89,7 @@ def describe(build: Build) -> dict[str, Any]:
                 "commands": record.commands,
                 "seconds": record.seconds,
                 "peak_bytes": record.peak_bytes,
+                "reused": list(record.reused),
             }
             for record in manifest.segments
         ],
@@ -212,6 +215,10 @@ def _print(console: Any, build: dict[str, Any]) -> None:
             segment["key"][:12],
         )
     console.print(table)
+    for what, name in REUSED.items():
+        segments = [segment["name"] for segment in build["segments"] if what in segment["reused"]]
+        if segments:
+            console.print(f"{name}: {', '.join(segments)}", markup=False)
     _print_float8(console, build)
     for name, state in build["guidance_states"].items():
         ratio = state["flops"] / state["flops_full"]

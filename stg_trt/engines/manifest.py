@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pydantic
 
 from stg_trt.engines.float8_record import Float8Record
+from stg_trt.engines.reused import Reused
 from stg_trt.errors import EngineRejected
 from stg_trt.models.families import family_for
 from stg_trt.models.lora import AppliedLora
@@ -58,7 +59,9 @@ class Verification(_Record):
 class SegmentRecord(_Record):
     """A finished segment: what it is, what it was made from, and what the gates found.
 
-    `commands` for trtexec and Polygraphy build or run the same graph, if `--keep-onnx` kept it.
+    `commands` for trtexec and Polygraphy build or run the same graph, if `--keep-onnx` kept it. `reused` is
+    what builds with other weights had already: the graph, which was not exported again, and the engine, which
+    was refitted. `structure_sha256` is of the graph without its weights, if the engine can be refitted.
     """
 
     segment: Segment
@@ -77,6 +80,8 @@ class SegmentRecord(_Record):
     commands: tuple[str, ...]
     seconds: dict[str, float]
     peak_bytes: int
+    reused: tuple[Reused, ...] = ()
+    structure_sha256: str | None = None
 
     @property
     def engine_bytes(self) -> int:

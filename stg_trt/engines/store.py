@@ -138,7 +138,8 @@ class EngineStore:
         builds, unreadable = [], {}
         # `stg-trt build` prints the folder of a build, not the one around it.
         one_build = (root / manifests.FILE_NAME).exists()
-        for folder in [root] if one_build else sorted(p for p in root.iterdir() if p.is_dir()):
+        folders = (path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+        for folder in [root] if one_build else sorted(folders):
             try:
                 builds.append(Build(folder, manifests.load(folder)))
             except EngineRejected as error:

@@ -24,6 +24,7 @@ from stg_trt.build_engines.compile_tensorrt import Cancelled, build_engine, comp
 from stg_trt.build_engines.compiler import Job
 from stg_trt.build_engines.export import PieceGraph
 from stg_trt.build_engines.fused_attention import count_in_plan
+from stg_trt.build_engines.kept_graphs import KeptGraphs
 from stg_trt.build_engines.onnx_compiler import OnnxCompiler
 from stg_trt.build_engines.progress import Silent
 from stg_trt.build_engines.tensorrt_recipe import Recipe
@@ -273,8 +274,12 @@ def with_new_blocks(graph: GraphOf) -> GraphOf:
     """Exports each block anew: a change of the code is no part of the key by which graphs are known."""
 
     def graph_of(self: OnnxCompiler, job: Job, piece: Segment, module: SegmentModule) -> PieceGraph:
-        known = {} if piece.blocks else self._graphs
-        with mock.patch.object(OnnxCompiler, "_graphs", known):
+        if not piece.blocks:
+            return graph(self, job, piece, module)
+        with (
+            mock.patch.object(OnnxCompiler, "_graphs", {}),
+            mock.patch.object(KeptGraphs, "read", return_value=None),
+        ):
             return graph(self, job, piece, module)
 
     return graph_of

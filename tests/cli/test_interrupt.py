@@ -16,6 +16,7 @@ import onnx
 import psutil
 import pytest
 
+from stg_trt.build_engines.kept_graphs import FOLDER
 from stg_trt.engines import manifest as manifests
 from stg_trt.engines.manifest import FileRecord
 from stg_trt.engines.store import EngineRequest, EngineStore
@@ -33,6 +34,7 @@ from tests.support.cli import (
     invoke,
 )
 from tests.support.endless_graph import loop_after
+from tests.support.fine_tuned import save_fine_tuned
 from tests.support.forked_program import ForkedProgram, ProgramServer, program_server
 
 pytestmark = pytest.mark.slow(reason="starts programs and interrupts them")
@@ -74,6 +76,11 @@ def fill(disk: Path) -> None:
             file.write(bytes(1024))
 
 
+def builds_in(engines: Path) -> list[Path]:
+    """Folders of builds, finished or not."""
+    return [path for path in engines.iterdir() if path.name != FOLDER]
+
+
 def assert_whole(engines: Path, builds: int = 1) -> None:
     """Every build is complete and loads, and nothing else lies beside its engines."""
     store = EngineStore.open(engines)
@@ -95,7 +102,7 @@ def test_an_interrupted_build_resumes(
         wait_for(process, tmp_path / "stderr", "text: done")
         process.send_signal(kill)
         status = process.wait(A_MINUTE)
-    (folder,) = (tmp_path / "engines").iterdir()
+    (folder,) = builds_in(tmp_path / "engines")
     kept = contents(folder)
     # On a busy machine more may be finished before the signal comes.
     done = [segment for segment in SEGMENTS if f"{segment}: done" in (tmp_path / "stderr").read_text()]
@@ -114,6 +121,27 @@ def test_an_interrupted_build_resumes(
         assert contents(folder)[f"{segment}.onnx"] == kept[f"{segment}.onnx"]
     assert "back: done" in again.stderr
     assert_whole(tmp_path / "engines")
+
+
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_build_with_other_weights_leaves_the_first_one_whole(
+    kill: signal.Signals, tmp_path: Path, one_block: Path, server: ProgramServer
+) -> None:
+    engines, other = tmp_path / "engines", save_fine_tuned(one_block, tmp_path / "other")
+    assert invoke("build", one_block, "--output", engines, *CUT).returncode == 0
+    (first,) = builds_in(engines)
+    before, graphs = contents(first), contents(engines / FOLDER)
+    command = ("build", other, "--output", engines, *CUT)
+    with (tmp_path / "stderr").open("w+") as stderr:
+        process = server.start(*command, output=stderr)
+        wait_for(process, tmp_path / "stderr", "text: done")
+        process.send_signal(kill)
+        process.wait(A_MINUTE)
+    again = invoke(*command)
+    assert again.returncode == 0 and "text: already built" in again.stderr, again.stderr
+    assert "front: done" in again.stderr and "graph of an earlier build" in again.stderr
+    assert contents(first) == before and contents(engines / FOLDER) == graphs
+    assert_whole(engines, builds=2)
 
 
 def wait_for(process: ForkedProgram, report: Path, text: str) -> None:
@@ -247,7 +275,7 @@ def test_a_build_continues_when_the_full_disk_has_space(disk: Path, one_block: P
     # Room for the weights of the block, but not for all that stands beside them.
     assert mount("-o", "remount,size=96k", disk) == 0
     assert_one_line_error(invoke(*command), "expected free disk space, got none left: free some or choose")
-    (folder,) = (disk / "engines").iterdir()
+    (folder,) = builds_in(disk / "engines")
     assert contents(folder).keys() == {"manifest.json", "text.onnx"}
     assert {*os.listdir(folder)} == {"manifest.json", "text.onnx", ".lock"}
     assert mount("-o", "remount,size=8m", disk) == 0

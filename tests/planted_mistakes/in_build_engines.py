@@ -11,8 +11,52 @@ _VERIFY = "tests/build_engines/test_verify.py"
 _SIZE = "tests/build_engines/test_segment_size.py"
 _TENSORRT = "tests/build_engines/test_compile_tensorrt.py"
 _FLOAT8 = "tests/build_engines/test_float8"
+_KEPT = "tests/build_engines/test_kept_graphs.py"
+_REFIT = "tests/build_engines/test_refit.py"
 
 IN_BUILD_ENGINES = (
+    Mistake(
+        "a kept graph with a changed byte is taken",
+        "build_engines/kept_graphs.py",
+        "if path.name != _name(facts, file_sha256(path)):",
+        "if not path.name:",
+        (f"{_KEPT}::test_a_damaged_graph_is_exported_again",),
+    ),
+    Mistake(
+        "a graph of another exporter's version is taken",
+        "build_engines/kept_graphs.py",
+        '"installed": _installed()}',
+        "}",
+        (f"{_KEPT}::test_another_installation_exports_again",),
+    ),
+    Mistake(
+        "an engine of another graph is refitted",
+        "build_engines/reusable_files.py",
+        "if record is None or record.structure_sha256 != structure_sha256:",
+        "if record is None:",
+        (f"{_REFIT}::test_engines_of_another_graph_are_compiled",),
+    ),
+    Mistake(
+        "a refitted engine cannot be refitted again",
+        "build_engines/refit.py",
+        "    config.set_flag(trt.SerializationFlag.INCLUDE_REFIT)\n",
+        "",
+        (f"{_REFIT}::test_other_weights_are_put_into_a_copy_of_the_engines",),
+    ),
+    Mistake(
+        "engines of TensorRT 11.3, which lose biases, are refitted",
+        "build_engines/refit.py",
+        '_DROPS_BIASES = "11.3."',
+        '_DROPS_BIASES = "11.2."',
+        (f"{_REFIT}::test_tensorrt_11_3_is_refused",),
+    ),
+    Mistake(
+        "an engine that loses a weight passes for one that can be refitted",
+        "build_engines/compile_tensorrt.py",
+        "            check_marked(trt, recipe)\n",
+        "            pass\n",
+        (f"{_REFIT}::test_an_engine_that_loses_a_weight_misses_a_gate",),
+    ),
     Mistake(
         "an FP8 scale is rounded down, so that the largest numbers saturate",
         "build_engines/float8_linear.py",

@@ -110,7 +110,7 @@ def test_a_build_puts_the_plugin_into_its_engines(
     options = ("--stg-blocks=2", "--backend=tensorrt-rtx", "--target=sm_89", "--plugins=qk_norm_rope")
     command = (sys.executable, "-c", BUILD, plugins, "build", case.goldens, f"--output={tmp_path}")
     run(*command, *sizes, *options, env=environment)
-    (folder,) = tmp_path.iterdir()
+    (folder,) = (path.parent for path in tmp_path.glob("*/manifest.json"))
     found = manifest.load(folder)
     assert found.complete
     for record in found.segments:

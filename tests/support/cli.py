@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(sys.executable).with_name("stg-trt")
 # A build's report if stderr is no terminal: its name and segments, then a line per segment.
 PROGRESS = re.compile(
-    r"(segmented|twin)-\S+: (\w+(, \w+)*|another build is at work .*)|\w+: (done, .* s|already built)"
+    r"(segmented|twin)-\S+: (\w+(, \w+)*|another build is at work .*)"
+    r"|\w+: (done, .* s(, graph of an earlier build)?|already built)"
 )
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -7,6 +7,7 @@ what TensorRT documents: strong types, profiles for every dynamic input, timings
 from __future__ import annotations
 
 import enum
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import onnx
+from onnx import numpy_helper
 
 from tests.support.simulated_tensorrt import RuleBroken, SimulatedTensorRT
 
@@ -42,7 +44,8 @@ class SimulatedTensorRTBuilder(SimulatedTensorRT):
     IStreamWriter = IStreamWriter
     NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=1)
     ProfilingVerbosity = SimpleNamespace(DETAILED="detailed")
-    BuilderFlag = SimpleNamespace()
+    BuilderFlag = SimpleNamespace(REFIT="all", REFIT_IDENTICAL="identical", REFIT_INDIVIDUAL="individual")
+    SerializationFlag = SimpleNamespace(EXCLUDE_WEIGHTS="exclude weights", INCLUDE_REFIT="include refit")
 
     def __init__(self, gpu: str = "H100") -> None:
         super().__init__()
@@ -50,6 +53,9 @@ class SimulatedTensorRTBuilder(SimulatedTensorRT):
         self.name_kernel: Callable[[int], str | None] = lambda i: ENTERPRISE_NAMES[i % 3].format(i=i)
         self.lists_all_profiles = True
         self.device_memory_bytes = 1 << 12
+        self.lost: set[str] = set()
+        """Marked weights that an engine loses, as the biases of TensorRT 11.3."""
+        self.refitted = 0
         self.timed: list[str] = []
         """Kernels that a build had to time, since no cache had them."""
         self.configs: list[Config] = []
@@ -63,13 +69,25 @@ class SimulatedTensorRTBuilder(SimulatedTensorRT):
     def OnnxParser(self, network: Network, logger: Any) -> Parser:
         return Parser(network)
 
+    def Refitter(self, engine: BuiltEngine, logger: Any) -> EngineRefitter:
+        return EngineRefitter(engine, logger)
+
+    def OnnxParserRefitter(self, refitter: EngineRefitter, logger: Any) -> ParserRefitter:
+        return ParserRefitter(refitter, logger)
+
     def load(self, plan: bytes) -> Any:
-        return BuiltEngine(**json.loads(plan))
+        return BuiltEngine(self, **json.loads(plan))
 
 
 class Network:
     def __init__(self) -> None:
         self.graph: onnx.GraphProto | None = None
+        self.weights: dict[str, str] = {}
+        self.marked: set[str] = set()
+
+    def mark_weights_refittable(self, name: str) -> bool:
+        self.marked |= {name} & self.weights.keys()
+        return name in self.weights
 
 
 class Parser:
@@ -80,6 +98,7 @@ class Parser:
 
     def parse_from_file(self, path: str) -> bool:
         self.network.graph = onnx.load(path, load_external_data=False).graph
+        self.network.weights = weights_of(path)
         return True
 
 
@@ -115,6 +134,7 @@ class Config:
     def __init__(self, sim: SimulatedTensorRTBuilder) -> None:
         self.sim = sim
         self.profiles: list[Profile] = []
+        self.flags: set[str] = set()
         self.cache = self.create_timing_cache(b"")
 
     @property
@@ -124,6 +144,11 @@ class Config:
     def add_optimization_profile(self, profile: Profile) -> int:
         self.profiles.append(profile)
         return len(self.profiles) - 1
+
+    def set_flag(self, flag: str) -> None:
+        if flag != self.sim.BuilderFlag.REFIT_INDIVIDUAL:
+            raise RuleBroken("REFIT_IDENTICAL is undefined for other weights; REFIT marks constants too")
+        self.flags.add(flag)
 
     def create_timing_cache(self, kept: bytes) -> TimingCache | None:
         return None if kept.startswith(b"damaged") else TimingCache(self._header, kept)
@@ -171,7 +196,14 @@ class Builder:
                 config.cache.entries.add(kernel)
         if not self.sim.lists_all_profiles:
             layers = self._layers(network, 0)
-        plan = {"layers": layers, "device_memory_size_v2": self.sim.device_memory_bytes}
+        if network.marked and not config.flags:
+            raise RuleBroken("weights were marked without the flag")
+        plan = {
+            "layers": layers,
+            "device_memory_size_v2": self.sim.device_memory_bytes,
+            "weights": network.weights,
+            "marked": sorted(network.marked - self.sim.lost),
+        }
         written = json.dumps(plan).encode()
         # In parts, as the real one does.
         parts = written[: len(written) // 2], written[len(written) // 2 :]
@@ -191,17 +223,108 @@ class Builder:
 
 
 class BuiltEngine:
-    def __init__(self, layers: list[dict[str, str]], device_memory_size_v2: int) -> None:
+    def __init__(
+        self,
+        sim: SimulatedTensorRTBuilder,
+        layers: list[dict[str, str]],
+        device_memory_size_v2: int,
+        weights: dict[str, str],
+        marked: list[str],
+    ) -> None:
+        self.sim = sim
         self.layers = layers
         self.device_memory_size_v2 = device_memory_size_v2
+        self.weights = weights
+        self.marked = marked
 
     def create_engine_inspector(self) -> BuiltEngine:
         return self
+
+    def create_serialization_config(self) -> SerializationConfig:
+        return SerializationConfig()
+
+    def serialize_with_config(self, config: SerializationConfig) -> bytes | None:
+        if "serialize_with_config" in self.sim.failing:
+            return None
+        if self.sim.SerializationFlag.EXCLUDE_WEIGHTS in config.flags:
+            raise RuleBroken("the engine was written without its weights")
+        plan = {
+            "layers": self.layers,
+            "device_memory_size_v2": self.device_memory_size_v2,
+            "weights": self.weights,
+            "marked": self.marked if self.sim.SerializationFlag.INCLUDE_REFIT in config.flags else [],
+        }
+        return json.dumps(plan).encode()
 
     def get_engine_information(self, format: LayerInformationFormat) -> str:
         if format is not LayerInformationFormat.JSON:
             raise RuleBroken("layers were asked for as text that is no JSON")
         return json.dumps({"Layers": self.layers, "Bindings": []})
+
+
+class SerializationConfig:
+    """By default an engine that can be refitted is written without its weights, and cannot be afterwards."""
+
+    def __init__(self) -> None:
+        self.flags = {"exclude weights"}
+
+    def set_flag(self, flag: str) -> bool:
+        self.flags.add(flag)
+        return True
+
+    def clear_flag(self, flag: str) -> bool:
+        self.flags.discard(flag)
+        return True
+
+
+class EngineRefitter:
+    """Refuses to begin while a marked weight has no new value."""
+
+    def __init__(self, engine: BuiltEngine, logger: Any) -> None:
+        self.engine = engine
+        self.logger = logger
+        self.given: dict[str, str] = {}
+
+    def get_all_weights(self) -> list[str]:
+        return self.engine.marked
+
+    def get_missing_weights(self) -> list[str]:
+        return [name for name in self.engine.marked if name not in self.given]
+
+    def refit_cuda_engine(self) -> bool:
+        if "refit_cuda_engine" in self.engine.sim.failing or self.get_missing_weights():
+            self.engine.sim.tell(self.logger)
+            return False
+        self.engine.weights |= self.given
+        self.engine.sim.refitted += 1
+        return True
+
+
+class ParserRefitter:
+    """Takes the values of a graph; it can be made to forget one."""
+
+    num_errors = 0
+
+    def __init__(self, refitter: EngineRefitter, logger: Any) -> None:
+        self.refitter = refitter
+        self.logger = logger
+
+    def refit_from_file(self, path: str) -> bool:
+        engine = self.refitter.engine
+        if "refit_from_file" in engine.sim.failing:
+            engine.sim.tell(self.logger)
+            return False
+        marked = engine.marked[1 if "get_missing_weights" in engine.sim.failing else 0 :]
+        self.refitter.given = {name: value for name, value in weights_of(path).items() if name in marked}
+        return True
+
+
+def weights_of(path: str) -> dict[str, str]:
+    """The hash of each initializer's values."""
+    return {
+        tensor.name: hashlib.sha256(numpy_helper.to_array(tensor).tobytes()).hexdigest()
+        for tensor in onnx.load(path).graph.initializer
+    }
 
 
 def _check(graph: onnx.GraphProto, config: Config) -> None:
