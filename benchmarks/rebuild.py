@@ -52,19 +52,19 @@ class RebuildBenchmark:
         with tempfile.TemporaryDirectory() as temporary:
             root = Path(temporary)
             first, other = (write_checkpoint(model, root / name) for name in ("first", "other"))
-            results.add(first=self._build(first, root / "engines"))
+            results.add(first=self._build(first, root / "engines")[1])
             for _ in range(self.rounds):
-                beside = self._build(other, root / "engines")
-                alone = self._build(other, root / "alone")
+                folder, beside = self._build(other, root / "engines")
+                fresh, alone = self._build(other, root / "alone")
+                _check_equal(folder, fresh)
                 results.result["rounds"].append({"beside": beside, "alone": alone})
                 results.add()
-                _check_equal(Path(beside["folder"]), Path(alone["folder"]))
                 print(f"beside {beside['wall_s']:.1f} s, alone {alone['wall_s']:.1f} s")
-                shutil.rmtree(beside["folder"])
+                shutil.rmtree(folder)
                 shutil.rmtree(root / "alone")
         results.finish()
 
-    def _build(self, checkpoint: Path, engines: Path) -> dict[str, Any]:
+    def _build(self, checkpoint: Path, engines: Path) -> tuple[Path, dict[str, Any]]:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             return process.submit(_timed_build, self, checkpoint, engines).result()
 
@@ -87,7 +87,7 @@ def write_checkpoint(model: Checkpoint, folder: Path) -> Path:
     blocks: dict[int | None, dict[str, Any]] = defaultdict(dict)
     for name, weight in named.items():
         blocks[family.block_of(name)][name] = weight
-    places = {}
+    places: dict[str, str] = {}
     for number, weights in enumerate(blocks.values(), start=1):
         shard = _WEIGHTS.replace(".", f"-{number:05}-of-{len(blocks):05}.", 1)
         drawn = random_weights(weights, folder.name)
@@ -98,8 +98,8 @@ def write_checkpoint(model: Checkpoint, folder: Path) -> Path:
     return folder
 
 
-def _timed_build(benchmark: RebuildBenchmark, checkpoint: Path, engines: Path) -> dict[str, Any]:
-    """Seconds of the whole build and of its stages, and the segments whose graphs it took."""
+def _timed_build(benchmark: RebuildBenchmark, checkpoint: Path, engines: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder; seconds of the whole build and of its stages, and the segments whose graphs it took."""
     start = time.perf_counter()
     (folder,) = build(
         checkpoint,
@@ -118,8 +118,7 @@ def _timed_build(benchmark: RebuildBenchmark, checkpoint: Path, engines: Path) -
     stages: dict[str, float] = defaultdict(float)
     for stage, seconds in (item for segment in segments for item in segment.seconds.items()):
         stages[stage] += seconds
-    return {
-        "folder": str(folder),
+    return folder, {
         "wall_s": round(wall, 2),
         "stages_s": {stage: round(seconds, 2) for stage, seconds in stages.items()},
         "engine_bytes": sum(segment.engine_bytes for segment in segments),

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
+import torch
 
 from stg_trt import build
 from stg_trt.build_engines import graph_weights, kept_graphs, onnx_compiler
@@ -20,11 +22,12 @@ from stg_trt.build_engines.piece_key import PieceKey
 from stg_trt.engines import manifest as manifests
 from stg_trt.engines.key import export_version
 from stg_trt.engines.store import EngineStore
+from stg_trt.models.checkpoint import Checkpoint
 from stg_trt.models.families.segment_module import SegmentModule
 from stg_trt.models.segment import TEXT
 from stg_trt.system.files import file_sha256
 from tests.support.cli import invoke
-from tests.support.family_cases import CASES, LTX
+from tests.support.family_cases import CASES, LTX, WAN, FamilyCase
 from tests.support.fine_tuned import save_fine_tuned
 from tests.support.golden_builds import (
     LTX2,
@@ -129,6 +132,35 @@ def test_a_lora_needs_no_export(tmp_path: Path, exports: Exports) -> None:
     assert exports.names and hashes(folder) == hashes(fresh)
     shown = invoke("inspect", folder)
     assert shown.returncode == 0 and "graph of an earlier build: block_1" in " ".join(shown.stdout.split())
+
+
+@pytest.mark.parametrize("case", [LTX, pytest.param(WAN, marks=SLOW)], ids=str)
+def test_engines_compute_what_eager_does_with_the_new_weights(
+    case: FamilyCase, tmp_path: Path, exports: Exports
+) -> None:
+    """A LoRA of LTX-Video, a fine-tune of Wan; and not what the first build's weights make of it."""
+    options: dict[str, Any] = {**case.sizes, "stg_blocks": [], "verify_timesteps": 1}
+    lora, checkpoint = [], case.goldens
+    if case is LTX:
+        save_lora(case, case.goldens, tmp_path / "style.safetensors", 1)
+        lora = [f"{tmp_path / 'style.safetensors'}:0.8"]
+    else:
+        checkpoint = save_fine_tuned(case.goldens, tmp_path / "other")
+    build(case.goldens, tmp_path / "engines", **options)
+    exports.restart()
+    (folder,) = build(checkpoint, tmp_path / "engines", **options, lora=lora)
+    record = manifests.load(folder).record("normal")
+    assert not exports.names and record is not None
+    inputs = case.family.trace_inputs(record.segment, case.workload, 2)
+    session = ort.InferenceSession(folder / record.files[0].name, providers=["CPUExecutionProvider"])
+    feed = {spec.name: tensor.numpy() for spec, tensor in zip(record.inputs, inputs, strict=True)}
+    (got,) = (torch.from_numpy(output) for output in session.run(None, feed))
+    for opened, same in ((Checkpoint.open(checkpoint, lora=lora), True), (case.checkpoint, False)):
+        module = case.family.module(opened.load_transformer(), record.segment, expand_masks=True)
+        with torch.no_grad():
+            (expected,) = module(*inputs)
+        distance = (got - expected).norm() / expected.norm()
+        assert (distance < 1e-5) == same and (distance > 1e-3) != same
 
 
 @pytest.fixture(scope="module")
