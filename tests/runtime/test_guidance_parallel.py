@@ -261,6 +261,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow(reason="starts processes that import torch")
 @pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
 def test_ranks_end_with_their_pipeline(ending: signal.Signals) -> None:
@@ -275,6 +276,7 @@ def test_ranks_end_with_their_pipeline(ending: signal.Signals) -> None:
     parent.stdout.close()
 
 
+@pytest.mark.slow(reason="starts the program with two ranks")
 def test_the_command_line_makes_the_same_latents(ltx_engines: Path, embeds: Path, tmp_path: Path) -> None:
     made = []
     for ranks in (1, 2):

@@ -257,6 +257,7 @@ def test_weights_belong_to_one_block(checkpoint: Checkpoint, family: SVD) -> Non
     assert {family.block_of(name) for name in meta} == {0, 1, 2, 3, 5, 6, 7}
 
 
+@pytest.mark.slow(reason="runs a whole UNet of published size on the meta device")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mode", MODES)
 def test_segments_cost_what_torch_counts(mode: str, layout: str) -> None:
