@@ -249,7 +249,7 @@ def test_many_generations_do_not_grow(
     assert len(device.graphs) == 1
 
 
-@pytest.mark.slow(reason="opens the engines on three simulated GPUs")
+@pytest.mark.slow(reason="opens the engines five times")
 def test_rtx_keeps_what_it_compiled(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ltx_checkpoint: Path, engines: Path
 ) -> None:

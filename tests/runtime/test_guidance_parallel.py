@@ -186,6 +186,7 @@ def test_a_run_that_is_left_early_leaves_nothing_behind(
     assert torch.equal(latents_of(two, **call), expected)
 
 
+@pytest.mark.slow(reason="starts a rank's process three times")
 def test_a_killed_rank_fails_the_call_and_the_next_one_starts_anew(golden: VideoPipeline) -> None:
     two = VideoPipeline(golden.checkpoint, golden.store, layout="segmented", guidance_parallel=2)
     call = arguments("stg_a_rescale", LTX.goldens)
