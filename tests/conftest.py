@@ -61,8 +61,8 @@ BuiltOnce = Callable[[str, Callable[[Path], object]], Path]
 OnTwoRanks = Callable[[VideoPipeline], VideoPipeline]
 
 
-# Fixtures that make a test slow, and why; `golden_engines` is quick for LTX-Video alone. A module may have a
-# SLOW_FIXTURES of its own.
+# Fixtures that make a test slow, and why; `golden_engines` is quick for LTX-Video alone: a test with another
+# family among its parameters is slow. A module may have a SLOW_FIXTURES of its own.
 SLOW_FIXTURES = {
     "inductor_engines": "compiles packages with AOTInductor",
     "whole_engines": "builds the engines of a whole pipeline",
@@ -96,7 +96,8 @@ def mark_slow(item: pytest.Item) -> None:
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     slow: dict[str, str] = SLOW_FIXTURES | getattr(getattr(item, "module", None), "SLOW_FIXTURES", {})
     for name in slow.keys() & {*fixtures}:
-        if name != "golden_engines" or parameters.get("case", LTX) is not LTX:
+        families = [value for value in parameters.values() if isinstance(value, FamilyCase)]
+        if name != "golden_engines" or any(family is not LTX for family in families):
             item.add_marker(pytest.mark.slow(reason=slow[name]))
     for mark in item.iter_markers("slow"):
         assert mark.kwargs.keys() == {"reason"}, f"{item.nodeid}: a slow test says why: slow(reason=...)"

@@ -71,6 +71,7 @@ def read(path: Path) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.slow(reason="times every peer")
 def test_compilers_are_among_them(
     tmp_path: Path,
     engines: Path,
@@ -91,6 +92,7 @@ def test_compilers_are_among_them(
         assert result[f"{peer}_over_stg_trt"] > 0 and result[f"{peer}_first_run_s"] >= 0
 
 
+@pytest.mark.slow(reason="times two peers for each error")
 @pytest.mark.parametrize("error", [ImportError("No module"), OSError("libnvinfer.so.10: no such file\nmore")])
 def test_a_compiler_that_cannot_be_imported_is_left_out(
     tmp_path: Path, engines: Path, scenario: Scenario, monkeypatch: pytest.MonkeyPatch, error: Exception

@@ -99,6 +99,7 @@ def test_an_engine_whose_graph_was_not_kept(copied: Path) -> None:
         list(compare_engines(Request((copied,))))
 
 
+@pytest.mark.slow(reason="starts a process that imports TensorRT-RTX")
 def test_an_engine_that_does_not_load_is_said_in_one_line(copied: Path, tmp_path: Path) -> None:
     """TensorRT-RTX is given a file that is no plan."""
     pytest.importorskip("tensorrt_rtx", reason="needs the wheel of TensorRT-RTX")

@@ -17,6 +17,7 @@ from tests.support.exported_graph import export_alone
 
 WORKLOAD = Workload(128, 160, 17, text_length=9, precision="bf16")
 ROWS = 3
+SLOW_FIXTURES = {"graphs": "exports a block with the head in bfloat16"}
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,8 @@ PROMPTS = ("a red circle", "a blue square")
 CASES = {"ltx": LTX, "wan": WAN}
 Built = dict[str, tuple[Path, Path]]
 
+SLOW_FIXTURES = {"built": "calibrates and builds FP8 engines of two families"}
+
 
 class Reused(Silent):
     """Which segments were taken from where they lie."""

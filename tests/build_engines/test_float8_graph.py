@@ -12,8 +12,9 @@ from stg_trt.build_engines.verify import distance
 from tests.support.family_cases import COGVIDEOX, HUNYUAN_VIDEO, LTX, MOCHI, WAN, FamilyCase
 from tests.support.float8_pieces import Float8Piece, float8_block
 
+SLOW = pytest.mark.slow(reason="exports an FP8 block of every family, in two precisions")
 # Those with the most different blocks.
-CASES = (LTX, WAN, MOCHI, HUNYUAN_VIDEO, COGVIDEOX["5b"])
+CASES = (LTX, *(pytest.param(case, marks=SLOW) for case in (WAN, MOCHI, HUNYUAN_VIDEO, COGVIDEOX["5b"])))
 
 
 def producer(value: ir.Value | None, op_type: str) -> ir.Node:
@@ -46,7 +47,7 @@ def products_of(piece: Float8Piece, layer: str) -> list[tuple[ir.Node, ir.Node]]
     return products
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp8"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=SLOW), "fp8"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_chosen_product_is_quantised_and_no_other(case: FamilyCase, precision: str) -> None:
     """With `fp8`, what is around the products is bfloat16."""
@@ -64,6 +65,7 @@ def test_every_chosen_product_is_quantised_and_no_other(case: FamilyCase, precis
     assert kinds.count("DequantizeLinear") == len(products) + len(piece.layers)
 
 
+@pytest.mark.slow(reason="exports an FP8 block of every family in float32")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_product_is_pytorchs(case: FamilyCase) -> None:
     """Each layer on the input that ONNX Runtime gives it: rounding in the layers before cannot hide it."""

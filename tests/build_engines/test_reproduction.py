@@ -105,6 +105,7 @@ def test_the_line_for_tensorrt_rtx_builds_an_engine_without_a_gpu(tmp_path: Path
     assert engine.stat().st_size > 1000 and count_in_plan(engine) == 0
 
 
+@pytest.mark.slow(reason="starts Polygraphy")
 def test_the_line_for_onnxruntime_runs_the_graph(tmp_path: Path) -> None:
     line = onnxruntime_command(write_graph(tmp_path / "back.onnx"), (INPUT,), 3)
     assert line == (

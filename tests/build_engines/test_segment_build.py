@@ -31,6 +31,7 @@ def build_ltx(tmp_path: Path) -> Build:
     return lambda: build(LTX.goldens, tmp_path, **LTX.sizes, stg_blocks=[], verify_timesteps=1)
 
 
+@pytest.mark.slow(reason="collects garbage before each piece of a build")
 def test_one_piece_is_in_memory_at_a_time(build_ltx: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph_weights, "_EMBEDDED_BYTES", 0)
     made: list[weakref.ref[SegmentModule]] = []

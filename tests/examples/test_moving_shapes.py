@@ -72,6 +72,7 @@ def test_each_round_holds_every_label_once() -> None:
     assert {label for label, _ in islice(clips.clips(0), 96)} == set(clips.LABELS)
 
 
+@pytest.mark.slow(reason="draws and measures 72 clips")
 def test_measure_reads_the_generators_clips() -> None:
     for label, clip in islice(clips.clips(11), 72):
         found = measure.measure(clip)
@@ -152,6 +153,7 @@ def test_a_picture_is_encoded_without_noise_after_training(pipe: LTXPipeline) ->
     assert_samples_are_the_mean(pipe.vae)
 
 
+@pytest.mark.slow(reason="computes an encoder by least squares")
 def test_a_picture_is_encoded_without_noise_before_training() -> None:
     vae = models.make_vae()
     video = train.next_video(clips.clips(0), linear_start.BATCH)

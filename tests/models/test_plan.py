@@ -304,6 +304,7 @@ def every_kind(num_blocks: int) -> list[Segment]:
     ]
 
 
+@pytest.mark.slow(reason="counts the operations of models of published width")
 @pytest.mark.parametrize("known", [case.published[0] for case in CASES], ids=str)
 def test_segments_cost_what_torch_counts(known: Published) -> None:
     """Counted at full width, on a few blocks of each kind, without memory for the weights."""

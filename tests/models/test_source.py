@@ -89,6 +89,7 @@ def test_the_cache_is_used_offline(hub: FakeHub, folder: Path, monkeypatch: pyte
         opened.check_vae()
 
 
+@pytest.mark.slow(reason="imports torch in processes of their own")
 def test_the_endpoint_and_the_cache_are_those_of_the_environment(hub: FakeHub, tmp_path: Path) -> None:
     """In a process of its own, first with the hub, then without."""
     program = (

@@ -186,6 +186,7 @@ def test_a_run_that_is_left_early_leaves_nothing_behind(
     assert torch.equal(latents_of(two, **call), expected)
 
 
+@pytest.mark.slow(reason="starts a rank's process three times")
 def test_a_killed_rank_fails_the_call_and_the_next_one_starts_anew(golden: VideoPipeline) -> None:
     two = VideoPipeline(golden.checkpoint, golden.store, layout="segmented", guidance_parallel=2)
     call = arguments("stg_a_rescale", LTX.goldens)
@@ -261,6 +262,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow(reason="starts processes that import torch")
 @pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
 def test_ranks_end_with_their_pipeline(ending: signal.Signals) -> None:
@@ -275,6 +277,7 @@ def test_ranks_end_with_their_pipeline(ending: signal.Signals) -> None:
     parent.stdout.close()
 
 
+@pytest.mark.slow(reason="starts the program with two ranks")
 def test_the_command_line_makes_the_same_latents(ltx_engines: Path, embeds: Path, tmp_path: Path) -> None:
     made = []
     for ranks in (1, 2):

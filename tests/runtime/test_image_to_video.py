@@ -265,6 +265,7 @@ def test_the_text_beside_pictures_has_one_length(tmp_path: Path) -> None:
         build(GOLDENS / "wan2.1_i2v", tmp_path, height=48, width=64, num_frames=9, text_length=9)
 
 
+@pytest.mark.slow(reason="builds the engines of a family besides LTX-Video")
 def test_a_picture_for_text_to_video(
     golden_engines: Callable[[Any], Path],
 ) -> None:

@@ -58,6 +58,7 @@ def test_sound_plays_beside_the_frames(tmp_path: Path, rate: int, channels: int,
     assert off < 0.05 and late > 0.5
 
 
+@pytest.mark.slow(reason="encodes 24 seconds of video")
 def test_sound_lies_beside_its_frames(tmp_path: Path) -> None:
     """In the file too, however long it is: a player needs not look for the sound of what it shows."""
     path, seconds = tmp_path / "x.mp4", 24

@@ -227,6 +227,7 @@ def test_the_pieces_of_a_segment_are_the_segment(family: SVD, cut_model: Any) ->
             assert torch.equal(state[name], tensor), (segment.name, name)
 
 
+@pytest.mark.slow(reason="runs the segments of a UNet in two precisions")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("blocks", [(0, 3), (4, 5), (7,)], ids=str)
 def test_borders_have_the_shapes_and_dtypes_that_are_said(
@@ -257,6 +258,7 @@ def test_weights_belong_to_one_block(checkpoint: Checkpoint, family: SVD) -> Non
     assert {family.block_of(name) for name in meta} == {0, 1, 2, 3, 5, 6, 7}
 
 
+@pytest.mark.slow(reason="runs a whole UNet of published size on the meta device")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mode", MODES)
 def test_segments_cost_what_torch_counts(mode: str, layout: str) -> None:
