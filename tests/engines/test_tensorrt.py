@@ -243,7 +243,7 @@ def test_many_generations_do_not_grow(
     pipeline(**call)
     sampler = next(iter(pipeline._samplers._samplers.values()))
     bound, state = dict(sampler._bound), sampler._state
-    for _ in range(10):
+    for _ in range(40):
         pipeline(**call)
     assert sampler._bound == bound and sampler._state is state
     assert len(device.graphs) == 1
