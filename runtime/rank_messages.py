@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
 
@@ -15,11 +16,18 @@ from .run_inputs import RunInputs
 
 
 @dataclass(frozen=True, eq=False)
-class Begin:
-    """To a rank: a run that begins; the last one is over, whether it came to its end or not."""
+class Load:
+    """To a rank: load the engines of a build, and say that it is ready."""
 
     build: Build
     family: ModelFamily
+
+
+@dataclass(frozen=True, eq=False)
+class Begin:
+    """To a rank: a run on a loaded build begins; the last run is over, whether it came to its end or not."""
+
+    folder: Path
     inputs: RunInputs
 
 
@@ -32,7 +40,7 @@ class Next:
 
 @dataclass(frozen=True)
 class Ready:
-    """From a rank: it has started."""
+    """From a rank: it has started, or loaded what it was told to."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class Failed:
     reason: str
 
 
-Message = Begin | Next | Ready | Failed
+Message = Load | Begin | Next | Ready | Failed
 
 
 def send(connection: Connection, message: Message) -> None:

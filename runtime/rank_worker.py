@@ -17,14 +17,15 @@ from stg_trt.errors import is_out_of_memory
 
 from .device import Device, open_device
 from .rank_group import RankGroup
-from .rank_messages import Begin, Failed, Message, Next, Ready, receive, send
+from .rank_messages import Begin, Failed, Load, Message, Next, Ready, receive, send
 from .sampler import SampledStep, Sampler
 
 
 class RankWorker:
-    """One sampler for each build that a run has named."""
+    """One sampler for each build that it was told to load; `connection` is to the first rank."""
 
-    def __init__(self, group: RankGroup, device: Device) -> None:
+    def __init__(self, connection: Connection, group: RankGroup, device: Device) -> None:
+        self._connection = connection
         self._group = group
         self._device = device
         self._samplers: dict[Path, Sampler] = {}
@@ -33,8 +34,11 @@ class RankWorker:
 
     def obey(self, message: Message) -> None:
         """Does what the first rank says."""
-        if isinstance(message, Begin):
-            self._sampler = self._sampler_for(message)
+        if isinstance(message, Load):
+            self._load(message)
+            send(self._connection, Ready())
+        elif isinstance(message, Begin):
+            self._sampler = self._samplers[message.folder]
             self._steps = self._sampler.steps(message.inputs)
         elif isinstance(message, Next):
             assert self._sampler is not None and self._steps is not None
@@ -42,13 +46,12 @@ class RankWorker:
                 self._sampler.spread_latents()
             next(self._steps)
 
-    def _sampler_for(self, begin: Begin) -> Sampler:
-        folder = begin.build.folder
-        if folder not in self._samplers:
-            engines = begin.build.load_engines(self._device)
-            manifest = begin.build.manifest
-            self._samplers[folder] = Sampler(begin.family, manifest, engines, self._device, self._group)
-        return self._samplers[folder]
+    def _load(self, message: Load) -> None:
+        build = message.build
+        if build.folder not in self._samplers:
+            engines = build.load_engines(self._device)
+            made = Sampler(message.family, build.manifest, engines, self._device, self._group)
+            self._samplers[build.folder] = made
 
 
 def _read(connection: Connection, inbox: SimpleQueue[Message]) -> None:
@@ -70,7 +73,7 @@ def work(connection: Connection, folder: Path, rank: int, size: int, device_name
         device = open_device(device_name)
         send(connection, Ready())
         threading.Thread(target=_read, args=(connection, inbox), daemon=True).start()
-        worker = RankWorker(RankGroup.meet(folder, rank, size, device.torch_device), device)
+        worker = RankWorker(connection, RankGroup.meet(folder, rank, size, device.torch_device), device)
         while True:
             worker.obey(inbox.get())
     except Exception as error:

@@ -22,10 +22,11 @@ import torch
 
 from stg_trt.engines.store import Build
 from stg_trt.errors import BackendUnavailable, RankLost, StgTrtError
+from stg_trt.models.families.base import ModelFamily
 
 from .device import Device
 from .rank_group import RankGroup
-from .rank_messages import Begin, Failed, Message, Next, Ready, receive, send
+from .rank_messages import Begin, Failed, Load, Message, Next, Ready, receive, send
 from .run_inputs import RunInputs
 from .sampler import SampledStep, Sampler
 
@@ -65,9 +66,8 @@ class RunningRanks:
     def _meet(self, size: int, device: Device) -> RankGroup:
         for one in self._processes:
             threading.Thread(target=_watch, args=(weakref.ref(self), one), daemon=True).start()
-        for _ in self._processes:
-            if not self._ready.acquire(timeout=_START_S):
-                self.lose(f"it did not start in {_START_S:.0f} s")
+        if not self.wait(_START_S):
+            self.lose(f"it did not start in {_START_S:.0f} s")
             self.check()
         return RankGroup.meet(self._folder, 0, size, device.torch_device)
 
@@ -81,6 +81,15 @@ class RunningRanks:
     def ended(self) -> bool:
         """Whether a rank is gone."""
         return self._lost is not None
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Until every rank has said that it is ready; False if one has not in time. Raises RankLost."""
+        for _ in self._processes:
+            is_ready = self._ready.acquire(timeout=seconds)
+            self.check()
+            if not is_ready:
+                return False
+        return True
 
     def tell(self, message: Message) -> None:
         """Sends a message to all."""
@@ -132,19 +141,29 @@ class Ranks:
         running = self._running
         return running is not None and not running.ended and running.group is group
 
+    @contextmanager
+    def loading(self, build: Build, family: ModelFamily) -> Iterator[None]:
+        """Inside it, the other ranks load a build too; raises RankLost if one of them ends."""
+        running = self._running
+        assert running is not None
+        running.tell(Load(build, family))
+        with self._together(running):
+            yield
+            running.wait()
+
     def steps(self, sampler: Sampler, build: Build, inputs: RunInputs) -> Iterator[SampledStep]:
-        """The steps of a run, which all ranks take; raises RankLost if a rank's process ends."""
+        """The steps of a run on a loaded build, which all ranks take; raises RankLost as `loading`."""
         running = self._running
         assert running is not None
         generator = inputs.generator
         if generator is None:
             # The other ranks draw what this process's default generator draws.
             generator = torch.Generator().set_state(torch.get_rng_state())
-        running.tell(Begin(build, sampler.family, replace(inputs, generator=generator)))
+        running.tell(Begin(build.folder, replace(inputs, generator=generator)))
         steps, spread = sampler.steps(inputs), False
         for _ in range(inputs.guidance.num_steps):
             running.tell(Next(spread))
-            with self._in_step(running):
+            with self._together(running):
                 if spread:
                     sampler.spread_latents()
                 step = next(steps)
@@ -153,13 +172,13 @@ class Ranks:
             except GeneratorExit:
                 return
             spread = step.replaced
-        with self._in_step(running):
+        with self._together(running):
             # A rank that is lost after its part of the last step was not missed.
             sampler.wait()
 
     @contextmanager
-    def _in_step(self, running: RunningRanks) -> Iterator[None]:
-        """After a failure the ranks may no longer be at the same step, so they end."""
+    def _together(self, running: RunningRanks) -> Iterator[None]:
+        """After a failure the ranks may no longer be at the same place, so they end."""
         try:
             yield
             running.check()

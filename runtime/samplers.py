@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 from stg_trt.engines.backends import backend_for
@@ -54,6 +55,7 @@ class Samplers:
         device = self.device(build)
         with self._clock.stage("load"):
             group = None if self._ranks is None else self._ranks.group(device)
-            engines = build.load_engines(device)
+            with nullcontext() if self._ranks is None else self._ranks.loading(build, self._family):
+                engines = build.load_engines(device)
         self._samplers[build.folder] = Sampler(self._family, build.manifest, engines, device, group)
         return self._samplers[build.folder]

@@ -50,4 +50,11 @@ IN_RANKS = (
         "return max(splits",
         (f"{_RANKS}::test_the_table_of_the_documentation",),
     ),
+    Mistake(
+        "other ranks load their engines in the first step",
+        "runtime/ranks.py",
+        "            running.wait()\n",
+        "",
+        (f"{_PARALLEL}::test_ranks_load_engines_before_the_steps",),
+    ),
 )

@@ -23,7 +23,8 @@ from torch import Tensor
 from stg_trt import VideoPipeline
 from stg_trt.errors import BackendUnavailable, InvalidRequest, RankLost
 from stg_trt.runtime.device import Cpu, Device
-from stg_trt.runtime.ranks import Ranks, _check_gpus
+from stg_trt.runtime.rank_messages import Message
+from stg_trt.runtime.ranks import Ranks, RunningRanks, _check_gpus
 from tests.conftest import OnTwoRanks
 from tests.support.cli import invoke
 from tests.support.eager_sampler import assert_same, run, sampler_on
@@ -86,6 +87,30 @@ def test_every_family_skips_a_pass_without_cond(tmp_path: Path, case: FamilyCase
     assert all(distance(step, wanted) <= 1e-5 for step, wanted in zip(first, alone, strict=True))
     for steps in others:
         assert_same(steps, first)
+
+
+@pytest.mark.slow(reason="starts a rank in a process of its own")
+def test_ranks_load_engines_before_the_steps(golden: VideoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the first one does, and as long as they take; once for all calls."""
+    two = VideoPipeline(golden.checkpoint, golden.store, layout="segmented", guidance_parallel=2)
+    told: list[str] = []
+    tell, wait = RunningRanks.tell, RunningRanks.wait
+
+    def late(ranks: RunningRanks, seconds: float | None = None) -> bool:
+        time.sleep(0.0 if seconds else 0.5)
+        return wait(ranks, seconds)
+
+    def counted(ranks: RunningRanks, message: Message) -> None:
+        told.append(type(message).__name__)
+        tell(ranks, message)
+
+    monkeypatch.setattr(RunningRanks, "wait", late)
+    monkeypatch.setattr(RunningRanks, "tell", counted)
+    call = arguments("stg_a_rescale", LTX.goldens)
+    stages = [two(**call).stages for _ in range(2)]
+    steps = (len(told) - 3) // 2
+    assert told == ["Load", "Begin", *["Next"] * steps, "Begin", *["Next"] * steps] and steps > 1
+    assert stages[0]["load"] >= 0.5 and "load" not in stages[1]
 
 
 def test_each_rank_runs_its_rows_alone(tmp_path: Path) -> None:
@@ -223,32 +248,13 @@ def test_a_killed_rank_fails_the_call_and_the_next_one_starts_anew(golden: Video
 
 
 def test_a_rank_says_what_went_wrong(golden: VideoPipeline, tmp_path: Path) -> None:
-    inputs = inputs_of(golden)
-    [sampler] = golden._samplers._samplers.values()
     ranks = Ranks(2)
-    sampler.ranks = ranks.group(Cpu())
-    sampler._bound.clear()
+    ranks.group(Cpu())
     [build] = [one for one in golden.store.builds if one.manifest.layout == "segmented"]
-    steps = ranks.steps(sampler, replace(build, folder=tmp_path), inputs)
-    with pytest.raises(RankLost, match=r"\(rank 1: .*text.onnx: no such file: .*\): call again"):
-        next(steps)
+    said = pytest.raises(RankLost, match=r"\(rank 1: .*text.onnx: no such file: .*\): call again")
+    with said, ranks.loading(replace(build, folder=tmp_path), golden.family):
+        pass
     assert ranks._running is None
-
-
-def inputs_of(pipeline: VideoPipeline) -> Any:
-    """The inputs of a golden's run."""
-    kept = []
-    samplers = pipeline._samplers
-    steps = samplers.steps
-
-    def keep(build: Any, inputs: Any) -> Any:
-        kept.append(inputs)
-        return steps(build, inputs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(samplers, "steps", keep)
-        pipeline(**arguments("cfg", LTX.goldens))
-    return kept[0]
 
 
 PARENT = """
