@@ -91,26 +91,26 @@ def test_every_family_skips_a_pass_without_cond(tmp_path: Path, case: FamilyCase
 
 @pytest.mark.slow(reason="starts a rank in a process of its own")
 def test_ranks_load_engines_before_the_steps(golden: VideoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the first one does, and as long as they take; once for all calls."""
+    """While the first one does, which waits for them; once for all calls."""
     two = VideoPipeline(golden.checkpoint, golden.store, layout="segmented", guidance_parallel=2)
     told: list[str] = []
     tell, wait = RunningRanks.tell, RunningRanks.wait
 
-    def late(ranks: RunningRanks, seconds: float | None = None) -> bool:
-        time.sleep(0.0 if seconds else 0.5)
+    def waited(ranks: RunningRanks, seconds: float | None = None) -> bool:
+        told.extend(["wait"] if seconds is None else [])
         return wait(ranks, seconds)
 
     def counted(ranks: RunningRanks, message: Message) -> None:
         told.append(type(message).__name__)
         tell(ranks, message)
 
-    monkeypatch.setattr(RunningRanks, "wait", late)
+    monkeypatch.setattr(RunningRanks, "wait", waited)
     monkeypatch.setattr(RunningRanks, "tell", counted)
     call = arguments("stg_a_rescale", LTX.goldens)
     stages = [two(**call).stages for _ in range(2)]
-    steps = (len(told) - 3) // 2
-    assert told == ["Load", "Begin", *["Next"] * steps, "Begin", *["Next"] * steps] and steps > 1
-    assert stages[0]["load"] >= 0.5 and "load" not in stages[1]
+    steps = (len(told) - 4) // 2
+    assert told == ["Load", "wait", *["Begin", *["Next"] * steps] * 2] and steps > 1
+    assert stages[0]["load"] > 0 and "load" not in stages[1]
 
 
 def test_each_rank_runs_its_rows_alone(tmp_path: Path) -> None:
