@@ -137,9 +137,13 @@ def test_an_interrupted_build_with_other_weights_leaves_the_first_one_whole(
         wait_for(process, tmp_path / "stderr", "text: done")
         process.send_signal(kill)
         process.wait(A_MINUTE)
+    # Without exports a segment takes a moment: more than the text may be finished when the signal comes.
+    done = [segment for segment in SEGMENTS if f"{segment}: done" in (tmp_path / "stderr").read_text()]
     again = invoke(*command)
-    assert again.returncode == 0 and "text: already built" in again.stderr, again.stderr
-    assert "front: done" in again.stderr and "graph of an earlier build" in again.stderr
+    assert again.returncode == 0 and "text" in done, again.stderr
+    for segment in SEGMENTS:
+        (line,) = (line for line in again.stderr.splitlines() if line.startswith(f"{segment}: "))
+        assert ("already built" if segment in done else "graph of an earlier build") in line
     assert contents(first) == before and contents(engines / FOLDER) == graphs
     assert_whole(engines, builds=2)
 
