@@ -27,6 +27,8 @@ Mode = Annotated[str, typer.Option(help="stg-a or stg-r.")]
 Blocks = Annotated[
     str | None, typer.Option(help="Perturbed blocks, such as 19. [default: 8, or the family's]")
 ]
+PerturbableBlocks = Annotated[str | None, typer.Option(help="Perturbable blocks. [default: the family's]")]
+VerifyTimesteps = Annotated[int, typer.Option(help="Timesteps compared with eager float32.")]
 BackendName = Annotated[str, typer.Option(help="Compiles and runs the engines.")]
 TargetName = Annotated[str | None, typer.Option(help="Where the engines run. [default: the backend's]")]
 ModelBlocks = Annotated[
@@ -53,9 +55,7 @@ def build(
     width: Width,
     num_frames: Frames,
     text_length: TextLength = None,
-    stg_blocks: Annotated[
-        str | None, typer.Option(help="Perturbable blocks. [default: the family's]")
-    ] = None,
+    stg_blocks: PerturbableBlocks = None,
     stg_modes: Annotated[
         str | None, typer.Option(help="Modes to build, such as stg-r,stg-a. [default: the family's]")
     ] = None,
@@ -63,7 +63,7 @@ def build(
     blocks: ModelBlocks = None,
     backend: Annotated[str, typer.Option(help="Compiles the engines.")] = "tensorrt-rtx",
     target: Annotated[str, typer.Option(help="Compute capabilities.")] = "sm_120,sm_89",
-    verify_timesteps: Annotated[int, typer.Option(help="Timesteps compared with eager float32.")] = 1,
+    verify_timesteps: VerifyTimesteps = 1,
     precision: PrecisionName = None,
     engines: Annotated[Path | None, typer.Option(help="Folder to keep the engines in.")] = None,
 ) -> None:
@@ -97,13 +97,11 @@ def rebuild(
     width: Width,
     num_frames: Frames,
     text_length: TextLength = None,
-    stg_blocks: Annotated[
-        str | None, typer.Option(help="Perturbable blocks. [default: the family's]")
-    ] = None,
+    stg_blocks: PerturbableBlocks = None,
     blocks: ModelBlocks = None,
     backend: BackendName = "onnxruntime",
     target: TargetName = None,
-    verify_timesteps: Annotated[int, typer.Option(help="Timesteps compared with eager float32.")] = 3,
+    verify_timesteps: VerifyTimesteps = 3,
     rounds: Annotated[int, typer.Option(help="Builds of each kind, by turns.", min=1)] = 2,
 ) -> None:
     """Time a build with other random weights: beside a finished build of the model, and alone."""

@@ -12,6 +12,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from .float32_graph import shapes_in
+
 _SCORE_BYTES = 256 << 20
 _MOST_CHUNKS = 256
 
@@ -24,10 +26,7 @@ def chunk_attention(model: onnx.ModelProto, score_bytes: int = _SCORE_BYTES) -> 
     More than 256 chunks are not made. Nodes stay as they are if their shapes are not known.
     """
     graph = model.graph
-    shapes = {
-        info.name: [dim.dim_value for dim in info.type.tensor_type.shape.dim]
-        for info in (*graph.value_info, *graph.input)
-    }
+    shapes = shapes_in(graph)
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         sizes = _sizes(node, shapes, score_bytes) if node.op_type == "Attention" else []
@@ -39,7 +38,8 @@ def chunk_attention(model: onnx.ModelProto, score_bytes: int = _SCORE_BYTES) -> 
 def _sizes(node: onnx.NodeProto, shapes: _Shapes, score_bytes: int) -> list[int]:
     """How many queries each chunk has."""
     query, key = (shapes.get(name, ()) for name in node.input[:2])
-    if len(query) != 4 or len(key) != 4 or len(node.output) != 1 or len(node.input) > 4:
+    is_known = len(query) == len(key) == 4 and all(mask in shapes for mask in node.input[3:] if mask)
+    if not is_known or len(node.output) != 1 or len(node.input) > 4:
         return []
     if any(attribute.name == "is_causal" and attribute.i for attribute in node.attribute):
         return []

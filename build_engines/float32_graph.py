@@ -43,6 +43,14 @@ def widen(model: onnx.ModelProto) -> None:
     define(model)
 
 
+def shapes_in(graph: onnx.GraphProto) -> dict[str, list[int]]:
+    """Of a graph's inputs and of what its nodes compute, by name; 0 for an axis that is not fixed."""
+    return {
+        info.name: [dim.dim_value for dim in info.type.tensor_type.shape.dim]
+        for info in (*graph.value_info, *graph.input)
+    }
+
+
 def _widen_attributes(node: onnx.NodeProto) -> None:
     for attribute in node.attribute:
         if attribute.name in ("to", "dtype") and attribute.i == TensorProto.BFLOAT16:
@@ -54,14 +62,11 @@ def _widen_attributes(node: onnx.NodeProto) -> None:
 
 def _expand_masks(graph: onnx.GraphProto) -> None:
     """Adds zeros of (1, 1, queries, 1) to each attention mask."""
-    lengths = {
-        info.name: [dim.dim_value for dim in info.type.tensor_type.shape.dim]
-        for info in (*graph.value_info, *graph.input)
-    }
+    shapes = shapes_in(graph)
     nodes = []
     for node in graph.node:
         if node.op_type == "Attention" and len(node.input) > 3 and node.input[3]:
-            zeros = np.zeros((1, 1, lengths[node.input[0]][2], 1), np.float32)
+            zeros = np.zeros((1, 1, shapes[node.input[0]][2], 1), np.float32)
             name = f"{node.name}_query_length"
             graph.initializer.append(numpy_helper.from_array(zeros, name))
             nodes.append(helper.make_node("Add", [node.input[3], name], [f"{name}_mask"]))

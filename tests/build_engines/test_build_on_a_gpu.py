@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from stg_trt import build
-from stg_trt.build_engines import build as build_module
 from stg_trt.build_engines import compile_tensorrt
 from stg_trt.build_engines.compiler import Compiled
 from stg_trt.build_engines.tensorrt_recipe import Recipe
@@ -17,27 +16,17 @@ from stg_trt.engines import manifest as manifests
 from stg_trt.engines.manifest import SegmentRecord
 from stg_trt.engines.store import check_file
 from stg_trt.errors import BackendUnavailable, GateMissed, InvalidRequest, OutOfDeviceMemory
-from stg_trt.system.gpu import Gpu
+from tests.support.build_gpu import H100, place_gpu, simulated_build
 from tests.support.simulated_builder import SimulatedTensorRTBuilder, kernel_names
 from tests.support.tiny_graph import INPUT, write_attentions
 
-H100 = Gpu("NVIDIA H100 80GB HBM3", "sm_90", 80 << 30, 132, "580.65.06")
 SIZE: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 9, "text_length": 4, "stg_blocks": []}
 ATTENTIONS = 2
 
 
 @pytest.fixture
 def sim(monkeypatch: pytest.MonkeyPatch) -> SimulatedTensorRTBuilder:
-    simulated = SimulatedTensorRTBuilder()
-    monkeypatch.setattr(compile_tensorrt, "load_library", lambda backend: simulated)
-    monkeypatch.setattr(compile_tensorrt, "library_version", lambda backend: simulated.__version__)
-    place_gpu(monkeypatch, H100)
-    return simulated
-
-
-def place_gpu(monkeypatch: pytest.MonkeyPatch, gpu: Gpu | None) -> None:
-    monkeypatch.setattr(build_module, "find_gpu", lambda: gpu)
-    monkeypatch.setattr(compile_tensorrt, "find_gpu", lambda: gpu)
+    return simulated_build(monkeypatch)
 
 
 @pytest.fixture

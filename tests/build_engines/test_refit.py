@@ -12,18 +12,17 @@ from typing import Any
 import pytest
 
 from stg_trt import build
-from stg_trt.build_engines import build as build_module
 from stg_trt.build_engines import compile_tensorrt, graph_weights
 from stg_trt.engines import manifest as manifests
 from stg_trt.engines.manifest import SegmentRecord
 from stg_trt.errors import BackendUnavailable, GateMissed
 from stg_trt.system.gpu import Gpu
+from tests.support.build_gpu import H100, place_gpu, simulated_build
 from tests.support.cli import assert_one_line_error, invoke
 from tests.support.family_cases import LTX
 from tests.support.fine_tuned import save_fine_tuned
 from tests.support.simulated_builder import SimulatedTensorRTBuilder
 
-H100 = Gpu("NVIDIA H100 80GB HBM3", "sm_90", 80 << 30, 132, "580.65.06")
 RTX = Gpu("NVIDIA RTX PRO 6000", "sm_120", 96 << 30, 188, "580.65.06")
 SIZE: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 9, "text_length": 4, "stg_blocks": [0]}
 SEGMENTS = ("text", "front", "block_0", "back")
@@ -32,17 +31,9 @@ Build = Callable[..., Path]
 
 @pytest.fixture
 def sim(monkeypatch: pytest.MonkeyPatch) -> SimulatedTensorRTBuilder:
-    simulated = SimulatedTensorRTBuilder()
+    simulated = simulated_build(monkeypatch)
     simulated.__version__ = "11.4.0.106"
-    monkeypatch.setattr(compile_tensorrt, "load_library", lambda backend: simulated)
-    monkeypatch.setattr(compile_tensorrt, "library_version", lambda backend: simulated.__version__)
-    place_gpu(monkeypatch, H100)
     return simulated
-
-
-def place_gpu(monkeypatch: pytest.MonkeyPatch, gpu: Gpu | None) -> None:
-    monkeypatch.setattr(build_module, "find_gpu", lambda: gpu)
-    monkeypatch.setattr(compile_tensorrt, "find_gpu", lambda: gpu)
 
 
 @pytest.fixture
